@@ -1,0 +1,10 @@
+"""Fused losses for Hybrid Preference Optimization: hidden states in, loss and gradients out.
+
+``import hypo_kernels`` needs torch alone; Triton is imported by the first call that runs on CUDA.
+"""
+
+from hypo_kernels.logprob import sequence_logprobs, token_logprobs
+from hypo_kernels.loss import HypoLoss, fused_hypo_loss
+
+__version__ = "0.1.0"
+__all__ = ["HypoLoss", "fused_hypo_loss", "sequence_logprobs", "token_logprobs"]

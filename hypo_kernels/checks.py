@@ -1,0 +1,224 @@
+"""Every ValueError of the public functions, shared by all implementations.
+
+Only shapes, dtypes, devices and what already lies on the host are looked at, so that no check makes the
+host wait for a GPU; ``values_are_finite`` does, and runs only when asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from hypo_kernels.chunks import IGNORE_INDEX, Layout
+from hypo_kernels.head import LMHead
+from hypo_kernels.objective import PREFERENCES
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def implementation(impl: str, device: torch.device, compute_dtype: torch.dtype) -> str:
+    """The implementation to use for tensors on ``device``; one that cannot serve them raises."""
+    _require(
+        impl in IMPLEMENTATIONS, f"impl={impl!r}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}"
+    )
+    if impl == "auto":
+        impl = "triton" if device.type == "cuda" and compute_dtype != torch.float64 else "torch"
+    if impl == "triton":
+        _require(
+            device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1",
+            f"impl='triton' needs CUDA tensors, got {device}; use impl='torch' there (or 'auto')",
+        )
+        _require(
+            compute_dtype != torch.float64,
+            "impl='triton' does not compute in float64; use impl='torch' or 'reference'",
+        )
+    return impl
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else the common dtype of the inputs."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    _require(
+        hidden.dtype == weight.dtype,
+        f"hidden is {hidden.dtype} and lm_head_weight {weight.dtype}: convert one of them, or call under "
+        f"torch.autocast({device!r}, dtype=...)",
+    )
+    return hidden.dtype
+
+
+def inputs(hidden: Tensor, head: LMHead, targets: Tensor, cu_seqlens: Tensor | None, name: str = "") -> None:
+    """Shapes, dtypes and devices of one (hidden, head, targets) triple; ``name`` prefixes the arguments' names."""
+    weight, bias = head.weight, head.bias
+    h, w, b = (f"{name}hidden", f"{name}lm_head_weight", f"{name}bias")
+    _require(
+        hidden.ndim in (2, 3),
+        f"{h} has shape {tuple(hidden.shape)}: must be (T, D) packed or (S, L, D) padded",
+    )
+    _require(weight.ndim == 2, f"{w} has shape {tuple(weight.shape)}: must be (V, D)")
+    _require(weight.shape[0] >= 1, f"{w} has shape {tuple(weight.shape)}: the vocabulary is empty")
+    _require(
+        hidden.shape[-1] == weight.shape[1],
+        f"{h} has {hidden.shape[-1]} features and {w} {weight.shape[1]}: the last dimensions must be equal",
+    )
+    for tensor, label in ((hidden, h), (weight, w)):
+        _require(tensor.dtype in FLOATS, f"{label} is {tensor.dtype}: must be floating point")
+    _require(hidden.device == weight.device, f"{h} is on {hidden.device} and {w} on {weight.device}")
+    if bias is not None:
+        _require(
+            bias.shape == (weight.shape[0],),
+            f"{b} has shape {tuple(bias.shape)}: must be ({weight.shape[0]},), one a vocabulary entry",
+        )
+        _require(bias.device == weight.device, f"{b} is on {bias.device} and {w} on {weight.device}")
+    _require(
+        targets.shape == hidden.shape[:-1],
+        f"targets has shape {tuple(targets.shape)} and {h} {tuple(hidden.shape)}: need one target for each row",
+    )
+    _require(
+        not targets.dtype.is_floating_point and not targets.dtype.is_complex and targets.dtype != torch.bool,
+        f"targets is {targets.dtype}: must be integers",
+    )
+    _require(
+        hidden.ndim == 2 or cu_seqlens is None,
+        f"cu_seqlens goes with packed inputs, but {h} is padded: {tuple(hidden.shape)}",
+    )
+    head_constants(head)
+
+
+def head_constants(head: LMHead) -> None:
+    cap, scale, temperature = head.logit_softcap, head.logit_scale, head.temperature
+    _require(
+        cap is None or (math.isfinite(cap) and cap > 0), f"logit_softcap={cap}: must be positive, or None"
+    )
+    _require(math.isfinite(scale) and scale != 0, f"logit_scale={scale}: must be finite and not 0")
+    _require(math.isfinite(temperature) and temperature > 0, f"temperature={temperature}: must be positive")
+
+
+def sequences(cu_seqlens: Tensor, num_rows: int) -> None:
+    """``cu_seqlens`` (S+1,) starts at 0, never falls and ends at the number of rows."""
+    _require(
+        cu_seqlens.ndim == 1 and len(cu_seqlens) >= 1 and not cu_seqlens.dtype.is_floating_point,
+        f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: must be integers of shape (S+1,)",
+    )
+    bounds = cu_seqlens.tolist()
+    _require(bounds[0] == 0, f"cu_seqlens starts at {bounds[0]}: must start at 0")
+    _require(
+        bounds[-1] == num_rows,
+        f"cu_seqlens ends at {bounds[-1]}: must end at T={num_rows}, the number of rows",
+    )
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
+        _require(b >= a, f"cu_seqlens falls from {a} to {b} at position {i + 1}: must not decrease")
+
+
+def targets_in_vocabulary(layout: Layout, vocab_size: int) -> None:
+    """Every counted target is a row of the weight. Looks at the host's copy."""
+    if len(layout.targets) == 0:
+        return
+    low, high = int(layout.targets.min()), int(layout.targets.max())
+    bad = low if low < 0 else high
+    _require(
+        0 <= bad < vocab_size,
+        f"targets holds {bad}: must be in [0, {vocab_size}), or {IGNORE_INDEX} to ignore a row",
+    )
+
+
+def objective(
+    *, beta: float, kl_coef: float, length_penalty: float, preference: str, label_smoothing: float
+) -> None:
+    _require(preference in PREFERENCES, f"preference={preference!r}: must be one of {PREFERENCES}")
+    _require(math.isfinite(beta) and beta > 0, f"beta={beta}: must be positive")
+    _require(math.isfinite(kl_coef) and kl_coef >= 0, f"kl_coef={kl_coef}: must be 0 or more")
+    _require(math.isfinite(length_penalty), f"length_penalty={length_penalty}: must be finite")
+    _require(0 <= label_smoothing < 0.5, f"label_smoothing={label_smoothing}: must be in [0, 0.5)")
+    _require(
+        preference == "sigmoid" or label_smoothing == 0,
+        f"label_smoothing={label_smoothing} goes with preference='sigmoid', got {preference!r}",
+    )
+
+
+def batch(num_sequences: int, num_pairs: int, num_generations: int) -> int:
+    """Number of prompts with online samples; the sequences must divide into pairs and groups."""
+    _require(num_pairs >= 0, f"num_pairs={num_pairs}: must be 0 or more")
+    _require(
+        num_generations >= 2, f"num_generations={num_generations}: RLOO needs at least 2 samples a prompt"
+    )
+    _require(num_sequences > 0, "there are no sequences: the batch is empty")
+    samples = num_sequences - 2 * num_pairs
+    _require(
+        samples >= 0, f"num_pairs={num_pairs} needs {2 * num_pairs} sequences, the batch has {num_sequences}"
+    )
+    _require(
+        samples % num_generations == 0,
+        f"{num_sequences} sequences are {2 * num_pairs} of pairs and {samples} online samples, "
+        f"which num_generations={num_generations} does not divide",
+    )
+    return samples // num_generations
+
+
+def reference_logps(ref_logps: Tensor, num_sequences: int, device: torch.device) -> None:
+    _require(
+        ref_logps.shape == (num_sequences,),
+        f"ref_logps has shape {tuple(ref_logps.shape)}: must be ({num_sequences},), one a sequence",
+    )
+    _require(ref_logps.dtype in FLOATS, f"ref_logps is {ref_logps.dtype}: must be floating point")
+    _require(ref_logps.device == device, f"ref_logps is on {ref_logps.device} and hidden on {device}")
+
+
+def one_reference(
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_weight: Tensor | None,
+) -> None:
+    """The reference comes either as log-probs or as hidden states, with a head that does not train."""
+    _require(
+        ref_logps is not None or ref_hidden is not None,
+        "the reference is missing: pass ref_logps (S,), or ref_hidden of the shape of hidden",
+    )
+    _require(
+        ref_logps is None or ref_hidden is None,
+        "ref_logps and ref_hidden are both given: pass one of the two",
+    )
+    if ref_hidden is None:
+        _require(ref_weight is None, "ref_lm_head_weight goes with ref_hidden, which is missing")
+        return
+    _require(
+        ref_hidden.shape == hidden.shape,
+        f"ref_hidden has shape {tuple(ref_hidden.shape)} and hidden {tuple(hidden.shape)}: must be equal",
+    )
+    _require(
+        ref_weight is not None or not weight.requires_grad,
+        "lm_head_weight is being trained, so it is not the reference's: pass ref_lm_head_weight with ref_hidden",
+    )
+
+
+def same_vocabulary(head: LMHead, ref_head: LMHead) -> None:
+    _require(
+        head.weight.shape[0] == ref_head.weight.shape[0],
+        f"lm_head_weight has {head.weight.shape[0]} vocabulary entries and ref_lm_head_weight "
+        f"{ref_head.weight.shape[0]}: must be equal",
+    )
+
+
+def chunk_budget(max_chunk_bytes: int) -> None:
+    _require(max_chunk_bytes > 0, f"max_chunk_bytes={max_chunk_bytes}: must be positive")
+
+
+def values_are_finite(**tensors: Tensor | None) -> None:
+    """Waits for the device."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            count = int((~tensor.isfinite()).sum())
+            _require(count == 0, f"{name} holds {count} values that are NaN or infinite")

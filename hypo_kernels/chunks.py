@@ -1,0 +1,146 @@
+"""Which rows go through the LM head together: whole pairs and groups, within a memory budget.
+
+Everything here runs on the host and on the host's copies of ``targets`` and ``cu_seqlens``: pass those
+as CPU tensors and planning a call never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypo_kernels import gemm
+from hypo_kernels.head import LMHead
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows that count, sequence after sequence. All tensors are on the CPU."""
+
+    rows: Tensor  # (N,) int64, index into hidden seen as (T, D)
+    targets: Tensor  # (N,) int64
+    lengths: Tensor  # (S,) int64, counted rows of each sequence
+
+    def reordered(self, order: Tensor) -> Layout:
+        """The same rows with the sequences in ``order`` (S,)."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        lengths = self.lengths[order]
+        shift = starts[order] - (lengths.cumsum(0) - lengths)
+        index = torch.arange(len(self.rows)) + shift.repeat_interleave(lengths)
+        return Layout(self.rows[index], self.targets[index], lengths)
+
+
+def layout(targets: Tensor, cu_seqlens: Tensor | None) -> Layout:
+    """Drop the ignored rows of packed (T,) + ``cu_seqlens`` (S+1,) or padded (S, L) targets."""
+    flat = targets.cpu().flatten().long()
+    if cu_seqlens is None:
+        bounds = torch.arange(targets.shape[0] + 1) * targets.shape[1]
+    else:
+        bounds = cu_seqlens.cpu().long()
+    counted = flat != IGNORE_INDEX
+    before = torch.cat([torch.zeros(1, dtype=torch.long), counted.cumsum(0)])
+    lengths = before[bounds[1:]] - before[bounds[:-1]]
+    rows = counted.nonzero().squeeze(1)
+    return Layout(rows, flat[rows], lengths)
+
+
+def group_order(num_sequences: int, num_pairs: int) -> Tensor:
+    """Sequence indices with each pair's two sequences next to each other; samples are grouped already."""
+    pairs = torch.arange(2 * num_pairs).view(2, num_pairs).t().flatten()
+    return torch.cat([pairs, torch.arange(2 * num_pairs, num_sequences)])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole pairs and groups: consecutive sequences, in group order, and their consecutive rows."""
+
+    sequences: slice
+    rows: slice
+    num_pairs: int
+
+    def blocks(self, max_rows: int) -> Iterator[slice]:
+        """Its rows, at most ``max_rows`` at a time: one block when the chunk fits."""
+        return split(self.rows, max_rows)
+
+
+def split(rows: slice, max_rows: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``max_rows``."""
+    for start in range(rows.start, rows.stop, max_rows):
+        yield slice(start, min(start + max_rows, rows.stop))
+
+
+def chunks(lengths: Sequence[int], num_pairs: int, num_generations: int, max_rows: int) -> list[Chunk]:
+    """Group-closed chunks of at most ``max_rows`` rows; a larger group is a chunk of its own."""
+    sizes = [2] * num_pairs + [num_generations] * ((len(lengths) - 2 * num_pairs) // num_generations)
+    out: list[Chunk] = []
+    seq = row = first_seq = first_row = pairs = 0
+    for i, size in enumerate(sizes):
+        rows = sum(lengths[seq : seq + size])
+        if row > first_row and row + rows - first_row > max_rows:
+            out.append(Chunk(slice(first_seq, seq), slice(first_row, row), pairs))
+            first_seq, first_row, pairs = seq, row, 0
+        seq, row, pairs = seq + size, row + rows, pairs + (i < num_pairs)
+    if seq > first_seq:
+        out.append(Chunk(slice(first_seq, seq), slice(first_row, row), pairs))
+    return out
+
+
+# fp16 gradients of the weight are summed through a block of products of this size.
+FP16_BLOCK_BYTES = 2**26
+# Chunks beyond this gain a CPU nothing and cost it fresh pages, unless a group needs them to stay whole.
+CPU_BUFFER_BYTES = 2**27
+
+# Index, target, length, log-prob, log-sum-exp and coefficient of every counted row, kept for a call.
+BYTES_PER_COUNTED_ROW = 64
+
+
+def max_rows(
+    heads: Sequence[LMHead],
+    compute_dtype: torch.dtype,
+    num_rows: int,
+    max_chunk_bytes: int,
+    *,
+    scratch_bytes: Callable[[int, int], int],
+    gradients_in_place: bool,
+    largest_group: int,
+) -> int:
+    """How many rows fit through the head at once with every temporary within ``max_chunk_bytes``.
+
+    Raises ValueError when not even one row fits.
+    """
+    vocab, width = heads[0].weight.shape
+    device = heads[0].weight.device
+    operand = gemm.operand_dtype(device, compute_dtype)
+    accumulator = gemm.accumulator_dtype(compute_dtype)
+    per_row = pitch(vocab, device) * accumulator.itemsize
+    if operand != accumulator and not gradients_in_place:
+        per_row += vocab * operand.itemsize
+    # Gathered and converted inputs, inputs times coefficients, and their gradients before and after conversion.
+    per_row += width * (2 * operand.itemsize + 3 * accumulator.itemsize)
+    fixed = sum(gemm.Panels.copy_bytes(head.weight, compute_dtype, max_chunk_bytes) for head in heads)
+    fixed += BYTES_PER_COUNTED_ROW * num_rows
+    if operand == torch.float16:
+        fixed += min(FP16_BLOCK_BYTES, 4 * vocab * width)
+    logits_bytes = vocab * accumulator.itemsize
+    scratch_per_row = scratch_bytes(1, logits_bytes)  # grows with the rows up to a plateau
+    plateau = scratch_bytes(2**62 // logits_bytes, logits_bytes)
+    room = max_chunk_bytes - fixed
+    rows = max(room // (per_row + scratch_per_row), (room - plateau) // per_row)
+    if rows < 1:
+        raise ValueError(
+            f"max_chunk_bytes={max_chunk_bytes} cannot hold one row of {vocab} logits: "
+            f"pass at least {fixed + per_row + scratch_per_row} for this call"
+        )
+    if device.type == "cpu":
+        rows = min(rows, max(largest_group, CPU_BUFFER_BYTES // per_row, 1))
+    return min(rows, max(1, num_rows))
+
+
+def pitch(vocab_size: int, device: torch.device) -> int:
+    """Columns to allocate for a row of logits: CUDA's GEMMs want rows to start on aligned addresses."""
+    return -(-vocab_size // 32) * 32 if device.type == "cuda" else vocab_size

@@ -1,0 +1,386 @@
+"""One flat, frozen `Config` for a run, read from a YAML file and from command-line flags.
+
+Nothing heavy is imported here, so that a mistake is reported at once: `load_config` collects every
+problem of a file and a command line into one `ConfigError`. Field names follow TRL where TRL has the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+Text = Annotated[str, Field(min_length=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists every problem, each with its value and fix."""
+
+
+class Config(BaseModel):
+    """Every setting of a run. The docstring below a field is its `--help` text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    algorithm: Literal["hypo", "dpo", "ipo", "sft"] = "hypo"
+    """What is trained: DPO plus the online reverse KL (hypo), DPO or IPO alone, or supervised fine-tuning."""
+    output_dir: Text = "runs/hypo"
+    """Folder for metrics, checkpoints and the final model; made when it does not exist."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of the data order, the new weights, dropout and sampling."""
+    resume_from_checkpoint: Text | None = None
+    """Checkpoint folder to continue from, or "auto" for the newest complete one in output_dir."""
+
+    model_name_or_path: Text
+    """Causal language model to train, also the reference: a Hub name or a local folder."""
+    trust_remote_code: bool = False
+    """Allow a model or tokenizer to run Python code from its repository."""
+    attn_implementation: Text = "sdpa"
+    """Attention backend, as in transformers."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the trained weights are held in. bfloat16 rounds most steps as small as 1e-6 away."""
+    bf16: bool | None = None
+    """Compute under bfloat16 autocast; none means on when CUDA is there."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one more forward pass."""
+    use_peft: bool = False
+    """Train a LoRA adapter; the reference is the same model with the adapter off."""
+    lora_r: PositiveInt = 16
+    """Rank of the LoRA adapter."""
+    lora_alpha: PositiveInt = 32
+    """LoRA scale: the update is multiplied by lora_alpha / lora_r."""
+    lora_dropout: BelowOne = 0.0
+    """Dropout on the input of the LoRA layers."""
+    lora_target_modules: list[str] | Text | None = None
+    """Modules to adapt: names, one regular expression, or "all-linear"; none means peft's choice for the
+    architecture."""
+    num_layers_unfrozen: PositiveInt | None = None
+    """Train only the last so many decoder layers, the final norm and an untied head; none trains all."""
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """Implementation of the loss; auto means Triton on CUDA and blockwise torch on a CPU."""
+    max_chunk_bytes: PositiveInt = 2**30
+    """Bound on the temporary memory of one loss call, in bytes."""
+
+    dataset_name: Text
+    """Preference data: a Hub name, a .jsonl, .json, .parquet or .csv file, a folder of these, or a folder
+    written by save_to_disk. Columns prompt (optional), chosen, rejected: text or chat messages."""
+    dataset_config: Text | None = None
+    """Configuration of the Hub data set, where it has several."""
+    dataset_train_split: Text = "train"
+    """Split to train on; a single file is the split "train"."""
+    dataset_test_split: Text | None = None
+    """Split to evaluate on; none means num_eval_rows of the training split."""
+    num_eval_rows: NonNegativeInt = 0
+    """Rows held out from the end of the training split when dataset_test_split is none."""
+    max_prompt_length: PositiveInt = 512
+    """Tokens a prompt may have; a longer one keeps its BOS and its end."""
+    max_completion_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens a completion may have, EOS included; a longer one keeps its start and its EOS."""
+
+    beta: PositiveFloat = 0.1
+    """DPO's and IPO's beta: the larger, the nearer the policy stays to the reference."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a preference label is flipped (conservative DPO)."""
+    kl_coef: NonNegativeFloat = 1e-4
+    """Weight of the reverse KL to the reference, a sum over response tokens in nats; hypo only."""
+    num_generations: PositiveInt = 2
+    """Samples a prompt for the reverse KL, each the others' baseline; hypo needs at least 2."""
+    length_penalty: NonNegativeFloat = 0.0
+    """Added to a sample's log-ratio for each of its tokens, so that length costs as KL does; hypo only."""
+
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature. Any value but 1 samples another policy than the trained one: the KL is biased."""
+    top_k: NonNegativeInt = 0
+    """Sample from the k likeliest tokens; 0 means all. Truncation biases the KL."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set with this much probability; 1 means all. Truncation biases the KL."""
+    max_new_tokens: PositiveInt | None = None
+    """Tokens a sample may have, EOS included; none means max_completion_length."""
+
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the steps over which the learning rate rises linearly from zero."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: BelowOne = 0.9
+    """Decay of AdamW's mean of the gradients."""
+    adam_beta2: BelowOne = 0.999
+    """Decay of AdamW's mean of the squared gradients."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the gradient to this global norm; 0 means no clipping."""
+    num_train_epochs: PositiveFloat = 1.0
+    """Passes over the training rows."""
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    """Optimizer steps; above 0 it takes the place of num_train_epochs."""
+    per_device_train_batch_size: PositiveInt = 8
+    """Preference pairs (prompts) in one micro-batch on one device."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches in one optimizer step."""
+
+    eval_steps: NonNegativeInt = 0
+    """Evaluate every so many steps; 0 means only at the end."""
+    num_eval_prompts: PositiveInt = 128
+    """Held-out prompts sampled for the reverse KL."""
+    num_eval_samples: PositiveInt = 1
+    """Samples for each of those prompts."""
+    per_device_eval_batch_size: PositiveInt = 16
+    """Rows or prompts in one evaluation batch on one device."""
+    reward: Text | None = None
+    """True reward of a response where the data set has one: "package.module:function", called with the texts
+    (prompt, completion)."""
+
+    logging_steps: PositiveInt = 10
+    """Write metrics every so many steps."""
+    save_steps: NonNegativeInt = 0
+    """Save a checkpoint every so many steps; 0 means only at the end."""
+    save_total_limit: PositiveInt = 2
+    """Checkpoints to keep; older ones are deleted."""
+    tensorboard: bool = True
+    """Write TensorBoard event files as well as metrics.jsonl."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_a_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic reads yes and no as 1 and 0: `save_steps: no` or `beta: on` would pass.
+        types = _types(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and bool not in types:
+            raise ValueError(f"should be {_type_name(types)}, not true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> Config:
+        if problems := _conflicts(self):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def warnings(self) -> list[str]:
+        """Settings that are allowed but seldom meant, one line each."""
+        lines = []
+        if self.algorithm == "hypo" and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            lines.append(
+                f"temperature={self.temperature:g}, top_k={self.top_k}, top_p={self.top_p:g}: samples do not "
+                "come from the trained policy, so the reverse KL is biased (unbiased: 1, 0, 1)"
+            )
+        if self.dtype == "bfloat16" and not self.use_peft:
+            lines.append("dtype=bfloat16: weights without a float32 master copy lose most small updates")
+        return lines
+
+    def to_yaml(self) -> str:
+        """All fields as a YAML mapping that `load_config` reads back to an equal `Config`."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _conflicts(c: Config) -> list[str]:
+    """Fields that are valid alone but not together, one line each."""
+    no_eval_rows = c.dataset_test_split is None and not c.num_eval_rows
+    rules = [
+        (
+            c.algorithm == "hypo" and c.num_generations < 2,
+            f"num_generations={c.num_generations}: hypo compares the samples of a prompt, use at least 2",
+        ),
+        (
+            c.algorithm == "ipo" and c.label_smoothing > 0,
+            f"label_smoothing={c.label_smoothing:g}: IPO has none, use 0 (or algorithm: dpo)",
+        ),
+        (
+            c.use_peft and c.num_layers_unfrozen is not None,
+            f"use_peft=true with num_layers_unfrozen={c.num_layers_unfrozen}: choose one of the two",
+        ),
+        (
+            c.dataset_test_split is not None and c.num_eval_rows > 0,
+            f"num_eval_rows={c.num_eval_rows} with dataset_test_split={c.dataset_test_split!r}: choose one",
+        ),
+        (
+            c.eval_steps > 0 and no_eval_rows,
+            f"eval_steps={c.eval_steps}: nothing to evaluate on, set dataset_test_split or num_eval_rows",
+        ),
+        (c.max_steps == 0, "max_steps=0: use a positive number, or -1 for num_train_epochs"),
+        (
+            c.reward is not None and not re.fullmatch(r"[\w.]+:\w+", c.reward),
+            f"reward={c.reward!r}: write it as package.module:function",
+        ),
+    ]
+    return [problem for broken, problem in rules if broken]
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """The configuration that `argv` (without the program's name) asks for; flags override `--config`'s file.
+
+    Raises `ConfigError` with every problem of the file and the flags together.
+    """
+    problems: list[str] = []
+    flags = _read_flags(argv, problems)
+    config_tokens = flags.pop("config", None)
+    values: dict[str, Any] = {}
+    if config_tokens is not None:
+        if len(config_tokens) != 1:
+            raise ConfigError("--config needs one file, as in --config recipe.yaml")
+        values = _read_file(config_tokens[0], problems)
+    for name, tokens in flags.items():
+        if name in Config.model_fields:
+            values[name] = _flag_value(name, tokens)
+        else:
+            problems.append(f"unknown flag --{name}{_nearest(name, '--')}")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems += _explain(error)
+    if len(problems) == 1:
+        raise ConfigError(f"1 problem in the configuration: {problems[0]}")
+    if problems:
+        raise ConfigError("\n  ".join([f"{len(problems)} problems in the configuration:", *problems]))
+    return config
+
+
+def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
+    """Flag name -> the tokens that follow it. `--name=value` and dashes inside a name are understood."""
+    flags: dict[str, list[str]] = {}
+    name = None
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            name = name.replace("-", "_")
+            if name in flags:
+                problems.append(f"--{name} is given more than once")
+            flags[name] = [value] if equals else []
+        elif name is None:
+            example = f"--config {token}" if token.endswith((".yaml", ".yml")) else "--name value"
+            problems.append(f"unexpected argument {token!r}: settings are written as {example}")
+        else:
+            flags[name].append(token)
+    return flags
+
+
+def _flag_value(name: str, tokens: list[str]) -> Any:
+    """What the flag's text means for its field, for pydantic to check; numbers stay text, which it reads."""
+    types = _types(Config.model_fields[name].annotation)
+    if not tokens:
+        return True if bool in types else ""
+    if len(tokens) > 1:
+        return tokens
+    if NoneType in types and tokens[0].lower() in ("none", "null"):
+        return None
+    if any(get_origin(kind) is list for kind in types) and re.fullmatch(r"\[.*\]", tokens[0]):
+        return re.findall(r"[^\s,'\"]+", tokens[0][1:-1])
+    return tokens[0]
+
+
+def _read_file(path: str, problems: list[str]) -> dict[str, Any]:
+    """The known keys of a flat YAML mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"--config {path}: should hold lines of the form 'name: value'")
+    keys = Counter(str(key.value) for key, _ in node.value)  # `values` silently keeps the last of equal keys
+    problems += [f"{key} is given more than once in {path}" for key, count in keys.items() if count > 1]
+    unknown = [key for key in values if key not in Config.model_fields]
+    problems += [f"unknown key {key!r} in {path}{_nearest(str(key))}" for key in unknown]
+    return {key: value for key, value in values.items() if key not in unknown}
+
+
+def _nearest(name: str, prefix: str = "") -> str:
+    """The end of an unknown name's message; `prefix` is that of a flag."""
+    names = difflib.get_close_matches(name, [*Config.model_fields, *(["config"] if prefix else [])], n=1)
+    return f": did you mean {prefix}{names[0]}?" if names else " (--help lists the fields)"
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line a field or a conflict; pydantic's list has one entry for each type of a union."""
+    lines: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        if not item["loc"]:
+            return str(item["ctx"]["error"]).split("\n")
+        name, value = str(item["loc"][0]), item["input"]
+        required = Config.model_fields[name].is_required()
+        if item["type"] == "missing" or (required and value is None):
+            lines[name] = f"{name} is missing: set it in the file or with --{name}"
+        else:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            message = "needs a value" if value == "" else message
+            quotes = " (put it in quotes)" if item["type"] == "string_type" and value is not None else ""
+            lines.setdefault(name, f"{name}={value!r}: {message}{quotes}")
+    return list(lines.values())
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, without pydantic's constraints."""
+    if get_origin(annotation) is Annotated:
+        return _types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in _types(part)]
+    return [annotation]
+
+
+def _type_name(types: list[Any]) -> str:
+    names = [get_args(kind) if get_origin(kind) is Literal else [kind.__name__] for kind in types]
+    return " | ".join(name for group in names for name in group).replace("NoneType", "none")
+
+
+_GROUPS = {  # the first field of each group of `--help`
+    "algorithm": "run",
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "beta": "objective",
+    "temperature": "sampling",
+    "learning_rate": "optimisation",
+    "eval_steps": "evaluation",
+    "logging_steps": "logging and saving",
+}
+
+
+def help_text() -> str:
+    """The `--help` page: usage, then every field with its type, default and meaning, at most 100 columns."""
+    lines = [
+        "usage: python -m hypo_train                      the demo",
+        "       python -m hypo_train demo --help          the demo's options",
+        "       python -m hypo_train --config recipe.yaml --learning_rate 1e-6",
+        "",
+        "--config reads a flat YAML file of the fields below; --field value, --field=value or, for yes/no",
+        "fields, --field alone overrides it.",
+    ]
+    for name, field in Config.model_fields.items():
+        if name in _GROUPS:
+            lines += ["", f"{_GROUPS[name]}:"]
+        default = field.default
+        if isinstance(default, (bool, NoneType)):
+            default = str(default).lower()
+        default = "required" if field.is_required() else f"default: {default}"
+        lines.append(f"  --{name}  {_type_name(_types(field.annotation))}  ({default})")
+        lines += textwrap.wrap(
+            field.description or "", width=100, initial_indent=" " * 8, subsequent_indent=" " * 8
+        )
+    return "\n".join(lines)

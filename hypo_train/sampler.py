@@ -1,0 +1,299 @@
+"""On-policy completions, drawn from the weights as they are now.
+
+An engine is anything that keeps the `Sampler` protocol; `tests/train/test_sampler.py` is the suite that every
+engine passes. `GenerateSampler` is the reference engine: transformers' own `generate` over the live module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+_SCORE_BYTES = 64 * 2**20  # fp32 logits that scoring holds at a time
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`n` completions of each of N prompts, on the model's device; row r belongs to prompt r // n."""
+
+    tokens: Tensor  # int64 (N * n, L), right-padded with pad_token_id
+    mask: Tensor  # bool (N * n, L), True up to and including EOS
+    logprobs: Tensor | None  # float32 (N * n, L), under the sampling distribution, 0 where masked
+    ended: Tensor  # bool (N * n,), EOS seen; False = cut at max_new_tokens
+    version: int  # optimizer step of the weights used
+
+    def completions(self) -> list[list[int]]:
+        """The token ids of each row, EOS included, read from the device in one go."""
+        lengths = self.mask.sum(1, keepdim=True)
+        return [row[1 : 1 + row[0]] for row in torch.cat([lengths, self.tokens], dim=1).tolist()]
+
+
+class Sampler(Protocol):
+    """An engine that draws completions from the policy."""
+
+    live: bool  # True: reads the trainer's parameters; False: holds a copy, brought up to date on demand
+
+    def sample(self, prompts: list[list[int]], n: int, max_new_tokens: int, *, seed: int) -> Samples:
+        """Draw `n` completions of each prompt; the same weights, arguments and seed give the same ones."""
+
+    def weights_changed(self, step: int) -> None:
+        """The optimizer made step `step`: what is drawn from now on comes from the new weights."""
+
+    def release(self) -> None:
+        """Give back the memory that only sampling needs; the next `sample` takes it again."""
+
+
+class GenerateSampler:
+    """`model.generate` as a pure sampler: no setting of the checkpoint's generation config takes part.
+
+    Args:
+        model: a decoder with a language-model head, or a PeftModel around one. A call leaves its parameters,
+            gradients, train flags and generation config, and the global random state, as they were.
+        eos_token_ids: tokens that end a completion; empty = only `max_new_tokens` does.
+        pad_token_id: what fills a row after its EOS; may be an EOS itself.
+        temperature, top_k, top_p: the sampling distribution. Under the defaults it is the model's own, the
+            only one for which HyPO's KL estimate is unbiased. top_k = 0 and top_p = 1 do not truncate.
+        max_batch_tokens: rows are generated in batches of at most this many tokens (rows x (longest prompt +
+            max_new_tokens)), at least a row each, which bounds the KV cache; None = all in one batch. Random
+            numbers are drawn per batch, so another value gives other samples.
+        score: also compute `logprobs`, by one more forward over each batch.
+
+    Raises:
+        ValueError: a temperature, top_k or top_p that is no distribution, or a max_batch_tokens below 1.
+    """
+
+    live = True
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_batch_tokens: int | None = None,
+        score: bool = False,
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}: it must be above 0")
+        if top_k < 0:
+            raise ValueError(f"top_k is {top_k}: it must be 0 (no truncation) or more")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}: it must be above 0 and at most 1 (no truncation)")
+        if max_batch_tokens is not None and max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens is {max_batch_tokens}: it must be at least 1, or None")
+        self.model = model
+        self.eos_token_ids = list(eos_token_ids)
+        self.pad_token_id = pad_token_id
+        self.temperature = float(temperature)
+        self.top_k = top_k
+        self.top_p = float(top_p)
+        self.max_batch_tokens = max_batch_tokens
+        self.score = score
+        self.version = 0
+
+    def sample(self, prompts: list[list[int]], n: int, max_new_tokens: int, *, seed: int) -> Samples:
+        """See `Sampler.sample`. Raises ValueError: no prompts, an empty one, n or max_new_tokens below 1."""
+        _check(prompts, n, max_new_tokens)
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        size = self._rows_per_batch(prompts, len(rows), max_new_tokens)
+        with torch.no_grad(), _sampling_mode(self.model):
+            batches = [
+                self._sample_batch(
+                    rows[start : start + size], max_new_tokens, _batch_seed(seed, start // size)
+                )
+                for start in range(0, len(rows), size)
+            ]
+        tokens = _stacked([batch.tokens for batch in batches], self.pad_token_id)
+        mask = _stacked([batch.mask for batch in batches], False)
+        scores = [batch.logprobs for batch in batches if batch.logprobs is not None]
+        return Samples(
+            tokens=tokens,
+            mask=mask,
+            logprobs=_stacked(scores, 0.0) if self.score else None,
+            ended=(self._is_eos(tokens) & mask).any(1),
+            version=self.version,
+        )
+
+    def weights_changed(self, step: int) -> None:
+        """The weights are read live; only `Samples.version` follows."""
+        self.version = step
+
+    def release(self) -> None:
+        """Nothing is held between calls."""
+
+    def _rows_per_batch(self, prompts: list[list[int]], num_rows: int, max_new_tokens: int) -> int:
+        if self.max_batch_tokens is None:
+            return num_rows
+        return max(1, self.max_batch_tokens // (max(map(len, prompts)) + max_new_tokens))
+
+    def _sample_batch(self, rows: list[list[int]], max_new_tokens: int, seed: int) -> _Batch:
+        """One completion of each row."""
+        device = next(self.model.parameters()).device
+        input_ids, attention_mask = _left_padded(rows, self.pad_token_id, device)
+        with _seeded(device, seed):
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=self._generation_config(max_new_tokens),
+            )
+        tokens = output[:, input_ids.shape[1] :]
+        # Only the first EOS ends a row. What follows it is padding, whatever its id, and a pad token that
+        # the model drew itself counts like any other.
+        is_eos = self._is_eos(tokens)
+        mask = is_eos.cumsum(1) - is_eos.long() == 0
+        logprobs = self._logprobs(input_ids, attention_mask, tokens, mask) if self.score else None
+        return _Batch(tokens, mask, logprobs)
+
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=self.top_k,  # left out, transformers would cut at 50
+            top_p=self.top_p,
+            eos_token_id=self.eos_token_ids or None,
+            pad_token_id=self.pad_token_id,
+            use_cache=True,
+        )
+
+    def _is_eos(self, tokens: Tensor) -> Tensor:
+        return torch.isin(tokens, torch.tensor(self.eos_token_ids, device=tokens.device, dtype=tokens.dtype))
+
+    def _logprobs(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) teacher-forced, a few rows at a time: generate's own logits would be (B, L, V) in fp32."""
+        length = tokens.shape[1]
+        input_ids = torch.cat([prompt_ids, tokens], dim=1)
+        attention_mask = torch.cat([prompt_mask, mask.long()], dim=1)
+        vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        size = max(1, _SCORE_BYTES // (4 * (length + 1) * vocab_size))
+        parts = []
+        for ids, seen, drawn in zip(
+            input_ids.split(size), attention_mask.split(size), tokens.split(size), strict=True
+        ):
+            logits = _completion_logits(self.model, ids, seen, length)
+            scores = self._warped(logits.float().flatten(0, 1), drawn.reshape(-1, 1))
+            parts.append(scores.log_softmax(-1).gather(1, drawn.reshape(-1, 1)).view_as(drawn))
+        return torch.cat(parts).masked_fill(~mask, 0.0)
+
+    def _warped(self, logits: Tensor, drawn: Tensor) -> Tensor:
+        """(T, V) logits of the sampling distribution, by the warpers that generate applies, in its order."""
+        warpers = LogitsProcessorList()
+        if self.temperature != 1:
+            warpers.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        warped = warpers(drawn, logits)  # type: ignore[arg-type]
+        # A drawn token was inside the truncation; the rounding of another forward must not put it outside.
+        return warped.scatter(1, drawn, logits.gather(1, drawn) / self.temperature)
+
+
+class _Batch(NamedTuple):
+    tokens: Tensor  # (B, L)
+    mask: Tensor  # (B, L)
+    logprobs: Tensor | None  # (B, L)
+
+
+def _stacked(parts: Sequence[Tensor], value: float) -> Tensor:
+    """(B_i, L_i) each -> (sum of B_i, longest L), right-padded with `value`."""
+    length = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, length - part.shape[1]), value=value) for part in parts])
+
+
+def _completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    """(B, length, V) the logits that predict the last `length` tokens of left-padded rows."""
+    inputs = {
+        "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),  # as generate counts them
+        "logits_to_keep": length + 1,
+        "use_cache": False,
+    }
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accepted = inspect.signature(base.forward).parameters
+    inputs = {name: value for name, value in inputs.items() if name in accepted}
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
+    return logits[:, -length - 1 : -1]
+
+
+@contextmanager
+def _sampling_mode(model: nn.Module) -> Iterator[None]:
+    """eval() and a blank generation config, both put back afterwards.
+
+    In train mode, gradient checkpointing drops the KV cache and LoRA applies its dropout: wrong tokens, and
+    no error. And generate takes from the model's own generation config whatever its caller's leaves at None:
+    a repetition penalty, banned words, forced tokens.
+    """
+    modes = {module: module.training for module in model.modules()}
+    configs = {m: m.generation_config for m in modes if "generation_config" in vars(m)}
+    try:
+        model.eval()
+        for module in configs:
+            module.generation_config = GenerationConfig()  # type: ignore[assignment]
+        yield
+    finally:
+        for module, config in configs.items():
+            module.generation_config = config
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw from `seed` on `device`; the global random states of the host and the device are put back."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        torch.random.default_generator.manual_seed(seed)
+        # torch.manual_seed would reseed every other device too, and those are not put back.
+        for accelerator in devices:
+            module = torch.get_device_module(accelerator)
+            with module.device(accelerator):
+                module.manual_seed(seed)
+        yield
+
+
+def _batch_seed(seed: int, batch: int) -> int:
+    """Mixed, not added: batch 1 of seed 0 must differ from batch 0 of seed 1."""
+    return random.Random(f"{seed}/{batch}").getrandbits(63)
+
+
+def _left_padded(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, P) token ids and 0/1 attention mask."""
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    flat = chain.from_iterable([pad_token_id] * gap + row for gap, row in zip(padding, rows, strict=True))
+    input_ids = torch.tensor(list(flat)).view(len(rows), length)
+    attention_mask = torch.arange(length) >= torch.tensor(padding).unsqueeze(1)
+    return input_ids.to(device), attention_mask.long().to(device)
+
+
+def _check(prompts: list[list[int]], n: int, max_new_tokens: int) -> None:
+    if not prompts:
+        raise ValueError("there are no prompts to sample from: pass at least one")
+    for p, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(
+                f"prompt {p} is empty, so nothing predicts what follows it: give it at least a BOS"
+            )
+    if n < 1:
+        raise ValueError(f"n is {n}: ask for at least 1 completion a prompt")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: a completion has at least 1 token")
