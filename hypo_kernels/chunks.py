@@ -36,10 +36,14 @@ class Layout:
 
 
 def layout(targets: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    """Drop the ignored rows of packed (T,) + ``cu_seqlens`` (S+1,) or padded (S, L) targets."""
+    """Drop the ignored rows of packed (T,) + ``cu_seqlens`` (S+1,) or padded (S, L) targets.
+
+    Packed targets without ``cu_seqlens`` are one sequence.
+    """
     flat = targets.cpu().flatten().long()
     if cu_seqlens is None:
-        bounds = torch.arange(targets.shape[0] + 1) * targets.shape[1]
+        num_sequences = len(targets) if targets.ndim == 2 else 1
+        bounds = torch.arange(num_sequences + 1) * targets.shape[-1]
     else:
         bounds = cu_seqlens.cpu().long()
     counted = flat != IGNORE_INDEX

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ class LMHead:
     def slope_is_needed(self) -> bool:
         """Whether ∂logits/∂raw is anything but 1."""
         return self.logit_softcap is not None or self.logit_scale != self.temperature
+
+    def constants(self) -> dict[str, Any]:
+        """Everything but the weight, as keyword arguments of the public functions."""
+        return {
+            "bias": self.bias,
+            "logit_softcap": self.logit_softcap,
+            "logit_scale": self.logit_scale,
+            "temperature": self.temperature,
+        }
 
     def logits(self, raw: Tensor) -> Tensor:
         """The model's logits from ``raw = h·Wᵀ`` (..., V), out of place, in the dtype of ``raw``."""

@@ -1,7 +1,7 @@
-"""One flat, frozen `Config` for a run, read from a YAML file and from command-line flags.
+"""One flat, frozen ``Config`` for a run, read from a YAML file and from command-line flags.
 
-Nothing heavy is imported here, so that a mistake is reported at once: `load_config` collects every
-problem of a file and a command line into one `ConfigError`. Field names follow TRL where TRL has the field.
+Nothing heavy is imported here, so that a mistake is reported at once: ``load_config`` collects every
+problem of a file and a command line into one ``ConfigError``. Field names follow TRL where TRL has the field.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 
 
 class Config(BaseModel):
-    """Every setting of a run. The docstring below a field is its `--help` text."""
+    """Every setting of a run. The docstring below a field is its ``--help`` text."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -112,7 +112,7 @@ class Config(BaseModel):
     """Added to a sample's log-ratio for each of its tokens, so that length costs as KL does; hypo only."""
 
     temperature: PositiveFloat = 1.0
-    """Sampling temperature. Any value but 1 samples another policy than the trained one: the KL is biased."""
+    """Sampling temperature; the KL of any but 1 is not that of the model's own distribution."""
     top_k: NonNegativeInt = 0
     """Sample from the k likeliest tokens; 0 means all. Truncation biases the KL."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -169,7 +169,7 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number_is_a_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        # Pydantic reads yes and no as 1 and 0: `save_steps: no` or `beta: on` would pass.
+        # Pydantic reads yes and no as 1 and 0: ``save_steps: no`` or ``beta: on`` would pass.
         types = _types(cls.model_fields[info.field_name or ""].annotation)
         if isinstance(value, bool) and bool not in types:
             raise ValueError(f"should be {_type_name(types)}, not true or false")
@@ -185,16 +185,16 @@ class Config(BaseModel):
         """Settings that are allowed but seldom meant, one line each."""
         lines = []
         if self.algorithm == "hypo" and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            sampling = f"temperature={self.temperature:g}, top_k={self.top_k}, top_p={self.top_p:g}"
             lines.append(
-                f"temperature={self.temperature:g}, top_k={self.top_k}, top_p={self.top_p:g}: samples do not "
-                "come from the trained policy, so the reverse KL is biased (unbiased: 1, 0, 1)"
+                f"{sampling}: samples do not follow the model's own distribution, the KL is biased (use 1, 0, 1)"
             )
         if self.dtype == "bfloat16" and not self.use_peft:
             lines.append("dtype=bfloat16: weights without a float32 master copy lose most small updates")
         return lines
 
     def to_yaml(self) -> str:
-        """All fields as a YAML mapping that `load_config` reads back to an equal `Config`."""
+        """All fields as a YAML mapping that ``load_config`` reads back to an equal ``Config``."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
@@ -232,9 +232,9 @@ def _conflicts(c: Config) -> list[str]:
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """The configuration that `argv` (without the program's name) asks for; flags override `--config`'s file.
+    """The configuration that ``argv`` (without the program's name) asks for; flags override ``--config``'s file.
 
-    Raises `ConfigError` with every problem of the file and the flags together.
+    Raises ``ConfigError`` with every problem of the file and the flags together.
     """
     problems: list[str] = []
     flags = _read_flags(argv, problems)
@@ -261,7 +261,7 @@ def load_config(argv: Sequence[str]) -> Config:
 
 
 def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
-    """Flag name -> the tokens that follow it. `--name=value` and dashes inside a name are understood."""
+    """Flag name -> the tokens that follow it. ``--name=value`` and dashes inside a name are understood."""
     flags: dict[str, list[str]] = {}
     name = None
     for token in argv:
@@ -305,7 +305,7 @@ def _read_file(path: str, problems: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"--config {path}: should hold lines of the form 'name: value'")
-    keys = Counter(str(key.value) for key, _ in node.value)  # `values` silently keeps the last of equal keys
+    keys = Counter(str(key.value) for key, _ in node.value)  # ``values`` silently keeps the last of equal keys
     problems += [f"{key} is given more than once in {path}" for key, count in keys.items() if count > 1]
     unknown = [key for key in values if key not in Config.model_fields]
     problems += [f"unknown key {key!r} in {path}{_nearest(str(key))}" for key in unknown]
@@ -313,7 +313,7 @@ def _read_file(path: str, problems: list[str]) -> dict[str, Any]:
 
 
 def _nearest(name: str, prefix: str = "") -> str:
-    """The end of an unknown name's message; `prefix` is that of a flag."""
+    """The end of an unknown name's message; ``prefix`` is that of a flag."""
     names = difflib.get_close_matches(name, [*Config.model_fields, *(["config"] if prefix else [])], n=1)
     return f": did you mean {prefix}{names[0]}?" if names else " (--help lists the fields)"
 
@@ -350,7 +350,7 @@ def _type_name(types: list[Any]) -> str:
     return " | ".join(name for group in names for name in group).replace("NoneType", "none")
 
 
-_GROUPS = {  # the first field of each group of `--help`
+_GROUPS = {  # the first field of each group of ``--help``
     "algorithm": "run",
     "model_name_or_path": "model",
     "dataset_name": "data",
@@ -363,7 +363,7 @@ _GROUPS = {  # the first field of each group of `--help`
 
 
 def help_text() -> str:
-    """The `--help` page: usage, then every field with its type, default and meaning, at most 100 columns."""
+    """The ``--help`` page: usage, then every field with its type, default and meaning, at most 100 columns."""
     lines = [
         "usage: python -m hypo_train                      the demo",
         "       python -m hypo_train demo --help          the demo's options",
@@ -380,7 +380,5 @@ def help_text() -> str:
             default = str(default).lower()
         default = "required" if field.is_required() else f"default: {default}"
         lines.append(f"  --{name}  {_type_name(_types(field.annotation))}  ({default})")
-        lines += textwrap.wrap(
-            field.description or "", width=100, initial_indent=" " * 8, subsequent_indent=" " * 8
-        )
+        lines += textwrap.wrap(field.description or "", width=100, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Preference rows -> token ids.
 
-`load_rows` reads a data set, `tokenize_pairs` turns its rows into `Pair`s (`tokenize_examples` into SFT
-`Example`s) and reports every row it could not use, `batch_indices` says which rows a step trains on.
+``load_rows`` reads a data set, ``tokenize_pairs`` turns its rows into ``Pair``s (``tokenize_examples`` into SFT
+``Example``s) and reports every row it could not use, ``batch_indices`` says which rows a step trains on.
 
 Every completion ends with exactly one EOS; a prompt has at most one BOS. Prompt and completion are
 tokenised apart, so that the prompt a sample continues has the very ids the offline completions continue.
@@ -12,35 +12,29 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import datasets
-from datasets.exceptions import DatasetsError
-from jinja2 import TemplateError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hypo_train.config import Config
+from hypo_train.formats import DataError, RowText, Unusable, row_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
-BLOCK = 1000  # rows tokenised in one call: fast tokenizers run a batch in parallel
+BLOCK = 1000  # rows tokenised in one call: a fast tokenizer runs a batch in parallel
 
-Messages: TypeAlias = list[dict[str, Any]]
+Ids: TypeAlias = tuple[int, ...]
 Rows: TypeAlias = "datasets.Dataset | Sequence[Mapping[str, Any]]"
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file, split or column and what is there."""
-
-
-class _Unusable(Exception):
-    """One row that cannot be used; the message is the reason, to be read after "3 with"."""
+Row = TypeVar("Row", "Pair", "Example")
 
 
 @dataclass(frozen=True)
@@ -48,9 +42,9 @@ class Pair:
     """One preference row as token ids; both completions end with their only EOS."""
 
     row: int  # index in the source split
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
 
 
 @dataclass(frozen=True)
@@ -58,23 +52,23 @@ class Example:
     """One prompt and the completion to imitate, as token ids; the completion ends with its only EOS."""
 
     row: int  # index in the source split
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
+    prompt: Ids
+    completion: Ids
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows of a split. `lengths` are token counts: median, 95th percentile, largest."""
+    """What became of the rows of a split; counts other than ``rows`` and ``dropped`` are of used rows."""
 
     rows: int
     used: int
-    dropped: dict[str, list[int]]  # reason -> row indices
-    completions: int  # used rows have one or two each
+    dropped: dict[str, list[int]]  # reason -> indices in the source split
+    completions: int  # one or two in a row
     truncated_prompts: int
     truncated_completions: int
-    texts_cut_at_eos: int  # completions with text after an EOS of their own
-    doubled_bos: int  # prompts whose second BOS was taken away
-    lengths: dict[str, tuple[int, int, int]]
+    cut_at_eos: int  # completions that had text after an EOS of their own
+    doubled_bos: int  # prompts that had a second BOS
+    lengths: dict[str, tuple[int, int, int]]  # tokens of prompt, chosen, ...: median, 95 %, largest
 
     def lines(self) -> list[str]:
         """The report as text, one finding a line."""
@@ -85,8 +79,8 @@ class DataReport:
         for count, total, finding in (
             (self.truncated_prompts, self.used, "prompts cut to their last max_prompt_length tokens"),
             (self.truncated_completions, self.completions, "completions cut to max_completion_length tokens"),
-            (self.texts_cut_at_eos, self.completions, "completions cut at an EOS inside their text"),
-            (self.doubled_bos, self.used, "prompts had a second BOS, which was removed"),
+            (self.cut_at_eos, self.completions, "completions cut at an EOS inside their text"),
+            (self.doubled_bos, self.used, "prompts had a second BOS, now removed"),
         ):
             if count:
                 lines.append(f"{count} of {total} ({count / total:.1%}) {finding}")
@@ -101,52 +95,60 @@ def _name_rows(rows: list[int]) -> str:
 
 
 def load_rows(config: Config, split: str) -> datasets.Dataset:
-    """The rows of one split of `config.dataset_name`: a file, a folder, a saved data set or a Hub name.
+    """One split of ``config.dataset_name``: a file, a folder of files, a saved data set or a Hub name.
 
-    Nothing is written beside a local file: what `datasets` caches goes to its own cache folder.
-    Raises `DataError` for a missing file, an unknown split, a broken or an empty file.
+    Nothing is written beside a local file: what ``datasets`` caches goes to its own cache folder.
+    Raises ``DataError`` for what is missing, broken or empty, and for an unknown split.
     """
     name = config.dataset_name
-    path = Path(name)
     try:
-        if path.is_file():
-            rows = _load_file(path, split)
-        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            rows = _load_saved(path, split)
-        elif path.exists() or not _looks_like_a_path(name):
-            rows = datasets.load_dataset(name, config.dataset_config, split=split)
-        else:
-            raise DataError(f"dataset_name={name!r}: there is no such file or folder; {_listing(path.parent)}")
+        rows = _open(Path(name).expanduser(), config, split)
     except DataError:
         raise
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"dataset_name={name!r}, split {split!r}: {_reason(error)}") from error
+        # A build error says only that there was one; what went wrong is its cause.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        reason = " ".join(str(cause or error).split())
+        if "corresponds to no data" in reason:
+            reason = "there are no rows"
+        where = "" if Path(name).expanduser().exists() else "no local file or folder, and from the Hub: "
+        raise DataError(f"dataset_name={name!r}, split {split!r}: {where}{reason}") from error
     if len(rows) == 0:
         raise DataError(f"dataset_name={name!r}, split {split!r}: there are no rows")
     return rows
 
 
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or Path(name).suffix in FILE_FORMATS
+def _open(path: Path, config: Config, split: str) -> datasets.Dataset:
+    if path.is_file():
+        return _open_file(path, split)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _open_saved(path, split)
+    if path.exists():
+        return datasets.load_dataset(str(path), config.dataset_config, split=split)
+    name = config.dataset_name
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or path.suffix in FILE_FORMATS:
+        raise DataError(f"dataset_name={name!r}: there is no such file or folder; {_listing(path.parent)}")
+    return datasets.load_dataset(name, config.dataset_config, split=split)
 
 
 def _listing(folder: Path) -> str:
     if not folder.is_dir():
         return f"nor is there a folder {str(folder)!r}"
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.suffix in FILE_FORMATS)
+    names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir() or path.suffix in FILE_FORMATS)
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"in {str(folder)!r} there is {shown or 'no data file'}"
 
 
-def _load_file(path: Path, split: str) -> datasets.Dataset:
+def _open_file(path: Path, split: str) -> datasets.Dataset:
     if path.suffix not in FILE_FORMATS:
         raise DataError(f"dataset_name={str(path)!r}: the name should end in one of {', '.join(FILE_FORMATS)}")
     if path.stat().st_size == 0:
         raise DataError(f"dataset_name={str(path)!r}: the file is empty")
     options: dict[str, Any] = {}
     if path.suffix == ".csv":
-        # Every cell is text: a completion "NA" or "12" is neither a missing value nor a number.
-        options = {"keep_default_na": False, "converters": dict.fromkeys(TEXT_COLUMNS, str)}
+        # Every cell is text: the completion "NA" is no missing value, "007" is no number.
+        columns = ("prompt", "chosen", "rejected", "completion")
+        options = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)}
     try:
         return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split, **options)
     except DatasetsError:
@@ -162,27 +164,74 @@ def _check_json_lines(path: Path) -> None:
             try:
                 row = json.loads(line) if line.strip() else {}
             except json.JSONDecodeError as error:
-                raise DataError(f"dataset_name={str(path)!r}: line {number} is not JSON: {error}") from None
+                raise DataError(f"dataset_name={str(path)!r}: line {number} is not JSON: {error.msg}") from None
             if not isinstance(row, dict):
-                raise DataError(f"dataset_name={str(path)!r}: line {number} is not an object of columns")
+                raise DataError(f"dataset_name={str(path)!r}: line {number} is not a JSON object")
 
 
-def _load_saved(path: Path, split: str) -> datasets.Dataset:
+def _open_saved(path: Path, split: str) -> datasets.Dataset:
     saved = datasets.load_from_disk(str(path))
-    # A data set saved alone has no split names to choose from.
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved, str(saved.split): saved}
+    # A data set that was saved alone often has no split name; it is "train", as a single file is.
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
     if split not in splits:
-        there = ", ".join(name for name in splits if name != "None")
-        raise DataError(f"dataset_name={str(path)!r}: there is no split {split!r}, only {there}")
+        raise DataError(f"dataset_name={str(path)!r}: there is no split {split!r}, only {_quoted(splits)}")
     return splits[split]
 
 
-def _reason(error: BaseException) -> str:
-    """One line of what `datasets` said; its build errors hide the cause in `__cause__`."""
-    text = " ".join(str(error.__cause__ or error).split())
-    if "corresponds to no data" in text:
-        return "there are no rows"
-    return text or type(error).__name__
+def load_pairs(
+    config: Config, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+) -> tuple[list[Pair], list[Pair], dict[str, DataReport]]:
+    """Training pairs, evaluation pairs (none where the config holds out no rows) and a report on each.
+
+    The reports' keys are "train" and "eval". Raises ``DataError``.
+    """
+    return _load(config, tokenizer, eos_token_ids, tokenize_pairs)
+
+
+def load_examples(
+    config: Config, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+) -> tuple[list[Example], list[Example], dict[str, DataReport]]:
+    """As ``load_pairs``, for SFT."""
+    return _load(config, tokenizer, eos_token_ids, tokenize_examples)
+
+
+def _load(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: Sequence[int],
+    tokenize: Callable[..., tuple[list[Row], DataReport]],
+) -> tuple[list[Row], list[Row], dict[str, DataReport]]:
+    train = load_rows(config, config.dataset_train_split)
+    held_out, first_row = None, 0
+    if config.dataset_test_split is not None:
+        held_out = load_rows(config, config.dataset_test_split)
+    elif config.num_eval_rows:
+        first_row = len(train) - config.num_eval_rows
+        if first_row <= 0:
+            raise DataError(
+                f"num_eval_rows={config.num_eval_rows} leaves none of the {len(train)} rows of split "
+                f"{config.dataset_train_split!r} for training"
+            )
+        train, held_out = train.select(range(first_row)), train.select(range(first_row, len(train)))
+    options: dict[str, Any] = {
+        "max_prompt_length": config.max_prompt_length,
+        "max_completion_length": config.max_completion_length,
+        "eos_token_ids": eos_token_ids,
+    }
+
+    def read(rows: datasets.Dataset, split: str, first_row: int = 0) -> tuple[list[Row], DataReport]:
+        try:
+            return tokenize(rows, tokenizer, first_row=first_row, **options)
+        except DataError as error:
+            raise DataError(f"dataset_name={config.dataset_name!r}, split {split!r}: {error}") from None
+
+    train_rows, report = read(train, config.dataset_train_split)
+    eval_rows: list[Row] = []
+    reports = {"train": report}
+    if held_out is not None:
+        split = config.dataset_test_split or config.dataset_train_split
+        eval_rows, reports["eval"] = read(held_out, split, first_row)
+    return train_rows, eval_rows, reports
 
 
 def tokenize_pairs(
@@ -196,21 +245,21 @@ def tokenize_pairs(
 ) -> tuple[list[Pair], DataReport]:
     """Token ids of the preference rows that can be used, in order, and a report on all of them.
 
-    Columns: `chosen`, `rejected` and, unless it is their common beginning, `prompt`; each text or a list of
-    chat messages. `first_row` is the index of the first row in its split, for the report and `Pair.row`.
-    Lengths are in tokens, EOS included. Raises `DataError` when a column is missing, when chat messages meet
-    a tokenizer without a chat template, and when no row is left.
+    Columns: ``chosen``, ``rejected`` and, unless it is their common beginning, ``prompt``; each is text or a list
+    of chat messages. Lengths are in tokens, EOS included; ``first_row`` is the index in the split of the first
+    row. A completion without an EOS gets the tokenizer's, or the first of ``eos_token_ids`` if the tokenizer's
+    is not among them. Raises ``DataError`` when a column is missing, when chat messages meet a tokenizer
+    without a chat template, and when no row can be used.
     """
-    columns = _columns(dataset)
-    if not {"chosen", "rejected"} <= columns:
+    if not {"chosen", "rejected"} <= _columns(dataset):
         raise DataError(
-            "preference data needs the columns 'chosen' and 'rejected' (and 'prompt', unless it is their common "
-            f"beginning); the columns are {_quoted(columns)}"
+            "preference data needs the columns 'chosen' and 'rejected', and 'prompt' unless it is their common "
+            f"beginning; the columns are {_quoted(_columns(dataset))}"
         )
-    limits = _Limits(max_prompt_length, max_completion_length)
-    tokens = _Tokens.of(tokenizer, eos_token_ids)
     keys = ("chosen", "rejected")
-    return _tokenize(dataset, keys, "prompt" in columns, tokens, limits, first_row, Pair)
+    rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
+    rows, report = _tokenize(dataset, rules, keys, keys, first_row)
+    return [Pair(row, prompt, *completions) for row, prompt, completions in rows], report
 
 
 def tokenize_examples(
@@ -222,4 +271,210 @@ def tokenize_examples(
     eos_token_ids: Sequence[int],
     first_row: int = 0,
 ) -> tuple[list[Example], DataReport]:
-    """As `tokenize_pairs`, for SFT: rows with `prompt` and `completion`, or preference rows' chosen side."""
+    """As ``tokenize_pairs``, for SFT: rows with ``prompt`` and ``completion``, or the chosen side of preferences."""
+    columns = _columns(dataset)
+    keys: tuple[str, ...]
+    if {"prompt", "completion"} <= columns:
+        keys = ("completion",)
+    elif {"prompt", "chosen"} <= columns:
+        keys = ("chosen",)
+    elif {"chosen", "rejected"} <= columns:
+        keys = ("chosen", "rejected")  # the prompt is what the two share
+    else:
+        raise DataError(
+            "SFT needs the columns 'prompt' and 'completion', or those of preference data ('chosen' and "
+            f"'rejected'); the columns are {_quoted(columns)}"
+        )
+    rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
+    rows, report = _tokenize(dataset, rules, keys, keys[:1], first_row)
+    return [Example(row, prompt, *completions) for row, prompt, completions in rows], report
+
+
+def _columns(dataset: Rows) -> KeysView[str]:
+    if len(dataset) == 0:
+        raise DataError("there are no rows")
+    return dataset[0].keys()
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+@dataclass(frozen=True)
+class _TokenRules:
+    """What the ids of a prompt and of a completion have to keep to."""
+
+    tokenizer: PreTrainedTokenizerBase
+    bos: int | None
+    eos: int  # ends a completion that has none of ``stops``
+    stops: frozenset[int]
+    max_prompt_length: int
+    max_completion_length: int
+
+
+def _token_rules(
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: Sequence[int],
+    max_prompt_length: int,
+    max_completion_length: int,
+) -> _TokenRules:
+    if not eos_token_ids:
+        raise DataError("eos_token_ids is empty: without an EOS no completion ends")
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id in eos_token_ids else eos_token_ids[0]
+    if not 0 <= eos < len(tokenizer):
+        raise DataError(f"EOS id {eos} is not among the tokenizer's {len(tokenizer)} ids")
+    limits = (max_prompt_length, max_completion_length)
+    return _TokenRules(tokenizer, tokenizer.bos_token_id, eos, frozenset(eos_token_ids), *limits)
+
+
+def _tokenize(
+    dataset: Rows, rules: _TokenRules, columns: Sequence[str], wanted: Sequence[str], first_row: int
+) -> tuple[list[tuple[int, Ids, list[Ids]]], DataReport]:
+    """(row, prompt, the ``wanted`` ones of the completion ``columns``) of each usable row, and the report."""
+    dropped: dict[str, list[int]] = {}
+    counts: Counter[str] = Counter()
+    rows = []
+
+    def texts() -> Iterator[RowText]:
+        for row, example in enumerate(dataset, start=first_row):
+            try:
+                yield row_text(row, example, columns, rules.tokenizer)
+            except Unusable as reason:
+                dropped.setdefault(str(reason), []).append(row)
+
+    usable = texts()
+    while block := list(islice(usable, BLOCK)):
+        for text, prompt, completions in _encode(block, rules.tokenizer, len(wanted)):
+            try:
+                rows.append((text.row, *_fit(text, prompt, completions, rules, wanted, counts)))
+            except Unusable as reason:
+                dropped.setdefault(str(reason), []).append(text.row)
+    lengths = {"prompt": [len(prompt) for _, prompt, _ in rows]}
+    for index, name in enumerate(wanted):
+        lengths[name] = [len(completions[index]) for _, _, completions in rows]
+    report = DataReport(
+        rows=len(dataset),
+        used=len(rows),
+        dropped={reason: sorted(indices) for reason, indices in dropped.items()},
+        completions=len(rows) * len(wanted),
+        truncated_prompts=counts["truncated_prompts"],
+        truncated_completions=counts["truncated_completions"],
+        cut_at_eos=counts["cut_at_eos"],
+        doubled_bos=counts["doubled_bos"],
+        lengths={name: _quantiles(values) for name, values in lengths.items() if values},
+    )
+    if not rows:
+        raise DataError(f"no row can be used: {report.lines()[1]}")
+    return rows, report
+
+
+def _quantiles(values: list[int]) -> tuple[int, int, int]:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2], ordered[len(ordered) * 95 // 100], ordered[-1]
+
+
+def _encode(
+    block: list[RowText], tokenizer: PreTrainedTokenizerBase, num_wanted: int
+) -> Iterator[tuple[RowText, list[int], list[list[int]]]]:
+    """Each row with the ids of its prompt and completions; special tokens come with plain prompts alone."""
+
+    def ids(texts: list[str], special: bool) -> Iterator[list[int]]:
+        if not texts:  # tokenizers fail on an empty batch
+            return iter(())
+        batch = tokenizer(
+            texts,
+            add_special_tokens=special,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return iter(batch["input_ids"])
+
+    prompts = {
+        rendered: ids([text.prompt for text in block if text.rendered is rendered], special=not rendered)
+        for rendered in (False, True)
+    }
+    completions = ids([completion for text in block for completion in text.completions[:num_wanted]], special=False)
+    for text in block:
+        yield text, next(prompts[text.rendered]), list(islice(completions, num_wanted))
+
+
+def _fit(
+    text: RowText,
+    prompt: list[int],
+    completions: list[list[int]],
+    rules: _TokenRules,
+    names: Sequence[str],
+    counts: Counter[str],
+) -> tuple[Ids, list[Ids]]:
+    """Prompt and completions with BOS, EOS and lengths put right; ``counts`` notes what was done."""
+    ended = [_end_with_eos(ids, rules, name) for ids, name in zip(completions, names, strict=True)]
+    if len(set(ended)) < len(ended):
+        raise Unusable("the same tokens in 'chosen' and 'rejected'")
+    limit = rules.max_completion_length
+    short = [ids if len(ids) <= limit else ids[: limit - 1] + ids[-1:] for ids in ended]
+    if len(set(short)) < len(short):
+        raise Unusable("the same tokens in 'chosen' and 'rejected' up to max_completion_length")
+    clean = _clean_prompt(prompt, text.rendered, rules)
+    counts["doubled_bos"] += rules.bos is not None and prompt[:2] == [rules.bos] * 2
+    counts["truncated_prompts"] += len(clean) > rules.max_prompt_length
+    counts["truncated_completions"] += sum(len(ids) > limit for ids in ended)
+    for ids, kept in zip(completions, ended, strict=True):
+        # A template's line break after the EOS is no loss, text is.
+        rest = ids[len(kept) :]
+        counts["cut_at_eos"] += bool(rest and str(rules.tokenizer.decode(rest, skip_special_tokens=True)).strip())
+    return _keep_end(clean, rules), short
+
+
+def _end_with_eos(ids: list[int], rules: _TokenRules, column: str) -> Ids:
+    """The ids up to their first EOS, or with one added."""
+    end = next((place for place, token in enumerate(ids) if token in rules.stops), len(ids))
+    if end == 0:
+        raise Unusable(f"an empty {column!r}")
+    return (*ids[:end], ids[end] if end < len(ids) else rules.eos)
+
+
+def _clean_prompt(ids: list[int], rendered: bool, rules: _TokenRules) -> Ids:
+    """At most one BOS in front; no EOS behind a plain prompt, where some tokenizers put one."""
+    start, end = 0, len(ids)
+    while rules.bos is not None and ids[start : start + 2] == [rules.bos] * 2:
+        start += 1
+    while not rendered and end - start > 1 and ids[end - 1] in {*rules.stops, rules.tokenizer.eos_token_id}:
+        end -= 1
+    if end == start:
+        raise Unusable("an empty 'prompt'")
+    return tuple(ids[start:end])
+
+
+def _keep_end(ids: Ids, rules: _TokenRules) -> Ids:
+    """The last max_prompt_length ids, the first of them the BOS if the prompt had one."""
+    excess = len(ids) - rules.max_prompt_length
+    if excess <= 0:
+        return ids
+    start = ids[:1] if ids[0] == rules.bos else ()
+    return start + ids[excess + len(start) :]
+
+
+def batches_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Batches in one pass: whole ones only, unless the rows do not fill a single one."""
+    return max(1, num_rows // batch_size)
+
+
+def batch_indices(num_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The rows of batch number ``step``, counted from 0 over all epochs.
+
+    A pure function: a resumed run needs no cursor. Each epoch has its own order, drawn from (seed, epoch), and
+    leaves out what does not fill its last batch. Raises ``ValueError`` when there is no row.
+    """
+    if num_rows < 1:
+        raise ValueError(f"num_rows={num_rows}: there is nothing to train on")
+    epoch, place = divmod(step, batches_per_epoch(num_rows, batch_size))
+    return list(_epoch_order(num_rows, seed, epoch)[place * batch_size : (place + 1) * batch_size])
+
+
+@lru_cache(maxsize=2)  # an epoch asks for its order once a step
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(num_rows))
+    random.Random(f"{seed},{epoch}").shuffle(order)
+    return tuple(order)

@@ -117,9 +117,7 @@ class GenerateSampler:
         size = self._rows_per_batch(prompts, len(rows), max_new_tokens)
         with torch.no_grad(), _sampling_mode(self.model):
             batches = [
-                self._sample_batch(
-                    rows[start : start + size], max_new_tokens, _batch_seed(seed, start // size)
-                )
+                self._sample_batch(rows[start : start + size], max_new_tokens, _batch_seed(seed, start // size))
                 for start in range(0, len(rows), size)
             ]
         tokens = _stacked([batch.tokens for batch in batches], self.pad_token_id)
@@ -186,9 +184,7 @@ class GenerateSampler:
         vocab_size = self.model.get_output_embeddings().weight.shape[0]
         size = max(1, _SCORE_BYTES // (4 * (length + 1) * vocab_size))
         parts = []
-        for ids, seen, drawn in zip(
-            input_ids.split(size), attention_mask.split(size), tokens.split(size), strict=True
-        ):
+        for ids, seen, drawn in zip(input_ids.split(size), attention_mask.split(size), tokens.split(size), strict=True):
             logits = _completion_logits(self.model, ids, seen, length)
             scores = self._warped(logits.float().flatten(0, 1), drawn.reshape(-1, 1))
             parts.append(scores.log_softmax(-1).gather(1, drawn.reshape(-1, 1)).view_as(drawn))
@@ -290,9 +286,7 @@ def _check(prompts: list[list[int]], n: int, max_new_tokens: int) -> None:
         raise ValueError("there are no prompts to sample from: pass at least one")
     for p, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(
-                f"prompt {p} is empty, so nothing predicts what follows it: give it at least a BOS"
-            )
+            raise ValueError(f"prompt {p} is empty, so nothing predicts what follows it: give it at least a BOS")
     if n < 1:
         raise ValueError(f"n is {n}: ask for at least 1 completion a prompt")
     if max_new_tokens < 1:

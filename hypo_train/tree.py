@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_PADDING = -1  # the tree and segment id of tokens that belong to none
+_PADDING = -1  # the tree and segment of the tokens that fill a row up
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Tree:
     rows: Tensor  # int64 (T,) indices into the R * N hidden states, sequence after sequence
     targets: Tensor  # int64 (T,) the counted tokens, on the CPU
     cu_seqlens: Tensor  # int64 (S + 1,) where each sequence starts in rows and targets, on the CPU
+    num_tokens: int  # tokens in the rows, padding left out
 
     def to(self, device: torch.device | str) -> Tree:
         """The tree on `device`; `targets` and `cu_seqlens` stay, because the loss plans on the host."""
@@ -108,6 +109,7 @@ def pack(
         rows=_predicting_rows(counted, prompt_end, branch_start),
         targets=_flat([completion for _, completion in sequences]),
         cu_seqlens=torch.cat([counted.new_zeros(1), counted.cumsum(0)]),
+        num_tokens=sum(sizes.values()),
     )
 
 
@@ -139,13 +141,12 @@ def _place(sizes: dict[int, int], budget: int | None) -> tuple[dict[int, int], t
 
 def _prefix_mask(tree: Tensor, segment: Tensor, is_prompt: Tensor) -> Tensor:
     """(R, N) ids of each token's tree and segment -> (R, 1, N, N), True where a query may see a key."""
+    # Padding counts as a tree of its own: a query that sees nothing is NaN in SDPA, and reaches the gradients.
     width = tree.shape[1]
     same_tree = tree.unsqueeze(2) == tree.unsqueeze(1)
     same_segment = segment.unsqueeze(2) == segment.unsqueeze(1)
     allowed = same_tree & (same_segment | is_prompt.unsqueeze(1))
     allowed &= torch.ones(width, width, dtype=torch.bool).tril()
-    # Padding sees itself alone: a query that sees nothing is NaN in SDPA, and that NaN reaches the gradients.
-    allowed &= (tree != _PADDING).unsqueeze(2) | torch.eye(width, dtype=torch.bool)
     return allowed.unsqueeze(1)
 
 
@@ -180,9 +181,7 @@ def _check(
         raise ValueError("there are no sequences to pack: pass at least one (prompt index, completion)")
     for p, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(
-                f"prompt {p} is empty, so nothing predicts what follows it: give it at least a BOS"
-            )
+            raise ValueError(f"prompt {p} is empty, so nothing predicts what follows it: give it at least a BOS")
     for s, (prompt_index, _) in enumerate(sequences):
         if not 0 <= prompt_index < len(prompts):
             raise ValueError(f"sequence {s} names prompt {prompt_index} of {len(prompts)} prompts")

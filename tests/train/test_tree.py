@@ -130,6 +130,7 @@ def test_every_index_of_a_hand_written_batch():
         ".....x",  # padding
     ]
     assert tree.attention_mask.shape == (2, 1, 6, 6)
+    assert tree.num_tokens == 11
     assert tree.attention_mask.dtype == torch.bool
     for name in ("input_ids", "position_ids", "rows", "targets", "cu_seqlens"):
         assert getattr(tree, name).dtype == torch.int64

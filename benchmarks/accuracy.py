@@ -1,0 +1,78 @@
+"""Errors against float64, and when a result is wrong rather than rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import float64
+from benchmarks.measure import peak_extra_bytes
+from benchmarks.workloads import Batch
+
+EXPECTED = {"forward": ("logps",), "frozen": ("logps", "hidden"), "trained": ("logps", "hidden", "weight")}
+WRONG_FACTOR = 10
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Sequence log-probs (S,) and gradients by the counted rows (N, D) and the weight (V, D), float64."""
+
+    logps: Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
+    peak_bytes: int
+
+
+def truth(batch: Batch, *, gradients: bool) -> Truth:
+    """Computed in chunks of rows, so that it fits beside the largest workload: its peak is checked."""
+    rows, targets = batch.counted_rows, batch.counted_targets
+
+    def compute() -> tuple[Tensor, Tensor | None, Tensor | None]:
+        token_logps = float64.row_logprobs(batch.hidden[rows], batch.weight, targets)
+        logps = torch.segment_reduce(token_logps, "sum", lengths=batch.lengths, unsafe=True, initial=0.0)
+        if not gradients:
+            return logps, None, None
+        _, slope = batch.loss_and_coefficients(logps, batch.ref_logps.double())
+        per_row = slope.repeat_interleave(batch.lengths)
+        return (logps, *float64.gradients(batch.hidden[rows], batch.weight, targets, per_row))
+
+    with torch.no_grad():
+        (logps, hidden, weight), peak = peak_extra_bytes(compute, batch.hidden.device)
+    allowed = float64.bound(len(rows), *batch.weight.shape, gradients=gradients)
+    if peak > allowed:
+        raise MemoryError(f"the float64 truth of {batch.workload} took {peak} bytes, more than its bound {allowed}")
+    return Truth(logps, hidden, weight, peak)
+
+
+def errors(exact: Truth, batch: Batch, logps: Tensor) -> dict[str, float]:
+    """max |result − truth| / max |truth| of ``logps`` (S,) and of the gradients that the batch's leaves hold."""
+    out = {"logps": _error(logps, exact.logps)}
+    if batch.hidden.grad is not None and exact.hidden is not None:
+        out["hidden"] = _error(batch.hidden.grad[batch.counted_rows], exact.hidden)
+    if batch.weight.grad is not None and exact.weight is not None:
+        out["weight"] = _error(batch.weight.grad, exact.weight)
+    return out
+
+
+def _error(result: Tensor, exact: Tensor) -> float:
+    worst = (result.double() - exact).abs_().max() / exact.abs().max()
+    return worst.item() if worst.isfinite() else math.inf
+
+
+def wrong(error: Mapping[str, float], eager: Mapping[str, float], mode: str, dtype: torch.dtype) -> str:
+    """Why a result is wrong: a part of it is missing, or far worse than eager torch's. Empty when it is not.
+
+    Where eager torch has no result, for want of memory, the dtype's epsilon stands for its error.
+    """
+    eps = torch.finfo(dtype).eps
+    for quantity in EXPECTED[mode]:
+        if quantity not in error:
+            return f"no gradient of {quantity}"
+        usual = eager.get(quantity, eps)
+        if error[quantity] > WRONG_FACTOR * usual + eps:
+            return f"error of {quantity} is {error[quantity]:.1e}, eager torch's {usual:.1e}"
+    return ""

@@ -1,0 +1,81 @@
+"""The loss against its peers: time, peak memory and error of forward, frozen-head and trained-head work.
+
+pytest-benchmark times one function after another, but only providers that take turns see the same
+machine. So the first test of a group measures all of the group's providers, interleaved, and every test
+then replays its own samples to pytest-benchmark: the timer is a clock that stands still but for the
+target, which moves it by the next recorded sample. Its statistics, ``--benchmark-json`` and
+``--benchmark-compare`` work on interleaved samples that way, through documented options alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.providers import GEMMS, OURS, PROVIDERS, Provider
+from benchmarks.session import Session
+from benchmarks.workloads import Group, groups
+
+
+class ReplayClock:
+    """Shows the sum of the samples that have been replayed, in seconds."""
+
+    __name__ = "interleaved_samples"
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = ReplayClock()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = metafunc.config.getoption("quick")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = [
+        pytest.param(group, provider, id=f"{group}-{provider.name}")
+        for group in groups(device, quick=quick)
+        for provider in PROVIDERS
+        if provider.serves(group) and not (quick and provider.compiles)
+    ]
+    metafunc.parametrize(("group", "provider"), cases)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def bench_loss(
+    group: Group, provider: Provider, session: Session, request: pytest.FixtureRequest, benchmark: Any
+) -> None:
+    measured = session.measure(group, _selected(group, request))
+    result = measured.results[provider.name]
+    if result.failed:
+        pytest.fail(result.failed)
+    if result.skipped:
+        pytest.skip(result.skipped)
+    if result.wrong:
+        (pytest.fail if provider.is_ours else pytest.xfail)(f"WRONG: {result.wrong}")
+    benchmark.group = str(group)
+    benchmark.extra_info.update(
+        provider=provider.name,
+        version=provider.version,
+        peak_bytes=result.peak_bytes,
+        gradient_bytes=result.gradient_bytes,
+        flop_per_second=measured.flop / result.median,
+        times_ours=measured.times(result, OURS[session.device.type]),
+        times_bare_gemms=measured.times(result, GEMMS),
+        **{f"error_{quantity}": error for quantity, error in result.errors.items()},
+    )
+    samples = iter(result.samples)
+    benchmark.pedantic(lambda: CLOCK.advance(next(samples)), rounds=len(result.samples), iterations=1)
+
+
+def _selected(group: Group, request: pytest.FixtureRequest) -> list[str]:
+    """The group's providers that this run asks for (``-k`` and the like leave some out)."""
+    params = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)]
+    return [param["provider"].name for param in params if param["group"] == group]

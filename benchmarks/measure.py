@@ -1,0 +1,120 @@
+"""Time in turns, and peak memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+R = TypeVar("R")
+Step = Callable[[], Any]
+FLUSH_BYTES = 2**28  # several times the L2 cache of any GPU
+
+
+def interleaved(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    *,
+    before: Callable[[], None],
+    seconds: float,
+    min_rounds: int,
+    max_rounds: int,
+) -> dict[str, list[float]]:
+    """Seconds of every step, one sample a round, all steps within each round.
+
+    Clocks, heat and neighbours change from second to second; taking turns makes every step see the same
+    machine. Each round starts with another step, and every other round runs backwards, so that no step
+    always follows the same one. Rounds go on for ``seconds`` but stay within their limits. ``before`` runs
+    outside the clock. On CUDA, the time is the device's, and the cache is flushed before each sample.
+    """
+    timed = _cuda_timer(device) if device.type == "cuda" else _seconds
+    names = list(steps)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(max_rounds):
+            if turn >= min_rounds and time.perf_counter() - start > seconds:
+                break
+            order = names[turn % len(names) :] + names[: turn % len(names)]
+            for name in order if turn % 2 == 0 else reversed(order):
+                before()
+                samples[name].append(timed(steps[name]))
+    finally:
+        gc.enable()
+    return samples
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _cuda_timer(device: torch.device) -> Callable[[Step], float]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def timed(step: Step) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()  # keeps the device busy while the step is launched, too
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return timed
+
+
+def peak_extra_bytes(step: Callable[[], R], device: torch.device) -> tuple[R, int]:
+    """The result of ``step`` and the most memory that was held at once beyond what was held before it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = step()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - held
+    return _cpu_peak(step)
+
+
+def _cpu_peak(step: Callable[[], R]) -> tuple[R, int]:
+    """From the profiler's record of every block that torch's CPU allocator hands out and takes back.
+
+    That sees inside library operators and compiled code, which a dispatch mode does not, and does not
+    count the allocator's own caches, which the resident set size does.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        held += change
+        peak = max(peak, held)
+    return result, peak
+
+
+def median(samples: list[float]) -> float:
+    return statistics.median(samples)
+
+
+def spread(samples: list[float]) -> float:
+    """Interquartile range."""
+    if len(samples) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return high - low

@@ -1,0 +1,158 @@
+"""What a session found, as text for a terminal and as a section for RESULTS.md."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+import hypo_kernels
+from benchmarks.providers import GEMMS, OURS, PROVIDERS
+from benchmarks.session import Measured, Result
+
+COLUMNS = ("provider", "ms", "IQR", "x ours", "x GEMMs", "rate", "peak MiB", "err logp", "err dX", "err dW")
+MIB = 2**20
+
+
+def tables(measured: Iterable[Measured], device: torch.device) -> str:
+    """Every group's table, at most 120 columns wide."""
+    return "\n\n".join("\n".join(_table(group, device)) for group in measured)
+
+
+def _table(measured: Measured, device: torch.device) -> list[str]:
+    """Fastest first; what is wrong, failed or skipped comes after, without a rank."""
+    done = sorted((r for r in measured.results.values() if r.samples), key=lambda result: result.median)
+    ranked = [result for result in done if not result.wrong]
+    rows = [_cells(measured, result, device) for result in ranked]
+    lines = [_title(measured, device), *_aligned([_header(device), *rows])]
+    lines += [f"  WRONG    {r.provider.name}: {r.wrong} ({r.median * 1e3:.4g} ms)" for r in done if r.wrong]
+    rest = [result for result in measured.results.values() if not result.samples]
+    lines += [f"  FAILED   {r.provider.name}: {r.failed}" for r in rest if r.failed]
+    lines += [f"  skipped  {r.provider.name}: {r.skipped}" for r in rest if r.skipped]
+    return [line if len(line) <= 120 else line[:117] + "..." for line in lines]
+
+
+def _title(measured: Measured, device: torch.device) -> str:
+    workload = measured.group.workload
+    ignored = workload.rows - measured.counted_rows
+    ours = measured.results.get(OURS[device.type])
+    gradients = f", gradients {ours.gradient_bytes / MIB:.0f} MiB" if ours and ours.gradient_bytes else ""
+    return (
+        f"{workload.task} {measured.group.mode}: {measured.counted_rows} counted rows"
+        f"{f' (+{ignored} ignored)' if ignored else ''} x V={workload.vocab} x D={workload.width}, "
+        f"{str(workload.dtype).removeprefix('torch.')}{gradients}"
+    )
+
+
+def _header(device: torch.device) -> tuple[str, ...]:
+    return tuple(("TFLOP/s" if device.type == "cuda" else "GFLOP/s") if name == "rate" else name for name in COLUMNS)
+
+
+def _cells(measured: Measured, result: Result, device: torch.device) -> tuple[str, ...]:
+    unit = 1e12 if device.type == "cuda" else 1e9
+    errors = [result.errors.get(quantity) for quantity in ("logps", "hidden", "weight")]
+    return (
+        result.provider.name,
+        f"{result.median * 1e3:.4g}",
+        f"{result.spread * 1e3:.2g}",
+        _ratio(measured.times(result, OURS[device.type])),
+        _ratio(measured.times(result, GEMMS)),
+        f"{measured.flop / result.median / unit:.0f}",
+        "-" if result.provider.name == GEMMS else f"{result.peak_bytes / MIB:.0f}",
+        *("-" if error is None else f"{error:.1e}" for error in errors),
+    )
+
+
+def _ratio(times: float | None) -> str:
+    return "-" if times is None else f"{times:.2f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(["  " + first.ljust(widths[0]), *cells]))
+    return [lines[0], "  " + "-" * (len(lines[0]) - 2), *lines[1:]]
+
+
+def append_section(path: Path, measured: Sequence[Measured], device: torch.device) -> None:
+    """A dated section of Markdown at the end of ``path``: where, with what, how, and every table."""
+    lines = [
+        "",
+        f"## {datetime.date.today().isoformat()}, {hardware(device)}",
+        "",
+        f"- Software: {versions()}; commit {commit()}.",
+        f"- Command: `pytest {shlex.join(sys.argv[1:])}`.",
+        f"- Machine at the end: {state(device)}.",
+        "- Providers take turns within every round; ms is the median and IQR the interquartile range of "
+        f"{min(_rounds(measured))} to {max(_rounds(measured))} rounds.",
+        "",
+    ]
+    for group in measured:
+        title, *table = _table(group, device)
+        lines += [f"**{title}**", "", "```text", *table, "```", ""]
+    with path.open("a") as file:
+        file.write("\n".join(lines))
+
+
+def _rounds(measured: Sequence[Measured]) -> list[int]:
+    return [len(result.samples) for group in measured for result in group.results.values() if result.samples] or [0]
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of {_cpu_name()}, no GPU"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> str:
+    found = {"Python": platform.python_version(), "hypo-kernels": hypo_kernels.__version__}
+    for package in ("triton", *dict.fromkeys(provider.package for provider in PROVIDERS)):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def commit() -> str:
+    """Of the repository, with a mark when the tree differs from it; "unknown" outside one."""
+    try:
+        return _output("git", "describe", "--always", "--dirty", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def state(device: torch.device) -> str:
+    """Load of the host, and clocks of the GPU where nvidia-smi tells."""
+    load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    if device.type != "cuda":
+        return load
+    query = "clocks.sm,clocks.max.sm,power.draw,temperature.gpu"
+    try:
+        return f"{load}; {query}: {_output('nvidia-smi', f'--query-gpu={query}', '--format=csv,noheader')}"
+    except (OSError, subprocess.CalledProcessError):
+        return load
+
+
+def _output(*command: str) -> str:
+    folder = Path(__file__).parent
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()

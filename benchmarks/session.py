@@ -1,0 +1,150 @@
+"""One benchmark session: each group measured once, all of its providers in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.accuracy import Truth, errors, truth, wrong
+from benchmarks.measure import Step, interleaved, median, peak_extra_bytes, spread
+from benchmarks.providers import BY_NAME, EAGER, GEMMS, OURS, Provider, Unavailable
+from benchmarks.workloads import Batch, Group, Workload, make_batch
+
+
+@dataclass
+class Result:
+    """One provider in one group. Without samples, ``skipped`` says why (``failed`` if it should have run)."""
+
+    provider: Provider
+    skipped: str = ""
+    failed: str = ""
+    wrong: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0  # beyond the inputs, gradients included
+    gradient_bytes: int = 0
+    samples: list[float] = field(default_factory=list)  # seconds
+
+    @property
+    def median(self) -> float:
+        return median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        return spread(self.samples)
+
+
+@dataclass
+class Measured:
+    """A group's results, by provider name."""
+
+    group: Group
+    counted_rows: int
+    results: dict[str, Result]
+
+    @property
+    def flop(self) -> float:
+        """Of the products that the work cannot do without."""
+        workload = self.group.workload
+        return 2.0 * self.group.gemms * self.counted_rows * workload.vocab * workload.width
+
+    def times(self, result: Result, name: str) -> float | None:
+        """How many times as long as provider ``name``, if that one ran."""
+        other = self.results.get(name)
+        return result.median / other.median if other is not None and other.samples else None
+
+
+class Session:
+    """Keeps the batch and the truth of one workload at a time."""
+
+    def __init__(self, device: torch.device, *, quick: bool, announce: Callable[[str], None]) -> None:
+        self.device = device
+        self.quick = quick
+        self.announce = announce
+        self.measured: dict[Group, Measured] = {}
+        self._workload: Workload | None = None
+        self._batch: Batch | None = None
+        self._truth: Truth | None = None
+
+    def measure(self, group: Group, names: Iterable[str]) -> Measured:
+        """The results of ``names`` and of what they are compared with."""
+        if group not in self.measured:
+            wanted = {*names, GEMMS, EAGER, OURS[self.device.type]}
+            self.announce(f"measuring {group}")
+            self.measured[group] = self._measure(group, [BY_NAME[name] for name in BY_NAME if name in wanted])
+        return self.measured[group]
+
+    def _measure(self, group: Group, providers: list[Provider]) -> Measured:
+        batch = self._prepare(group.workload)
+        exact = self._exact(batch, gradients=group.mode != "forward")
+        torch.compiler.reset()  # specialise for this group's shapes, and stay clear of the recompilation limit
+        results, steps = {}, {}
+        for provider in providers:
+            result, step = self._first_runs(provider, batch, group.mode, exact)
+            results[provider.name] = result
+            if step is not None:
+                steps[provider.name] = step
+        for name in steps.keys() - {GEMMS}:
+            result = results[name]
+            result.wrong = wrong(result.errors, results[EAGER].errors, group.mode, group.workload.dtype)
+        cuda = self.device.type == "cuda"
+        samples = interleaved(
+            steps,
+            self.device,
+            before=lambda: batch.prepare(group.mode),
+            seconds=1.0 if self.quick else 6.0,
+            min_rounds=5,
+            max_rounds=50 if cuda else 15,
+        )
+        for name, seconds in samples.items():
+            results[name].samples = seconds
+        batch.prepare(group.mode)
+        return Measured(group, len(batch.counted_rows), results)
+
+    def _first_runs(
+        self, provider: Provider, batch: Batch, mode: str, exact: Truth
+    ) -> tuple[Result, Step | None]:
+        """One run to compile, tune and compare, one to see its memory. A peer that fails is skipped with its reason."""
+        result = Result(provider)
+        try:
+            batch.prepare(mode)
+            step = provider.make_step(batch, mode)
+            logps = step()
+            if provider.name != GEMMS:
+                result.errors = errors(exact, batch, logps)
+            del logps
+            batch.prepare(mode)
+            _, result.peak_bytes = peak_extra_bytes(step, self.device)
+            result.gradient_bytes = sum(grad.nbytes for grad in batch.grads)
+        except Unavailable as why:
+            result.skipped = str(why)
+        except Exception as error:
+            if provider.is_ours:
+                result.failed = _one_line(error)
+            else:
+                result.skipped = _one_line(error)
+        if result.skipped or result.failed:
+            return result, None
+        return result, step
+
+    def _prepare(self, workload: Workload) -> Batch:
+        if self._workload != workload or self._batch is None:
+            self._batch = self._truth = None
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._workload, self._batch = workload, make_batch(workload, self.device)
+        return self._batch
+
+    def _exact(self, batch: Batch, *, gradients: bool) -> Truth:
+        if self._truth is None or (gradients and self._truth.hidden is None):
+            self._truth = None
+            self._truth = truth(batch, gradients=gradients)
+        return self._truth
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -1,0 +1,226 @@
+"""What is measured: the shapes, and the batch of tensors that every provider of a workload is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks import float64
+from hypo_kernels.objective import Objective
+
+IGNORE_INDEX = -100
+MODES = ("forward", "frozen", "trained")
+NUM_GENERATIONS = 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``task`` "hypo": half of the sequences are pairs, half are groups of two samples, ragged, with the
+    reference's log-probs given. ``task`` "dpo": pairs alone, of equal length, with the reference's hidden
+    states and head given, which is what Liger's DPO loss takes.
+    """
+
+    task: str
+    rows: int  # T, rows of hidden states
+    vocab: int  # V
+    width: int  # D
+    dtype: torch.dtype
+    sequence_length: int  # mean rows of a sequence
+    counted: float = 1.0  # share of each sequence's rows that count; the rest, its prompt, is ignored
+    modes: tuple[str, ...] = MODES
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        ignored = "" if self.counted == 1 else f"-{1 - self.counted:.0%}_ignored"
+        return f"{self.task}-{self.rows}x{self.vocab}x{self.width}-{dtype}{ignored}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One table: a workload in one mode, all of its providers measured in turns.
+
+    Modes: "forward", sequence log-probs under ``no_grad``; "frozen" and "trained", the loss with its
+    backward, for hidden states alone or for hidden states and head.
+    """
+
+    workload: Workload
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.workload}-{self.mode}"
+
+    @property
+    def gemms(self) -> int:
+        """Products of (N, V, D) that the work cannot do without, when no logits are computed twice."""
+        if self.mode == "forward":
+            return 1
+        return (2 if self.mode == "frozen" else 3) + (self.workload.task == "dpo")
+
+
+def groups(device: torch.device, *, quick: bool) -> list[Group]:
+    """The grid for a device; ``quick`` is the smallest that runs every code path but compilation."""
+    both = ("frozen", "trained")
+    f32, bf16 = torch.float32, torch.bfloat16
+    if device.type == "cuda":
+        llama = Workload("hypo", 8192, 128256, 4096, bf16, sequence_length=256)
+        pythia = replace(llama, rows=4096, vocab=50304, width=2048)
+        grid = [
+            llama,
+            pythia,
+            replace(llama, rows=1024),
+            replace(pythia, rows=16384),
+            replace(llama, counted=0.5),
+            replace(llama, task="dpo", modes=both),
+            replace(pythia, task="dpo", modes=both),
+        ]
+        if quick:
+            grid = [pythia, replace(pythia, counted=0.5, modes=("trained",)), replace(pythia, task="dpo", modes=both)]
+    elif quick:
+        tiny = Workload("hypo", 256, 4096, 64, f32, sequence_length=32)
+        grid = [
+            tiny,
+            replace(tiny, dtype=bf16, modes=("trained",)),
+            replace(tiny, counted=0.5, modes=("trained",)),
+            replace(tiny, task="dpo", modes=("trained",)),
+        ]
+    else:
+        small = Workload("hypo", 1024, 8192, 256, f32, sequence_length=64)
+        smollm = Workload("hypo", 512, 49152, 576, f32, sequence_length=64)  # SmolLM2-135M's head
+        grid = [
+            small,
+            replace(small, dtype=bf16),
+            replace(small, counted=0.5, modes=("trained",)),
+            replace(small, task="dpo", modes=both),
+            smollm,
+            replace(smollm, dtype=bf16, modes=("trained",)),
+            replace(smollm, task="dpo", modes=("trained",)),
+        ]
+    return [Group(workload, mode) for workload in grid for mode in workload.modes]
+
+
+@dataclass
+class Batch:
+    """The tensors of one workload. T rows, of which N count; S sequences: chosen, rejected, then samples."""
+
+    workload: Workload
+    hidden: Tensor  # (T, D), a leaf
+    weight: Tensor  # (V, D), a leaf
+    targets: Tensor  # (T,) int64, on the device
+    host_targets: Tensor  # (T,) int64, on the CPU
+    cu_seqlens: Tensor  # (S+1,) int64, on the CPU
+    lengths: Tensor  # (S,) int64, counted rows of each sequence, on the device
+    spans: Tensor  # (S,) int64, rows of each sequence, on the device
+    counted_rows: Tensor  # (N,) int64, on the device
+    num_pairs: int
+    objective: Objective
+    ref_logps: Tensor  # (S,)
+    ref_hidden: Tensor | None = None  # (T, D)
+    ref_weight: Tensor | None = None  # (V, D)
+    group_order: Tensor = field(init=False)  # (S,): each pair's two sequences next to each other
+
+    def __post_init__(self) -> None:
+        pairs = torch.arange(2 * self.num_pairs).view(2, self.num_pairs).t().flatten()
+        samples = torch.arange(2 * self.num_pairs, len(self.spans))
+        self.group_order = torch.cat([pairs, samples]).to(self.targets.device)
+
+    @property
+    def counted_targets(self) -> Tensor:
+        return self.targets[self.counted_rows]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [leaf.grad for leaf in (self.hidden, self.weight) if leaf.grad is not None]
+
+    def prepare(self, mode: str) -> None:
+        """Forget gradients and ask for those of ``mode``."""
+        self.hidden.grad = self.weight.grad = None
+        self.hidden.requires_grad_(mode != "forward")
+        self.weight.requires_grad_(mode == "trained")
+
+    def sequence_sums(self, token_logps: Tensor) -> Tensor:
+        """(T,) -> (S,), differentiable; ignored rows do not count, whatever they hold."""
+        counted = torch.where(self.targets != IGNORE_INDEX, token_logps, 0)
+        return torch.segment_reduce(counted, "sum", lengths=self.spans, unsafe=True, initial=0.0)
+
+    def loss_and_coefficients(self, logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss () and its derivative by each sequence's log-prob, (S,), from this library's objective."""
+        order = self.group_order
+        loss, slope = self.objective(logps[order], ref_logps[order], self.lengths[order], self.num_pairs)
+        return loss, torch.empty_like(slope).index_copy_(0, order, slope)
+
+
+def make_batch(workload: Workload, device: torch.device) -> Batch:
+    """Seeded; rows range from certain of their target to surprised by it, as a model's do."""
+    rng = torch.Generator().manual_seed(0)
+    spans = _spans(workload, rng)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), spans.cumsum(0)])
+    position = torch.arange(workload.rows) - cu_seqlens[:-1].repeat_interleave(spans)
+    prompt = (spans * (1 - workload.counted)).long()
+    counted = position >= prompt.repeat_interleave(spans)
+    likely = torch.randint(workload.vocab, (workload.rows,), generator=rng)
+    host_targets = torch.where(counted, likely, IGNORE_INDEX)
+    hidden, weight, ref_hidden = _model(workload, likely.to(device), device)
+    rows = counted.nonzero().squeeze(1).to(device)
+    reference = ref_hidden if workload.task == "dpo" else hidden
+    truth = float64.row_logprobs(reference[rows], weight, host_targets.to(device)[rows])
+    lengths = spans - prompt
+    ref_logps = torch.segment_reduce(truth, "sum", lengths=lengths.to(device), unsafe=True, initial=0.0)
+    samples = 0 if workload.task == "dpo" else len(spans) // 2
+    if workload.task == "hypo":
+        ref_logps += 2 * torch.randn(len(spans), generator=rng).to(device)  # nats: coefficients of both signs
+    return Batch(
+        workload=workload,
+        hidden=hidden,
+        weight=weight,
+        targets=host_targets.to(device),
+        host_targets=host_targets,
+        cu_seqlens=cu_seqlens,
+        lengths=lengths.to(device),
+        spans=spans.to(device),
+        counted_rows=rows,
+        num_pairs=(len(spans) - samples) // 2,
+        objective=Objective(
+            beta=0.1,
+            kl_coef=0.05,  # large, so that the samples' gradients are not lost beside the pairs'
+            length_penalty=0.0,
+            preference="sigmoid",
+            label_smoothing=0.0,
+            num_pairs=(len(spans) - samples) // 2,
+            num_generations=NUM_GENERATIONS,
+            num_prompts=max(1, samples // NUM_GENERATIONS),
+        ),
+        ref_logps=ref_logps.float(),
+        ref_hidden=ref_hidden if workload.task == "dpo" else None,
+        ref_weight=weight.clone() if workload.task == "dpo" else None,
+    )
+
+
+def _spans(workload: Workload, rng: torch.Generator) -> Tensor:
+    """Rows of each sequence, (S,), S a multiple of 4: equal for "dpo" (no padding for Liger), else ragged."""
+    sequences = max(4, workload.rows // workload.sequence_length // 4 * 4)
+    spans = torch.full((sequences,), workload.rows // sequences)
+    spans[: workload.rows % sequences] += 1
+    if workload.task == "hypo":
+        spread = int(spans.min()) // 2
+        shift = torch.randint(-spread, spread + 1, (sequences // 2,), generator=rng)
+        spans += torch.cat([shift, -shift])
+    return spans
+
+
+def _model(workload: Workload, likely: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (T, D), head (V, D) and reference hidden states (T, D).
+
+    Logits are noise of standard deviation 2, plus up to 1.6 times what the likely token needs to reach a
+    probability of one half: from surprise to near certainty, evenly.
+    """
+    rng = torch.Generator(device=device).manual_seed(1)
+    rows, vocab, width = workload.rows, workload.vocab, workload.width
+    weight = torch.randn(vocab, width, generator=rng, device=device).div_(width**0.5).to(workload.dtype)
+    noise = torch.randn(rows, width, generator=rng, device=device).mul_(2)
+    half = torch.tensor(float(vocab)).log().item() + 2.0  # log-sum-exp of the noise: log V + σ²/2
+    gain = 1.6 * half * torch.rand(rows, 1, generator=rng, device=device)
+    hidden = noise + gain * weight[likely].float()
+    ref_hidden = hidden + 0.1 * torch.randn(rows, width, generator=rng, device=device)
+    return hidden.to(workload.dtype), weight, ref_hidden.to(workload.dtype)

@@ -1,0 +1,327 @@
+"""Checkpoints that are whole or not there: safetensors and JSON, never pickle.
+
+    output_dir/checkpoint-<step>/
+        model.safetensors      the tensors the caller gave
+        optimizer.safetensors  state/<parameter index>/<name>, e.g. state/0/exp_avg
+        trainer.json           param groups, schedule, the caller's own JSON
+        checkpoint.json        step, format version, size and SHA-256 of the three above
+
+A save writes `checkpoint-<step>.tmp` beside the final folder, flushes every file to the disk and renames it, so
+that a killed run leaves either a whole checkpoint or a folder that no one reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+FORMAT_VERSION = 1
+_MANIFEST = "checkpoint.json"
+_MODEL, _OPTIMIZER, _TRAINER = "model.safetensors", "optimizer.safetensors", "trainer.json"
+_FILES = (_MODEL, _OPTIMIZER, _TRAINER)
+_FOLDER = re.compile(r"checkpoint-\d+")
+_TEMPORARY = ".tmp"
+_MACHINE_SETTINGS = ("fused", "foreach", "capturable")  # of this machine's optimizer, not of the run
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds beside the optimizer's and the scheduler's state."""
+
+    step: int
+    model_state: dict[str, Tensor]  # on the CPU, bit for bit as saved; tied names share one tensor
+    extra: dict[str, Any]
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """`output_dir/checkpoint-<step>`"""
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    model_state: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    extra: Mapping[str, Any],
+) -> None:
+    """Write one checkpoint, atomically, in place of whatever `folder` held.
+
+    Args:
+        folder: `checkpoint_folder(output_dir, step)`.
+        model_state: what cannot be rebuilt otherwise, in general the trained parameters.
+        extra: the caller's own state, as JSON (data cursor, random states).
+
+    Raises:
+        ValueError: `folder` is not named after `step`.
+        TypeError: `extra` or a state holds something that JSON cannot.
+    """
+    folder = Path(folder)
+    if folder.name != checkpoint_folder(folder.parent, step).name:
+        raise ValueError(f"the checkpoint of step {step} cannot be saved as {folder}: name it checkpoint-{step}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_temporaries(folder.parent)
+    temporary = folder.with_name(folder.name + _TEMPORARY)
+    temporary.mkdir()
+
+    tensors, aliases = _unaliased(model_state)
+    optimizer_tensors, optimizer_json = _optimizer_state(optimizer)
+    trainer = {
+        "aliases": aliases,
+        "optimizer": optimizer_json,
+        "scheduler": scheduler.state_dict(),
+        "extra": dict(extra),
+    }
+    (temporary / _TRAINER).write_text(json.dumps(trainer), encoding="utf-8")
+    save_file(tensors, temporary / _MODEL)
+    save_file(optimizer_tensors, temporary / _OPTIMIZER)
+    files = {name: _fingerprint(temporary / name) for name in _FILES}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+    for name in (*_FILES, _MANIFEST):
+        _flush(temporary / name)
+    _flush(temporary)
+    replaced = _set_aside(folder) if folder.exists() else None
+    temporary.rename(folder)
+    _flush(folder.parent)
+    if replaced:
+        shutil.rmtree(replaced)
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    verify: bool = True,
+) -> Checkpoint:
+    """Read a checkpoint, and put the optimizer and the scheduler back to where they were.
+
+    Args:
+        optimizer, scheduler: built as for the saved run; None = their state is not read.
+        verify: compare every file with its checksum first; False right after `latest_checkpoint`, which did.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of an optimizer with other parameters. Nothing has been
+            loaded then.
+    """
+    folder = Path(folder)
+    damage = _damage(folder, checksums=verify)
+    if damage:
+        raise ValueError(f"{folder} cannot be loaded: {damage}")
+    trainer = json.loads((folder / _TRAINER).read_text(encoding="utf-8"))
+    if optimizer is not None:
+        _load_optimizer(folder, trainer["optimizer"], optimizer)
+    if scheduler is not None:
+        scheduler.load_state_dict(trainer["scheduler"])
+    model_state = load_file(folder / _MODEL)
+    model_state.update({name: model_state[kept] for name, kept in trainer["aliases"].items()})
+    step = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["step"]
+    return Checkpoint(step=step, model_state=model_state, extra=trainer["extra"])
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole, or None; a warning names each newer one that is not, and why."""
+    for folder in _newest_first(Path(output_dir)):
+        damage = _damage(folder, checksums=True)
+        if not damage:
+            return folder
+        warnings.warn(f"skipping the checkpoint {folder}: {damage}", stacklevel=2)
+    return None
+
+
+def prune(output_dir: Path, keep: int) -> None:
+    """Remove all checkpoints older than the newest `keep` whole ones.
+
+    Only presence and size of the files are looked at: reading them all at each save would cost more.
+
+    Raises:
+        ValueError: `keep` is below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}: at least 1 checkpoint must stay")
+    whole = 0
+    for folder in _newest_first(Path(output_dir)):
+        if whole >= keep:
+            shutil.rmtree(_set_aside(folder))
+        elif not _damage(folder, checksums=False):
+            whole += 1
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    if not output_dir.is_dir():
+        return []
+    folders = [path for path in output_dir.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def _damage(folder: Path, *, checksums: bool) -> str | None:
+    """Why a folder is not a whole checkpoint; None if it is."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        version, step, files = manifest["format_version"], manifest["step"], manifest["files"]
+        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in _FILES}
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{_MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if version != FORMAT_VERSION:
+        return f"its format version is {version!r}, and this version reads {FORMAT_VERSION}"
+    if folder.name != f"checkpoint-{step}":
+        return f"{_MANIFEST} is of step {step!r}"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if checksums and _sha256(path) != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _unaliased(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, a tied one once, and {its other name: the name it is kept under}."""
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[Any, str] = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in names:
+            aliases[name] = names[place]
+        else:
+            names[place] = name
+            kept[name] = tensor
+    return _standalone(kept), aliases
+
+
+def _standalone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous on the CPU, each alone in its memory, as safetensors asks: a view is copied out."""
+    result: dict[str, Tensor] = {}
+    taken = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state's tensors by key, and all the rest of it as JSON."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        values[str(index)] = {name: value for name, value in entries.items() if not torch.is_tensor(value)}
+        for name, value in entries.items():
+            if torch.is_tensor(value):
+                tensors[f"state/{index}/{name}"] = value
+    return _standalone(tensors), {
+        "param_groups": state["param_groups"],
+        "shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups],
+        "values": values,
+    }
+
+
+def _load_optimizer(folder: Path, saved: dict[str, Any], optimizer: Optimizer) -> None:
+    _check_same_parameters(saved["shapes"], optimizer)
+    state = {int(index): dict(values) for index, values in saved["values"].items()}
+    for key, tensor in load_file(folder / _OPTIMIZER).items():
+        _, number, name = key.split("/", 2)
+        state[int(number)][name] = tensor
+    groups = [_restored_group(*pair) for pair in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    # load_state_dict casts a state to its parameter's dtype, which would round an fp32 state of a bf16 weight.
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for name, tensor in state.get(index, {}).items():
+            if torch.is_tensor(tensor) and optimizer.state[parameter][name].dtype != tensor.dtype:
+                optimizer.state[parameter][name] = tensor.to(parameter.device)
+
+
+def _restored_group(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """A param group from JSON: tuples are tuples again, and settings of the machine stay as built here."""
+    group = {name: tuple(value) if isinstance(current.get(name), tuple) else value for name, value in saved.items()}
+    return group | {name: current[name] for name in _MACHINE_SETTINGS if name in current}
+
+
+def _check_same_parameters(saved: list[list[list[int]]], optimizer: Optimizer) -> None:
+    found = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+    if [len(group) for group in saved] != [len(group) for group in found]:
+        raise ValueError(
+            f"the checkpoint's optimizer has {_counts(saved)} parameters and this one {_counts(found)}: "
+            "resume with the settings of the saved run"
+        )
+    shapes = zip(_joined(saved), _joined(found), strict=True)
+    for index, (before, now) in enumerate(shapes):
+        if before != now:
+            raise ValueError(
+                f"parameter {index} of the optimizer has shape {tuple(before)} in the checkpoint and "
+                f"{tuple(now)} in the model: resume with the settings of the saved run"
+            )
+
+
+def _counts(groups: list[list[list[int]]]) -> str:
+    """`5 + 2` for two groups of five and two parameters."""
+    return " + ".join(str(len(group)) for group in groups)
+
+
+def _joined(groups: list[list[list[int]]]) -> list[list[int]]:
+    return [shape for group in groups for shape in group]
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    """In the order of the indices of state_dict."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Under a name that no one reads, so that a removal killed midway leaves no half checkpoint."""
+    return folder.rename(folder.with_name(f"{folder.name}.old{_TEMPORARY}"))
+
+
+def _remove_temporaries(output_dir: Path) -> None:
+    """What a killed save or removal left behind."""
+    for path in output_dir.glob(f"checkpoint-*{_TEMPORARY}"):
+        if path.is_dir():
+            shutil.rmtree(path)

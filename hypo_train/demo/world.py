@@ -1,0 +1,118 @@
+"""A small world of reviews: prompts, responses, and the reward that a reader of them would give.
+
+A review is a few clauses about a place. Its true reward is the number of its kind words less the number of
+its unkind ones. Reviews talk about eight subjects; the offline pairs are kept to those that only touch the
+first four, so that they cover a part of what the policy can say, as the paper's analysis assumes.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PLACES = [
+    "cafe",
+    "bakery",
+    "hotel",
+    "museum",
+    "market",
+    "harbour",
+    "library",
+    "cinema",
+    "garden",
+    "station",
+    "pool",
+    "theatre",
+]
+TOWNS = ["leith", "york", "bergen", "porto", "ghent", "turku", "graz", "lucca", "cork", "malmo", "nantes", "delft"]
+NAMES = ["anna", "ben", "carla", "david", "elif", "farid", "greta", "hugo", "ines", "jonas", "kemal", "lena"]
+COVERED = ["coffee", "staff", "room", "price"]
+UNCOVERED = ["music", "view", "light", "floor"]
+KIND = ["great", "lovely", "friendly", "fresh", "fair", "warm", "clean", "bright", "calm", "superb"]
+UNKIND = ["awful", "rude", "stale", "dull", "dear", "cold", "dirty", "dark", "noisy", "poor"]
+PLAIN = ["small", "large", "new", "old", "plain", "usual"]
+LIKED, DISLIKED = ["loved", "liked", "enjoyed"], ["hated", "disliked", "regretted"]
+GLUE = [
+    "a",
+    "review",
+    "of",
+    "the",
+    "in",
+    "by",
+    ":",
+    "was",
+    "and",
+    "but",
+    "i",
+    "we",
+    "rather",
+    "very",
+    "quite",
+    ".",
+    ",",
+    "it",
+    "also",
+]
+
+MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 12, 40
+PAD, EOS = "<pad>", "<eos>"
+
+
+def reward(prompt: str, completion: str) -> float:
+    """Kind words less unkind ones."""
+    words = completion.split()
+    return float(sum(w in KIND or w in LIKED for w in words) - sum(w in UNKIND or w in DISLIKED for w in words))
+
+
+def is_covered(completion: str) -> bool:
+    """Whether a review keeps to the subjects that the offline data knows."""
+    return not set(completion.split()) & set(UNCOVERED)
+
+
+def prompt(rng: random.Random) -> str:
+    return f"a review of the {rng.choice(PLACES)} in {rng.choice(TOWNS)} by {rng.choice(NAMES)} :"
+
+
+def review(rng: random.Random) -> str:
+    """Two to four clauses; a writer's mood colours them all, so kindness comes in streaks."""
+    mood = rng.random()
+    clauses = [_clause(rng, mood) for _ in range(rng.randint(2, 4))]
+    return f" {rng.choice(['and', 'but', ', also'])} ".join(clauses) + " ."
+
+
+def _clause(rng: random.Random, mood: float) -> str:
+    subject = rng.choice(COVERED + UNCOVERED)
+    kind = rng.random() < mood
+    if rng.random() < 0.25:
+        return f"{rng.choice(['i', 'we'])} {rng.choice(LIKED if kind else DISLIKED)} the {subject}"
+    word = rng.choice(PLAIN) if rng.random() < 0.3 else rng.choice(KIND if kind else UNKIND)
+    degree = rng.choice(["", "", "rather ", "very ", "quite "])
+    return f"the {subject} was {degree}{word}"
+
+
+def save_new_model(folder: Path) -> None:
+    """A Llama of about a million parameters, untrained, and its word tokenizer."""
+    words = [*GLUE, *PLACES, *TOWNS, *NAMES, *COVERED, *UNCOVERED, *KIND, *UNKIND, *PLAIN, *LIKED, *DISLIKED]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, EOS, *words]))}
+    words_only = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words_only, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=vocabulary[PAD],
+        eos_token_id=vocabulary[EOS],
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

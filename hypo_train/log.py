@@ -1,0 +1,189 @@
+"""What a run says: `metrics.jsonl`, TensorBoard scalars, a progress bar.
+
+`metrics.jsonl` is the record. It has one line a log call, `{"step": 10, "loss": 0.69, ...}`, and a run that was
+killed and resumed leaves the file of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+SHOWN = {"loss": "loss", "kl": "kl", "rewards/margins": "margin", "tokens_per_second": "tokens/s"}
+
+
+class RunLog:
+    """The log of one run; a context manager that closes what it opened.
+
+    Args:
+        output_dir: where `metrics.jsonl` and `tensorboard/` go; made if need be.
+        total_steps: the run's length, for the time left.
+        tensorboard: also write TensorBoard scalars.
+        resume_step: the step of the checkpoint the run goes on from: what an earlier attempt logged after it is
+            dropped. Log a step before saving its checkpoint, or its line is lost when the run dies in between.
+            0 = a new run: an old file is emptied.
+        progress: show a bar on a terminal, and a line a log call elsewhere; False shows neither.
+
+    Raises:
+        ImportError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path | str,
+        total_steps: int,
+        *,
+        tensorboard: bool,
+        resume_step: int = 0,
+        progress: bool,
+    ) -> None:
+        path = Path(output_dir) / METRICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.total_steps = total_steps
+        self._progress = progress
+        self._first_step = resume_step
+        self._started = time.monotonic()
+        self._shown: dict[str, str] = {}
+        self._tensorboard = _summary_writer(path.parent / "tensorboard", resume_step) if tensorboard else None
+        _cut(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._bar = None
+        if progress and sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", dynamic_ncols=True)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step, on the disk when this returns as far as a killed process goes."""
+        line = {"step": step, **{name: _to_json(value) for name, value in metrics.items()}}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, global_step=step)
+        self._show(step, metrics)
+
+    def advance(self, step: int) -> None:
+        """Move the bar: `step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def message(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Close the files and the bar; closing twice does nothing."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._progress:
+            return
+        trained = _formatted(metrics, "")
+        if self._bar is not None and trained:
+            self._shown |= trained
+            self._bar.set_postfix(self._shown)
+        else:  # no terminal, or an evaluation, whose values would not last in the bar
+            values = "  ".join(f"{label} {value}" for label, value in (trained | _formatted(metrics, "eval_")).items())
+            self.message(f"step {step}/{self.total_steps}{self._time_left(step)}  {values}")
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        if self._bar is not None or done < 1 or step >= self.total_steps:
+            return ""
+        seconds = (time.monotonic() - self._started) / done * (self.total_steps - step)
+        return f"  {tqdm.format_interval(seconds)} left"
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, NaN and infinities as floats; a last line still being written is left out.
+
+    Raises:
+        ValueError: a line that is no JSON object.
+    """
+    content = Path(path).read_text(encoding="utf-8")
+    found = []
+    for number, line in enumerate(content.split("\n")[:-1], start=1):
+        metrics = _parse(line)
+        if metrics is None:
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:80]!r}")
+        found.append(metrics)
+    return found
+
+
+def _cut(path: Path, resume_step: int) -> None:
+    """Drop the lines of steps after `resume_step` and what a killed run left half-written, all at once."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")[:-1] if resume_step > 0 else []
+    kept = [line for line in lines if _is_kept(line, resume_step)]
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(line + b"\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _is_kept(line: bytes, resume_step: int) -> bool:
+    metrics = _parse(line)
+    return metrics is not None and isinstance(metrics.get("step"), int) and metrics["step"] <= resume_step
+
+
+def _parse(line: str | bytes) -> dict[str, Any] | None:
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(metrics, dict):
+        return None
+    return {name: _NUMBERS.get(value, value) if isinstance(value, str) else value for name, value in metrics.items()}
+
+
+# JSON has no such numbers, and null would not say which it was.
+_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _to_json(value: float) -> float | str:
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    if math.isnan(value):
+        return "NaN"
+    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _formatted(metrics: Mapping[str, float], prefix: str) -> dict[str, str]:
+    """{label: value} of the metrics worth a look while the run goes."""
+    found = {label: metrics[prefix + name] for name, label in SHOWN.items() if prefix + name in metrics}
+    return {prefix + label: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for label, value in found.items()}
+
+
+def _summary_writer(folder: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+    except ImportError as error:
+        raise ImportError("tensorboard is not installed: pip install tensorboard, or set tensorboard: false") from error
+    # TensorBoard hides what an earlier attempt logged from this step on.
+    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)

@@ -1,0 +1,57 @@
+"""What a step reports: sums kept on the device and read by the host once a log interval."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hypo_kernels import HypoLoss
+
+
+class Meter:
+    """Means of named values over a log interval, without a host read in between."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count each of ``values`` (any shape, maybe empty) in the mean called ``name``."""
+        if values.numel() == 0:
+            return
+        total = values.detach().double().sum()
+        self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
+
+    def read(self) -> dict[str, float]:
+        """The means so far, in one transfer; the meter starts anew."""
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values())).tolist()
+        means = {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def state(self) -> dict[str, tuple[float, int]]:
+        """Sum and count of each name, to go on from in a resumed run."""
+        return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+
+    def load(self, state: dict[str, tuple[float, int]]) -> None:
+        """Take up a saved :meth:`state`."""
+        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, (total, _) in state.items()}
+        self._counts = {name: count for name, (_, count) in state.items()}
+
+
+def add_loss(meter: Meter, out: HypoLoss) -> None:
+    """A loss's statistics under TRL's names; ``kl`` is the trajectory's, in nats, a sum over its tokens."""
+    pairs = len(out.margins)
+    chosen, rejected, _ = out.logps.split([pairs, pairs, len(out.kl)])
+    meter.add("loss", out.loss)
+    meter.add("rewards/chosen", out.chosen_rewards)
+    meter.add("rewards/rejected", out.rejected_rewards)
+    meter.add("rewards/accuracies", (out.margins > 0).double())
+    meter.add("rewards/margins", out.margins)
+    meter.add("logps/chosen", chosen)
+    meter.add("logps/rejected", rejected)
+    meter.add("kl", out.kl)
+    meter.add("completions/mean_length", out.lengths[2 * pairs :].double())

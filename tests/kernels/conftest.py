@@ -1,0 +1,32 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from hypo_kernels import gemm
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one, so that the same tests run on real Triton."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def sixteen_bit_operands(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU that multiplies 16-bit matrices into fp32, as CUDA does: the narrow path, exactly summed."""
+    if device.type == "cuda":
+        yield
+        return
+
+    def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
+        product = (a.double() @ b.double()).to(out.dtype)
+        if accumulate:
+            out.add_(product)
+        else:
+            out.copy_(product)
+
+    monkeypatch.setattr(gemm, "operand_dtype", lambda device, compute_dtype: compute_dtype)
+    monkeypatch.setattr(gemm, "mm_", mm_)
+    yield

@@ -1,0 +1,232 @@
+"""``err(kernel) <= 2 * (err(eager) + eps(dtype) * max|truth|)``, for the outputs and for every gradient.
+
+Three runs of one batch: float64 through ``impl="reference"`` is the truth, plain autograd over full logits
+at the tested dtype is eager, and the kernel has to be about as exact as eager. An error is the largest
+absolute one of a tensor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hypo_kernels import fused_hypo_loss
+
+NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+TRITON = pytest.param("triton", marks=NO_TRITON)
+IMPLS = ["torch", TRITON, "reference"]
+FUSED = ["torch", TRITON]
+
+
+def variants(*dtypes: torch.dtype, impls: Sequence[Any] = FUSED) -> list[Any]:
+    """(impl, dtype) parameters; Triton does not compute in float64."""
+    out = []
+    for impl in impls:
+        name, marks = (impl.values[0], impl.marks) if hasattr(impl, "values") else (impl, ())
+        for dtype in dtypes:
+            if (name, dtype) != ("triton", torch.float64):
+                out.append(pytest.param(name, dtype, marks=marks, id=f"{name}-{str(dtype).removeprefix('torch.')}"))
+    return out
+
+
+EVERY_VARIANT = [
+    *variants(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *variants(torch.float32, torch.bfloat16, impls=["reference"]),
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of ``fused_hypo_loss``. ``options`` are its other keyword arguments."""
+
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (T,) int64, on the CPU
+    cu_seqlens: Tensor  # (S+1,) int64, on the CPU
+    bias: Tensor | None = None  # (V,)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) counted tokens."""
+        counted = F.pad((self.targets != -100).cumsum(0), (1, 0))
+        return counted[self.cu_seqlens[1:]] - counted[self.cu_seqlens[:-1]]
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Copies in ``dtype`` whose gradients start afresh."""
+
+        def convert(x: Any) -> Any:
+            return x.detach().to(dtype, copy=True) if isinstance(x, Tensor) else x
+
+        leaves = [None if x is None else convert(x).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
+        wide = torch.promote_types(dtype, torch.float32)
+        options = {
+            key: value.to(wide) if key == "ref_logps" else convert(value) for key, value in self.options.items()
+        }
+        return replace(self, hidden=leaves[0], weight=leaves[1], bias=leaves[2], options=options)
+
+    def with_options(self, **options: Any) -> Batch:
+        return replace(self, options={**self.options, **options})
+
+
+def random_batch(
+    lengths: Sequence[int],
+    vocab: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    width: int = 16,
+    ignored: float = 0.3,
+    ignored_sequences: Sequence[int] = (),
+    spread: float = 2.0,
+    offset: float = 0.0,
+    with_bias: bool = False,
+    with_ref_hidden: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Batch:
+    """Sequences of ``lengths`` rows, logits ~ N(offset, spread²), a share ``ignored`` of the rows at -100.
+
+    The reference log-probs are the policy's plus noise, so that no coefficient saturates.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    num_rows = sum(lengths)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    hidden, weight = randn(num_rows, width), randn(vocab, width) * spread / width**0.5
+    if offset:
+        hidden[:, 0], weight[:, 0] = 1.0, offset
+    targets = torch.randint(vocab, (num_rows,), generator=gen)
+    targets[torch.rand(num_rows, generator=gen) < ignored] = -100
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    for i in ignored_sequences:
+        targets[cu_seqlens[i] : cu_seqlens[i + 1]] = -100
+    bias = randn(vocab).to(device, dtype) if with_bias else None
+    options = {"beta": 0.1, "kl_coef": 0.05, "num_pairs": 0, **options}
+    batch = Batch(hidden.to(device, dtype), weight.to(device, dtype), targets, cu_seqlens, bias, options)
+    if with_ref_hidden:
+        ref = {"ref_hidden": hidden + 0.1 * randn(num_rows, width), "ref_lm_head_weight": weight + 0.1 * randn(vocab, width)}
+        if with_bias:
+            ref["ref_bias"] = randn(vocab)
+        return batch.with_options(**{key: value.to(device, dtype) for key, value in ref.items()}).to(dtype)
+    logps = plain_logps(batch.to(torch.float64)).detach()
+    noise = 2 * randn(len(lengths)).to(device)
+    return batch.with_options(ref_logps=(logps + noise).to(torch.promote_types(dtype, torch.float32))).to(dtype)
+
+
+def plain_logps(batch: Batch, *, of_reference: bool = False) -> Tensor:
+    """(S,) sequence log-probs over full logits: the product at the batch's dtype, the softmax in fp32."""
+    options = batch.options
+    hidden, weight, bias = batch.hidden, batch.weight, batch.bias
+    if of_reference:
+        hidden, weight, bias = options["ref_hidden"], options["ref_lm_head_weight"], options.get("ref_bias")
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.get("logit_scale", 1.0)
+    cap = options.get("logit_softcap")
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logp = (logits / options.get("temperature", 1.0)).log_softmax(-1)
+    targets = batch.targets.to(logp.device)
+    rows = logp.gather(1, targets.clamp_min(0)[:, None]).squeeze(1).masked_fill(targets == -100, 0.0)
+    return torch.stack([part.sum() for part in rows.split(batch.cu_seqlens.diff().tolist())])
+
+
+def plain_objective(batch: Batch, logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """The loss () of sequence log-probs, as the paper writes it, with Algorithm 1's surrogate for the gradient."""
+    options = batch.options
+    beta, pairs, k = options["beta"], options["num_pairs"], options.get("num_generations", 2)
+    ratio = logps - ref_logps
+    chosen, rejected, samples = ratio.split([pairs, pairs, len(ratio) - 2 * pairs])
+    loss = logps.new_zeros(())
+    if pairs and options.get("preference", "sigmoid") == "ipo":
+        loss = loss + ((chosen - rejected - 1 / (2 * beta)) ** 2).mean()
+    elif pairs:
+        flip, margin = options.get("label_smoothing", 0.0), beta * (chosen - rejected)
+        loss = loss - ((1 - flip) * F.logsigmoid(margin) + flip * F.logsigmoid(-margin)).mean()
+    if len(samples):
+        lengths = batch.lengths[2 * pairs :].to(samples.device)
+        r = (samples.detach() + options.get("length_penalty", 0.0) * lengths).view(-1, k)
+        others = torch.stack([r[:, [j for j in range(k) if j != i]].mean(1) for i in range(k)], dim=1)
+        surrogate = ((r - others) * samples.view(-1, k)).mean()
+        loss = loss + options["kl_coef"] * (r.mean() + surrogate - surrogate.detach())
+    return loss
+
+
+Results = dict[str, Tensor]
+
+
+def run_eager(batch: Batch, upstream: float = 1.0) -> Results:
+    logps = plain_logps(batch)
+    ref_logps = batch.options.get("ref_logps")
+    if ref_logps is None:
+        ref_logps = plain_logps(batch, of_reference=True)
+    loss = plain_objective(batch, logps, ref_logps.detach())
+    (loss * upstream).backward()
+    return _results(batch, loss, logps, ref_logps)
+
+
+def run_fused(batch: Batch, impl: str, upstream: float = 1.0) -> Results:
+    out = fused_hypo_loss(
+        batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, bias=batch.bias, impl=impl, **batch.options
+    )
+    (out.loss * upstream).backward()
+    return _results(batch, out.loss, out.logps, out.ref_logps)
+
+
+def _results(batch: Batch, loss: Tensor, logps: Tensor, ref_logps: Tensor) -> Results:
+    results = {"loss": loss, "logps": logps, "ref_logps": ref_logps}
+    for name in ("hidden", "weight", "bias"):
+        leaf = getattr(batch, name)
+        if leaf is not None and leaf.requires_grad:
+            assert leaf.grad.dtype == leaf.dtype
+            results[f"gradient of {name}"] = leaf.grad
+    return {name: value.detach().double() for name, value in results.items()}
+
+
+def truth(batch: Batch, upstream: float = 1.0) -> Results:
+    exact = batch.to(torch.float64)
+    if "max_chunk_bytes" in exact.options:
+        exact = exact.with_options(max_chunk_bytes=2**30)
+    return run_fused(exact, "reference", upstream)
+
+
+def loss_scale(batch: Batch, exact: Results) -> float:
+    """Σ |∂loss/∂logp · logp|: the loss is a difference of log-probs, whose size sets its rounding."""
+    logps = exact["logps"].clone().requires_grad_()
+    (coefficients,) = torch.autograd.grad(plain_objective(batch, logps, exact["ref_logps"]), logps)
+    return float((coefficients * logps).abs().sum())
+
+
+def assert_contract(batch: Batch, impl: str, upstream: float = 1.0, kernel: Results | None = None) -> None:
+    """Run ``batch`` three ways; ``kernel`` stands in for the third when it was run already."""
+    exact = truth(batch, upstream)
+    eager = run_eager(batch.to(batch.hidden.dtype), upstream)
+    if kernel is None:
+        kernel = run_fused(batch.to(batch.hidden.dtype), impl, upstream)
+    assert kernel.keys() == exact.keys() == eager.keys()
+    scales = {"loss": loss_scale(batch, exact)}
+    for name in exact:
+        assert_close(name, kernel[name], eager[name], exact[name], batch.hidden.dtype, scales.get(name, 0.0))
+
+
+def assert_close(
+    name: str, kernel: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, scale: float = 0.0
+) -> None:
+    """``err(kernel) <= 2 * (err(eager) + eps(dtype) * max|truth|)``; ``scale`` is a larger max|truth|."""
+    assert eager.isfinite().all(), f"{name}: eager is not finite, so it says nothing about the kernel"
+    err_kernel, err_eager = _max(kernel.double() - exact), _max(eager.double() - exact)
+    bound = 2 * (err_eager + torch.finfo(dtype).eps * max(_max(exact), scale))
+    assert err_kernel <= bound, f"{name}: error {err_kernel:.3g} exceeds {bound:.3g} (eager's is {err_eager:.3g})"
+
+
+def _max(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0

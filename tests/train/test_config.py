@@ -1,0 +1,305 @@
+"""What a user writes in a recipe or on the command line, and what comes of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from hypo_train.config import Config, ConfigError, help_text, load_config
+
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a YAML file, return its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def required_and(flags: str) -> list[str]:
+    return [*REQUIRED, *flags.split()]
+
+
+def problem(argv: list[str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(argv)
+    return str(caught.value)
+
+
+def test_the_required_fields_alone_make_a_config_with_the_documented_defaults():
+    config = load_config(REQUIRED)
+    assert (config.model_name_or_path, config.dataset_name) == ("m", "d")
+    assert (config.algorithm, config.beta, config.kl_coef, config.num_generations) == ("hypo", 0.1, 1e-4, 2)
+    assert (config.temperature, config.top_k, config.top_p) == (1.0, 0, 1.0)
+    assert config.max_chunk_bytes == 2**30
+
+
+def test_flags_override_the_file_and_the_file_overrides_the_defaults(recipe):
+    path = recipe("model_name_or_path: m\ndataset_name: d\nbeta: 0.05\nseed: 7\n")
+    config = load_config(["--config", path, "--seed", "8"])
+    assert (config.beta, config.seed, config.kl_coef) == (0.05, 8, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--learning_rate", "3e-6"], "learning_rate", 3e-6),
+        (["--learning_rate=3e-6"], "learning_rate", 3e-6),
+        (["--learning-rate", "3e-6"], "learning_rate", 3e-6),
+        (["--max_steps", "-1"], "max_steps", -1),
+        (["--gradient_checkpointing"], "gradient_checkpointing", True),
+        (["--tensorboard", "false"], "tensorboard", False),
+        (["--bf16", "none"], "bf16", None),
+        (["--bf16", "False"], "bf16", False),
+        (["--num_layers_unfrozen", "4"], "num_layers_unfrozen", 4),
+        (["--lora_target_modules", "q_proj", "v_proj"], "lora_target_modules", ["q_proj", "v_proj"]),
+        (["--lora_target_modules", "[q_proj, 'v_proj']"], "lora_target_modules", ["q_proj", "v_proj"]),
+        (["--lora_target_modules", "all-linear"], "lora_target_modules", "all-linear"),
+        (["--dataset_config", "2024"], "dataset_config", "2024"),
+        (["--reward", "my.rewards:score"], "reward", "my.rewards:score"),
+        (["--resume_from_checkpoint", "auto"], "resume_from_checkpoint", "auto"),
+        (["--output_dir", "../a b/c"], "output_dir", "../a b/c"),
+    ],
+)
+def test_a_flag_is_read_as_its_field_type(flags, field, value):
+    assert getattr(load_config([*REQUIRED, *flags]), field) == value
+
+
+def test_a_bare_flag_before_another_flag_is_true():
+    config = load_config(["--use_peft", *REQUIRED])
+    assert config.use_peft is True
+    assert config.model_name_or_path == "m"
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(recipe):
+    # In YAML 1.1, which PyYAML follows, 3e-6 without a dot is a string.
+    text = "model_name_or_path: m\ndataset_name: d\nlearning_rate: 3e-6\nadam_epsilon: 1E-5\n"
+    assert isinstance(yaml.safe_load(text)["learning_rate"], str)
+    config = load_config(["--config", recipe(text)])
+    assert (config.learning_rate, config.adam_epsilon) == (3e-6, 1e-5)
+
+
+def test_a_typo_in_a_key_suggests_the_nearest_name(recipe):
+    path = recipe("model_name_or_path: m\ndataset_name: d\nlerning_rate: 1e-6\n")
+    message = problem(["--config", path])
+    assert message == (
+        f"1 problem in the configuration: unknown key 'lerning_rate' in {path}: did you mean learning_rate?"
+    )
+
+
+def test_a_typo_in_a_flag_suggests_the_nearest_flag():
+    assert "unknown flag --num_generation: did you mean --num_generations?" in problem(
+        [*REQUIRED, "--num_generation", "4"]
+    )
+    assert "unknown flag --confg: did you mean --config?" in problem([*REQUIRED, "--confg", "x.yaml"])
+
+
+def test_a_name_that_resembles_none_points_to_the_help():
+    assert "unknown flag --xyzzy (--help lists the fields)" in problem([*REQUIRED, "--xyzzy", "1"])
+
+
+def test_all_problems_are_listed_one_a_line_after_their_number(recipe):
+    path = recipe("beta: -1\nlabel_smoothing: 0.5\nalgorithm: hyppo\nfoo: 1\nseed: 1\nseed: 2\n")
+    lines = problem(["--config", path, "--top_p", "1.5", "--lora_rr", "8"]).split("\n")
+    assert lines[0] == "9 problems in the configuration:"
+    assert len(lines) == 10
+    expected = [
+        "seed is given more than once",
+        "unknown key 'foo'",
+        "unknown flag --lora_rr: did you mean --lora_r?",
+        "algorithm='hyppo': should be 'hypo', 'dpo', 'ipo' or 'sft'",
+        "beta=-1: should be greater than 0",
+        "label_smoothing=0.5: should be less than 0.5",
+        "top_p='1.5': should be less than or equal to 1",
+        "model_name_or_path is missing",
+        "dataset_name is missing",
+    ]
+    for text in expected:
+        assert sum(text in line for line in lines) == 1, text
+
+
+@pytest.mark.parametrize("text", ["dataset_name: d\n", "dataset_name: d\nmodel_name_or_path:\n"])
+def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
+    message = problem(["--config", recipe(text)])
+    assert message.endswith("model_name_or_path is missing: set it in the file or with --model_name_or_path")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--seed -1", "seed='-1': should be greater than or equal to 0"),
+        ("--learning_rate 0", "learning_rate='0': should be greater than 0"),
+        ("--learning_rate abc", "learning_rate='abc': should be a valid number"),
+        ("--learning_rate nan", "learning_rate='nan': should be a finite number"),
+        ("--kl_coef inf", "kl_coef='inf': should be a finite number"),
+        ("--num_train_epochs 0", "num_train_epochs='0': should be greater than 0"),
+        ("--beta 0", "beta='0': should be greater than 0"),
+        ("--kl_coef -1", "kl_coef='-1': should be greater than or equal to 0"),
+        ("--label_smoothing -0.1", "label_smoothing='-0.1': should be greater than or equal to 0"),
+        ("--temperature 0", "temperature='0': should be greater than 0"),
+        ("--top_p 0", "top_p='0': should be greater than 0"),
+        ("--top_k 1.5", "top_k='1.5': should be a valid integer"),
+        ("--lora_dropout 1", "lora_dropout='1': should be less than 1"),
+        ("--adam_beta2 1", "adam_beta2='1': should be less than 1"),
+        ("--warmup_ratio 1.1", "warmup_ratio='1.1': should be less than or equal to 1"),
+        ("--max_completion_length 1", "max_completion_length='1': should be greater than or equal to 2"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size='0': should be greater than 0"),
+        ("--max_steps 0", "max_steps=0: use a positive number, or -1 for num_train_epochs"),
+        ("--max_steps -2", "max_steps='-2': should be greater than or equal to -1"),
+        ("--dtype float16", "dtype='float16': should be 'float32' or 'bfloat16'"),
+        ("--reward score", "reward='score': write it as package.module:function"),
+        ("--num_generations 1", "num_generations=1: hypo compares the samples of a prompt, use at least 2"),
+        ("--algorithm ipo --label_smoothing 0.1", "label_smoothing=0.1: IPO has none, use 0"),
+        ("--use_peft --num_layers_unfrozen 4", "use_peft=true with num_layers_unfrozen=4: choose one"),
+        ("--dataset_test_split test --num_eval_rows 9", "num_eval_rows=9 with dataset_test_split='test'"),
+        ("--eval_steps 5", "eval_steps=5: nothing to evaluate on, set dataset_test_split or num_eval_rows"),
+        ("--seed 1 2", "seed=['1', '2']: should be a valid integer"),
+        ("--learning_rate", "learning_rate='': needs a value"),
+        ("--resume_from_checkpoint", "resume_from_checkpoint='': needs a value"),
+        ("--seed 1 --seed 2", "--seed is given more than once"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_what_is_wrong(flags, message):
+    text = problem(required_and(flags))
+    assert text.startswith(f"1 problem in the configuration: {message}")
+    assert "\n" not in text
+
+
+def test_conflicting_settings_are_all_listed():
+    text = problem(required_and("--num_generations 1 --eval_steps 5 --max_steps 0"))
+    assert text.startswith("3 problems")
+    assert len(text.split("\n")) == 4
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "sft"])
+def test_one_sample_a_prompt_is_refused_for_hypo_alone(algorithm):
+    assert load_config([*REQUIRED, "--algorithm", algorithm, "--num_generations", "1"]).num_generations == 1
+
+
+@pytest.mark.parametrize(("key", "kind"), [("beta", "float"), ("save_steps", "int"), ("lora_r", "int")])
+def test_yes_and_no_are_not_numbers(recipe, key, kind):
+    path = recipe(f"model_name_or_path: m\ndataset_name: d\n{key}: yes\n")
+    assert f"{key}=True: should be {kind}, not true or false" in problem(["--config", path])
+
+
+def test_a_number_where_text_belongs_asks_for_quotes(recipe):
+    path = recipe("model_name_or_path: m\ndataset_name: d\ndataset_config: 2024\n")
+    assert "dataset_config=2024: should be a valid string (put it in quotes)" in problem(["--config", path])
+
+
+def test_a_field_of_two_types_is_one_problem(recipe):
+    path = recipe("model_name_or_path: m\ndataset_name: d\nlora_target_modules: 3\n")
+    assert problem(["--config", path]).startswith("1 problem in the configuration: lora_target_modules=3: should be")
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    assert problem(["--config", "nope.yaml"]) == "--config nope.yaml: No such file or directory"
+    assert problem(["--config", str(tmp_path)]) == f"--config {tmp_path}: Is a directory"
+    assert problem(["--config"]).startswith("--config needs one file")
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2\n", "a: 1\n\tb: 2\n", "date: 2024-13-45\n", "a: 1\n---\nb: 2\n"])
+def test_a_recipe_that_is_not_yaml_is_named_in_one_line(recipe, text):
+    path = recipe(text)
+    message = problem(["--config", path])
+    assert message.startswith(f"--config {path}: not valid YAML: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "- beta\n- 0.1\n", "beta\n", "3\n"])
+def test_a_recipe_that_is_no_mapping_says_what_it_should_hold(recipe, text):
+    path = recipe(text)
+    assert problem(["--config", path]) == f"--config {path}: should hold lines of the form 'name: value'"
+
+
+def test_a_recipe_in_another_encoding_is_an_error_and_not_a_traceback(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("output_dir: caf\xe9\n".encode("latin-1"))
+    assert f"--config {path}: not valid YAML" in problem(["--config", str(path)])
+
+
+def test_a_nested_recipe_is_refused(recipe):
+    path = recipe("model_name_or_path: m\ndataset_name: d\nlora:\n  r: 8\n")
+    assert f"unknown key 'lora' in {path}" in problem(["--config", path])
+
+
+def test_a_recipe_given_without_its_flag_is_recognised():
+    assert "unexpected argument 'x.yaml': settings are written as --config x.yaml" in problem(["x.yaml", *REQUIRED])
+
+
+def test_a_config_survives_its_own_yaml(recipe):
+    flags = "--lora_target_modules a b --kl_coef 1e-7 --output_dir null/é --dataset_config 2024"
+    config = load_config(required_and(flags))
+    assert config.lora_target_modules == ["a", "b"]
+    assert load_config(["--config", recipe(config.to_yaml())]) == config
+
+
+def test_the_yaml_of_a_config_lists_every_field():
+    assert list(yaml.safe_load(load_config(REQUIRED).to_yaml())) == list(Config.model_fields)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config(REQUIRED).seed = 1
+
+
+def test_settings_that_bias_the_kl_are_warned_about():
+    assert load_config(REQUIRED).warnings() == []
+    for flags in (["--top_k", "50"], ["--top_p", "0.9"], ["--temperature", "0.7"]):
+        [line] = load_config([*REQUIRED, *flags]).warnings()
+        assert "KL is biased" in line
+        assert load_config([*REQUIRED, *flags, "--algorithm", "dpo"]).warnings() == []
+
+
+def test_weights_without_a_float32_master_are_warned_about():
+    [line] = load_config([*REQUIRED, "--dtype", "bfloat16"]).warnings()
+    assert "bfloat16" in line
+
+
+def test_help_documents_every_field_and_fits_in_100_columns():
+    text = help_text()
+    lines = text.split("\n")
+    assert max(map(len, lines)) <= 100
+    for name, field in Config.model_fields.items():
+        place = next(i for i, line in enumerate(lines) if line.startswith(f"  --{name} "))
+        assert "default: " in lines[place] or "(required)" in lines[place]
+        assert len(lines[place + 1].strip()) > 10, f"{name} has no text"
+        assert field.description
+    assert "--algorithm  hypo | dpo | ipo | sft  (default: hypo)" in text
+    assert "--bf16  bool | none  (default: none)" in text
+    assert "--model_name_or_path  str  (required)" in text
+
+
+def test_help_shows_how_to_call_the_program():
+    text = help_text()
+    for usage in (
+        "python -m hypo_train --config recipe.yaml --learning_rate 1e-6",
+        "python -m hypo_train demo --help",
+    ):
+        assert usage in text
+
+
+def test_a_config_error_needs_no_heavy_import():
+    code = (
+        "import sys\n"
+        "from hypo_train.config import ConfigError, load_config\n"
+        "try: load_config(['--lerning_rate', '1'])\n"
+        "except ConfigError: pass\n"
+        "else: sys.exit('no error')\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'peft'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from hypo_train.optim import SCHEDULES, build_optimizer, build_scheduler, lr_at
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+
+def build(model, **options):
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, **options}
+    return build_optimizer(model.named_parameters(), **settings)
+
+
+def rates(kind, warmup_steps, total_steps):
+    return [lr_at(s, kind=kind, warmup_steps=warmup_steps, total_steps=total_steps) for s in range(total_steps + 1)]
+
+
+def test_only_weights_that_multiply_decay():
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # without a gradient, only the decay moves a parameter
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        decay = 1 - 1e-2 * 0.1 if parameter.ndim >= 2 else 1
+        torch.testing.assert_close(parameter.detach(), before[name] * decay)
+
+
+def test_the_settings_reach_adamw():
+    for group in build(small_model()).param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (1e-2, (0.9, 0.95), 1e-6)
+
+
+def test_frozen_parameters_are_left_out():
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    optimized = {id(p) for group in build(model).param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_model_of_vectors_alone_can_be_trained():
+    optimizer = build(nn.LayerNorm(4))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
+
+
+@pytest.mark.parametrize("parameters", [[], [("weight", nn.Parameter(torch.ones(2), requires_grad=False))]])
+def test_nothing_to_train_is_an_error(parameters):
+    with pytest.raises(ValueError, match="nothing to train"):
+        build_optimizer(parameters, learning_rate=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_adamw_is_fused_on_cuda():
+    assert all(group["fused"] for group in build(small_model().cuda()).param_groups)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_rate_at_the_ends(kind):
+    curve = rates(kind, warmup_steps=4, total_steps=20)
+    assert curve[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert curve[-1] == (1.0 if kind == "constant" else pytest.approx(0.0, abs=1e-12))
+    assert curve[4:] == sorted(curve[4:], reverse=True)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_without_warm_up_the_first_step_has_the_full_rate(kind):
+    assert rates(kind, warmup_steps=0, total_steps=5)[0] == 1.0
+
+
+def test_the_middle_of_the_decay():
+    assert rates("linear", 2, 10)[6] == 0.5
+    assert rates("cosine", 2, 10)[6] == pytest.approx(0.5)
+    assert rates("cosine", 2, 10)[4] == pytest.approx(0.5 + 0.5**1.5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_rate_stays_zero_after_the_last_step(kind):
+    assert lr_at(25, kind=kind, warmup_steps=2, total_steps=20) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_run_of_warm_up_alone(kind):
+    assert rates(kind, warmup_steps=4, total_steps=4)[:4] == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 7), (1, 7), (3, 10)])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_schedules_are_those_of_transformers(kind, warmup_steps, total_steps):
+    def curve(build_schedule):
+        optimizer = build(small_model())
+        scheduler = build_schedule(optimizer)
+        found = []
+        for _ in range(total_steps + 1):
+            found.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    name = "constant_with_warmup" if kind == "constant" else kind
+    ours = curve(lambda optimizer: build_scheduler(optimizer, kind, warmup_steps, total_steps))
+    theirs = curve(lambda optimizer: get_scheduler(name, optimizer, warmup_steps, total_steps))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup_steps", "total_steps", "message"),
+    [
+        ("cosin", 0, 5, "'cosin': it must be one of linear, cosine, constant"),
+        ("linear", 6, 5, "warmup_steps is 6"),
+        ("linear", -1, 5, "warmup_steps is -1"),
+        ("linear", 0, 0, "total_steps is 0"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_named(kind, warmup_steps, total_steps, message):
+    with pytest.raises(ValueError, match=message):
+        build_scheduler(build(small_model()), kind, warmup_steps, total_steps)
