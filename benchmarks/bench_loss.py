@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from benchmarks.providers import GEMMS, OURS, PROVIDERS, Provider
 from benchmarks.session import Session
 from benchmarks.workloads import Group, groups

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hypo_kernels
-from benchmarks.measure import Step
 from benchmarks.workloads import IGNORE_INDEX, NUM_GENERATIONS, Batch, Group
 from hypo_kernels import fused_hypo_loss, sequence_logprobs, token_logprobs
 

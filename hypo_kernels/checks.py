@@ -28,9 +28,7 @@ def _require(condition: bool, message: str) -> None:
 
 def implementation(impl: str, device: torch.device, compute_dtype: torch.dtype) -> str:
     """The implementation to use for tensors on ``device``; one that cannot serve them raises."""
-    _require(
-        impl in IMPLEMENTATIONS, f"impl={impl!r}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}"
-    )
+    _require(impl in IMPLEMENTATIONS, f"impl={impl!r}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "auto":
         impl = "triton" if device.type == "cuda" and compute_dtype != torch.float64 else "torch"
     if impl == "triton":
@@ -98,9 +96,7 @@ def inputs(hidden: Tensor, head: LMHead, targets: Tensor, cu_seqlens: Tensor | N
 
 def head_constants(head: LMHead) -> None:
     cap, scale, temperature = head.logit_softcap, head.logit_scale, head.temperature
-    _require(
-        cap is None or (math.isfinite(cap) and cap > 0), f"logit_softcap={cap}: must be positive, or None"
-    )
+    _require(cap is None or (math.isfinite(cap) and cap > 0), f"logit_softcap={cap}: must be positive, or None")
     _require(math.isfinite(scale) and scale != 0, f"logit_scale={scale}: must be finite and not 0")
     _require(math.isfinite(temperature) and temperature > 0, f"temperature={temperature}: must be positive")
 
@@ -133,9 +129,7 @@ def targets_in_vocabulary(layout: Layout, vocab_size: int) -> None:
     )
 
 
-def objective(
-    *, beta: float, kl_coef: float, length_penalty: float, preference: str, label_smoothing: float
-) -> None:
+def objective(*, beta: float, kl_coef: float, length_penalty: float, preference: str, label_smoothing: float) -> None:
     _require(preference in PREFERENCES, f"preference={preference!r}: must be one of {PREFERENCES}")
     _require(math.isfinite(beta) and beta > 0, f"beta={beta}: must be positive")
     _require(math.isfinite(kl_coef) and kl_coef >= 0, f"kl_coef={kl_coef}: must be 0 or more")
@@ -150,14 +144,10 @@ def objective(
 def batch(num_sequences: int, num_pairs: int, num_generations: int) -> int:
     """Number of prompts with online samples; the sequences must divide into pairs and groups."""
     _require(num_pairs >= 0, f"num_pairs={num_pairs}: must be 0 or more")
-    _require(
-        num_generations >= 2, f"num_generations={num_generations}: RLOO needs at least 2 samples a prompt"
-    )
+    _require(num_generations >= 2, f"num_generations={num_generations}: RLOO needs at least 2 samples a prompt")
     _require(num_sequences > 0, "there are no sequences: the batch is empty")
     samples = num_sequences - 2 * num_pairs
-    _require(
-        samples >= 0, f"num_pairs={num_pairs} needs {2 * num_pairs} sequences, the batch has {num_sequences}"
-    )
+    _require(samples >= 0, f"num_pairs={num_pairs} needs {2 * num_pairs} sequences, the batch has {num_sequences}")
     _require(
         samples % num_generations == 0,
         f"{num_sequences} sequences are {2 * num_pairs} of pairs and {samples} online samples, "

@@ -139,7 +139,7 @@ class _RowLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, lse = ctx.saved_tensors
         plan: _RowPlan = ctx.plan
         head = replace(plan.head, weight=weight, bias=bias)
@@ -164,9 +164,7 @@ class Gradients:
     bias: Tensor | None
 
     @classmethod
-    def like(
-        cls, hidden: Tensor, head: LMHead, needed: Sequence[bool], compute_dtype: torch.dtype
-    ) -> Gradients:
+    def like(cls, hidden: Tensor, head: LMHead, needed: Sequence[bool], compute_dtype: torch.dtype) -> Gradients:
         wide = gemm.accumulator_dtype(compute_dtype)
         # fp16 would flush gradients that a later loss scale could still have saved.
         hidden_dtype = wide if hidden.dtype == torch.float16 else hidden.dtype
@@ -174,9 +172,7 @@ class Gradients:
             hidden.new_zeros((hidden.numel() // hidden.shape[-1], hidden.shape[-1]), dtype=hidden_dtype)
             if needed[0]
             else None,
-            torch.zeros_like(head.weight, dtype=wide, memory_format=torch.contiguous_format)
-            if needed[1]
-            else None,
+            torch.zeros_like(head.weight, dtype=wide, memory_format=torch.contiguous_format) if needed[1] else None,
             torch.zeros_like(head.bias, dtype=wide) if needed[2] and head.bias is not None else None,
         )
 
@@ -186,7 +182,7 @@ class Gradients:
         Scales the accumulators in place: a call's gradients are handed out once.
         """
         inputs = (hidden, head.weight, head.bias)
-        out = []
+        out: list[Tensor | None] = []
         for gradient, like in zip((self.hidden, self.weight, self.bias), inputs, strict=True):
             if gradient is None or like is None:
                 out.append(None)
@@ -296,9 +292,7 @@ class HeadRoom:
     def _inputs(self, hidden: Tensor, rows: slice) -> Tensor:
         """The rows' hidden states (C, D) as a GEMM operand."""
         index = self.rows[rows]
-        picked = (
-            hidden[index] if hidden.ndim == 2 else hidden[index // hidden.shape[1], index % hidden.shape[1]]
-        )
+        picked = hidden[index] if hidden.ndim == 2 else hidden[index // hidden.shape[1], index % hidden.shape[1]]
         return gemm.convert(picked, self.compute_dtype)
 
     def _raw(self, x: Tensor, head: LMHead) -> Tensor:

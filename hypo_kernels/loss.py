@@ -103,9 +103,7 @@ def fused_hypo_loss(
     checks.inputs(hidden, head, targets, cu_seqlens)
     if hidden.ndim == 2:
         if cu_seqlens is None:
-            raise ValueError(
-                "cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart"
-            )
+            raise ValueError("cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart")
         checks.sequences(cu_seqlens, len(targets))
     num_sequences = len(targets) if cu_seqlens is None else len(cu_seqlens) - 1
     num_prompts = checks.batch(num_sequences, num_pairs, num_generations)
@@ -199,7 +197,7 @@ class _FusedHypo(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "fused_hypo_loss: backward was called twice, but its gradients are handed out once "

@@ -57,9 +57,7 @@ class Objective:
         scale = self.kl_coef / (self.num_prompts * k)
         return scale * penalty, scale * (penalty - baseline)
 
-    def __call__(
-        self, logps: Tensor, ref_logps: Tensor, lengths: Tensor, num_pairs: int
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
         """Summed loss () and coefficients ∂loss/∂logps (S,) of some whole pairs and groups.
 
         The S sequences are in group order: ``num_pairs`` times a chosen and its rejected one, then online

@@ -77,11 +77,7 @@ def _logits_(raw: Tensor, head: LMHead) -> Tensor:
     if head.bias is not None:
         raw.add_(head.bias)
     if head.logit_softcap is not None:
-        return (
-            raw.mul_(head.logit_scale / head.logit_softcap)
-            .tanh_()
-            .mul_(head.logit_softcap / head.temperature)
-        )
+        return raw.mul_(head.logit_scale / head.logit_softcap).tanh_().mul_(head.logit_softcap / head.temperature)
     factor = head.logit_scale / head.temperature
     return raw.mul_(factor) if factor != 1.0 else raw
 

@@ -17,9 +17,7 @@ from hypo_kernels.head import LMHead
 from hypo_kernels.logprob import Gradients, HeadRoom, sequence_sums
 
 
-def run(
-    call: Call, hidden: Tensor, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+def run(call: Call, hidden: Tensor, needed: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Loss (), log-probs (S,), reference log-probs (S,) and the gradients that are ``needed``.
 
     ``needed`` says so for hidden, weight and bias. Log-probs are in group order.

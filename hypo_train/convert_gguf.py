@@ -61,7 +61,6 @@ def convert(file: Path, folder: Path) -> None:
     # The saved weights are plain fp32: a folder that still named a quantisation would not load.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -250,8 +250,7 @@ def _check_window(model: Any, longest: int) -> None:
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
-    if slides and window < longest:
+    if window is not None and (kinds is None or "sliding_attention" in kinds) and window < longest:
         raise ModelError(
             f"{type(model).__name__} attends to the last {window} tokens only, and prompt and completion may have "
             f"{longest}: lower max_prompt_length + max_completion_length to {window}"

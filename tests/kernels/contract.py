@@ -203,7 +203,7 @@ def loss_scale(batch: Batch, exact: Results) -> float:
     """Σ |∂loss/∂logp · logp|: the loss is a difference of log-probs, whose size sets its rounding."""
     logps = exact["logps"].clone().requires_grad_()
     (coefficients,) = torch.autograd.grad(plain_objective(batch, logps, exact["ref_logps"]), logps)
-    return float((coefficients * logps).abs().sum())
+    return float((coefficients * logps).detach().abs().sum())
 
 
 def assert_contract(batch: Batch, impl: str, upstream: float = 1.0, kernel: Results | None = None) -> None:

@@ -1,0 +1,127 @@
+"""Everything that a run needs, built and checked before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import GenerationConfig
+
+from hypo_train.config import Config, ConfigError
+from hypo_train.data import Example, Pair, batches_per_epoch, load_examples, load_pairs
+from hypo_train.model import Policy, eos_token_ids, load_policy, load_tokenizer
+from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.reward import RewardFunction, load_reward
+from hypo_train.sampler import GenerateSampler, Sampler
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a step needs, built and checked before the first one."""
+
+    config: Config
+    accelerator: Accelerator
+    tokenizer: Any
+    policy: Policy  # bare, for parameters, sampling and the reference
+    model: Any  # the policy as accelerate wraps it, for the forward pass that trains
+    sampler: Sampler
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    train_rows: Sequence[Pair] | Sequence[Example]
+    eval_rows: Sequence[Pair] | Sequence[Example]
+    reward: RewardFunction | None
+    total_steps: int
+    report: list[str]  # what the user should know about the data, the model and the settings
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return batches_per_epoch(len(self.train_rows), self.batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+
+def prepare(config: Config) -> Run:
+    """Load and check everything, cheapest first: configuration, data, then the model."""
+    reward = load_reward(config.reward)
+    accelerator = _accelerator(config)
+    tokenizer = load_tokenizer(config)
+    ends = eos_token_ids(_generation_config(config), tokenizer)
+    load = load_examples if config.algorithm == "sft" else load_pairs
+    train_rows, eval_rows, reports = load(config, tokenizer, ends)
+    total_steps = _total_steps(config, len(train_rows))
+    torch.manual_seed(config.seed)  # the adapter's first weights
+    policy = load_policy(config, autocast=accelerator.mixed_precision == "bf16").to(accelerator.device)
+    parameters = policy.trained_parameters()
+    optimizer = build_optimizer(
+        parameters.items(),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+    scheduler = build_scheduler(
+        optimizer, config.lr_scheduler_type, round(config.warmup_ratio * total_steps), total_steps
+    )
+    model, optimizer = accelerator.prepare(policy, optimizer)
+    policy.reference_to(accelerator.device)
+    sampler = GenerateSampler(
+        policy.model,
+        eos_token_ids=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+    trained = sum(p.numel() for p in parameters.values())
+    everything = sum(p.numel() for p in policy.parameters())
+    report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
+    report.append(f"training {trained:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}")
+    report += [f"warning: {line}" for line in config.warnings()]
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        policy=policy,
+        model=model,
+        sampler=sampler,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        reward=reward,
+        total_steps=total_steps,
+        report=report,
+    )
+
+
+def _generation_config(config: Config) -> GenerationConfig | None:
+    """The checkpoint's own, for its list of end tokens; many have none."""
+    try:
+        return GenerationConfig.from_pretrained(config.model_name_or_path)
+    except OSError:
+        return None
+
+
+def _accelerator(config: Config) -> Accelerator:
+    bf16 = torch.cuda.is_available() if config.bf16 is None else config.bf16
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    if accelerator.num_processes > 1:
+        raise ConfigError(f"started as {accelerator.num_processes} processes: training runs on one device so far")
+    return accelerator
+
+
+def _total_steps(config: Config, num_rows: int) -> int:
+    if config.max_steps > 0:
+        return config.max_steps
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return max(1, round(config.num_train_epochs * batches_per_epoch(num_rows, batch_size)))
