@@ -61,7 +61,8 @@ class Config(BaseModel):
     attn_implementation: Text = "sdpa"
     """Attention backend, as in transformers."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type the trained weights are held in. bfloat16 rounds most steps as small as 1e-6 away."""
+    """Type the frozen weights are held in. Trained ones are always float32: bfloat16 would round away most
+    updates as small as 1e-6."""
     bf16: bool | None = None
     """Compute under bfloat16 autocast; none means on when CUDA is there."""
     gradient_checkpointing: bool = False
@@ -112,7 +113,7 @@ class Config(BaseModel):
     """Added to a sample's log-ratio for each of its tokens, so that length costs as KL does; hypo only."""
 
     temperature: PositiveFloat = 1.0
-    """Sampling temperature; the KL of any but 1 is not that of the model's own distribution."""
+    """Temperature of policy and reference: of their samples and of every log-probability of the loss."""
     top_k: NonNegativeInt = 0
     """Sample from the k likeliest tokens; 0 means all. Truncation biases the KL."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -184,13 +185,11 @@ class Config(BaseModel):
     def warnings(self) -> list[str]:
         """Settings that are allowed but seldom meant, one line each."""
         lines = []
-        if self.algorithm == "hypo" and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            sampling = f"temperature={self.temperature:g}, top_k={self.top_k}, top_p={self.top_p:g}"
+        if self.algorithm == "hypo" and (self.top_k, self.top_p) != (0, 1.0):
             lines.append(
-                f"{sampling}: samples do not follow the model's own distribution, the KL is biased (use 1, 0, 1)"
+                f"top_k={self.top_k}, top_p={self.top_p:g}: truncated samples do not follow the policy, so the KL "
+                "is biased (use 0, 1)"
             )
-        if self.dtype == "bfloat16" and not self.use_peft:
-            lines.append("dtype=bfloat16: weights without a float32 master copy lose most small updates")
         return lines
 
     def to_yaml(self) -> str:
