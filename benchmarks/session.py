@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from benchmarks.accuracy import Truth, errors, truth, wrong
 from benchmarks.measure import Step, interleaved, median, peak_extra_bytes, spread
 from benchmarks.providers import BY_NAME, EAGER, GEMMS, OURS, Provider, Unavailable
 from benchmarks.workloads import Batch, Group, Workload, make_batch
+
+SLOWEST_RUN = {"cuda": 2.0, "cpu": 5.0}  # seconds; beyond them a provider is named, not timed
 
 
 @dataclass
@@ -95,7 +98,7 @@ class Session:
             self.device,
             before=lambda: batch.prepare(group.mode),
             seconds=1.0 if self.quick else 6.0,
-            min_rounds=5,
+            min_rounds=3 if self.quick else 5,
             max_rounds=50 if cuda else 15,
         )
         for name, seconds in samples.items():
@@ -116,8 +119,12 @@ class Session:
                 result.errors = errors(exact, batch, logps)
             del logps
             batch.prepare(mode)
+            start = time.perf_counter()
             _, result.peak_bytes = peak_extra_bytes(step, self.device)
+            seconds = time.perf_counter() - start
             result.gradient_bytes = sum(grad.nbytes for grad in batch.grads)
+            if seconds > SLOWEST_RUN[self.device.type]:
+                raise Unavailable(f"one run takes {seconds:.1f} s, too long to repeat")
         except Unavailable as why:
             result.skipped = str(why)
         except Exception as error:

@@ -126,19 +126,25 @@ def max_rows(
         per_row += vocab * operand.itemsize
     # Gathered and converted inputs, inputs times coefficients, and their gradients before and after conversion.
     per_row += width * (2 * operand.itemsize + 3 * accumulator.itemsize)
-    fixed = sum(gemm.Panels.copy_bytes(head.weight, compute_dtype, max_chunk_bytes) for head in heads)
-    fixed += BYTES_PER_COUNTED_ROW * num_rows
-    if operand == torch.float16:
-        fixed += min(FP16_BLOCK_BYTES, 4 * vocab * width)
+
+    def fixed(budget: int) -> int:
+        panels = sum(gemm.Panels.copy_bytes(head.weight, compute_dtype, budget) for head in heads)
+        block = min(FP16_BLOCK_BYTES, 4 * vocab * width) if operand == torch.float16 else 0
+        return panels + block + BYTES_PER_COUNTED_ROW * num_rows
+
     logits_bytes = vocab * accumulator.itemsize
     scratch_per_row = scratch_bytes(1, logits_bytes)  # grows with the rows up to a plateau
     plateau = scratch_bytes(2**62 // logits_bytes, logits_bytes)
-    room = max_chunk_bytes - fixed
+    room = max_chunk_bytes - fixed(max_chunk_bytes)
     rows = max(room // (per_row + scratch_per_row), (room - plateau) // per_row)
     if rows < 1:
+        needed = max_chunk_bytes
+        # A larger budget grants a converted head larger panels, by a fraction of the growth: this settles.
+        while needed < (more := fixed(needed) + per_row + scratch_per_row):
+            needed = more
         raise ValueError(
             f"max_chunk_bytes={max_chunk_bytes} cannot hold one row of {vocab} logits: "
-            f"pass at least {fixed + per_row + scratch_per_row} for this call"
+            f"pass at least {needed} for this call"
         )
     if device.type == "cpu":
         rows = min(rows, max(largest_group, CPU_BUFFER_BYTES // per_row, 1))

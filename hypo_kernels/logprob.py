@@ -261,6 +261,8 @@ class HeadRoom:
         coefficients: Tensor,
     ) -> None:
         """Add the gradients of ``Σ coefficients · logp`` over ``rows``; ``coefficients`` (C,)."""
+        if len(unit) == 0:  # every token of the group is ignored
+            return
         panels = self.panels[id(head.weight)]
         factor = coefficients.to(self.buffer.dtype).neg()[:, None] / self.scale
         if gradients.hidden is not None:

@@ -54,7 +54,7 @@ class Objective:
         k = self.num_generations
         penalty = ratio + self.length_penalty * lengths.to(ratio.dtype)
         baseline = (penalty.sum(dim=1, keepdim=True) - penalty) / (k - 1)
-        scale = self.kl_coef / (self.num_prompts * k)
+        scale = self.kl_coef / max(1, self.num_prompts * k)  # a batch without samples has nothing to divide
         return scale * penalty, scale * (penalty - baseline)
 
     def __call__(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:

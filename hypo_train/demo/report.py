@@ -22,7 +22,7 @@ class Outcome:
 
     seed: int
     runs: dict[str, Path]
-    baseline: dict[str, float]
+    baseline: dict[int, float]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -53,7 +53,7 @@ def _figures(outcome: Outcome, name: str) -> dict[str, float]:
     last = _evaluations(outcome.runs[name])[-1]
     path = outcome.runs[name] / "samples" / f"step-{last['step']}.jsonl"
     samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    wins = [_win(sample["reward"], outcome.baseline[str(sample["row"])]) for sample in samples]
+    wins = [_win(sample["reward"], outcome.baseline[sample["row"]]) for sample in samples]
     return {
         "reward": last["eval_reward"],
         "win_rate": statistics.fmean(wins),

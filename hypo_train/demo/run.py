@@ -23,6 +23,7 @@ from hypo_train.train import train
 NUM_REVIEWS = 6000
 NUM_PAIRS = 2000
 NUM_HELD_OUT = 512
+SAMPLES_SEED = 10_000  # away from the seeds of the runs
 # Both methods share everything but the algorithm and its λ.
 SETTINGS: dict[str, Any] = {
     "beta": 0.1,
@@ -96,41 +97,45 @@ def _train_language_model(folder: Path, rng: random.Random, seed: int) -> Path:
         algorithm="sft",
         learning_rate=3e-3,
         per_device_train_batch_size=64,
-        num_train_epochs=4,
+        num_train_epochs=3,
         warmup_ratio=0.05,
         num_eval_rows=200,
     )
     return train(config).model_dir
 
 
-def _write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int) -> dict[str, float]:
+def _write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int) -> dict[int, float]:
     """Bradley–Terry pairs sampled from the language model, the held-out ones last.
 
-    Returns the true reward of one sample of the language model for each held-out prompt: what a policy's
-    samples are held against.
+    Returns the true reward of one more sample for each held-out row: what a policy's samples are held against.
     """
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     sampler = GenerateSampler(model, eos_token_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
     rows: list[dict[str, str]] = []
-    baseline: dict[str, float] = {}
     batch = 0
     while len(rows) < NUM_PAIRS + NUM_HELD_OUT:
-        prompts = [world.prompt(rng) for _ in range(256)]
-        for prompt, texts in zip(prompts, _sample(sampler, tokenizer, prompts, 3, seed + batch), strict=True):
-            if len(rows) < NUM_PAIRS + NUM_HELD_OUT and (row := _labelled(prompt, texts[:2], rng)):
-                rows.append(row)
-                baseline[str(len(rows) - 1)] = world.reward(prompt, texts[2])
+        prompts = [world.prompt(rng) for _ in range(512)]
+        drawn = _sample(sampler, tokenizer, prompts, 4, seed=SAMPLES_SEED * (seed + 1) + batch)
+        pairs = [_labelled(prompt, texts, rng) for prompt, texts in zip(prompts, drawn, strict=True)]
+        rows += [pair for pair in pairs if pair is not None]
         batch += 1
+    rows = rows[: NUM_PAIRS + NUM_HELD_OUT]
     _write_rows(path, rows)
-    return {row: value for row, value in baseline.items() if int(row) >= NUM_PAIRS}
+    prompts = [row["prompt"] for row in rows[NUM_PAIRS:]]
+    baseline = _sample(sampler, tokenizer, prompts, 1, seed=seed)
+    return {
+        NUM_PAIRS + i: world.reward(prompt, text)
+        for i, (prompt, [text]) in enumerate(zip(prompts, baseline, strict=True))
+    }
 
 
 def _labelled(prompt: str, texts: Sequence[str], rng: random.Random) -> dict[str, str] | None:
-    """A pair labelled by a Bradley–Terry judge of the true reward; None if it leaves the covered part."""
-    first, second = texts
-    if first == second or not first or not second or not all(map(world.is_covered, texts)):
+    """Two covered texts, labelled by a Bradley–Terry judge of the true reward; None if there are no two."""
+    covered = [text for text in dict.fromkeys(texts) if text and world.is_covered(text)]
+    if len(covered) < 2:
         return None
+    first, second = covered[:2]
     prefers_first = rng.random() < 1 / (1 + math.exp(world.reward(prompt, second) - world.reward(prompt, first)))
     chosen, rejected = (first, second) if prefers_first else (second, first)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}

@@ -1,8 +1,8 @@
 """A small world of reviews: prompts, responses, and the reward that a reader of them would give.
 
 A review is a few clauses about a place. Its true reward is the number of its kind words less the number of
-its unkind ones. Reviews talk about eight subjects; the offline pairs are kept to those that only touch the
-first four, so that they cover a part of what the policy can say, as the paper's analysis assumes.
+its unkind ones. Reviews talk about eight subjects, mostly the first four; the offline pairs are kept to reviews
+of these alone, so that they cover a part of what the policy can say, as in the paper's analysis.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def review(rng: random.Random) -> str:
 
 
 def _clause(rng: random.Random, mood: float) -> str:
-    subject = rng.choice(COVERED + UNCOVERED)
+    subject = rng.choice(COVERED if rng.random() < 0.8 else UNCOVERED)
     kind = rng.random() < mood
     if rng.random() < 0.25:
         return f"{rng.choice(['i', 'we'])} {rng.choice(LIKED if kind else DISLIKED)} the {subject}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from tiny import CHATML
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -27,10 +28,6 @@ from hypo_train.data import (
     tokenize_pairs,
 )
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -527,12 +524,6 @@ def test_an_empty_completion_is_dropped(plain):
 # Files, folders and names
 
 ROWS = [row(f"Q: {i}", f" yes {i}", f" no {i}") for i in range(6)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

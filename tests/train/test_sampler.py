@@ -4,10 +4,11 @@ import copy
 import random
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, LlamaConfig
+from transformers import GenerationConfig
 
 from hypo_train.sampler import GenerateSampler, Samples
 
@@ -31,20 +32,10 @@ def architecture(request):
 
 def tiny_model(architecture, vocab_size=12, initializer_range=0.25):
     """Random weights, large enough that the next token's distribution is far from uniform."""
-    size = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "initializer_range": initializer_range,
-        "eos_token_id": EOS,
-        "bos_token_id": None,
-        "pad_token_id": None,
-    }
-    config = LlamaConfig(**size, num_key_value_heads=2) if architecture == "llama" else GPTNeoXConfig(**size)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    model = tiny.new_model(
+        architecture, vocab_size=vocab_size, initializer_range=initializer_range, eos_token_id=EOS, pad_token_id=None
+    )
+    return model.to(DEVICE)
 
 
 def build(engine, model, *, eos_token_ids=(EOS,), pad_token_id=PAD, **options):

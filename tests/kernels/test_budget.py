@@ -1,0 +1,190 @@
+"""``max_chunk_bytes``: what a call may hold beside its gradients, and that the result does not depend on it."""
+
+from typing import Any
+
+import pytest
+import torch
+from contract import FUSED, Batch, assert_contract, random_batch, run_fused, variants
+from meters import GemmMeter, peak_bytes
+from torch import Tensor
+
+from hypo_kernels import fused_hypo_loss, gemm, token_logprobs
+
+RAGGED: dict[str, Any] = {"lengths": [5, 9, 3, 7, 6, 2, 8, 4, 5, 3], "num_pairs": 3}
+FULL_HEAD: dict[str, Any] = {"with_bias": True, "with_ref_hidden": True, "logit_softcap": 5.0}
+
+
+def call(batch: Batch, impl: str, **options: Any) -> Tensor:
+    return fused_hypo_loss(
+        batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, bias=batch.bias, impl=impl,
+        **{**batch.options, **options},
+    ).loss  # fmt: skip
+
+
+def least_budget(batch: Batch, impl: str, **options: Any) -> int:
+    with pytest.raises(ValueError, match="pass at least") as error:
+        call(batch, impl, max_chunk_bytes=1, **options)
+    return int(str(error.value).split("at least ")[1].split()[0])
+
+
+@pytest.mark.parametrize("head", [{}, FULL_HEAD], ids=["plain head", "full head"])
+@pytest.mark.parametrize(
+    ("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16, torch.float64)
+)
+def test_the_bytes_that_the_error_names_are_enough_and_one_less_is_not(
+    impl: str, dtype: torch.dtype, head: dict[str, Any], device: torch.device
+) -> None:
+    # 1000 entries: an fp32 copy of the 16-bit head is larger than a row, so its panels grow with the budget.
+    batch = random_batch(**RAGGED, **head, vocab=1000, device=device, dtype=dtype)
+    needed = least_budget(batch, impl)
+    with pytest.raises(ValueError, match=f"max_chunk_bytes={needed - 1} .* pass at least {needed} "):
+        call(batch, impl, max_chunk_bytes=needed - 1)
+    assert call(batch, impl, max_chunk_bytes=needed).isfinite()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 20])  # every group recomputed, some, several whole groups a chunk
+@pytest.mark.parametrize("head", [{}, FULL_HEAD], ids=["plain head", "full head"])
+@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16, torch.float64))
+def test_small_budgets_give_the_same_results(
+    impl: str, dtype: torch.dtype, head: dict[str, Any], rows: int, device: torch.device
+) -> None:
+    batch = random_batch(**RAGGED, **head, vocab=67, device=device, dtype=dtype)
+    # About `rows` rows: beside the first one, each takes its logits, in 5 copies at most, and its features.
+    budget = least_budget(batch, impl) + (rows - 1) * (67 * 5 + 16 * 5) * dtype.itemsize
+    assert_contract(batch.with_options(max_chunk_bytes=budget), impl)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), variants(torch.bfloat16, torch.float16))
+def test_small_budgets_give_the_same_results_on_16_bit_operands(
+    impl: str, dtype: torch.dtype, device: torch.device, sixteen_bit_operands: None
+) -> None:
+    batch = random_batch(**RAGGED, **FULL_HEAD, vocab=67, device=device, dtype=dtype)
+    assert_contract(batch.with_options(max_chunk_bytes=least_budget(batch, impl)), impl)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_group_of_ignored_rows_after_one_that_does_not_fit_is_harmless(
+    impl: str, device: torch.device, sixteen_bit_operands: None
+) -> None:
+    """The first pair fills more than a chunk; what remains for the last chunk are groups without rows."""
+    batch = random_batch(
+        [9, 4, 9, 4], 67, num_pairs=2, ignored=0.0, ignored_sequences=[1, 3], device=device, dtype=torch.float16
+    )
+    assert_contract(batch.with_options(max_chunk_bytes=least_budget(batch, impl)), impl)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA multiplies 16-bit heads as they are")
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_16_bit_head_on_a_cpu_is_converted_panel_by_panel_when_a_copy_is_too_large(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = random_batch(**RAGGED, vocab=1000, device=torch.device("cpu"), dtype=torch.bfloat16)
+    converted: list[int] = []
+    convert = gemm.convert
+
+    def spy(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
+        if x.shape[-1] == 16 and x.untyped_storage().data_ptr() == batch.weight.untyped_storage().data_ptr():
+            converted.append(len(x))
+        return convert(x, compute_dtype)
+
+    monkeypatch.setattr(gemm, "convert", spy)
+    whole = run_fused(batch, impl)
+    assert converted == [1000]
+    converted.clear()
+    # An fp32 copy of the head takes 64,000 bytes; a quarter of the budget, two panels of 195 rows, is its share.
+    budget = 100_000
+    small = batch.to(torch.bfloat16).with_options(max_chunk_bytes=budget)
+    batch = small
+    panels = run_fused(small, impl)
+    assert max(converted) * 64 * 2 <= budget // 4
+    assert sum(converted) % 1000 == 0
+    assert_contract(small, impl, kernel=panels)
+    torch.testing.assert_close(panels["loss"], whole["loss"])
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_the_default_budget_runs_a_small_batch_in_one_chunk(impl: str, device: torch.device) -> None:
+    batch = random_batch(**RAGGED, vocab=67, device=device)
+    with GemmMeter() as meter:
+        call(batch, impl).backward()
+    assert len(meter.shapes) == 3
+
+
+def gradient_bytes(batch: Batch) -> tuple[int, int]:
+    """Bytes of what a call accumulates in, and of the gradients handed out where those are further tensors."""
+    held = copies = 0
+    for name in ("hidden", "weight", "bias"):
+        leaf = getattr(batch, name)
+        if leaf is None:
+            continue
+        as_it_is = name == "hidden" and leaf.dtype == torch.bfloat16
+        sums = leaf.dtype if as_it_is else torch.promote_types(leaf.dtype, torch.float32)
+        held += leaf.numel() * sums.itemsize
+        copies += 0 if sums == leaf.dtype else leaf.numel() * leaf.dtype.itemsize
+    return held, copies
+
+
+MEMORY_HEADS = {"plain": {}, "softcap, bias and reference": FULL_HEAD}
+
+
+@pytest.mark.parametrize("budget", [150_000, 600_000, 3_000_000])
+@pytest.mark.parametrize("head", MEMORY_HEADS)
+@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16, torch.float64))
+def test_a_call_holds_no_more_than_its_budget_beside_the_gradients(
+    impl: str, dtype: torch.dtype, head: str, budget: int, device: torch.device
+) -> None:
+    # 500 rows of 1000 logits are 2 MB in fp32, 4 MB in fp64: more than two of the budgets hold.
+    batch = random_batch(
+        [50] * 10, 1000, width=32, num_pairs=3, ignored=0.1, **MEMORY_HEADS[head], device=device, dtype=dtype
+    )
+    held, copies = gradient_bytes(batch)
+    call(batch, impl, max_chunk_bytes=budget)  # the first call allocates what lives on: BLAS workspaces
+    assert peak_bytes(device, lambda: call(batch, impl, max_chunk_bytes=budget)) <= budget + held
+    batch.hidden.grad = batch.weight.grad = None
+    peak = peak_bytes(device, lambda: call(batch, impl, max_chunk_bytes=budget).backward())
+    assert peak <= max(budget + held, held + copies)
+
+
+@pytest.mark.parametrize("budget", [150_000, 600_000])
+@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16))
+def test_token_log_probs_hold_no_more_than_their_budget_beside_the_gradients(
+    impl: str, dtype: torch.dtype, budget: int, device: torch.device
+) -> None:
+    batch = random_batch([250, 250], 1000, width=32, num_generations=2, cheap_reference=True, ignored=0.1, device=device, dtype=dtype)
+    held, copies = gradient_bytes(batch)
+
+    def rows() -> Tensor:
+        return token_logprobs(batch.hidden, batch.weight, batch.targets, impl=impl, max_chunk_bytes=budget)
+
+    rows().sum().backward()
+    batch.hidden.grad = batch.weight.grad = None
+    assert peak_bytes(device, rows) <= budget
+    assert peak_bytes(device, lambda: rows().sum().backward()) <= budget + held + copies
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_memory_does_not_grow_with_the_number_of_tokens(impl: str, device: torch.device) -> None:
+    def peak(pairs: int) -> int:
+        batch = random_batch([10] * 2 * pairs, 1000, num_pairs=pairs, ignored=0.0, device=device)
+        call(batch, impl, max_chunk_bytes=300_000)
+        return peak_bytes(device, lambda: call(batch, impl, max_chunk_bytes=300_000)) - gradient_bytes(batch)[0]
+
+    assert peak(20) <= 300_000
+    assert peak(40) <= 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [2**30, 2**28], ids=["1 GiB", "256 MiB"])
+def test_16384_tokens_of_50304_logits_stay_within_the_budget_plus_the_gradients(
+    budget: int, device: torch.device
+) -> None:
+    """Their full logits would take 3.3 GB in fp32, and their gradients as much again."""
+    batch = random_batch(
+        [1024] * 16, 50304, width=64, num_pairs=4, ignored=0.0, cheap_reference=True, device=device
+    )
+    assert int((batch.targets != -100).sum()) == 16_384
+    held, _ = gradient_bytes(batch)
+    peak = peak_bytes(device, lambda: call(batch, "auto", max_chunk_bytes=budget).backward())
+    print(f"peak {peak / 2**20:.0f} MiB, of which gradients {held / 2**20:.0f} MiB, budget {budget / 2**20:.0f} MiB")
+    assert peak <= budget + held
+    assert batch.hidden.grad.isfinite().all()

@@ -1,0 +1,546 @@
+"""The policy against transformers' own logits, its frozen reference, and the models that are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hypo_train.batch import pair_tree
+from hypo_train.config import Config
+from hypo_train.data import Pair
+from hypo_train.losses import preference_loss, sequence_logprobs_of
+from hypo_train.model import ModelError, check_exactness, eos_token_ids, load_policy, load_tokenizer
+
+# The ways to train, and what each asks of the config.
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+WAYS = {"full": {}, "lora": LORA, "last layer": {"num_layers_unfrozen": 1}}
+
+PAIRS = [
+    Pair(0, (7, 20, 9), (11, 12, 13, tiny.EOS), (14, tiny.EOS)),
+    Pair(1, (5,), (16, tiny.EOS), (17, 18, 19, 21, 22, tiny.EOS)),
+]
+SAMPLES = [[8, 9, 10], [23, tiny.EOS], [24, tiny.EOS], [6, 7, 8, 9, 10, 11, 12]]
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return WAYS[request.param]
+
+
+def model_config(folder, **changes):
+    settings = {"max_prompt_length": 16, "max_completion_length": 16, **changes}
+    return Config(model_name_or_path=str(folder), dataset_name="-", bf16=False, **settings)
+
+
+def policy_of(folder, *, autocast=False, **changes):
+    return load_policy(model_config(folder, **changes), autocast=autocast)
+
+
+def tree():
+    return pair_tree(PAIRS, SAMPLES, tiny.PAD)
+
+
+def logprobs():
+    """A head function: the (S,) log-probs of ``tree()``."""
+    return sequence_logprobs_of(tree(), model_config("-"))
+
+
+def sequences():
+    """(prompt, completion) of the sequences of ``tree()``, in its order."""
+    pairs = [(p.prompt, p.chosen) for p in PAIRS] + [(p.prompt, p.rejected) for p in PAIRS]
+    return pairs + [(PAIRS[i // 2].prompt, sample) for i, sample in enumerate(SAMPLES)]
+
+
+def plain_logprobs(model):
+    """(S,) of ``tree()``, each sequence a plain row through the model's own forward."""
+    return torch.stack([tiny.plain_logprob(model, *sequence) for sequence in sequences()])
+
+
+def loss_of(policy, ref_logps):
+    """A loss that depends on every sequence of ``tree()``."""
+    config = model_config("-", kl_coef=0.1, beta=0.5)
+    return policy(tree(), preference_loss(tree(), ref_logps, len(PAIRS), config)).loss
+
+
+def train(policy, steps=3, learning_rate=1e-2):
+    """A few optimizer steps on ``tree()``, as the loop makes them."""
+    optimizer = torch.optim.AdamW(policy.trained_parameters().values(), lr=learning_rate)
+    policy.train()
+    for _ in range(steps):
+        loss_of(policy, policy.reference(tree(), logprobs())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return policy
+
+
+# Log-probs
+
+
+ARCHITECTURES = {
+    "llama": {},
+    "llama, tied": {"tie_word_embeddings": True},
+    "gpt_neox": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": None},
+    "gpt2": {},
+    "opt": {},
+    "cohere: logits times 0.25": {},
+    "granite: logits over 4": {},
+    "phi: a head with a bias": {},
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def folder(request, saved_model):
+    return saved_model(request.param.split(":")[0].split(",")[0], **ARCHITECTURES[request.param])
+
+
+@torch.no_grad()
+def test_log_probs_equal_those_of_transformers_own_logits(folder, way):
+    policy = policy_of(folder, **way)
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert_close(policy(tree(), logprobs()), plain_logprobs(original), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_final_softcap_is_served_exactly(saved_model, way):
+    folder = saved_model("gemma2")
+    policy = policy_of(folder, attn_implementation="eager", **way)
+    original = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    assert tiny.plain_logits(original, [5, 6, 7]).abs().max() > 2, "the cap of 3 must bend the logits"
+    assert_close(policy(tree(), logprobs()), plain_logprobs(original), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_eager_attention_keeps_to_the_prefix_mask(saved_model):
+    policy = policy_of(saved_model(), attn_implementation="eager")
+    original = AutoModelForCausalLM.from_pretrained(saved_model()).eval()
+    assert_close(policy(tree(), logprobs()), plain_logprobs(original), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_log_probs_at_a_temperature_are_those_of_the_tempered_logits(saved_model):
+    policy = policy_of(saved_model(), temperature=0.7)
+    original = AutoModelForCausalLM.from_pretrained(saved_model()).eval()
+    expected = []
+    for prompt, completion in sequences():
+        logps = (tiny.plain_logits(original, [*prompt, *completion]) / 0.7).log_softmax(-1)[len(prompt) - 1 : -1]
+        expected.append(logps.gather(1, torch.tensor(completion).unsqueeze(1)).sum())
+    assert_close(policy(tree(), logprobs()), torch.stack(expected), atol=1e-4, rtol=0)
+
+
+def test_a_window_that_the_sequences_fit_in_is_no_hindrance(saved_model):
+    policy = policy_of(saved_model("mistral", sliding_window=32))
+    original = AutoModelForCausalLM.from_pretrained(saved_model("mistral", sliding_window=32)).eval()
+    with torch.no_grad():
+        assert_close(policy(tree(), logprobs()), plain_logprobs(original), atol=1e-4, rtol=0)
+
+
+def test_gradients_equal_those_of_plain_rows(folder):
+    policy = policy_of(folder)
+    policy(tree(), logprobs()).square().sum().backward()
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    for module in original.modules():
+        module.training = False  # without its dropout
+    expected = torch.stack([_differentiable_logprob(original, *sequence) for sequence in sequences()])
+    expected.square().sum().backward()
+    found = {name.removeprefix("model."): p.grad for name, p in policy.named_parameters()}
+    largest = max(p.grad.abs().max() for p in original.parameters() if p.grad is not None)
+    for name, parameter in original.named_parameters():
+        if parameter.grad is not None:
+            assert_close(found[name], parameter.grad, atol=1e-5 * largest.item(), rtol=1e-4, msg=name)
+
+
+def _differentiable_logprob(model, prompt, completion):
+    with torch.enable_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]
+        logps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        return logps.gather(1, torch.tensor(completion).unsqueeze(1)).sum()
+
+
+# The reference
+
+
+def test_before_training_the_reference_is_the_policy(saved_model, way):
+    policy = policy_of(saved_model(), **way).train()
+    with torch.no_grad():
+        assert torch.equal(policy(tree(), logprobs()), policy.reference(tree(), logprobs()))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "qwen2"])
+def test_the_reference_stays_the_initial_model_while_the_policy_trains(saved_model, way, architecture, tied):
+    policy = policy_of(saved_model(architecture, tie_word_embeddings=tied), **way)
+    initial = copy.deepcopy(policy)
+    before = policy.reference(tree(), logprobs())
+    train(policy)
+    assert torch.equal(policy.reference(tree(), logprobs()), before)
+    with torch.no_grad():
+        assert_close(before, initial(tree(), logprobs()), atol=0, rtol=0)
+        moved = policy(tree(), logprobs()) - before
+    assert moved.abs().max() > 0.1, "the policy must have moved for this to mean anything"
+
+
+def test_the_reference_takes_no_gradient_and_leaves_the_policys(saved_model, way):
+    policy = policy_of(saved_model(), **way).train()
+    trained = set(policy.trained_parameters())
+    loss_of(policy, torch.zeros(len(sequences()))).backward()
+    before = {name: p.grad.clone() for name, p in policy.trained_parameters().items()}
+    assert not policy.reference(tree(), logprobs()).requires_grad
+    assert set(policy.trained_parameters()) == trained
+    for name, parameter in policy.trained_parameters().items():
+        assert torch.equal(parameter.grad, before[name])
+
+
+def test_the_references_memory_is_the_trained_parameters_alone(saved_model):
+    sizes = {}
+    for name, way in WAYS.items():
+        policy = policy_of(saved_model(), **way)
+        sizes[name] = sum(p.numel() for p in policy.reference_parameters.values())
+        if name != "lora":
+            assert sizes[name] == sum(p.numel() for p in policy.trained_parameters().values())
+    assert sizes["lora"] == 0 < sizes["last layer"] < sizes["full"]
+
+
+def test_lora_dropout_is_off_in_the_reference_and_on_in_the_policy(saved_model):
+    policy = train(policy_of(saved_model(), **LORA, lora_dropout=0.5))
+    reference = [policy.reference(tree(), logprobs()) for _ in range(2)]
+    with torch.no_grad():
+        drawn = [policy(tree(), logprobs()) for _ in range(2)]
+    assert torch.equal(*reference)
+    assert not torch.equal(*drawn)
+
+
+def test_the_reference_puts_every_train_flag_back(saved_model, way):
+    policy = policy_of(saved_model(), **way).train()
+    policy.base.get_decoder().layers[0].eval()  # a caller may hold a part in eval mode
+    flags = {name: module.training for name, module in policy.named_modules()}
+    policy.reference(tree(), logprobs())
+    assert {name: module.training for name, module in policy.named_modules()} == flags
+
+    def fail(hidden, head):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        policy.reference(tree(), fail)
+    assert {name: module.training for name, module in policy.named_modules()} == flags
+    train(policy)  # neither are the parameters left swapped, nor the adapter off
+    with torch.no_grad():
+        assert not torch.equal(policy(tree(), logprobs()), policy.reference(tree(), logprobs()))
+
+
+# What is trained
+
+
+def test_last_k_trains_those_layers_the_norm_and_an_untied_head(saved_model):
+    untied = set(policy_of(saved_model(), num_layers_unfrozen=1).trained_parameters())
+    layer = {name for name in untied if name.startswith("model.model.layers.1.")}
+    assert len(layer) == 9
+    assert untied - layer == {"model.model.norm.weight", "model.lm_head.weight"}
+    tied = policy_of(saved_model(tie_word_embeddings=True), num_layers_unfrozen=1).trained_parameters()
+    assert set(tied) == untied - {"model.lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "norm"), [("gpt_neox", "final_layer_norm"), ("gpt2", "ln_f"), ("opt", "final_layer_norm")]
+)
+def test_last_k_finds_the_final_norm_of_other_architectures(saved_model, architecture, norm):
+    trained = policy_of(saved_model(architecture), num_layers_unfrozen=1).trained_parameters()
+    outside = {name.split(".")[-2] for name in trained if ".1." not in name}
+    assert outside - {"embed_out", "lm_head"} == {norm}
+    assert not any("embed_tokens" in name or "wte" in name or ".0." in name for name in trained)
+
+
+def test_what_last_k_freezes_does_not_move(saved_model):
+    policy = policy_of(saved_model(), num_layers_unfrozen=1)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    train(policy)
+    trained = policy.trained_parameters()
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
+
+
+def test_more_layers_than_there_are_is_refused(saved_model):
+    with pytest.raises(ModelError, match="num_layers_unfrozen=3: LlamaForCausalLM has 2 layers"):
+        policy_of(saved_model(), num_layers_unfrozen=3)
+
+
+def test_a_lora_target_that_is_not_there_is_named(saved_model):
+    with pytest.raises(ModelError, match=r"lora_target_modules=\['q_prj'\]"):
+        policy_of(saved_model(), use_peft=True, lora_target_modules=["q_prj"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trained_parameters_are_fp32_and_frozen_ones_as_asked(saved_model, way, dtype):
+    policy = policy_of(saved_model(), autocast=dtype == "bfloat16", dtype=dtype, **way)
+    for name, parameter in policy.named_parameters():
+        expected = torch.float32 if parameter.requires_grad else getattr(torch, dtype)
+        assert parameter.dtype == expected, name
+    assert all(p.dtype == torch.float32 for p in policy.reference_parameters.values())
+
+
+def test_bf16_weights_train_under_autocast(saved_model, way):
+    policy = policy_of(saved_model(), autocast=True, dtype="bfloat16", **way)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ref_logps = policy.reference(tree(), logprobs())
+        loss_of(policy, ref_logps).backward()
+    exact = plain_logprobs(AutoModelForCausalLM.from_pretrained(saved_model()).eval())
+    assert_close(ref_logps, exact, atol=0.5, rtol=0.05)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.trained_parameters().values())
+
+
+def test_bf16_weights_without_bf16_compute_are_refused(saved_model):
+    with pytest.raises(ModelError, match="dtype='bfloat16' needs bf16 compute: set bf16: true"):
+        policy_of(saved_model(), dtype="bfloat16")
+
+
+DROPOUT = {
+    "llama": {"attention_dropout": 0.5},
+    "gpt_neox": {"attention_dropout": 0.5, "hidden_dropout": 0.5},
+    "gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
+    "opt": {"attention_dropout": 0.5, "dropout": 0.5, "layerdrop": 0.5},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", DROPOUT)
+def test_the_checkpoints_dropout_is_off_in_training(saved_model, way, architecture):
+    policy = policy_of(saved_model(architecture, **DROPOUT[architecture]), **way)
+    quiet = policy.eval()(tree(), logprobs())
+    assert_close(policy.train()(tree(), logprobs()), quiet, atol=1e-5, rtol=0)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(saved_model, way):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)  # the adapter's first weights
+        policy = policy_of(saved_model(), gradient_checkpointing=checkpointing, **way).train()
+        tiny.perturb(policy.trained_parameters().values())
+        forwards = []
+        layer = policy.base.get_decoder().layers[1]
+        layer.register_forward_pre_hook(lambda *_, calls=forwards: calls.append(1))
+        loss_of(policy, torch.zeros(len(sequences()))).backward()
+        assert len(forwards) == 1 + checkpointing
+        gradients.append({name: p.grad for name, p in policy.trained_parameters().items()})
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        assert gradient.abs().max() > 0, name
+        assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+# Saved models
+
+
+def test_the_saved_model_loads_with_transformers_and_gives_the_policys_logits(saved_model, tmp_path, way):
+    policy = train(policy_of(saved_model(), **way)).eval()
+    policy.save_pretrained(tmp_path / "final")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    with torch.no_grad():
+        assert_close(plain_logprobs(loaded), policy(tree(), logprobs()), atol=1e-4, rtol=0)
+    initial = AutoModelForCausalLM.from_pretrained(saved_model()).eval()
+    assert (plain_logprobs(loaded) - plain_logprobs(initial)).abs().max() > 0.1
+
+
+def test_a_saved_adapter_is_a_peft_folder_on_top_of_the_base_model(saved_model, tmp_path):
+    policy = train(policy_of(saved_model(), **LORA)).eval()
+    policy.save_pretrained(tmp_path / "final")
+    assert json.loads((tmp_path / "final" / "adapter_config.json").read_text())["r"] == 4
+    assert not (tmp_path / "final" / "model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(saved_model()), tmp_path / "final").eval()
+    with torch.no_grad():
+        assert_close(plain_logprobs(loaded), policy(tree(), logprobs()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_training_leaves_no_mark_on_the_saved_models_config(saved_model, tmp_path, architecture):
+    folder = saved_model(architecture)
+    policy_of(folder, gradient_checkpointing=True).save_pretrained(tmp_path / "final")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "final"))
+    assert after == before
+
+
+# Refused models
+
+
+def refusal(folder, **changes):
+    """The one line that turns a model down, as ``prepare`` comes to it."""
+    config = model_config(folder, **changes)
+    try:
+        load_tokenizer(config)
+    except ModelError as error:
+        message = str(error)
+    else:
+        with pytest.raises(ModelError) as caught:
+            load_policy(config, autocast=False)
+        message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_masked_language_model_is_refused(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    folder = tiny.save(BertForMaskedLM(BertConfig(vocab_size=len(tiny.WORDS), **sizes)), tmp_path)
+    assert f"{str(folder)!r} is a bert model (BertForMaskedLM), not a causal language model" in refusal(folder)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    folder = tiny.save(T5ForConditionalGeneration(T5Config(vocab_size=len(tiny.WORDS), **sizes)), tmp_path)
+    assert "is a t5 model (T5ForConditionalGeneration), not a causal language model" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_decoder_without_its_language_model_head_is_refused(tmp_path, kind):
+    folder = tiny.save(kind(tiny.new_config("llama")), tmp_path)
+    assert f"is a llama model ({kind.__name__}), not a causal language model" in refusal(folder)
+
+
+def test_a_window_shorter_than_the_sequences_is_refused(saved_model):
+    message = refusal(saved_model("mistral", sliding_window=20))
+    assert message == (
+        "MistralForCausalLM attends to the last 20 tokens only, and prompt and completion may have 32: "
+        "lower max_prompt_length + max_completion_length to 20"
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+def test_too_few_positions_are_refused(saved_model, architecture):
+    message = refusal(saved_model(architecture), max_prompt_length=100, max_completion_length=29)
+    assert "has 128 positions, and prompt and completion may take 129" in message
+    assert policy_of(saved_model(architecture), max_prompt_length=100, max_completion_length=28)
+
+
+def test_lora_on_the_head_is_refused(saved_model):
+    message = refusal(saved_model(), use_peft=True, lora_target_modules=["q_proj", "lm_head"])
+    assert "LlamaForCausalLM has no plain linear LM head" in message
+    assert "adapters on the head are not served" in message
+
+
+class ScaledHead(nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_refused(saved_model):
+    policy = policy_of(saved_model())
+    policy.base.lm_head = ScaledHead(32, len(tiny.WORDS), bias=False)
+    with pytest.raises(ModelError, match=r"no plain linear LM head \(found ScaledHead\)"):
+        check_exactness(policy)
+
+
+def forward_with(change):
+    """Llama's forward with its logits changed."""
+    original = LlamaForCausalLM.forward
+
+    def forward(self, *arguments, **keywords):
+        output = original(self, *arguments, **keywords)
+        output.logits = change(output.logits)
+        return output
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda z: z / 1.5, lambda z: 5 * torch.tanh(z / 5), lambda z: z + torch.arange(z.shape[-1]), lambda z: 1.005 * z],
+    ids=["scaled", "capped", "shifted", "scaled by half a percent"],
+)
+def test_logits_that_are_not_the_heads_are_refused(saved_model, monkeypatch, change):
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward_with(change))
+    message = refusal(saved_model())
+    assert "LlamaForCausalLM computes its logits in a way the kernels do not serve: they differ by" in message
+
+
+def test_a_decoder_that_ignores_the_prefix_mask_is_refused(saved_model, monkeypatch):
+    original = LlamaModel.forward
+
+    def forward(self, *arguments, attention_mask=None, **keywords):
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    assert "LlamaForCausalLM (sdpa attention) does not honour the prefix mask" in refusal(saved_model())
+
+
+def test_checking_a_model_leaves_its_mode_and_the_random_state(saved_model):
+    policy = policy_of(saved_model()).train()
+    random_state = torch.get_rng_state()
+    check_exactness(policy)
+    assert all(module.training for module in policy.modules())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("name", ["./missing", "/not/there", "../a/b", "a/b/c", "~/no such model"])
+def test_a_local_folder_that_is_not_there_is_named(name):
+    assert refusal(name) == f"model_name_or_path: there is no folder {name!r}"
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    message = f"model_name_or_path: the folder {str(tmp_path)!r} has no config.json, so it is not a saved model"
+    assert refusal(tmp_path) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("{}", "cannot read the config of"), ("{broken", "cannot read the config of")]
+)
+def test_a_config_that_cannot_be_read_is_named(tmp_path, content, reason):
+    (tmp_path / "config.json").write_text(content)
+    assert f"{reason} {str(tmp_path)!r}" in refusal(tmp_path)
+
+
+def test_a_folder_without_weights_is_named(tmp_path, saved_model):
+    for path in saved_model().iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert f"cannot load the model {str(tmp_path)!r}" in refusal(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    tiny.new_model("llama").save_pretrained(tmp_path)
+    assert f"cannot load the tokenizer of {str(tmp_path)!r}" in refusal(tmp_path)
+
+
+# Tokens
+
+
+def test_a_tokenizer_without_an_eos_is_refused(tmp_path):
+    tiny.new_model("llama").save_pretrained(tmp_path)
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert "has no EOS token" in refusal(tmp_path)
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_eos(tmp_path):
+    tiny.new_model("llama").save_pretrained(tmp_path)
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(model_config(tmp_path)).pad_token_id == tiny.EOS
+
+
+@pytest.mark.parametrize(("generation_eos", "expected"), [(None, (4,)), (4, (4,)), (7, (4, 7)), ([7, 4, 9], (4, 7, 9))])
+def test_a_completion_ends_with_the_tokenizers_eos_or_any_of_the_checkpoints(generation_eos, expected):
+    from types import SimpleNamespace
+
+    tokenizer = SimpleNamespace(eos_token_id=4)
+    assert eos_token_ids(SimpleNamespace(eos_token_id=generation_eos), tokenizer) == expected
+    assert eos_token_ids(None, tokenizer) == (4,)
