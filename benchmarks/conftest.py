@@ -23,12 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def session(pytestconfig: pytest.Config) -> Iterator[Session]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    plugins = pytestconfig.pluginmanager
+    terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
 
     def announce(line: str) -> None:
-        if terminal is not None:
-            terminal.ensure_newline()
-            terminal.write_line(line)
+        if terminal is not None and capture is not None:
+            with capture.global_and_fixture_disabled():  # a test's output is captured
+                terminal.ensure_newline()
+                terminal.write_line(line)
 
     measuring = Session(device, quick=pytestconfig.getoption("quick"), announce=announce)
     pytestconfig.stash[SESSION] = measuring

@@ -75,14 +75,14 @@ class Session:
         """The results of ``names`` and of what they are compared with."""
         if group not in self.measured:
             wanted = {*names, GEMMS, EAGER, OURS[self.device.type]}
-            self.announce(f"measuring {group}")
+            start = time.perf_counter()
             self.measured[group] = self._measure(group, [BY_NAME[name] for name in BY_NAME if name in wanted])
+            self.announce(f"measured {group} in {time.perf_counter() - start:.0f} s")
         return self.measured[group]
 
     def _measure(self, group: Group, providers: list[Provider]) -> Measured:
         batch = self._prepare(group.workload)
         exact = self._exact(batch, gradients=group.mode != "forward")
-        torch.compiler.reset()  # specialise for this group's shapes, and stay clear of the recompilation limit
         results, steps = {}, {}
         for provider in providers:
             result, step = self._first_runs(provider, batch, group.mode, exact)
@@ -142,7 +142,10 @@ class Session:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._workload, self._batch = workload, make_batch(workload, self.device)
+            last, self._workload = self._workload, workload
+            if last is None or (last.vocab, last.width, last.dtype) != (workload.vocab, workload.width, workload.dtype):
+                torch.compiler.reset()  # compilers then specialise for these shapes and never meet their limit
+            self._batch = make_batch(workload, self.device)
         return self._batch
 
     def _exact(self, batch: Batch, *, gradients: bool) -> Truth:

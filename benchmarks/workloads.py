@@ -90,12 +90,11 @@ def groups(device: torch.device, *, quick: bool) -> list[Group]:
         smollm = Workload("hypo", 512, 49152, 576, f32, sequence_length=64)  # SmolLM2-135M's head
         grid = [
             small,
-            replace(small, dtype=bf16),
             replace(small, counted=0.5, modes=("trained",)),
             replace(small, task="dpo", modes=both),
-            smollm,
+            replace(small, dtype=bf16, modes=("trained",)),
+            replace(smollm, modes=("trained",)),
             replace(smollm, dtype=bf16, modes=("trained",)),
-            replace(smollm, task="dpo", modes=("trained",)),
         ]
     return [Group(workload, mode) for workload in grid for mode in workload.modes]
 

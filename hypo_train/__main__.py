@@ -11,17 +11,20 @@ from hypo_train.config import ConfigError, help_text, load_config
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line for every mistake in the configuration, the data or the model."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ("-h", "--help"):
+    is_demo = not argv or argv[0] == "demo"
+    if not is_demo and {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
     try:
-        if not argv or argv[0] == "demo":
+        if is_demo:
             from hypo_train.demo import main as demo
 
+            _quiet_libraries()
             return demo(argv[1:])
         config = load_config(argv)
         from hypo_train.train import train
 
+        _quiet_libraries()
         result = train(config)
     except ValueError as error:
         # Bad settings, data and models raise ValueErrors that say what is wrong and how to mend it.
@@ -31,6 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"model saved in {result.model_dir}")
     return 0
+
+
+def _quiet_libraries() -> None:
+    """What goes wrong is raised and shown as one line; without a terminal, the libraries' bars only break lines."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises as well
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

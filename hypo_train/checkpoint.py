@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ _FILES = (_MODEL, _OPTIMIZER, _TRAINER)
 _FOLDER = re.compile(r"checkpoint-\d+")
 _TEMPORARY = ".tmp"
 _MACHINE_SETTINGS = ("fused", "foreach", "capturable")  # of this machine's optimizer, not of the run
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -111,22 +115,26 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     scheduler: LRScheduler | None = None,
     verify: bool = True,
+    accept: Callable[[dict[str, Any]], None] | None = None,
 ) -> Checkpoint:
     """Read a checkpoint, and put the optimizer and the scheduler back to where they were.
 
     Args:
         optimizer, scheduler: built as for the saved run; None = their state is not read.
         verify: compare every file with its checksum first; False right after `latest_checkpoint`, which did.
+        accept: called with the caller's own `extra` before anything is loaded; raises if it is of another run.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of an optimizer with other parameters. Nothing has been
+        CheckpointError: the checkpoint is damaged, or of an optimizer with other parameters. Nothing has been
             loaded then.
     """
     folder = Path(folder)
     damage = _damage(folder, checksums=verify)
     if damage:
-        raise ValueError(f"{folder} cannot be loaded: {damage}")
+        raise CheckpointError(f"{folder} cannot be loaded: {damage}")
     trainer = json.loads((folder / _TRAINER).read_text(encoding="utf-8"))
+    if accept is not None:
+        accept(trainer["extra"])
     if optimizer is not None:
         _load_optimizer(folder, trainer["optimizer"], optimizer)
     if scheduler is not None:
@@ -266,14 +274,14 @@ def _restored_group(saved: dict[str, Any], current: dict[str, Any]) -> dict[str,
 def _check_same_parameters(saved: list[list[list[int]]], optimizer: Optimizer) -> None:
     found = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
     if [len(group) for group in saved] != [len(group) for group in found]:
-        raise ValueError(
+        raise CheckpointError(
             f"the checkpoint's optimizer has {_counts(saved)} parameters and this one {_counts(found)}: "
             "resume with the settings of the saved run"
         )
     shapes = zip(_joined(saved), _joined(found), strict=True)
     for index, (before, now) in enumerate(shapes):
         if before != now:
-            raise ValueError(
+            raise CheckpointError(
                 f"parameter {index} of the optimizer has shape {tuple(before)} in the checkpoint and "
                 f"{tuple(now)} in the model: resume with the settings of the saved run"
             )

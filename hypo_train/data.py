@@ -222,7 +222,7 @@ def _load(
     def read(rows: datasets.Dataset, split: str, first_row: int = 0) -> tuple[list[Row], DataReport]:
         try:
             return tokenize(rows, tokenizer, first_row=first_row, **options)
-        except DataError as error:
+        except (DataError, UnicodeDecodeError) as error:  # the readers do not check that a text is UTF-8
             raise DataError(f"dataset_name={config.dataset_name!r}, split {split!r}: {error}") from None
 
     train_rows, report = read(train, config.dataset_train_split)

@@ -64,7 +64,7 @@ def _add_rows(meter: Meter, run: Run, rows: Sequence[Any]) -> None:
     tree = pair_tree(rows, [], pad).to(device)
     ref_logps = run.policy.reference(tree, sequence_logprobs_of(tree, run.config))
     out = run.policy(tree, preference_loss(tree, ref_logps, len(rows), run.config))
-    add_loss(meter, out._replace(loss=out.loss.expand(len(rows))))  # weighs the last, smaller batch by its rows
+    add_loss(meter, out)
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def add_loss(meter: Meter, out: HypoLoss) -> None:
     """A loss's statistics under TRL's names; ``kl`` is the trajectory's, in nats, a sum over its tokens."""
     pairs = len(out.margins)
     chosen, rejected, _ = out.logps.split([pairs, pairs, len(out.kl)])
-    meter.add("loss", out.loss)
+    meter.add("loss", out.loss.expand(pairs))  # weighs a smaller batch by its rows
     meter.add("rewards/chosen", out.chosen_rewards)
     meter.add("rewards/rejected", out.rejected_rewards)
     meter.add("rewards/accuracies", (out.margins > 0).double())

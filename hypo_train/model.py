@@ -244,7 +244,10 @@ def _check_architecture(config: Config) -> None:
     try:
         found = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
-        raise ModelError(f"cannot read the config of {config.model_name_or_path!r}: {_first_line(error)}") from error
+        where = "" if Path(config.model_name_or_path).is_dir() else "no local folder, and from the Hub: "
+        raise ModelError(
+            f"cannot read the config of {config.model_name_or_path!r}: {where}{_first_line(error)}"
+        ) from error
     listed = found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
         getattr(found, "auto_map", None) or {}
     )

@@ -61,8 +61,13 @@ def resume(run: Run, meter: Meter) -> int:
         return 0
     if not folder.is_dir():
         raise ConfigError(f"resume_from_checkpoint={wanted!r}: there is no such folder")
-    checkpoint = load_checkpoint(folder, optimizer=run.optimizer, scheduler=run.scheduler, verify=wanted != "auto")
-    _check_same_run(run.config, checkpoint.extra["config"], folder)
+    checkpoint = load_checkpoint(
+        folder,
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
+        verify=wanted != "auto",
+        accept=lambda extra: _check_same_run(run.config, extra["config"], folder),
+    )
     parameters = run.policy.trained_parameters()
     with torch.no_grad():
         for name, saved in checkpoint.model_state.items():

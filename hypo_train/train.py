@@ -104,7 +104,7 @@ def train_step(run: Run, step: int, meter: Meter) -> int:
             loss, seen = _sft_loss(run, micro, meter)
         else:
             loss, seen = _preference_loss(run, micro, completions[start * k : (start + len(micro)) * k], meter)
-        run.accelerator.backward(loss * (len(micro) / len(rows)))
+        run.accelerator.backward(loss * (_weight(micro) / _weight(rows)))
         tokens += seen
     if config.max_grad_norm > 0:
         meter.add("grad_norm", _clip_gradients(run))
@@ -113,6 +113,11 @@ def train_step(run: Run, step: int, meter: Meter) -> int:
     run.optimizer.zero_grad()
     run.sampler.weights_changed(step + 1)
     return tokens
+
+
+def _weight(rows: Sequence[Any]) -> int:
+    """How many values the mean loss of ``rows`` is taken over: SFT's tokens, else pairs."""
+    return sum(len(row.completion) if isinstance(row, Example) else 1 for row in rows)
 
 
 def _sample(run: Run, rows: Sequence[Any], step: int) -> list[list[int]]:

@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {"algorithm": "dpo"},
-    "hypo": {"algorithm": "hypo", "kl_coef": 1e-3, "num_generations": 2},
+    "hypo": {"algorithm": "hypo", "kl_coef": 2e-3, "num_generations": 2},
 }
 
 

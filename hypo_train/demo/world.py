@@ -1,13 +1,16 @@
 """A small world of reviews: prompts, responses, and the reward that a reader of them would give.
 
-A review is a few clauses about a place. Its true reward is the number of its kind words less the number of
-its unkind ones. Reviews talk about eight subjects, mostly the first four; the offline pairs are kept to reviews
-of these alone, so that they cover a part of what the policy can say, as in the paper's analysis.
+A review is two or three clauses about a place. Its reader takes in three clauses: the reward is the number of
+kind words less the number of unkind ones, and less one for each clause that is no proper clause. Reviews talk
+about eight subjects, mostly the first four; the offline pairs are kept to reviews of these alone, and the
+language model that wrote them seldom breaks a clause. So the pairs say little about the other subjects and
+about grammar: they cover a part of what the policy can say, as in the paper's analysis.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -57,14 +60,30 @@ GLUE = [
     "also",
 ]
 
-MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 12, 40
+MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 12, 32
+CLAUSES_READ = 3
 PAD, EOS = "<pad>", "<eos>"
 
 
+_NAMED = f"the ({'|'.join(COVERED + UNCOVERED)})"
+_CLAUSE = re.compile(
+    rf"{_NAMED} was ((rather|very|quite) )?({'|'.join(KIND + UNKIND + PLAIN)})"
+    rf"|(i|we) ({'|'.join(LIKED + DISLIKED)}) {_NAMED}"
+)
+_JOINT = re.compile(" and | but | , also ")
+
+
 def reward(prompt: str, completion: str) -> float:
-    """Kind words less unkind ones."""
-    words = completion.split()
-    return float(sum(w in KIND or w in LIKED for w in words) - sum(w in UNKIND or w in DISLIKED for w in words))
+    """What the first three clauses are worth to a reader, from -3 to 3."""
+    clauses = _JOINT.split(completion.removesuffix(" ."))[:CLAUSES_READ]
+    return float(sum(_worth(clause) for clause in clauses))
+
+
+def _worth(clause: str) -> int:
+    if not _CLAUSE.fullmatch(clause):
+        return -1
+    words = clause.split()
+    return sum(w in KIND or w in LIKED for w in words) - sum(w in UNKIND or w in DISLIKED for w in words)
 
 
 def is_covered(completion: str) -> bool:
@@ -77,9 +96,9 @@ def prompt(rng: random.Random) -> str:
 
 
 def review(rng: random.Random) -> str:
-    """Two to four clauses; a writer's mood colours them all, so kindness comes in streaks."""
+    """Two or three clauses; a writer's mood colours them all, so kindness comes in streaks."""
     mood = rng.random()
-    clauses = [_clause(rng, mood) for _ in range(rng.randint(2, 4))]
+    clauses = [_clause(rng, mood) for _ in range(rng.randint(2, CLAUSES_READ))]
     return f" {rng.choice(['and', 'but', ', also'])} ".join(clauses) + " ."
 
 

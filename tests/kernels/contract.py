@@ -158,7 +158,7 @@ def plain_objective(batch: Batch, logps: Tensor, ref_logps: Tensor) -> Tensor:
         flip, margin = options.get("label_smoothing", 0.0), beta * (chosen - rejected)
         loss = loss - ((1 - flip) * F.logsigmoid(margin) + flip * F.logsigmoid(-margin)).mean()
     if len(samples):
-        lengths = batch.lengths[2 * pairs :].to(samples.device)
+        lengths = batch.lengths[2 * pairs :].to(samples)
         r = (samples.detach() + options.get("length_penalty", 0.0) * lengths).view(-1, k)
         others = torch.stack([r[:, [j for j in range(k) if j != i]].mean(1) for i in range(k)], dim=1)
         surrogate = ((r - others) * samples.view(-1, k)).mean()

@@ -127,37 +127,38 @@ def gradient_bytes(batch: Batch) -> tuple[int, int]:
 MEMORY_HEADS = {"plain": {}, "softcap, bias and reference": FULL_HEAD}
 
 
-@pytest.mark.parametrize("budget", [150_000, 600_000, 3_000_000])
+@pytest.mark.parametrize("budget", [80_000, 180_000])
 @pytest.mark.parametrize("head", MEMORY_HEADS)
 @pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16, torch.float64))
 def test_a_call_holds_no_more_than_its_budget_beside_the_gradients(
     impl: str, dtype: torch.dtype, head: str, budget: int, device: torch.device
 ) -> None:
-    # 500 rows of 1000 logits are 2 MB in fp32, 4 MB in fp64: more than two of the budgets hold.
+    # 60 rows of 1000 logits are 240 kB in fp32, 480 kB in fp64: more than either budget holds.
     batch = random_batch(
-        [50] * 10, 1000, width=32, num_pairs=3, ignored=0.1, **MEMORY_HEADS[head], device=device, dtype=dtype
+        [6] * 10, 1000, num_pairs=3, ignored=0.1, **MEMORY_HEADS[head], device=device, dtype=dtype
     )
     held, copies = gradient_bytes(batch)
-    call(batch, impl, max_chunk_bytes=budget)  # the first call allocates what lives on: BLAS workspaces
+    if device.type == "cuda":
+        call(batch, impl, max_chunk_bytes=budget)  # the first call allocates what lives on: cuBLAS workspaces
     assert peak_bytes(device, lambda: call(batch, impl, max_chunk_bytes=budget)) <= budget + held
     batch.hidden.grad = batch.weight.grad = None
     peak = peak_bytes(device, lambda: call(batch, impl, max_chunk_bytes=budget).backward())
     assert peak <= max(budget + held, held + copies)
 
 
-@pytest.mark.parametrize("budget", [150_000, 600_000])
+@pytest.mark.parametrize("budget", [60_000, 180_000])
 @pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16))
 def test_token_log_probs_hold_no_more_than_their_budget_beside_the_gradients(
     impl: str, dtype: torch.dtype, budget: int, device: torch.device
 ) -> None:
-    batch = random_batch([250, 250], 1000, width=32, num_generations=2, cheap_reference=True, ignored=0.1, device=device, dtype=dtype)
+    batch = random_batch([30, 30], 1000, ignored=0.1, device=device, dtype=dtype)
     held, copies = gradient_bytes(batch)
 
     def rows() -> Tensor:
         return token_logprobs(batch.hidden, batch.weight, batch.targets, impl=impl, max_chunk_bytes=budget)
 
-    rows().sum().backward()
-    batch.hidden.grad = batch.weight.grad = None
+    if device.type == "cuda":
+        rows()
     assert peak_bytes(device, rows) <= budget
     assert peak_bytes(device, lambda: rows().sum().backward()) <= budget + held + copies
 
@@ -165,12 +166,11 @@ def test_token_log_probs_hold_no_more_than_their_budget_beside_the_gradients(
 @pytest.mark.parametrize("impl", FUSED)
 def test_memory_does_not_grow_with_the_number_of_tokens(impl: str, device: torch.device) -> None:
     def peak(pairs: int) -> int:
-        batch = random_batch([10] * 2 * pairs, 1000, num_pairs=pairs, ignored=0.0, device=device)
-        call(batch, impl, max_chunk_bytes=300_000)
-        return peak_bytes(device, lambda: call(batch, impl, max_chunk_bytes=300_000)) - gradient_bytes(batch)[0]
+        batch = random_batch([5, 5] * pairs, 1000, num_pairs=pairs, ignored=0.0, device=device)
+        return peak_bytes(device, lambda: call(batch, impl, max_chunk_bytes=120_000)) - gradient_bytes(batch)[0]
 
-    assert peak(20) <= 300_000
-    assert peak(40) <= 300_000
+    assert peak(4) <= 120_000
+    assert peak(16) <= 120_000
 
 
 @pytest.mark.slow

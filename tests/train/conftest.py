@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import datasets
+import huggingface_hub
 import pytest
 import tiny
 from accelerate.state import AcceleratorState
@@ -12,9 +13,10 @@ from accelerate.state import AcceleratorState
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Nothing is read from, or left in, the user's cache of data sets."""
+    """Nothing is fetched, and nothing is read from or left in the user's cache of data sets."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(autouse=True)

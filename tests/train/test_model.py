@@ -297,12 +297,15 @@ def test_trained_parameters_are_fp32_and_frozen_ones_as_asked(saved_model, way, 
     assert all(p.dtype == torch.float32 for p in policy.reference_parameters.values())
 
 
-def test_bf16_weights_train_under_autocast(saved_model, way):
-    policy = policy_of(saved_model(), autocast=True, dtype="bfloat16", **way)
+# Frozen bf16 weights between trained fp32 ones: a tied head above the norm, a LayerNorm above frozen layers.
+@pytest.mark.parametrize("architecture", ["llama, tied", "gpt_neox"])
+def test_bf16_weights_train_under_autocast(saved_model, way, architecture):
+    folder = saved_model(architecture.split(",")[0], **ARCHITECTURES[architecture])
+    policy = policy_of(folder, autocast=True, dtype="bfloat16", **way)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ref_logps = policy.reference(tree(), logprobs())
         loss_of(policy, ref_logps).backward()
-    exact = plain_logprobs(AutoModelForCausalLM.from_pretrained(saved_model()).eval())
+    exact = plain_logprobs(AutoModelForCausalLM.from_pretrained(folder).eval())
     assert_close(ref_logps, exact, atol=0.5, rtol=0.05)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.trained_parameters().values())
 
@@ -336,7 +339,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(saved_model, way):
         tiny.perturb(policy.trained_parameters().values())
         forwards = []
         layer = policy.base.get_decoder().layers[1]
-        layer.register_forward_pre_hook(lambda *_, calls=forwards: calls.append(1))
+        layer.input_layernorm.register_forward_pre_hook(lambda *_, calls=forwards: calls.append(1))
         loss_of(policy, torch.zeros(len(sequences()))).backward()
         assert len(forwards) == 1 + checkpointing
         gradients.append({name: p.grad for name, p in policy.trained_parameters().items()})

@@ -180,6 +180,11 @@ def perturb(parameters, *, seed=0, size=0.05):
             parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
+def reward_of_length(prompt, completion):
+    """A true reward that a config can name."""
+    return float(len(completion.split()))
+
+
 def weights(policy: Policy):
     """A copy of the trained parameters."""
     return {name: parameter.detach().clone() for name, parameter in policy.trained_parameters().items()}

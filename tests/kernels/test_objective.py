@@ -1,0 +1,175 @@
+"""The objective on sequence log-probs: the paper's equations, and the gradient RLOO is an estimate of."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from hypo_kernels import fused_hypo_loss
+from hypo_kernels.objective import Objective
+
+EOS = 0
+
+
+def objective(**changes: object) -> Objective:
+    values: dict[str, object] = {
+        "beta": 0.1, "kl_coef": 0.5, "length_penalty": 0.0, "preference": "sigmoid", "label_smoothing": 0.0,
+        "num_pairs": 0, "num_generations": 2, "num_prompts": 0,
+    }  # fmt: skip
+    return Objective(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("preference", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)]
+)
+def test_a_pairs_coefficients_are_the_derivative_of_its_loss(preference: str, label_smoothing: float) -> None:
+    terms = objective(num_pairs=4, preference=preference, label_smoothing=label_smoothing)
+    # From far apart one way, where a sigmoid saturates, to far apart the other.
+    logps = torch.tensor([-5.0, -905.0, -30.0, -31.0, -40.0, -38.0, -900.0, -2.0], dtype=torch.float64)
+    logps.requires_grad_()
+    loss, coefficients = terms(logps, torch.full_like(logps, -20.0).detach(), torch.ones(8), 4)
+    (expected,) = torch.autograd.grad(loss, logps)
+    torch.testing.assert_close(coefficients, expected)
+    assert loss.isfinite()
+
+
+def test_label_smoothing_mixes_the_loss_with_that_of_the_flipped_pair() -> None:
+    logps = torch.tensor([-5.0, -9.0], dtype=torch.float64)
+    ref = torch.tensor([-6.0, -6.0], dtype=torch.float64)
+
+    def loss(terms: Objective, logps: Tensor) -> float:
+        return float(terms(logps, ref, torch.ones(2), 1)[0])
+
+    plain, smooth = objective(num_pairs=1), objective(num_pairs=1, label_smoothing=0.2)
+    assert loss(smooth, logps) == pytest.approx(0.8 * loss(plain, logps) + 0.2 * loss(plain, logps.flip(0)))
+
+
+def test_ipo_is_least_where_the_ratios_differ_by_half_over_beta() -> None:
+    terms = objective(num_pairs=1, preference="ipo", beta=0.25)
+    loss, coefficients = terms(torch.tensor([-3.0, -5.0]), torch.tensor([-5.0, -5.0]), torch.ones(2), 1)
+    assert loss.item() == 0.0
+    assert coefficients.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_a_samples_coefficient_is_its_ratio_less_the_mean_of_the_others(k: int) -> None:
+    gen = torch.Generator().manual_seed(0)
+    logps, ref = (torch.randn(3 * k, generator=gen, dtype=torch.float64) for _ in range(2))
+    lengths = torch.arange(3 * k) + 1
+    _, coefficients = objective(num_generations=k, num_prompts=3, length_penalty=0.1)(logps, ref, lengths, 0)
+    r = logps - ref + 0.1 * lengths.double()
+    for prompt, i in itertools.product(range(3), range(k)):
+        group = r[prompt * k : (prompt + 1) * k].tolist()
+        others = [x for j, x in enumerate(group) if j != i]
+        expected = 0.5 / (3 * k) * (group[i] - sum(others) / (k - 1))
+        assert float(coefficients[prompt * k + i]) == pytest.approx(expected, abs=1e-12)
+    torch.testing.assert_close(coefficients.view(3, k).sum(1), torch.zeros(3, dtype=torch.float64))
+
+
+def test_parts_of_a_batch_add_up_to_the_batch() -> None:
+    """Chunks are whole pairs and groups: their losses and coefficients are those of one call on all."""
+    gen = torch.Generator().manual_seed(0)
+    logps, ref = (torch.randn(12, generator=gen, dtype=torch.float64) for _ in range(2))
+    lengths = torch.randint(1, 9, (12,), generator=gen)
+    terms = objective(num_pairs=3, num_prompts=2, num_generations=3, length_penalty=0.1)
+    loss, coefficients = terms(logps, ref, lengths, 3)
+    parts = [(slice(0, 4), 2), (slice(4, 9), 1), (slice(9, 12), 0)]
+    losses, rows = zip(*(terms(logps[s], ref[s], lengths[s], pairs) for s, pairs in parts), strict=True)
+    torch.testing.assert_close(sum(losses), loss)
+    torch.testing.assert_close(torch.cat(rows), coefficients)
+
+
+def sequences(vocab: int, length: int, *, with_eos: bool) -> list[tuple[int, ...]]:
+    """Every sequence of ``length`` tokens; with an EOS, the shorter ones that it ends too."""
+    out = []
+    for tokens in itertools.product(range(vocab), repeat=length):
+        cut = tokens.index(EOS) + 1 if with_eos and EOS in tokens else length
+        if tokens[:cut] not in out:
+            out.append(tokens[:cut])
+    return out
+
+
+class Policy:
+    """An autoregressive policy over 3 tokens with logits of its own after every prefix."""
+
+    def __init__(self, all_sequences: list[tuple[int, ...]], seed: int) -> None:
+        self.sequences = all_sequences
+        prefixes = sorted({s[:t] for s in all_sequences for t in range(len(s))})
+        self.index = {prefix: i for i, prefix in enumerate(prefixes)}
+        gen = torch.Generator().manual_seed(seed)
+        self.logits = torch.randn(len(prefixes), 3, generator=gen, dtype=torch.float64).requires_grad_()
+
+    def rows(self, sequence: tuple[int, ...]) -> Tensor:
+        """(length, 3) the logits that each of its tokens is drawn from."""
+        return self.logits[[self.index[sequence[:t]] for t in range(len(sequence))]]
+
+    def logps(self) -> Tensor:
+        """(number of sequences,)"""
+        return torch.stack(
+            [
+                self.rows(s).log_softmax(-1).gather(1, torch.tensor(s)[:, None]).sum()
+                for s in self.sequences
+            ]
+        )
+
+
+@pytest.mark.parametrize("with_eos", [False, True], ids=["three tokens", "up to three tokens and an EOS"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_expected_rloo_gradient_is_the_gradient_of_the_reverse_kl(k: int, with_eos: bool) -> None:
+    """Every group of k samples of every sequence there is, weighted by its probability: no sampling noise."""
+    all_sequences = sequences(3, 3, with_eos=with_eos)
+    policy, reference = Policy(all_sequences, seed=0), Policy(all_sequences, seed=1)
+    logps, ref_logps = policy.logps(), reference.logps().detach()
+    lengths = torch.tensor([float(len(s)) for s in all_sequences], dtype=torch.float64)
+    kl_coef, length_penalty = 0.3, 0.2 if with_eos else 0.0
+    probs = logps.exp()
+    assert probs.sum().item() == pytest.approx(1.0, abs=1e-12)
+    kl = kl_coef * (probs * (logps - ref_logps + length_penalty * lengths)).sum()
+    (expected,) = torch.autograd.grad(kl, policy.logits, retain_graph=True)
+
+    groups = torch.cartesian_prod(*[torch.arange(len(all_sequences))] * k)  # (G, k)
+    terms = objective(kl_coef=kl_coef, length_penalty=length_penalty, num_generations=k, num_prompts=len(groups))
+    # One loss over all groups weighs them equally; their probabilities are put in afterwards.
+    _, coefficients = terms(logps[groups].flatten(), ref_logps[groups].flatten(), lengths[groups].flatten(), 0)
+    weights = len(groups) * probs[groups].prod(dim=1).detach()
+    surrogate = (weights[:, None] * coefficients.view(-1, k).detach() * logps[groups]).sum()
+    (got,) = torch.autograd.grad(surrogate, policy.logits)
+    assert (got - expected).abs().max() < 1e-10
+    assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_the_expected_gradient_of_fused_hypo_loss_is_the_gradient_of_the_reverse_kl(impl: str) -> None:
+    """The same through the public function: the policy's logits are hidden states, under an identity head."""
+    all_sequences = sequences(3, 3, with_eos=True)
+    policy, reference = Policy(all_sequences, seed=0), Policy(all_sequences, seed=1)
+    logps, ref_logps = policy.logps(), reference.logps().detach()
+    kl_coef, length_penalty = 0.3, 0.2
+    probs = logps.exp()
+    lengths = torch.tensor([float(len(s)) for s in all_sequences], dtype=torch.float64)
+    kl = kl_coef * (probs * (logps - ref_logps + length_penalty * lengths)).sum()
+    (expected,) = torch.autograd.grad(kl, policy.logits, retain_graph=True)
+
+    total, value = torch.zeros_like(expected), 0.0
+    for i, j in itertools.product(range(len(all_sequences)), repeat=2):
+        pair = [all_sequences[i], all_sequences[j]]
+        hidden = torch.cat([policy.rows(s) for s in pair])
+        out = fused_hypo_loss(
+            hidden,
+            torch.eye(3, dtype=torch.float64),
+            torch.tensor([token for s in pair for token in s]),
+            torch.tensor([0, len(pair[0]), len(pair[0]) + len(pair[1])]),
+            num_pairs=0,
+            ref_logps=ref_logps[[i, j]],
+            beta=0.1,
+            kl_coef=kl_coef,
+            length_penalty=length_penalty,
+            impl=impl,
+        )
+        weight = float(probs[i] * probs[j])
+        (gradient,) = torch.autograd.grad(out.loss, policy.logits)
+        total += weight * gradient
+        value += weight * float(out.loss.detach())
+    assert (total - expected).abs().max() < 1e-10
+    assert value == pytest.approx(float(kl.detach()), abs=1e-10)

@@ -1,0 +1,254 @@
+"""The command line as a new user meets it: one clear line for every mistake, before anything is trained."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from transformers import BertConfig, BertForMaskedLM
+
+from hypo_train import data
+from hypo_train.__main__ import main
+from hypo_train.config import Config
+from hypo_train.log import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(settings, tmp_path):
+    """Write the tiny run's settings, with ``changes``, to a YAML file; None leaves a setting out."""
+
+    def write(**changes):
+        values = {**settings().model_dump(exclude_defaults=True), **changes}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({name: v for name, v in values.items() if v is not None}), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def refusal(recipe, tmp_path, capfd):
+    """The one line that ``--config`` and ``flags`` are refused with, after a look at what was left alone."""
+
+    def run(*flags, **changes):
+        path = recipe(**changes)
+        before = sorted(tmp_path.rglob("*"))
+        capfd.readouterr()
+        status = main(["--config", str(path), *flags])
+        out, err = capfd.readouterr()
+        assert status == 2
+        assert out == ""
+        assert err.startswith("hypo_train: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert "\r" not in err, "no progress bar"
+        assert sorted(tmp_path.rglob("*")) == before, "nothing is written, output_dir least of all"
+        return err.removeprefix("hypo_train: ").removesuffix("\n")
+
+    return run
+
+
+# Settings
+
+
+def test_a_typo_in_a_key_is_one_line_with_the_nearest_name(refusal, tmp_path):
+    assert refusal(learning_rte=1e-4) == (
+        f"1 problem in the configuration: unknown key 'learning_rte' in {tmp_path}/recipe.yaml: "
+        "did you mean learning_rate?"
+    )
+
+
+def test_a_typo_in_a_flag_is_one_line_with_the_nearest_name(refusal):
+    assert refusal("--num_generation", "4").endswith("unknown flag --num_generation: did you mean --num_generations?")
+
+
+def test_a_missing_recipe_is_one_line(capfd):
+    assert main(["--config", "nope.yaml"]) == 2
+    assert capfd.readouterr() == ("", "hypo_train: --config nope.yaml: No such file or directory\n")
+
+
+def test_a_reward_that_is_not_there_is_named(refusal):
+    assert refusal("--reward", "no_such_module:reward").startswith("reward='no_such_module:reward': No module named")
+    assert "reward='json:reward': module 'json' has no attribute 'reward'" in refusal("--reward", "json:reward")
+    assert refusal("--reward", "json:__name__") == "reward='json:__name__': __name__ is not a function"
+
+
+# Data
+
+
+def test_a_missing_data_file_is_named_with_those_that_are_there(refusal, tmp_path):
+    assert refusal(dataset_name=str(tmp_path / "pears.jsonl")) == (
+        f"dataset_name='{tmp_path}/pears.jsonl': there is no such file or folder; in '{tmp_path}' there is pairs.jsonl"
+    )
+
+
+def test_missing_columns_are_named_with_those_that_are_there(refusal, tmp_path):
+    path = tiny.write_rows(tmp_path / "other.jsonl", [{"question": "film", "chosen": "good", "score": 1}])
+    message = refusal(dataset_name=str(path))
+    assert "preference data needs the columns 'chosen' and 'rejected'" in message
+    assert message.endswith("the columns are 'question', 'chosen', 'score'")
+
+
+def test_rows_without_a_single_usable_one_are_counted_and_named(refusal, tmp_path):
+    rows = [{**row, "rejected": " "} for row in tiny.pair_rows(3)]
+    path = tiny.write_rows(tmp_path / "empty.jsonl", rows)
+    assert refusal(dataset_name=str(path)) == (
+        f"dataset_name='{path}', split 'train': no row can be used: "
+        "3 of 3 rows dropped: 3 with an empty 'rejected' (rows 0, 1, 2)"
+    )
+
+
+def test_a_line_that_is_not_json_is_named(refusal, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"prompt": "film"}\n{"prompt": "bo\n')
+    assert refusal(dataset_name=str(path)).startswith(f"dataset_name='{path}': line 2 is not JSON")
+
+
+def test_a_file_in_another_encoding_is_one_line(refusal, tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"prompt": "café", "chosen": "a", "rejected": "b"}\n'.encode("latin-1"))
+    message = refusal(dataset_name=str(path))
+    assert message.startswith(f"dataset_name='{path}', split 'train': 'utf-8' codec can't decode byte 0xe9")
+
+
+def test_an_unknown_split_is_named_with_those_that_are_there(refusal):
+    message = refusal("--dataset_train_split", "test")
+    assert "split 'test'" in message
+    assert "['train']" in message
+
+
+def test_chat_messages_without_a_template_are_one_line(refusal, tmp_path):
+    path = tiny.write_rows(tmp_path / "chat.jsonl", tiny.pair_rows(chat=True))
+    assert "has chat messages, but the tokenizer" in refusal(dataset_name=str(path))
+
+
+def test_an_empty_response_is_dropped_and_reported_and_training_goes_on(recipe, tmp_path, capfd):
+    rows = tiny.pair_rows(12)
+    rows[3]["rejected"] = ""
+    path = recipe(dataset_name=str(tiny.write_rows(tmp_path / "rows.jsonl", rows)))
+    capfd.readouterr()
+    assert main(["--config", str(path)]) == 0
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert lines[:2] == ["train: 11 of 12 rows used", "train: 1 of 12 rows dropped: 1 with an empty 'rejected' (row 3)"]
+    assert lines[-1] == f"model saved in {tmp_path}/run/final"
+    assert err == "", "neither bars nor warnings"
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+# Models
+
+
+def test_a_model_folder_that_is_not_there_is_named(refusal):
+    assert refusal(model_name_or_path="./missing") == "model_name_or_path: there is no folder './missing'"
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_named(refusal):
+    message = refusal(model_name_or_path="models/missing")
+    assert message.startswith("cannot read the config of 'models/missing': no local folder, and from the Hub: ")
+
+
+def test_a_model_that_is_not_causal_is_named(refusal, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    folder = tiny.save(BertForMaskedLM(BertConfig(vocab_size=len(tiny.WORDS), **sizes)), tmp_path / "bert")
+    assert refusal(model_name_or_path=str(folder)) == (
+        f"'{folder}' is a bert model (BertForMaskedLM), not a causal language model: "
+        "choose a decoder that AutoModelForCausalLM loads"
+    )
+
+
+def test_an_adapter_folder_is_one_line(refusal, tmp_path, saved_model):
+    from hypo_train.model import load_policy
+
+    adapted = tiny.make_config(tmp_path, saved_model(), use_peft=True)
+    load_policy(adapted, autocast=False).save_pretrained(tmp_path / "adapter")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "adapter")
+    assert f"{tmp_path}/adapter" in refusal(model_name_or_path=str(tmp_path / "adapter"))
+
+
+def test_too_long_sequences_for_the_model_are_one_line(refusal):
+    assert refusal(max_prompt_length=512).startswith("LlamaForCausalLM has 128 positions, and prompt and completion")
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line(refusal):
+    message = refusal(resume_from_checkpoint="runs/no")
+    assert message == "resume_from_checkpoint='runs/no': there is no such folder"
+
+
+def test_a_used_output_dir_is_one_line(recipe, capfd):
+    path = recipe(max_steps=1)
+    assert main(["--config", str(path)]) == 0
+    capfd.readouterr()
+    assert main(["--config", str(path)]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "already holds a run" in err
+    assert err.count("\n") == 1
+
+
+# Help
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--config", "recipe.yaml", "--help"]], ids=" ".join)
+def test_help_documents_every_field(argv, capsys):
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for name, field in Config.model_fields.items():
+        assert f"  --{name}  " in out
+        assert " ".join(field.description.split())[:30] in " ".join(out.split())
+
+
+def test_the_demo_has_help_of_its_own(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", "--help"])
+    assert caught.value.code == 0
+    assert "--seeds" in capsys.readouterr().out
+
+
+# The process
+
+
+def run_process(*argv, flags=()):
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *flags, "-m", "hypo_train", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    return done, time.monotonic() - started
+
+
+def test_a_mistake_in_the_settings_is_reported_at_once_and_without_torch():
+    done, seconds = run_process("--lerning_rate", "1", flags=["-X", "importtime"])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "unknown flag --lerning_rate: did you mean --learning_rate?" in done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "hypo_train.config" in imported
+    assert not {"torch", "transformers", "datasets", "numpy", "peft", "accelerate"} & imported
+    assert seconds < 3
+
+
+def test_the_exit_status_and_the_line_reach_the_shell(recipe, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"prompt": "film"\n')
+    done, _ = run_process("--config", str(recipe(dataset_name=str(path))))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"hypo_train: dataset_name='{path}': line 1 is not JSON: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_fault_of_the_program_is_not_dressed_up_as_the_users(recipe, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("a bug in torch")
+
+    monkeypatch.setattr(data, "tokenize_pairs", fail)
+    with pytest.raises(ValueError, match="a bug in torch"):
+        main(["--config", str(recipe())])

@@ -1,0 +1,404 @@
+"""Runs that die and go on: what they log and the weights they end with are those of a run that did not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import hypo_train.train as loop
+from hypo_train.config import ConfigError
+from hypo_train.log import read_metrics
+from hypo_train.model import Policy
+from hypo_train.sampler import GenerateSampler
+from hypo_train.train import train
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.3}
+# Checkpoints of 3 and 9 fall between two lines of metrics, the one of 6 does not; an evaluation lies in between.
+INTERVALS = {"max_steps": 12, "save_steps": 3, "logging_steps": 2, "eval_steps": 4, "num_eval_rows": 4}
+# Everything that a checkpoint has to bring back, if it is not a function of the step.
+STATE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.25, "weight_decay": 0.1, "gradient_accumulation_steps": 2}
+
+# A true reward that makes an evaluation wait for its SIGKILL once a checkpoint is there.
+REWARD = """
+import os, pathlib, time
+
+def reward(prompt, completion):
+    while pathlib.Path(os.environ.get("DIE_AFTER", "/no/checkpoint")).exists():
+        time.sleep(0.01)
+    return float(len(completion.split()))
+"""
+
+
+@pytest.fixture
+def interrupted(settings):
+    """``interrupted(**changes)`` is the config of a run of twelve steps that leaves checkpoints on its way."""
+
+    def make(name="run", **changes):
+        folder = Path(settings().output_dir).with_name(name)
+        return settings(**{**INTERVALS, **STATE, "output_dir": str(folder), **changes})
+
+    return make
+
+
+def metrics_of(config):
+    """Every line of metrics.jsonl, timings aside."""
+    lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def final_weights(config):
+    [file] = (Path(config.output_dir) / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same_run(found, expected):
+    assert metrics_of(found) == metrics_of(expected)
+    weights, others = final_weights(expected), final_weights(found)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(others[name], weight), name
+    samples = sorted((Path(expected.output_dir) / "samples").iterdir())
+    assert [path.name for path in samples] == [f"step-{step}.jsonl" for step in (0, 12, 4, 8)]
+    for path in samples:
+        assert (Path(found.output_dir) / "samples" / path.name).read_text() == path.read_text()
+
+
+def resumed(config, **changes):
+    config = config.model_copy(update={"resume_from_checkpoint": "auto", **changes})
+    train(config, progress=False)
+    return config
+
+
+# In processes of their own, by SIGKILL
+
+
+def start(config, folder, *flags, die_after=None):
+    """``python -m hypo_train`` on ``config``, as a user starts it."""
+    recipe = folder / f"{Path(config.output_dir).name}.yaml"
+    recipe.write_text(yaml.safe_dump(config.model_dump(exclude_defaults=True)), encoding="utf-8")
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), str(folder)]),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    if die_after is not None:
+        environment["DIE_AFTER"] = str(die_after)
+    command = [sys.executable, "-m", "hypo_train", "--config", str(recipe), *flags]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(process):
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [{}, LORA], ids=["full", "lora"])
+def test_a_run_killed_with_sigkill_and_resumed_equals_one_that_was_not(interrupted, tmp_path, way):
+    (tmp_path / "waiting.py").write_text(REWARD, encoding="utf-8")
+    whole, killed = (interrupted(name, reward="waiting:reward", **way) for name in ("whole", "killed"))
+    checkpoint = Path(killed.output_dir) / "checkpoint-3"
+    reference, victim = start(whole, tmp_path), start(killed, tmp_path, die_after=checkpoint)
+    try:
+        deadline = time.monotonic() + 120
+        while not (checkpoint.exists() and metrics_of(killed)[-1]["step"] == 4):
+            assert victim.poll() is None, victim.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        victim.send_signal(signal.SIGKILL)
+        assert victim.wait(timeout=60) == -signal.SIGKILL
+        finished(reference)
+    finally:
+        for process in (reference, victim):
+            process.kill()
+            process.communicate()
+    assert [line["step"] for line in metrics_of(killed)] == [0, 2, 4], "step 4 was logged, and is not in a checkpoint"
+    assert not (Path(killed.output_dir) / "final").exists()
+    finished(start(killed, tmp_path, "--resume_from_checkpoint", "auto"))
+    assert [line["step"] for line in metrics_of(killed)] == [0, 2, 4, 4, 6, 8, 8, 10, 12, 12]
+    assert_same_run(killed, whole)
+
+
+# Within this process, at any point
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the package may catch it."""
+
+
+def die(monkeypatch, owner, name, nth, *, afterwards=False):
+    """Die in place of the nth call of ``owner.name``, or right after it."""
+    original, calls = getattr(owner, name), 0
+
+    def deadly(*arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == nth and not afterwards:
+            raise Killed
+        result = original(*arguments, **keywords)
+        if calls == nth:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+PHASES = {
+    "before a step, with nothing saved": (loop, "train_step", 3, False),
+    "between a checkpoint and its line": (loop, "train_step", 5, False),
+    "within a step, before sampling": (GenerateSampler, "sample", 8, False),
+    "within a step, before the backward pass": (loop, "preference_loss", 17, False),
+    "within a step, before the update": (loop, "_clip_gradients", 8, False),
+    "within a step, after the update": (GenerateSampler, "weights_changed", 8, False),
+    "after an evaluation, before its line": (loop, "evaluate", 3, True),
+    "after a line is logged": (loop.RunLog, "log", 6, True),
+    "before a checkpoint": (loop, "save", 2, False),
+    "within a checkpoint": (os, "fsync", 9, False),
+    "before the final model": (loop, "save_model", 1, False),
+    "within the final model": (Policy, "save_pretrained", 1, True),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, saved_model):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = tiny.make_config(folder, saved_model(), **INTERVALS, **STATE)
+    train(config, progress=False)
+    return config
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_killed_in_any_phase_goes_on_as_if_it_was_not(interrupted, uninterrupted, monkeypatch, phase):
+    config = interrupted()
+    owner, name, nth, afterwards = PHASES[phase]
+    with monkeypatch.context() as patch:
+        die(patch, owner, name, nth, afterwards=afterwards)
+        with pytest.raises(Killed):
+            train(config, progress=False)
+    assert not (Path(config.output_dir) / "final").exists()
+    assert_same_run(resumed(config), uninterrupted)
+
+
+def test_a_run_may_die_more_than_once(interrupted, uninterrupted, monkeypatch):
+    config = interrupted()
+    for nth in (5, 3, 4):
+        with monkeypatch.context() as patch:
+            die(patch, loop, "train_step", nth)
+            with pytest.raises(Killed):
+                resumed(config)
+    assert_same_run(resumed(config), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        LORA,
+        {"num_layers_unfrozen": 1},
+        {"algorithm": "dpo"},
+        {"algorithm": "sft"},
+        {"bf16": True, "dtype": "bfloat16", **LORA},
+    ],
+    ids=str,
+)
+def test_every_way_to_train_is_resumed_exactly(interrupted, monkeypatch, changes):
+    whole, killed = interrupted("whole", **changes), interrupted("killed", **changes)
+    train(whole, progress=False)
+    with monkeypatch.context() as patch:
+        die(patch, loop, "train_step", 9)
+        with pytest.raises(Killed):
+            train(killed, progress=False)
+    assert_same_run(resumed(killed), whole)
+
+
+def test_a_finished_run_that_is_resumed_trains_no_more(interrupted, uninterrupted, monkeypatch):
+    config = interrupted()
+    train(config, progress=False)
+    monkeypatch.setattr(loop, "train_step", None)
+    assert_same_run(resumed(config), uninterrupted)
+
+
+# Which checkpoint
+
+
+def killed_run(config, monkeypatch, nth=8):
+    with monkeypatch.context() as patch:
+        die(patch, loop, "train_step", nth)
+        with pytest.raises(Killed):
+            train(config, progress=False)
+    return config
+
+
+def test_auto_without_a_checkpoint_starts_from_the_beginning(interrupted, uninterrupted, capsys):
+    config = resumed(interrupted())
+    assert f"no checkpoint in {config.output_dir}: starting from the beginning" in capsys.readouterr().out
+    assert_same_run(config, uninterrupted)
+
+
+def test_the_checkpoint_that_is_continued_is_named(interrupted, monkeypatch, capsys):
+    config = resumed(killed_run(interrupted(), monkeypatch))
+    assert f"continuing from {config.output_dir}/checkpoint-6, step 6" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a byte changed", "a file missing"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    interrupted, uninterrupted, monkeypatch, capsys, damage
+):
+    config = killed_run(interrupted(), monkeypatch)
+    weights = Path(config.output_dir) / "checkpoint-6" / "model.safetensors"
+    if damage == "truncated":
+        os.truncate(weights, 100)
+    elif damage == "a byte changed":
+        content = bytearray(weights.read_bytes())
+        content[-5] ^= 1
+        weights.write_bytes(content)
+    else:
+        weights.unlink()
+    with pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint-6: model\.safetensors"):
+        resumed(config)
+    assert "checkpoint-3, step 3" in capsys.readouterr().out
+    assert_same_run(config, uninterrupted)
+
+
+def test_a_named_checkpoint_is_the_one_that_is_continued(interrupted, uninterrupted, monkeypatch, capsys):
+    config = killed_run(interrupted(), monkeypatch)
+    resumed(config, resume_from_checkpoint=f"{config.output_dir}/checkpoint-3")
+    assert "checkpoint-3, step 3" in capsys.readouterr().out
+    assert_same_run(config, uninterrupted)
+
+
+def test_a_checkpoint_may_be_continued_in_another_folder(interrupted, uninterrupted, monkeypatch):
+    config = killed_run(interrupted(), monkeypatch)
+    folder = config.output_dir + "-branch"
+    branch = resumed(config, resume_from_checkpoint=f"{config.output_dir}/checkpoint-6", output_dir=folder)
+    assert metrics_of(branch) == [line for line in metrics_of(uninterrupted) if line["step"] > 6]
+    for name, weight in final_weights(uninterrupted).items():
+        assert torch.equal(final_weights(branch)[name], weight)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(interrupted):
+    with pytest.raises(ConfigError, match="resume_from_checkpoint='runs/checkpoint-5': there is no such folder"):
+        resumed(interrupted(), resume_from_checkpoint="runs/checkpoint-5")
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(interrupted, monkeypatch):
+    config = killed_run(interrupted(), monkeypatch)
+    folder = Path(config.output_dir) / "checkpoint-6"
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-6.*model\.safetensors is missing") as caught:
+        resumed(config, resume_from_checkpoint=str(folder))
+    assert type(caught.value).__module__.startswith("hypo_train"), "the command line shows it as one line"
+
+
+# Another run's checkpoint
+
+
+def snapshot(folder):
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", 7),
+        ("learning_rate", 1e-4),
+        ("kl_coef", 0.5),
+        ("algorithm", "dpo"),
+        ("max_steps", 24),
+        ("per_device_train_batch_size", 2),
+        ("num_layers_unfrozen", 1),
+        ("use_peft", True),
+    ],
+)
+def test_a_run_with_another_setting_is_refused_by_the_settings_name(interrupted, monkeypatch, field, value):
+    config = killed_run(interrupted(), monkeypatch)
+    before = snapshot(config.output_dir)
+    with pytest.raises(ConfigError) as caught:
+        resumed(config, **{field: value})
+    assert str(caught.value) == (
+        f"{config.output_dir}/checkpoint-6 is of another run: {field} was {getattr(config, field)!r} and is {value!r}"
+    )
+    assert snapshot(config.output_dir) == before
+
+
+def test_another_data_set_is_refused(interrupted, monkeypatch, tmp_path):
+    config = killed_run(interrupted(), monkeypatch)
+    other = tiny.write_rows(tmp_path / "other.jsonl", tiny.pair_rows(seed=1))
+    with pytest.raises(ConfigError, match=r"is of another run: dataset_name was .*pairs.jsonl' and is .*other\.jsonl'"):
+        resumed(config, dataset_name=str(other))
+
+
+def test_another_model_is_refused(interrupted, monkeypatch, saved_model):
+    config = killed_run(interrupted(), monkeypatch)
+    with pytest.raises(ConfigError, match="is of another run: model_name_or_path was"):
+        resumed(config, model_name_or_path=str(saved_model("gpt_neox")))
+
+
+def test_another_rank_of_the_adapter_is_refused_by_its_name(interrupted, monkeypatch):
+    config = killed_run(interrupted(**LORA), monkeypatch)
+    with pytest.raises(ConfigError, match="lora_r was 4 and is 8"):
+        resumed(config, lora_r=8)
+
+
+def test_settings_that_only_watch_may_change(interrupted, uninterrupted, monkeypatch):
+    config = killed_run(interrupted(), monkeypatch)
+    watching = {"save_steps": 5, "save_total_limit": 1, "tensorboard": True, "num_eval_prompts": 2, "eval_steps": 7}
+    resumed(config, **watching)
+    lines = [line for line in metrics_of(config) if "loss" in line]
+    assert lines == [line for line in metrics_of(uninterrupted) if "loss" in line]
+    for name, weight in final_weights(uninterrupted).items():
+        assert torch.equal(final_weights(config)[name], weight)
+
+
+# A used folder
+
+
+@pytest.mark.parametrize("state", ["killed", "finished"])
+def test_a_used_output_dir_is_refused_and_left_alone(interrupted, monkeypatch, state):
+    config = interrupted()
+    if state == "killed":
+        killed_run(config, monkeypatch)
+    else:
+        train(config, progress=False)
+    before = snapshot(config.output_dir)
+    with pytest.raises(ConfigError, match="already holds a run: choose another folder, or continue") as caught:
+        train(config.model_copy(update={"seed": 7}), progress=False)
+    assert repr(config.output_dir) in str(caught.value)
+    assert snapshot(config.output_dir) == before
+
+
+def test_an_output_dir_with_other_files_is_used_and_leaves_them(interrupted):
+    config = interrupted(max_steps=1, save_steps=0)
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    train(config, progress=False)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_holds_what_is_trained_alone(interrupted):
+    config = interrupted(max_steps=1, **LORA)
+    train(config, progress=False)
+    folder = Path(config.output_dir) / "checkpoint-1"
+    assert all("lora_" in name for name in load_file(folder / "model.safetensors"))
+    extra = json.loads((folder / "trainer.json").read_text())["extra"]
+    assert extra["config"] == config.model_dump()
