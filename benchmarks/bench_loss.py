@@ -78,5 +78,7 @@ def bench_loss(
 
 def _selected(group: Group, request: pytest.FixtureRequest) -> list[str]:
     """The group's providers that this run asks for (``-k`` and the like leave some out)."""
-    params = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)]
-    return [param["provider"].name for param in params if param["group"] == group]
+    cases: list[dict[str, Any]] = [
+        item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)
+    ]
+    return [case["provider"].name for case in cases if case["group"] == group]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def session(pytestconfig: pytest.Config) -> Iterator[Session]:
+def session(pytestconfig: pytest.Config) -> Session:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plugins = pytestconfig.pluginmanager
     terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
@@ -34,7 +33,7 @@ def session(pytestconfig: pytest.Config) -> Iterator[Session]:
 
     measuring = Session(device, quick=pytestconfig.getoption("quick"), announce=announce)
     pytestconfig.stash[SESSION] = measuring
-    yield measuring
+    return measuring
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -45,7 +44,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("benchmarks, providers interleaved")
     terminalreporter.write_line(f"{report.hardware(done.device)}; {report.state(done.device)}")
     terminalreporter.write_line(report.versions())
-    terminalreporter.write_line("x: times as long; rate: of the bare GEMMs' FLOP; peak: beyond the inputs, with gradients")
+    terminalreporter.write_line(
+        "x: times as long; rate: of the bare GEMMs' FLOP; peak: beyond the inputs, with gradients"
+    )
     terminalreporter.write_line("err: max |result - float64| / max |float64|")
     terminalreporter.write_line("")
     terminalreporter.write_line(report.tables(measured, done.device))

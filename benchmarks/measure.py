@@ -26,13 +26,15 @@ def interleaved(
     seconds: float,
     min_rounds: int,
     max_rounds: int,
+    warm_up_rounds: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of every step, one sample a round, all steps within each round.
 
     Clocks, heat and neighbours change from second to second; taking turns makes every step see the same
     machine. Each round starts with another step, and every other round runs backwards, so that no step
-    always follows the same one. Rounds go on for ``seconds`` but stay within their limits. ``before`` runs
-    outside the clock. On CUDA, the time is the device's, and the cache is flushed before each sample.
+    always follows the same one. Rounds go on for ``seconds`` but stay within their limits; a step that alone
+    has taken as long sits out after three. ``before`` runs outside the clock. On CUDA, the time is the
+    device's, and the cache is flushed before each sample.
     """
     timed = _cuda_timer(device) if device.type == "cuda" else _seconds
     names = list(steps)
@@ -41,13 +43,17 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for turn in range(max_rounds):
+        for turn in range(-warm_up_rounds, max_rounds):
             if turn >= min_rounds and time.perf_counter() - start > seconds:
                 break
             order = names[turn % len(names) :] + names[: turn % len(names)]
             for name in order if turn % 2 == 0 else reversed(order):
+                if len(samples[name]) >= 3 and sum(samples[name]) > seconds:
+                    continue
                 before()
-                samples[name].append(timed(steps[name]))
+                sample = timed(steps[name])
+                if turn >= 0:
+                    samples[name].append(sample)
     finally:
         gc.enable()
     return samples

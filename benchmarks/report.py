@@ -111,7 +111,7 @@ def _rounds(measured: Sequence[Measured]) -> list[int]:
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of {_cpu_name()}, no GPU"
+    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({_cpu_name()}), no GPU"
 
 
 def _cpu_name() -> str:

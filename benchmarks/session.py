@@ -100,15 +100,14 @@ class Session:
             seconds=1.0 if self.quick else 6.0,
             min_rounds=3 if self.quick else 5,
             max_rounds=50 if cuda else 15,
+            warm_up_rounds=1 if cuda else 0,  # a GPU's clocks take a while
         )
         for name, seconds in samples.items():
             results[name].samples = seconds
         batch.prepare(group.mode)
         return Measured(group, len(batch.counted_rows), results)
 
-    def _first_runs(
-        self, provider: Provider, batch: Batch, mode: str, exact: Truth
-    ) -> tuple[Result, Step | None]:
+    def _first_runs(self, provider: Provider, batch: Batch, mode: str, exact: Truth) -> tuple[Result, Step | None]:
         """One run to compile, tune and compare, one to see its memory. A peer that fails is skipped with its reason."""
         result = Result(provider)
         try:

@@ -21,19 +21,19 @@ from hypo_train.sampler import GenerateSampler
 from hypo_train.train import train
 
 NUM_REVIEWS = 6000
-NUM_PAIRS = 2000
+NUM_PAIRS = 1000
 NUM_HELD_OUT = 512
 SAMPLES_SEED = 10_000  # away from the seeds of the runs
 # Both methods share everything but the algorithm and its λ.
 SETTINGS: dict[str, Any] = {
     "beta": 0.1,
-    "learning_rate": 3e-4,
+    "learning_rate": 5e-4,
     "per_device_train_batch_size": 32,
-    "num_train_epochs": 5,
+    "num_train_epochs": 8,
 }
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {"algorithm": "dpo"},
-    "hypo": {"algorithm": "hypo", "kl_coef": 2e-3, "num_generations": 2},
+    "hypo": {"algorithm": "hypo", "kl_coef": 3e-3, "num_generations": 2},
 }
 
 

@@ -1,6 +1,6 @@
 """A small world of reviews: prompts, responses, and the reward that a reader of them would give.
 
-A review is two or three clauses about a place. Its reader takes in three clauses: the reward is the number of
+A review is two to four clauses about a place. Its reader takes in four clauses: the reward is the number of
 kind words less the number of unkind ones, and less one for each clause that is no proper clause. Reviews talk
 about eight subjects, mostly the first four; the offline pairs are kept to reviews of these alone, and the
 language model that wrote them seldom breaks a clause. So the pairs say little about the other subjects and
@@ -60,8 +60,8 @@ GLUE = [
     "also",
 ]
 
-MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 12, 32
-CLAUSES_READ = 3
+MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 12, 40
+CLAUSES_READ = 4
 PAD, EOS = "<pad>", "<eos>"
 
 
@@ -74,7 +74,7 @@ _JOINT = re.compile(" and | but | , also ")
 
 
 def reward(prompt: str, completion: str) -> float:
-    """What the first three clauses are worth to a reader, from -3 to 3."""
+    """What the first four clauses are worth to a reader, from -4 to 4."""
     clauses = _JOINT.split(completion.removesuffix(" ."))[:CLAUSES_READ]
     return float(sum(_worth(clause) for clause in clauses))
 
@@ -96,7 +96,7 @@ def prompt(rng: random.Random) -> str:
 
 
 def review(rng: random.Random) -> str:
-    """Two or three clauses; a writer's mood colours them all, so kindness comes in streaks."""
+    """Two to four clauses; a writer's mood colours them all, so kindness comes in streaks."""
     mood = rng.random()
     clauses = [_clause(rng, mood) for _ in range(rng.randint(2, CLAUSES_READ))]
     return f" {rng.choice(['and', 'but', ', also'])} ".join(clauses) + " ."

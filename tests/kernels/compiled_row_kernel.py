@@ -82,7 +82,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
 def main(capability: int) -> None:
     known = next(name for name in _row_kernel.arg_names if name.endswith("_KNOWN"))
     rows = []
-    for (vocab, gradients, dtype, known_before), bias, softcap in itertools.product(OUTPUTS, (False, True), (False, True)):
+    for (vocab, gradients, dtype, known_before), bias, softcap in itertools.product(
+        OUTPUTS, (False, True), (False, True)
+    ):
         flags = {known: known_before, "WITH_GRADIENTS": gradients, "HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
         rows.append(compile_variant(capability, vocab, dtype, flags))
     print(json.dumps(rows))

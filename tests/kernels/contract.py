@@ -70,9 +70,7 @@ class Batch:
 
         leaves = [None if x is None else convert(x).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
         wide = torch.promote_types(dtype, torch.float32)
-        options = {
-            key: value.to(wide) if key == "ref_logps" else convert(value) for key, value in self.options.items()
-        }
+        options = {key: value.to(wide) if key == "ref_logps" else convert(value) for key, value in self.options.items()}
         return replace(self, hidden=leaves[0], weight=leaves[1], bias=leaves[2], options=options)
 
     def with_options(self, **options: Any) -> Batch:
@@ -119,7 +117,10 @@ def random_batch(
     options = {"beta": 0.1, "kl_coef": 0.05, "num_pairs": 0, **options}
     batch = Batch(hidden.to(device, dtype), weight.to(device, dtype), targets, cu_seqlens, bias, options)
     if with_ref_hidden:
-        ref = {"ref_hidden": hidden + 0.1 * randn(num_rows, width), "ref_lm_head_weight": weight + 0.1 * randn(vocab, width)}
+        ref = {
+            "ref_hidden": hidden + 0.1 * randn(num_rows, width),
+            "ref_lm_head_weight": weight + 0.1 * randn(vocab, width),
+        }
         if with_bias:
             ref["ref_bias"] = randn(vocab)
         return batch.with_options(**{key: value.to(device, dtype) for key, value in ref.items()}).to(dtype)
@@ -222,6 +223,7 @@ def run_fused(batch: Batch, impl: str, upstream: float = 1.0) -> Results:
     out = fused_hypo_loss(
         batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, bias=batch.bias, impl=impl, **batch.options
     )
+    assert {x.dtype for x in out[:-1]} == {torch.promote_types(batch.hidden.dtype, torch.float32)}
     (out.loss * upstream).backward()
     return _results(batch, out.loss, out.logps, out.ref_logps)
 

@@ -2,8 +2,20 @@
 
 import pytest
 import torch
-from contract import FUSED, IMPLS, Batch, assert_close, assert_contract, eager_runs, plain_logps, plain_objective
-from contract import random_batch, run_fused, truth, variants
+from contract import (
+    FUSED,
+    IMPLS,
+    Batch,
+    assert_close,
+    assert_contract,
+    eager_runs,
+    plain_logps,
+    plain_objective,
+    random_batch,
+    run_fused,
+    truth,
+    variants,
+)
 from torch import Tensor
 
 from hypo_kernels import fused_hypo_loss, sequence_logprobs
@@ -28,7 +40,7 @@ def test_backward_twice_raises_a_clear_error(impl: str, device: torch.device) ->
     loss = loss_of(batch, impl)
     loss.backward(retain_graph=True)
     first = batch.weight.grad.clone()
-    with pytest.raises(RuntimeError, match="backward was called twice.*call fused_hypo_loss again"):
+    with pytest.raises(RuntimeError, match=r"backward was called twice.*call fused_hypo_loss again"):
         loss.backward()
     assert torch.equal(batch.weight.grad, first)
 
@@ -89,9 +101,7 @@ def test_policy_and_reference_share_a_frozen_head(impl: str, device: torch.devic
     own = {name: value for name, value in batch.options.items() if not name.startswith("ref_")}
     shared = batch.with_options(ref_lm_head_weight=None, ref_bias=None)
     spelled_out = batch.with_options(ref_lm_head_weight=batch.weight.clone(), ref_bias=batch.bias.clone())
-    ref_logps = sequence_logprobs(
-        ref_hidden, batch.weight, batch.targets, batch.cu_seqlens, bias=batch.bias, impl=impl
-    )
+    ref_logps = sequence_logprobs(ref_hidden, batch.weight, batch.targets, batch.cu_seqlens, bias=batch.bias, impl=impl)
     given = Batch(
         batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, batch.bias, {**own, "ref_logps": ref_logps}
     )
@@ -150,7 +160,9 @@ def test_two_losses_on_one_graph_add_up(impl: str, device: torch.device) -> None
     """Gradient accumulation in one graph: the saved gradients of one call do not leak into another's."""
     batch = random_batch(**BOTH, device=device)
     weight = batch.weight.detach().requires_grad_()
-    separate = Batch(batch.hidden.detach().requires_grad_(), weight, batch.targets, batch.cu_seqlens, None, batch.options)
+    separate = Batch(
+        batch.hidden.detach().requires_grad_(), weight, batch.targets, batch.cu_seqlens, None, batch.options
+    )
     (loss_of(batch, impl) + 3 * loss_of(batch, impl)).backward()
     (4 * loss_of(separate, impl)).backward()
     torch.testing.assert_close(batch.weight.grad, separate.weight.grad)

@@ -84,7 +84,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a negative target": ({"targets": torch.full((T,), -1)}, ["targets holds -1", "-100 to ignore"]),
     # sequences
     "an odd sequence": ({"cu_seqlens": torch.tensor([0, 3, 5, 10])}, ["3 sequences", "num_generations=2"]),
-    "a sample too few for its group": ({"num_generations": 3}, ["4 sequences", "2 online samples", "num_generations=3"]),
+    "a sample too few for its group": ({"num_generations": 3}, ["2 online samples", "num_generations=3"]),
     "more pairs than sequences": ({"num_pairs": 3}, ["num_pairs=3 needs 6 sequences", "has 4"]),
     "negative pairs": ({"num_pairs": -1}, ["num_pairs=-1"]),
     "one sample a prompt": ({"num_generations": 1}, ["num_generations=1", "at least 2"]),
@@ -129,9 +129,15 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a reference head of other features": (
         from_hidden(ref_lm_head_weight=torch.randn(V, 5)), ["ref_hidden has 4 features", "ref_lm_head_weight 5"],
     ),
+    "a trained bias as its own reference": (
+        from_hidden(ref_lm_head_weight=None, bias=torch.randn(V, requires_grad=True)),
+        ["bias is being trained", "ref_bias"],
+    ),
+    "a reference bias alone": ({"ref_bias": torch.randn(V)}, ["ref_bias", "ref_hidden"]),
     "a reference bias of another length": (from_hidden(ref_bias=torch.randn(3)), ["ref_bias", "(3,)", "(11,)"]),
     "a reference in two dtypes": (
-        from_hidden(ref_hidden=torch.randn(T, D).half()), ["hidden is torch.float16", "torch.float32"],
+        from_hidden(ref_hidden=torch.randn(T, D).half()),
+        ["ref_hidden is torch.float16", "ref_lm_head_weight torch.float32"],
     ),
     # budget
     "no budget": ({"max_chunk_bytes": 0}, ["max_chunk_bytes=0", "positive"]),
@@ -156,18 +162,22 @@ def test_a_bad_argument_is_named_with_its_value(wrong: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_arguments_that_the_bad_ones_start_from_are_good(impl: str) -> None:
+def test_the_arguments_that_the_bad_ones_start_from_are_good(impl: str, device: torch.device) -> None:
     for changes in ({}, from_hidden(), padded(), {"validate": True}):
-        assert fused_hypo_loss(**{**good(), **changes}, impl=impl).loss.isfinite()
+        assert fused_hypo_loss(**moved({**good(), **changes}, device), impl=impl).loss.isfinite()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("wrong", ["an odd sequence", "bounds that end early", "a target beyond the vocabulary"])
-def test_checks_are_the_same_for_every_implementation(wrong: str, impl: str) -> None:
+def test_checks_are_the_same_for_every_implementation(wrong: str, impl: str, device: torch.device) -> None:
     changes, expected = BAD[wrong]
     with pytest.raises(ValueError, match=re.escape(expected[0])):
-        fused_hypo_loss(**{**good(), **changes}, impl=impl)
+        fused_hypo_loss(**moved({**good(), **changes}, device), impl=impl)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +213,8 @@ def test_sequence_logprobs_checks_its_bounds(wrong: str) -> None:
 
 @NO_TRITON
 def test_triton_does_not_compute_in_float64(device: torch.device) -> None:
-    doubles = {
-        name: x.to(device, torch.float64) if name in ("hidden", "lm_head_weight", "ref_logps") else x
-        for name, x in good().items()
-    }
+    doubles = moved(good(), device)
+    doubles |= {name: doubles[name].double() for name in ("hidden", "lm_head_weight", "ref_logps")}
     with pytest.raises(ValueError, match=r"impl='triton' .*float64.* impl='torch'"):
         fused_hypo_loss(**doubles, impl="triton")
     assert fused_hypo_loss(**doubles).loss.dtype == torch.float64  # "auto" knows

@@ -1,5 +1,6 @@
 """Planning a call: which rows count, in which order, and which go through the head together."""
 
+import itertools
 import random
 
 import pytest
@@ -77,7 +78,7 @@ def test_chunks_hold_every_row_once_whole_groups_and_no_more_rows_than_fit(seed:
     assert plan[0].sequences.start == plan[0].rows.start == 0
     assert plan[-1].sequences.stop == len(lengths)
     assert plan[-1].rows.stop == sum(lengths)
-    for chunk, following in zip(plan, plan[1:], strict=False):
+    for chunk, following in itertools.pairwise(plan):
         assert following.sequences.start == chunk.sequences.stop
         assert following.rows.start == chunk.rows.stop
     assert sum(chunk.num_pairs for chunk in plan) == num_pairs

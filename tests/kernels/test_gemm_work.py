@@ -60,9 +60,7 @@ def test_a_head_trained_on_fixed_hidden_states_costs_4_nvd(impl: str, device: to
 
 
 @pytest.mark.parametrize("impl", FUSED)
-def test_groups_larger_than_the_buffer_cost_8_nvd_and_6_with_a_frozen_head(
-    impl: str, device: torch.device
-) -> None:
+def test_groups_larger_than_the_buffer_cost_8_nvd_and_6_with_a_frozen_head(impl: str, device: torch.device) -> None:
     batch = random_batch(**RAGGED, ignored=0.0, device=device)
     budget = one_row_budget(batch, impl)
     assert loss_flops(batch, impl, max_chunk_bytes=budget) == 8

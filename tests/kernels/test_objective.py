@@ -20,9 +20,7 @@ def objective(**changes: object) -> Objective:
     return Objective(**{**values, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("preference", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)]
-)
+@pytest.mark.parametrize(("preference", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])
 def test_a_pairs_coefficients_are_the_derivative_of_its_loss(preference: str, label_smoothing: float) -> None:
     terms = objective(num_pairs=4, preference=preference, label_smoothing=label_smoothing)
     # From far apart one way, where a sigmoid saturates, to far apart the other.
@@ -107,10 +105,7 @@ class Policy:
     def logps(self) -> Tensor:
         """(number of sequences,)"""
         return torch.stack(
-            [
-                self.rows(s).log_softmax(-1).gather(1, torch.tensor(s)[:, None]).sum()
-                for s in self.sequences
-            ]
+            [self.rows(s).log_softmax(-1).gather(1, torch.tensor(s)[:, None]).sum() for s in self.sequences]
         )
 
 

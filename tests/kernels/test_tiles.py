@@ -14,9 +14,7 @@ def test_every_tile_fits_in_half_of_the_register_file(capability: tuple[int, int
 
 @pytest.mark.parametrize("capability", [*ROW_TILES, (7, 5), (0, 0)])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_every_row_gets_a_tile_that_fits_and_is_no_wider_than_it_needs(
-    vocab: int, capability: tuple[int, int]
-) -> None:
+def test_every_row_gets_a_tile_that_fits_and_is_no_wider_than_it_needs(vocab: int, capability: tuple[int, int]) -> None:
     tile = row_tile(vocab, capability)
     assert fits(tile)
     assert tile.BLOCK_V & (tile.BLOCK_V - 1) == 0, "Triton's ranges are powers of two"

@@ -14,7 +14,7 @@ from hypo_train.batch import pair_tree
 from hypo_train.config import load_config
 from hypo_train.convert_gguf import find_gguf, main
 from hypo_train.data import load_pairs
-from hypo_train.losses import sequence_logprobs_of
+from hypo_train.losses import token_losses
 from hypo_train.model import load_policy
 from hypo_train.train import train
 
@@ -115,32 +115,29 @@ def test_log_probs_of_real_rows_before_training_equal_transformers_own(smollm2, 
     pairs = load_pairs(config, tokenizer, [tokenizer.eos_token_id])[0][:2]
     model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
     sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    expected = torch.stack([tiny.plain_logprob(model, *sequence) for sequence in sequences])
+    expected = torch.cat([tiny.plain_token_logprobs(model, *sequence) for sequence in sequences])
     del model
     policy = load_policy(config, autocast=False).eval()
     tree = pair_tree(pairs, [], tokenizer.pad_token_id)
     with torch.no_grad():
-        found = policy(tree, sequence_logprobs_of(tree, config))
-    per_token = (found - expected) / torch.tensor([len(completion) for _, completion in sequences])
-    assert per_token.abs().max() < 1e-4
-    assert torch.equal(policy.reference(tree, sequence_logprobs_of(tree, config)), found)
+        found = -policy(tree, token_losses(tree, config))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert torch.equal(-policy.reference(tree, token_losses(tree, config)), found)
 
 
 @pytest.mark.slow
 @needs_smollm2
-@pytest.mark.parametrize(
-    "trained", [["--use_peft"], ["--num_layers_unfrozen", "2", "--use_peft", "false"]], ids=" ".join
-)
-def test_a_model_of_thirty_layers_is_served_in_bf16(smollm2, tmp_path, trained):
+@pytest.mark.parametrize("way", ["--use_peft", "--use_peft false --num_layers_unfrozen 2"])
+def test_a_model_of_thirty_layers_is_served_in_bf16(smollm2, tmp_path, way):
     # Thirty layers of rounding must not look like a wrong mask.
-    flags = ["--dtype", "bfloat16", "--bf16", "true", "--max_steps", "1"]
-    assert load_policy(recipe("smollm2-lora.yaml", smollm2, tmp_path, *flags, *trained), autocast=True)
+    flags = f"--dtype bfloat16 --bf16 true {way}".split()
+    assert load_policy(recipe("smollm2-lora.yaml", smollm2, tmp_path, *flags), autocast=True)
 
 
 @pytest.mark.slow
 @needs_smollm2
 def test_the_recipe_trains_and_the_saved_model_still_answers(smollm2, tmp_path):
-    flags = "--max_steps 2 --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --num_eval_prompts 2"
+    flags = "--max_steps 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --num_eval_prompts 2"
     flags += " --eval_steps 0 --save_steps 0 --num_eval_rows 2 --max_new_tokens 8 --tensorboard false --bf16 false"
     result = train(recipe("smollm2-lora.yaml", smollm2, tmp_path, *flags.split()), progress=False)
     assert result.evaluation is not None

@@ -166,10 +166,15 @@ def plain_logits(model, tokens):
     return model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0].float()
 
 
-def plain_logprob(model, prompt, completion):
-    """() log-prob of a completion, summed over its tokens, from ``plain_logits``."""
+def plain_token_logprobs(model, prompt, completion):
+    """(len(completion),) log-probs of a completion's tokens, from ``plain_logits``."""
     logps = plain_logits(model, [*prompt, *completion])[len(prompt) - 1 : -1].log_softmax(-1)
-    return logps.gather(1, torch.tensor(list(completion), device=logps.device).unsqueeze(1)).sum()
+    return logps.gather(1, torch.tensor(list(completion), device=logps.device).unsqueeze(1)).squeeze(1)
+
+
+def plain_logprob(model, prompt, completion):
+    """() log-prob of a completion, summed over its tokens."""
+    return plain_token_logprobs(model, prompt, completion).sum()
 
 
 def perturb(parameters, *, seed=0, size=0.05):
