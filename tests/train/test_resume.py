@@ -275,6 +275,20 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert_same_run(config, uninterrupted)
 
 
+def test_the_sampler_is_told_which_weights_it_goes_on_from(interrupted, monkeypatch):
+    config = killed_run(interrupted(), monkeypatch)
+    versions, original = [], GenerateSampler.sample
+
+    def sample(self, *arguments, **keywords):
+        samples = original(self, *arguments, **keywords)
+        versions.append(samples.version)
+        return samples
+
+    monkeypatch.setattr(GenerateSampler, "sample", sample)
+    resumed(config, eval_steps=0)
+    assert versions == [*range(6, 12), 12]  # six steps from the checkpoint, and the last evaluation
+
+
 def test_a_named_checkpoint_is_the_one_that_is_continued(interrupted, uninterrupted, monkeypatch, capsys):
     config = killed_run(interrupted(), monkeypatch)
     resumed(config, resume_from_checkpoint=f"{config.output_dir}/checkpoint-3")
