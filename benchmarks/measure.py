@@ -32,9 +32,8 @@ def interleaved(
 
     Clocks, heat and neighbours change from second to second; taking turns makes every step see the same
     machine. Each round starts with another step, and every other round runs backwards, so that no step
-    always follows the same one. Rounds go on for ``seconds`` but stay within their limits; a step that alone
-    has taken as long sits out after three. ``before`` runs outside the clock. On CUDA, the time is the
-    device's, and the cache is flushed before each sample.
+    always follows the same one. Rounds go on for ``seconds`` but stay within their limits. ``before`` runs
+    outside the clock. On CUDA, the time is the device's, and the cache is flushed before each sample.
     """
     timed = _cuda_timer(device) if device.type == "cuda" else _seconds
     names = list(steps)
@@ -48,8 +47,6 @@ def interleaved(
                 break
             order = names[turn % len(names) :] + names[: turn % len(names)]
             for name in order if turn % 2 == 0 else reversed(order):
-                if len(samples[name]) >= 3 and sum(samples[name]) > seconds:
-                    continue
                 before()
                 sample = timed(steps[name])
                 if turn >= 0:

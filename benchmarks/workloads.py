@@ -91,7 +91,7 @@ def groups(device: torch.device, *, quick: bool) -> list[Group]:
         grid = [
             small,
             replace(small, counted=0.5, modes=("trained",)),
-            replace(small, task="dpo", modes=both),
+            replace(small, task="dpo", modes=("trained",)),
             replace(small, dtype=bf16, modes=("trained",)),
             replace(smollm, modes=("trained",)),
             replace(smollm, dtype=bf16, modes=("trained",)),

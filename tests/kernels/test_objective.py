@@ -32,6 +32,19 @@ def test_a_pairs_coefficients_are_the_derivative_of_its_loss(preference: str, la
     assert loss.isfinite()
 
 
+def test_the_pairs_loss_is_a_mean_and_the_samples_is_one_too() -> None:
+    """The same pairs and groups twice over give the same loss: recipes carry over to another batch size."""
+    gen = torch.Generator().manual_seed(0)
+    ratio = torch.randn(4, generator=gen, dtype=torch.float64)
+    lengths = torch.tensor([3, 4, 5, 6])
+    once, _ = objective(num_pairs=1, num_prompts=1)(ratio, torch.zeros(4), lengths, 1)
+    order = torch.tensor([0, 1, 0, 1, 2, 3, 2, 3])
+    twice, _ = objective(num_pairs=2, num_prompts=2)(ratio[order], torch.zeros(8), lengths[order], 2)
+    torch.testing.assert_close(twice, once)
+    expected = -torch.nn.functional.logsigmoid(0.1 * (ratio[0] - ratio[1])) + 0.5 * ratio[2:].mean()
+    torch.testing.assert_close(once, expected)
+
+
 def test_label_smoothing_mixes_the_loss_with_that_of_the_flipped_pair() -> None:
     logps = torch.tensor([-5.0, -9.0], dtype=torch.float64)
     ref = torch.tensor([-6.0, -6.0], dtype=torch.float64)
@@ -162,7 +175,7 @@ def test_the_expected_gradient_of_fused_hypo_loss_is_the_gradient_of_the_reverse
             length_penalty=length_penalty,
             impl=impl,
         )
-        weight = float(probs[i] * probs[j])
+        weight = float((probs[i] * probs[j]).detach())
         (gradient,) = torch.autograd.grad(out.loss, policy.logits)
         total += weight * gradient
         value += weight * float(out.loss.detach())

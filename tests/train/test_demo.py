@@ -85,6 +85,26 @@ def test_the_model_has_about_a_million_parameters_and_room_for_a_row(untrained, 
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("", -1),
+        ("great great great", -1),
+        ("the staff was friendly and great .", 0),  # the second clause is none
+        ("the staff was friendly friendly .", -1),
+        ("the staff was friendly and we loved the room", 2),  # cut before its full stop
+    ],
+)
+def test_what_is_no_proper_clause_costs_one(completion, expected):
+    assert world.reward(PROMPT, completion) == expected
+
+
+def test_a_reader_takes_in_only_so_many_clauses():
+    for count in range(1, world.CLAUSES_READ + 4):
+        review = " and ".join(["the staff was friendly"] * count) + " ."
+        assert world.reward(PROMPT, review) == min(count, world.CLAUSES_READ)
+
+
 # Pairs
 
 KIND, UNKIND = "the staff was friendly .", "the staff was rude ."

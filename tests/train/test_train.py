@@ -250,7 +250,7 @@ def test_the_gradients_of_a_step_are_the_papers_on_separate_padded_rows(settings
             gradient, of_pairs + of_samples, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
     for term in (preference, online):
-        assert max(gradient.abs().max() for gradient in term.values()) > 1e-2, "both terms must count"
+        assert max(gradient.abs().max() for gradient in term.values()) > 1e-3, "both terms must count"
 
 
 # Batches and seeds
@@ -356,11 +356,11 @@ def test_hypo_without_its_kl_term_is_dpo(settings):
 
 
 def test_a_larger_kl_coef_keeps_the_policy_nearer_to_the_reference(settings):
+    shape = {"max_steps": 20, "num_generations": 8, "num_eval_rows": 8, "num_eval_samples": 16}
     distances = []
     for kl_coef in (0.0, 1.0):
         folder = f"{settings().output_dir}-{kl_coef}"
-        lines = trained(settings(kl_coef=kl_coef, max_steps=20, num_eval_rows=8, num_eval_samples=8, output_dir=folder))
-        distances.append(lines[-1]["eval_kl"])
+        distances.append(trained(settings(kl_coef=kl_coef, output_dir=folder, **shape))[-1]["eval_kl"])
     assert 0 < distances[1] < 0.7 * distances[0]
 
 
