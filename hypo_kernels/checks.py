@@ -43,14 +43,14 @@ def implementation(impl: str, device: torch.device, compute_dtype: torch.dtype) 
     return impl
 
 
-def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else the common dtype of the inputs."""
+def compute_dtype(hidden: Tensor, weight: Tensor, name: str = "") -> torch.dtype:
+    """Autocast's dtype where it is on, else the common dtype of the inputs; ``name`` prefixes their names."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     _require(
         hidden.dtype == weight.dtype,
-        f"hidden is {hidden.dtype} and lm_head_weight {weight.dtype}: convert one of them, or call under "
+        f"{name}hidden is {hidden.dtype} and {name}lm_head_weight {weight.dtype}: convert one of them, or call under "
         f"torch.autocast({device!r}, dtype=...)",
     )
     return hidden.dtype
@@ -169,8 +169,9 @@ def one_reference(
     ref_logps: Tensor | None,
     ref_hidden: Tensor | None,
     hidden: Tensor,
-    weight: Tensor,
+    head: LMHead,
     ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
 ) -> None:
     """The reference comes either as log-probs or as hidden states, with a head that does not train."""
     _require(
@@ -183,14 +184,19 @@ def one_reference(
     )
     if ref_hidden is None:
         _require(ref_weight is None, "ref_lm_head_weight goes with ref_hidden, which is missing")
+        _require(ref_bias is None, "ref_bias goes with ref_hidden, which is missing")
         return
     _require(
         ref_hidden.shape == hidden.shape,
         f"ref_hidden has shape {tuple(ref_hidden.shape)} and hidden {tuple(hidden.shape)}: must be equal",
     )
     _require(
-        ref_weight is not None or not weight.requires_grad,
+        ref_weight is not None or not head.weight.requires_grad,
         "lm_head_weight is being trained, so it is not the reference's: pass ref_lm_head_weight with ref_hidden",
+    )
+    _require(
+        ref_weight is not None or ref_bias is not None or head.bias is None or not head.bias.requires_grad,
+        "bias is being trained, so it is not the reference's: pass ref_bias with ref_hidden",
     )
 
 

@@ -99,7 +99,7 @@ FP16_BLOCK_BYTES = 2**26
 # Chunks beyond this gain a CPU nothing and cost it fresh pages, unless a group needs them to stay whole.
 CPU_BUFFER_BYTES = 2**27
 
-# Index, target, length, log-prob, log-sum-exp and coefficient of every counted row, kept for a call.
+# Index, target, length, log-prob, softmax norms and coefficient of every counted row, kept for a call.
 BYTES_PER_COUNTED_ROW = 64
 
 

@@ -3,7 +3,7 @@
     logp = log_softmax((hidden @ weight.T).float(), -1).gather(-1, target)
 
 A chunk of rows passes through the head once: a library GEMM writes its raw logits into one reused
-buffer, the row step (``rows_torch`` or ``rows_triton``) reduces them to a log-sum-exp and a log-prob a
+buffer, the row step (``rows_torch`` or ``rows_triton``) reduces them to softmax norms and a log-prob a
 row and, where gradients are wanted, turns the buffer into unit gradients U = softmax − onehot. With the
 derivative c of the loss by each row's log-prob, two more GEMMs give
 ``dHidden = −c ⊙ (U·W)`` and ``dWeight += Uᵀ·(−c ⊙ hidden)``: coefficients never touch the (C, V) buffer.
@@ -58,7 +58,7 @@ def token_logprobs(
     Raises:
         ValueError: an argument is wrong; the message names it, its value and the fix.
 
-    The log-sum-exp is saved and the logits are recomputed in backward: 2 NVD forward and 6 NVD backward
+    Each row's softmax norms are saved and the logits are recomputed in backward: 2 NVD forward and 6 NVD backward
     (4 with a frozen head), with NVD = counted rows × V × D multiply-adds' FLOP.
     """
     head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature)
@@ -132,22 +132,22 @@ class _RowLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _RowPlan) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             room = HeadRoom([plan.head], plan.layout, plan.compute_dtype, plan.impl, plan.max_chunk_bytes)
-            lse, logps = room.statistics(hidden, plan.head, room.all_rows)
-        ctx.save_for_backward(hidden, weight, bias, lse)
+            norms, logps = room.statistics(hidden, plan.head, room.all_rows)
+        ctx.save_for_backward(hidden, weight, bias, norms)
         ctx.plan = plan
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, lse = ctx.saved_tensors
+        hidden, weight, bias, norms = ctx.saved_tensors
         plan: _RowPlan = ctx.plan
         head = replace(plan.head, weight=weight, bias=bias)
         with torch.autocast(hidden.device.type, enabled=False):
             room = HeadRoom([head], plan.layout, plan.compute_dtype, plan.impl, plan.max_chunk_bytes)
             gradients = Gradients.like(hidden, head, ctx.needs_input_grad[:3], plan.compute_dtype)
             for rows in split(room.all_rows, room.max_rows):
-                unit, _, _ = room.unit_gradients(hidden, head, rows, lse[rows])
+                unit, _, _ = room.unit_gradients(hidden, head, rows, norms[rows])
                 room.finish(gradients, unit, hidden, head, rows, grad_logps[rows])
             return (*gradients.scaled(None, hidden, head), None)
 
@@ -233,22 +233,22 @@ class HeadRoom:
         self.panels = {id(h.weight): gemm.Panels.of(h.weight, compute_dtype, max_chunk_bytes) for h in heads}
 
     def statistics(self, hidden: Tensor, head: LMHead, rows: slice) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp and log-prob of ``rows``, as many as there are; no logits outlive the buffer."""
+        """Softmax norms and log-prob of ``rows``, as many as there are; no logits outlive the buffer."""
         parts = [
             self.steps.statistics(self._raw(self._inputs(hidden, part), head), self.targets[part], head)
             for part in split(rows, self.max_rows)
         ]
         if not parts:
             return (self.buffer.new_zeros(0),) * 2
-        return torch.cat([lse for lse, _ in parts]), torch.cat([logp for _, logp in parts])
+        return torch.cat([norms for norms, _ in parts]), torch.cat([logp for _, logp in parts])
 
     def unit_gradients(
-        self, hidden: Tensor, head: LMHead, rows: slice, lse: Tensor | None = None
+        self, hidden: Tensor, head: LMHead, rows: slice, norms: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """U (C, V) in the buffer, log-sum-exp and log-prob of at most ``max_rows`` rows."""
+        """U (C, V) in the buffer, softmax norms and log-prob of at most ``max_rows`` rows."""
         raw = self._raw(self._inputs(hidden, rows), head)
         return self.steps.unit_gradients(
-            raw, self.targets[rows], head, lse=lse, out_dtype=self.operand_dtype, scale=self.scale
+            raw, self.targets[rows], head, norms=norms, out_dtype=self.operand_dtype, scale=self.scale
         )
 
     def finish(

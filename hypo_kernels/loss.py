@@ -115,7 +115,7 @@ def fused_hypo_loss(
         label_smoothing=label_smoothing,
     )
     checks.chunk_budget(max_chunk_bytes)
-    checks.one_reference(ref_logps, ref_hidden, hidden, lm_head_weight, ref_lm_head_weight)
+    checks.one_reference(ref_logps, ref_hidden, hidden, head, ref_lm_head_weight, ref_bias)
     ref_head = None
     if ref_logps is not None:
         checks.reference_logps(ref_logps, num_sequences, hidden.device)
@@ -128,7 +128,7 @@ def fused_hypo_loss(
         )
         checks.inputs(ref_hidden, ref_head, targets, cu_seqlens, name="ref_")
         checks.same_vocabulary(head, ref_head)
-        checks.compute_dtype(ref_hidden, ref_head.weight)
+        checks.compute_dtype(ref_hidden, ref_head.weight, name="ref_")
     dtype = checks.compute_dtype(hidden, lm_head_weight)
     impl = checks.implementation(impl, hidden.device, dtype)
     if validate:
@@ -162,7 +162,7 @@ def fused_hypo_loss(
     if impl == "reference":
         loss, logps, ref = reference.hypo_loss(hidden, call)
     else:
-        loss, logps, ref = _FusedHypo.apply(hidden, head.weight, head.bias, call)
+        loss, logps, ref = _FusedHypo.apply(hidden, head.weight, head.bias, call, torch.is_grad_enabled())
     logps, ref = (torch.empty_like(x).index_copy_(0, device_order, x) for x in (logps, ref))
     ratio = logps - ref
     chosen, rejected, kl = ratio.split([num_pairs, num_pairs, num_sequences - 2 * num_pairs])
@@ -187,10 +187,14 @@ class _FusedHypo(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, grad_enabled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # needs_input_grad says which inputs require a gradient, under no_grad too.
+        hidden_needed, weight_needed, bias_needed = (grad_enabled and x for x in ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, logps, ref_logps, ctx.gradients = schedule.run(call, hidden, ctx.needs_input_grad[:3])
+            loss, logps, ref_logps, ctx.gradients = schedule.run(
+                call, hidden, (hidden_needed, weight_needed, bias_needed)
+            )
         ctx.inputs = (hidden.detach(), call.head)
         ctx.mark_non_differentiable(logps, ref_logps)
         return loss, logps, ref_logps
@@ -205,4 +209,4 @@ class _FusedHypo(torch.autograd.Function):
             )
         gradients, (hidden, head) = ctx.gradients, ctx.inputs
         ctx.gradients = ctx.inputs = None
-        return (*gradients.scaled(grad_loss, hidden, head), None)
+        return (*gradients.scaled(grad_loss, hidden, head), None, None)

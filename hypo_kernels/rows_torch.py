@@ -1,4 +1,4 @@
-"""The row step in torch: raw logits of a chunk -> log-sum-exp, target log-prob, unit gradients.
+"""The row step in torch: raw logits of a chunk -> softmax norms, target log-prob, unit gradients.
 
 The counterpart of ``rows_triton.py``, with the same two functions. Rows are taken a few at a time, so
 that a block stays in a CPU's cache and its temporaries stay within ``SCRATCH_BYTES``.
@@ -24,46 +24,47 @@ def scratch_bytes(num_rows: int, row_bytes: int) -> int:
 
 
 def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and target log-prob, each (C,), of raw logits (C, V); ``raw`` is spent."""
-    lse, logps = raw.new_empty(len(raw)), raw.new_empty(len(raw))
+    """Softmax norms (C, 2) and target log-prob (C,) of raw logits (C, V); ``raw`` is spent.
+
+    A row's norms are its largest logit and the sum of exponentials below it. Added up to a log-sum-exp,
+    they would be rounded at the size of the logits, and every probability with them.
+    """
+    norms, logps = raw.new_empty(len(raw), 2), raw.new_empty(len(raw))
     for rows in _blocks(raw):
         z = _logits_(raw[rows], head)
         target = z.gather(1, targets[rows, None]).squeeze(1)
         top = z.amax(dim=1)
-        z.sub_(top[:, None]).exp_()
-        lse[rows] = top + z.sum(dim=1).log()
-        logps[rows] = target - lse[rows]
-    return lse, logps
+        total = z.sub_(top[:, None]).exp_().sum(dim=1)
+        norms[rows] = torch.stack([top, total], dim=1)
+        logps[rows] = target - top - total.log()
+    return norms, logps
 
 
 def unit_gradients(
-    raw: Tensor, targets: Tensor, head: LMHead, *, lse: Tensor | None, out_dtype: torch.dtype, scale: float
+    raw: Tensor, targets: Tensor, head: LMHead, *, norms: Tensor | None, out_dtype: torch.dtype, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``, log-sum-exp and target log-prob, each (C,).
+    """``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``, norms (C, 2) and target log-prob (C,).
 
-    ``raw`` is spent. ``lse`` skips the statistics when an earlier pass has them.
+    ``raw`` is spent. ``norms`` skip the statistics when an earlier pass has them.
     """
-    known, lse, logps = lse, raw.new_empty(len(raw)), raw.new_empty(len(raw))
+    known, logps = norms, raw.new_empty(len(raw))
+    norms = raw.new_empty(len(raw), 2) if known is None else known
     for rows in _blocks(raw):
         slope = _slope(raw[rows], head)
         z = _logits_(raw[rows], head)
         chosen = targets[rows, None]
         target = z.gather(1, chosen)
+        top = z.amax(dim=1, keepdim=True) if known is None else known[rows, :1]
+        z.sub_(top).exp_()
+        total = z.sum(dim=1, keepdim=True) if known is None else known[rows, 1:]
+        z.div_(total)
         if known is None:
-            top = z.amax(dim=1, keepdim=True)
-            z.sub_(top).exp_()
-            total = z.sum(dim=1, keepdim=True)
-            z.div_(total)
-            block_lse = top + total.log()
-        else:
-            block_lse = known[rows, None]
-            z.sub_(block_lse).exp_()
-        lse[rows] = block_lse.squeeze(1)
-        logps[rows] = (target - block_lse).squeeze(1)
+            norms[rows] = torch.cat([top, total], dim=1)
+        logps[rows] = (target - top - total.log()).squeeze(1)
         z.scatter_add_(1, chosen, torch.full_like(target, -1.0))
         if scale != 1.0 or head.slope_is_needed:
             z.mul_(slope * scale)
-    return raw.to(out_dtype), lse, logps
+    return raw.to(out_dtype), norms, logps
 
 
 def _blocks(raw: Tensor) -> Iterator[slice]:

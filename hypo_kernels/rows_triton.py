@@ -1,9 +1,12 @@
-"""The row step in Triton: raw logits of a chunk -> log-sum-exp, target log-prob, unit gradients.
+"""The row step in Triton: raw logits of a chunk -> softmax norms, target log-prob, unit gradients.
 
     C rows of a chunk, V vocabulary entries, raw = h·Wᵀ (C, V) in fp32
     z = softcap(logit_scale · (raw + bias)) / temperature            the model's logits
-    lse = log Σ_v exp z_v        logp = z_y − lse
-    U = scale · (exp(z − lse) − onehot_y) · ∂z/∂raw                   = scale · ∂(−logp)/∂raw
+    top = max_v z_v        total = Σ_v exp(z_v − top)        logp = z_y − top − log total
+    U = scale · (exp(z − top) / total − onehot_y) · ∂z/∂raw           = scale · ∂(−logp)/∂raw
+
+The norms of a row, top and total, are kept apart: added up to a log-sum-exp, they would be rounded at the
+size of the logits, and every probability with them.
 
 One program a row. The row is read once for the statistics (online maximum and sum, one of each a lane)
 and once more, out of L2 where it fits, for U, which overwrites the row it came from.
@@ -48,7 +51,7 @@ def _row_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
     target_ptr,  # (C,) int64
     bias_ptr,  # (V,) or unused
-    lse_ptr,  # (C,) fp32: read if LSE_IS_KNOWN, else written
+    norms_ptr,  # (C, 2) fp32, top and total: read if NORMS_ARE_KNOWN, else written
     logp_ptr,  # (C,) fp32
     grad_ptr,  # (C, V), row pitch `grad_pitch`: the same memory as raw_ptr, seen in the GEMM's dtype
     V,
@@ -57,7 +60,7 @@ def _row_kernel(
     factor,  # raw -> z, or raw -> tanh's argument under a softcap
     softcap,  # softcap / temperature
     slope,  # scale · logit_scale / temperature
-    LSE_IS_KNOWN: tl.constexpr,
+    NORMS_ARE_KNOWN: tl.constexpr,
     WITH_GRADIENTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -76,8 +79,9 @@ def _row_kernel(
     if HAS_SOFTCAP:
         z_target = _tanh(z_target) * softcap
 
-    if LSE_IS_KNOWN:
-        lse = tl.load(lse_ptr + row)
+    if NORMS_ARE_KNOWN:
+        row_top = tl.load(norms_ptr + 2 * row)
+        row_total = tl.load(norms_ptr + 2 * row + 1)
     else:
         # Finite, so that a lane that has seen nothing but masked columns never meets inf − inf.
         top = tl.full([BLOCK_V], -1.0e38, tl.float32)
@@ -92,18 +96,20 @@ def _row_kernel(
             total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
             top = new_top
         row_top = tl.max(top, axis=0)
-        lse = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), axis=0))
-        tl.store(lse_ptr + row, lse)
-    tl.store(logp_ptr + row, z_target - lse)
+        row_total = tl.sum(total * tl.exp(top - row_top), axis=0)
+        tl.store(norms_ptr + 2 * row, row_top)
+        tl.store(norms_ptr + 2 * row + 1, row_total)
+    tl.store(logp_ptr + row, z_target - row_top - tl.log(row_total))
 
     if WITH_GRADIENTS:
+        peak = slope / row_total
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             mask = cols < V
             raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
             z, capped = _logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
             # The one-hot is subtracted in fp32, before rounding: p − 1 of a likely target would vanish.
-            grad = (tl.exp(z - lse) - tl.where(cols == target, 1.0, 0.0)) * slope
+            grad = tl.exp(z - row_top) * peak - tl.where(cols == target, slope, 0.0)
             if HAS_SOFTCAP:
                 grad *= 1.0 - capped * capped
             # A narrower gradient is packed into the front of its own row, over columns that every thread
@@ -118,33 +124,33 @@ def scratch_bytes(num_rows: int, row_bytes: int) -> int:
 
 
 def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and target log-prob, each (C,), of raw logits (C, V)."""
-    lse = torch.empty(len(raw), dtype=raw.dtype, device=raw.device)
-    return lse, _launch(raw, targets, head, lse, lse_is_known=False, grad=None, scale=1.0)
+    """Norms (C, 2) and target log-prob (C,) of raw logits (C, V)."""
+    norms = torch.empty(len(raw), 2, dtype=raw.dtype, device=raw.device)
+    return norms, _launch(raw, targets, head, norms, norms_are_known=False, grad=None, scale=1.0)
 
 
 def unit_gradients(
-    raw: Tensor, targets: Tensor, head: LMHead, *, lse: Tensor | None, out_dtype: torch.dtype, scale: float
+    raw: Tensor, targets: Tensor, head: LMHead, *, norms: Tensor | None, out_dtype: torch.dtype, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``, log-sum-exp and target log-prob, each (C,).
+    """``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``, norms (C, 2) and target log-prob (C,).
 
-    The gradients lie in the memory of ``raw``, which is spent. ``lse`` skips the statistics when an
+    The gradients lie in the memory of ``raw``, which is spent. ``norms`` skip the statistics when an
     earlier pass has them.
     """
-    known = lse is not None
-    lse = lse if lse is not None else torch.empty(len(raw), dtype=raw.dtype, device=raw.device)
+    known = norms is not None
+    norms = norms if norms is not None else torch.empty(len(raw), 2, dtype=raw.dtype, device=raw.device)
     packed = raw.as_strided((len(raw), raw.stride(0)), (raw.stride(0), 1)).view(out_dtype)[:, : raw.shape[1]]
-    logps = _launch(raw, targets, head, lse, lse_is_known=known, grad=packed, scale=scale)
-    return packed, lse, logps
+    logps = _launch(raw, targets, head, norms, norms_are_known=known, grad=packed, scale=scale)
+    return packed, norms, logps
 
 
 def _launch(
     raw: Tensor,
     targets: Tensor,
     head: LMHead,
-    lse: Tensor,
+    norms: Tensor,
     *,
-    lse_is_known: bool,
+    norms_are_known: bool,
     grad: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -157,7 +163,7 @@ def _launch(
         raw_ptr=raw,
         target_ptr=targets,
         bias_ptr=head.bias,
-        lse_ptr=lse,
+        norms_ptr=norms,
         logp_ptr=logps,
         grad_ptr=raw if grad is None else grad,
         V=vocab,
@@ -166,7 +172,7 @@ def _launch(
         factor=head.logit_scale / (head.temperature if softcap is None else softcap),
         softcap=0.0 if softcap is None else softcap / head.temperature,
         slope=scale * head.logit_scale / head.temperature,
-        LSE_IS_KNOWN=lse_is_known,
+        NORMS_ARE_KNOWN=norms_are_known,
         WITH_GRADIENTS=grad is not None,
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=softcap is not None,

@@ -41,9 +41,9 @@ def run(call: Call, hidden: Tensor, needed: tuple[bool, bool, bool]) -> tuple[Te
         # One block: the unit gradients of the whole chunk stay in the buffer until the coefficients are known.
         closed = chunk.rows.stop - chunk.rows.start <= room.max_rows
         if closed and any(needed):
-            unit, lse, rows = room.unit_gradients(hidden, head, chunk.rows)
+            unit, norms, rows = room.unit_gradients(hidden, head, chunk.rows)
         else:
-            lse, rows = room.statistics(hidden, head, chunk.rows)
+            norms, rows = room.statistics(hidden, head, chunk.rows)
         sums = sequence_sums(rows, lengths[chunk.sequences])
         loss, coefficients = objective(sums, ref, lengths[chunk.sequences], chunk.num_pairs)
         if any(needed):
@@ -51,7 +51,7 @@ def run(call: Call, hidden: Tensor, needed: tuple[bool, bool, bool]) -> tuple[Te
             if closed:
                 room.finish(gradients, unit, hidden, head, chunk.rows, per_row)
             else:
-                _finish_by_recompute(room, gradients, hidden, head, chunk, lse, per_row)
+                _finish_by_recompute(room, gradients, hidden, head, chunk, norms, per_row)
         losses.append(loss)
         logps.append(sums)
         ref_logps.append(ref)
@@ -74,10 +74,10 @@ def _finish_by_recompute(
     hidden: Tensor,
     head: LMHead,
     chunk: Chunk,
-    lse: Tensor,  # (rows of the chunk,)
+    norms: Tensor,  # (rows of the chunk, 2)
     coefficients: Tensor,  # (rows of the chunk,)
 ) -> None:
     for block in chunk.blocks(room.max_rows):
         local = slice(block.start - chunk.rows.start, block.stop - chunk.rows.start)
-        unit, _, _ = room.unit_gradients(hidden, head, block, lse[local])
+        unit, _, _ = room.unit_gradients(hidden, head, block, norms[local])
         room.finish(gradients, unit, hidden, head, block, coefficients[local])

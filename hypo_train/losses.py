@@ -7,7 +7,7 @@ from torch import Tensor
 from hypo_kernels import HypoLoss, fused_hypo_loss, sequence_logprobs, token_logprobs
 from hypo_kernels.head import LMHead
 from hypo_train.config import Config
-from hypo_train.model import HeadFunction
+from hypo_train.policy import HeadFunction
 from hypo_train.tree import Tree
 
 

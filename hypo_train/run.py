@@ -13,8 +13,9 @@ from transformers import GenerationConfig
 
 from hypo_train.config import Config, ConfigError
 from hypo_train.data import Example, Pair, batches_per_epoch, load_examples, load_pairs
-from hypo_train.model import Policy, eos_token_ids, load_policy, load_tokenizer
+from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
 from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.policy import Policy
 from hypo_train.reward import RewardFunction, load_reward
 from hypo_train.sampler import GenerateSampler, Sampler
 

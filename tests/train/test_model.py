@@ -25,8 +25,10 @@ from transformers import (
 from hypo_train.batch import pair_tree
 from hypo_train.config import Config
 from hypo_train.data import Pair
+from hypo_train.exactness import check_exactness
 from hypo_train.losses import preference_loss, sequence_logprobs_of
-from hypo_train.model import ModelError, check_exactness, eos_token_ids, load_policy, load_tokenizer
+from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
+from hypo_train.policy import ModelError
 
 # The ways to train, and what each asks of the config.
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}

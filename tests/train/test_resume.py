@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import hypo_train.train as loop
 from hypo_train.config import ConfigError
 from hypo_train.log import read_metrics
-from hypo_train.model import Policy
+from hypo_train.policy import Policy
 from hypo_train.sampler import GenerateSampler
 from hypo_train.train import train
 
