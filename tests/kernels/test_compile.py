@@ -18,6 +18,7 @@ TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 SCRIPT = Path(__file__).with_name("compiled_row_kernel.py")
 
 
+@pytest.mark.slow
 @NO_TRITON
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheel carries its assembler on Linux")
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

@@ -51,7 +51,7 @@ def unit_gradients(
     out_dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return row_steps(impl).unit_gradients(raw, targets, head, lse=known, out_dtype=out_dtype, scale=scale)
+    return row_steps(impl).unit_gradients(raw, targets, head, norms=known, out_dtype=out_dtype, scale=scale)
 
 
 def plain_unit_gradients(raw: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
