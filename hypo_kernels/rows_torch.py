@@ -1,7 +1,7 @@
 """The row step in torch: raw logits of a chunk -> softmax norms, target log-prob, unit gradients.
 
 The counterpart of ``rows_triton.py``, with the same two functions. Rows are taken a few at a time, so
-that a block stays in a CPU's cache and its temporaries stay within ``SCRATCH_BYTES``.
+that a block stays in a CPU's cache and its temporaries stay within ``scratch_bytes``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from hypo_kernels.call import Call
 from hypo_kernels.chunks import Chunk, chunks
 from hypo_kernels.head import LMHead
-from hypo_kernels.logprob import Gradients, HeadRoom, sequence_sums
+from hypo_kernels.room import Gradients, HeadRoom, sequence_sums
 
 
 def run(call: Call, hidden: Tensor, needed: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor, Gradients]:
