@@ -49,7 +49,7 @@ def token_logprobs(
         ValueError: an argument is wrong; the message names it, its value and the fix.
 
     Each row's softmax norms are saved and the logits are recomputed in backward: 2 NVD forward and 6 NVD backward
-    (4 with a frozen head), with NVD = counted rows × V × D multiply-adds' FLOP.
+    (4 with a frozen head), with NVD = counted rows × V × D.
     """
     head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature)
     layout, rows = _checked_rows(hidden, head, targets, None, max_chunk_bytes, impl)

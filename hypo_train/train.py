@@ -73,7 +73,7 @@ def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int) -> Evaluat
         last = done == run.total_steps
         log.advance(done)
         if last or done % config.logging_steps == 0:
-            metrics = meter.read()  # the interval's only wait for the device
+            metrics = meter.read()  # metrics wait for the device here alone
             metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
             metrics["epoch"] = done / run.steps_per_epoch
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - since)
