@@ -10,40 +10,54 @@ from torch import Tensor
 
 from hypo_kernels.call import Call
 from hypo_kernels.chunks import Layout
-from hypo_kernels.head import LMHead
+from hypo_kernels.projection import Projection
+from hypo_kernels.schedule import Outcome
 
 
-def row_logprobs(hidden: Tensor, head: LMHead, layout: Layout, compute_dtype: torch.dtype) -> Tensor:
-    """log p(target) of each counted row, (N,), differentiable: ``log_softmax(h·Wᵀ)[target]``.
+def row_distributions(projection: Projection, layout: Layout, compute_dtype: torch.dtype) -> Tensor:
+    """log p of the whole vocabulary at each counted row, (N, V), differentiable: ``log_softmax(h·Wᵀ)``.
 
     The operands are rounded to ``compute_dtype``, as a GEMM of that dtype would take them; the product
     and everything after it is computed in fp32, or in fp64 for fp64 inputs.
     """
     wide = torch.promote_types(compute_dtype, torch.float32)
-    rows = layout.rows.to(hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        x = hidden.reshape(-1, hidden.shape[-1])[rows].to(compute_dtype).to(wide)
-        logits = head.logits(x @ head.weight.to(compute_dtype).to(wide).t())
-        targets = layout.targets.to(hidden.device)
-        return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+    rows = layout.rows.to(projection.hidden.device)
+    with torch.autocast(projection.hidden.device.type, enabled=False):
+        raw = sum(
+            features.flatten(0, -2)[rows].to(compute_dtype).to(wide) @ matrix.to(compute_dtype).to(wide).t()
+            for features, matrix in projection.terms()
+        )
+        assert isinstance(raw, Tensor)
+        return projection.head.logits(raw).log_softmax(dim=-1)
 
 
-def hypo_loss(hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss (), differentiable, and the policy's and reference's log-probs, (S,) each, in group order.
+def logprobs_and_entropies(log_p: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """(N,) each of log-distributions (N, V)."""
+    return _of_targets(log_p, layout), -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def hypo_loss(call: Call) -> Outcome:
+    """The loss (), differentiable, and what it saw, in group order.
 
     The value is the objective's; the gradient is Σ coefficient · ∇log π, the coefficients held fixed.
     """
-    logps = _sequence_logprobs(hidden, call.head, call)
+    log_p = row_distributions(call.policy, call.layout, call.compute_dtype)
+    logps = _of_sequences(_of_targets(log_p, call.layout), call)
     ref_logps = call.ref_logps
-    if call.ref_hidden is not None and call.ref_head is not None:
-        ref_logps = _sequence_logprobs(call.ref_hidden, call.ref_head, call).detach()
+    if call.ref is not None:
+        log_q = row_distributions(call.ref, call.layout, call.compute_dtype).detach()
+        ref_logps = _of_sequences(_of_targets(log_q, call.layout), call)
     assert ref_logps is not None
-    lengths = call.layout.lengths.to(hidden.device)
-    loss, coefficients = call.objective(logps.detach(), ref_logps, lengths, call.objective.num_pairs)
+    num_pairs, lengths = call.objective.num_pairs, call.layout.lengths.to(log_p.device)
+    loss, coefficients = call.objective(logps.detach(), ref_logps, lengths, num_pairs)
     surrogate = (coefficients * logps).sum()
-    return loss + surrogate - surrogate.detach(), logps.detach(), ref_logps
+    logps = logps.detach()
+    return Outcome(loss + surrogate - surrogate.detach(), logps, ref_logps, (logps - ref_logps)[2 * num_pairs :])
 
 
-def _sequence_logprobs(hidden: Tensor, head: LMHead, call: Call) -> Tensor:
-    rows = row_logprobs(hidden, head, call.layout, call.compute_dtype)
+def _of_targets(log_p: Tensor, layout: Layout) -> Tensor:
+    return log_p.gather(1, layout.targets.to(log_p.device)[:, None]).squeeze(1)
+
+
+def _of_sequences(rows: Tensor, call: Call) -> Tensor:
     return torch.stack([part.sum() for part in rows.split(call.layout.lengths.tolist())])
