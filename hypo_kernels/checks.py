@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hypo_kernels.chunks import IGNORE_INDEX, Layout
 from hypo_kernels.head import LMHead
-from hypo_kernels.objective import PREFERENCES
+from hypo_kernels.objective import KL_ESTIMATORS, PREFERENCES
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -205,6 +205,19 @@ def same_vocabulary(head: LMHead, ref_head: LMHead) -> None:
         head.weight.shape[0] == ref_head.weight.shape[0],
         f"lm_head_weight has {head.weight.shape[0]} vocabulary entries and ref_lm_head_weight "
         f"{ref_head.weight.shape[0]}: must be equal",
+    )
+
+
+def kl_estimator(kl_estimator: str, ref_hidden: Tensor | None) -> None:
+    """The exact one needs the reference's distributions, of which log-probs of sequences hold one number each."""
+    _require(
+        kl_estimator in KL_ESTIMATORS,
+        f"kl_estimator={kl_estimator!r}: must be one of {', '.join(map(repr, KL_ESTIMATORS))}",
+    )
+    _require(
+        kl_estimator != "exact" or ref_hidden is not None,
+        "kl_estimator='exact' needs the reference's whole distributions, which ref_logps does not hold: pass "
+        "ref_hidden and ref_lm_head_weight instead of it, or use kl_estimator='sampled'",
     )
 
 
