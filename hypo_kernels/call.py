@@ -21,6 +21,7 @@ class Call:
     objective: Objective
     compute_dtype: torch.dtype
     impl: str
+    kl_estimator: str
     max_chunk_bytes: int
     ref_logps: Tensor | None  # (S,)
     ref: Projection | None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hypo_kernels.chunks import IGNORE_INDEX, Layout
 from hypo_kernels.head import LMHead, LoRA
-from hypo_kernels.objective import PREFERENCES
+from hypo_kernels.objective import KL_ESTIMATORS, PREFERENCES
 
 if TYPE_CHECKING:
     from hypo_kernels.projection import Projection
@@ -30,11 +30,16 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def implementation(impl: str, device: torch.device, compute_dtype: torch.dtype) -> str:
-    """The implementation to use for tensors on ``device``; one that cannot serve them raises."""
+def implementation(impl: str, head: LMHead, compute_dtype: torch.dtype) -> str:
+    """The implementation to use for a head and its device; one that cannot serve them raises."""
+    device = head.weight.device
     _require(impl in IMPLEMENTATIONS, f"impl={impl!r}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "auto":
         impl = "triton" if device.type == "cuda" and compute_dtype != torch.float64 else "torch"
+    _require(
+        impl != "reference" or head.shard is None,
+        "impl='reference' does not serve a vocab_shard: gather the head, or use impl='auto'",
+    )
     if impl == "triton":
         _require(
             device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1",
@@ -238,6 +243,19 @@ def same_vocabulary(head: LMHead, ref_head: LMHead) -> None:
         head.weight.shape[0] == ref_head.weight.shape[0],
         f"lm_head_weight has {head.weight.shape[0]} vocabulary entries and ref_lm_head_weight "
         f"{ref_head.weight.shape[0]}: must be equal",
+    )
+
+
+def kl_estimator(kl_estimator: str, ref_hidden: Tensor | None) -> None:
+    """The exact one needs the reference's distributions, of which log-probs of sequences hold one number each."""
+    _require(
+        kl_estimator in KL_ESTIMATORS,
+        f"kl_estimator={kl_estimator!r}: must be one of {', '.join(map(repr, KL_ESTIMATORS))}",
+    )
+    _require(
+        kl_estimator != "exact" or ref_hidden is not None,
+        "kl_estimator='exact' needs the reference's whole distributions, which ref_logps does not hold: pass "
+        "ref_hidden and ref_lm_head_weight instead of it, or use kl_estimator='sampled'",
     )
 
 

@@ -128,7 +128,7 @@ def _checked_rows(
         checks.sequences(cu_seqlens, len(targets))
     checks.chunk_budget(max_chunk_bytes)
     dtype = checks.compute_dtype(hidden, projection.head.weight)
-    impl = checks.implementation(impl, hidden.device, dtype)
+    impl = checks.implementation(impl, projection.head, dtype)
     layout = chunks.layout(targets, cu_seqlens if hidden.ndim == 2 else None)
     checks.targets_in_vocabulary(layout, head)
     if impl == "reference":

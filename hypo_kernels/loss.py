@@ -31,7 +31,8 @@ class HypoLoss(NamedTuple):
     chosen_rewards: Tensor  # (P,) β (log π − log π_ref) of the chosen
     rejected_rewards: Tensor  # (P,) the same of the rejected
     margins: Tensor  # (P,) chosen_rewards − rejected_rewards
-    kl: Tensor  # (N,) log π − log π_ref of each sample: its mean estimates the trajectory's KL(π‖π_ref)
+    kl: Tensor  # (N,) of each sample, its mean estimates the trajectory's KL(π‖π_ref): log π − log π_ref where the
+    # estimator is "sampled", the sum of its positions' KL(π‖π_ref) where it is "exact"
     lengths: Tensor  # (S,) int64, counted tokens
 
 
@@ -51,6 +52,7 @@ def fused_hypo_loss(
     length_penalty: float = 0.0,
     preference: str = "sigmoid",
     label_smoothing: float = 0.0,
+    kl_estimator: str = "sampled",
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     logit_softcap: float | None = None,
@@ -72,6 +74,11 @@ def fused_hypo_loss(
     ``kl_coef · mean_i (r_i − mean_{j≠i} r_j) ∇log π(y_i|x)``. The value of ``loss`` is the objective itself,
     with mean r_i in place of the KL.
 
+    ``kl_estimator="exact"`` estimates the same KL with less noise, by the divergence of the full distributions at
+    every position of a sample, ``D_t = KL(π(·|s_t)‖π_ref(·|s_t))``. The value is ``kl_coef`` times the mean over
+    samples of ``Σ_t (D_t + length_penalty)``, and the gradient its unbiased estimate: ``∇D_t`` and the
+    score-function term of the costs that follow a token (:meth:`.objective.Objective.exact_online`).
+
     Args:
         hidden: (T, D) packed or (S, L, D) padded, float: final hidden states; row t predicts ``targets[t]``.
         lm_head_weight: (V, D), the dtype of ``hidden`` (any float dtype under autocast).
@@ -90,6 +97,8 @@ def fused_hypo_loss(
         length_penalty: γ, added to r_i for each token of a sample.
         preference: "sigmoid" (DPO) or "ipo", ``(ρ(x, y⁺) − ρ(x, y⁻) − 1/(2β))²``.
         label_smoothing: in [0, 0.5), the assumed share of flipped preferences ("sigmoid" only).
+        kl_estimator: "sampled", from the log-probs of the samples, or "exact", from the full distributions along
+            them, which needs ``ref_hidden``.
         bias, logit_softcap, logit_scale, temperature: logits are
             ``softcap(logit_scale · (hidden·Wᵀ + bias)) / temperature``, for policy and reference.
         lora: a low-rank update of the policy's head, ``W + scale·B·A``, which is never multiplied out; the
@@ -127,6 +136,7 @@ def fused_hypo_loss(
     )
     checks.chunk_budget(max_chunk_bytes)
     checks.one_reference(ref_logps, ref_hidden, hidden, head, ref_lm_head_weight, ref_bias)
+    checks.kl_estimator(kl_estimator, ref_hidden)
     ref = None
     if ref_logps is not None:
         checks.reference_logps(ref_logps, num_sequences, hidden.device)
@@ -143,7 +153,7 @@ def fused_hypo_loss(
         checks.same_vocabulary(policy.head, ref.head)
         checks.compute_dtype(ref.hidden, ref.head.weight, name="ref_")
     dtype = checks.compute_dtype(hidden, policy.head.weight)
-    impl = checks.implementation(impl, hidden.device, dtype)
+    impl = checks.implementation(impl, policy.head, dtype)
     if validate:
         checks.values_are_finite(hidden=hidden, ref_hidden=ref_hidden, ref_logps=ref_logps)
 
@@ -167,6 +177,7 @@ def fused_hypo_loss(
         objective=objective,
         compute_dtype=dtype,
         impl=impl,
+        kl_estimator=kl_estimator,
         max_chunk_bytes=max_chunk_bytes,
         ref_logps=None if ref_logps is None else ref_logps.detach().to(_wide(dtype))[device_order],
         ref=ref,

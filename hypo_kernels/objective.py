@@ -2,18 +2,30 @@
 
 Notation (arXiv 2406.01462): ``ratio`` is ρ(x, y) = log π(y|x) − log π_ref(y|x), summed over the tokens
 that count. Each term returns its value and the derivative of the loss by each sequence's log π(y|x);
-a kernel needs nothing else to finish the gradients.
+a kernel needs nothing else to finish the gradients. The exact estimator of the online term works on rows:
+it returns the derivatives by each row's log-prob and by its divergence.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 PREFERENCES = ("sigmoid", "ipo")
+KL_ESTIMATORS = ("sampled", "exact")
+
+
+class ExactOnline(NamedTuple):
+    """The exact estimate of λ KL(π‖π_ref) on the n rows of G groups of k samples, and its derivatives."""
+
+    kl: Tensor  # (G, k) Σ_t D_t
+    loss: Tensor  # (G, k) λ (Σ_t D_t + γ|y|) / (G k)
+    by_logp: Tensor  # (n,) derivative by each row's log π(a_t|s_t), the divergences held fixed
+    by_divergence: float  # derivative by each row's D_t, the same for all
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,28 @@ class Objective:
         scale = self.kl_coef / max(1, self.num_prompts * k)  # a batch without samples has nothing to divide
         return scale * penalty, scale * (penalty - baseline)
 
+    def exact_online(self, divergences: Tensor, lengths: Tensor, longest: int) -> ExactOnline:
+        """λ · estimate of KL(π‖π_ref) of each sample from the full distributions along it, and its derivatives.
+
+        ``divergences`` (n,) is ``D_t = Σ_v π(v|s_t) (log π(v|s_t) − log π_ref(v|s_t))`` of each counted row, sample
+        after sample, in whole groups; ``lengths`` (G·k,) are the samples' rows, on the same device, none above
+        ``longest``. Every token costs D_t + γ. The distributions at s_t depend on the parameters, and
+        which later tokens there are depends on a_t, so that the gradient has two parts:
+
+            λ/(G k) Σ_i Σ_t [ ∇D_{i,t} + (R_{i,t} − mean_{j≠i} R_{j,t}) ∇log π(a_{i,t}|s_{i,t}) ]
+
+        with the costs to come ``R_t = sg(Σ_{t'>t} (D_{t'} + γ))``, 0 where a sample has ended. The baseline of
+        position t knows nothing of sample i, hence unbiased: E[∇log π(a_t|s_t)] = 0 (``docs/exact_kl.md``).
+        Nothing here waits for the device or depends on the order in which it adds.
+        """
+        k, gamma = self.num_generations, self.length_penalty
+        kl = torch.segment_reduce(divergences, "sum", lengths=lengths, unsafe=True, initial=0.0).view(-1, k)
+        scale = self.kl_coef / max(1, self.num_prompts * k)
+        loss = scale * (kl + gamma * lengths.view(-1, k).to(kl.dtype))
+        place = _Places(lengths, len(divergences))
+        to_come = place.sums_after(divergences + gamma, longest)
+        return ExactOnline(kl, loss, scale * (to_come - place.mean_of_the_others(to_come, k)), scale)
+
     def __call__(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
         """Summed loss () and coefficients ∂loss/∂logps (S,) of some whole pairs and groups.
 
@@ -65,11 +99,65 @@ class Objective:
         may be passed: the divisors are those of the whole batch.
         """
         ratio = logps - ref_logps
-        pairs, samples = (
-            ratio[: 2 * num_pairs].view(-1, 2),
-            ratio[2 * num_pairs :].view(-1, self.num_generations),
-        )
-        loss, slope = self.pairs(pairs[:, 0], pairs[:, 1])
+        loss, of_pairs = self._pairs_in_group_order(ratio[: 2 * num_pairs])
+        samples = ratio[2 * num_pairs :].view(-1, self.num_generations)
         penalty, advantage = self.online(samples, lengths[2 * num_pairs :].view(samples.shape))
-        coefficients = torch.cat([torch.stack([slope, -slope], dim=1).flatten(), advantage.flatten()])
-        return loss.sum() + penalty.sum(), coefficients
+        return loss + penalty.sum(), torch.cat([of_pairs, advantage.flatten()])
+
+    def exact(
+        self,
+        logps: Tensor,
+        ref_logps: Tensor,
+        lengths: Tensor,
+        num_pairs: int,
+        divergences: Tensor,
+        longest: int,
+    ) -> tuple[Tensor, Tensor, ExactOnline]:
+        """The counterpart of a call for the exact estimator: the same sequences, and the samples' rows.
+
+        ``divergences`` (n,) and ``longest`` are :meth:`exact_online`'s, for the samples alone; of ``logps`` and
+        ``ref_logps`` (S,) only the pairs' are used. Returns the summed loss (), ∂loss/∂logps of the pairs'
+        sequences (2 · num_pairs,), and the online terms, whose loss is part of the sum.
+        """
+        pairs = 2 * num_pairs
+        loss, of_pairs = self._pairs_in_group_order((logps - ref_logps)[:pairs])
+        online = self.exact_online(divergences, lengths[pairs:], longest)
+        return loss + online.loss.sum(), of_pairs, online
+
+    def _pairs_in_group_order(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss () and its derivative by ``ratio`` (2P,), each pair's two sequences next to each other."""
+        pairs = ratio.view(-1, 2)
+        loss, slope = self.pairs(pairs[:, 0], pairs[:, 1])
+        return loss.sum(), torch.stack([slope, -slope], dim=1).flatten()
+
+
+class _Places:
+    """Where each of n rows stands: its sequence, its position there, and how many rows follow it there."""
+
+    def __init__(self, lengths: Tensor, num_rows: int) -> None:
+        self.lengths = lengths  # (S,)
+        self.starts = lengths.cumsum(0) - lengths  # (S,)
+        sequences = torch.arange(len(lengths), device=lengths.device)
+        self.sequence = sequences.repeat_interleave(lengths, output_size=num_rows)  # (n,)
+        self.position = torch.arange(num_rows, device=lengths.device) - self.starts[self.sequence]  # (n,)
+        self.following = lengths[self.sequence] - 1 - self.position  # (n,)
+
+    def sums_after(self, rows: Tensor, longest: int) -> Tensor:
+        """The sum of the rows that follow each one in its sequence, (n,) -> (n,), by log2(longest) doublings."""
+        sums, reach = self._ahead(rows, 1), 1  # sums over the next `reach` rows
+        while reach < longest - 1:
+            sums, reach = sums + self._ahead(sums, reach), 2 * reach
+        return sums
+
+    def mean_of_the_others(self, rows: Tensor, k: int) -> Tensor:
+        """The mean of the same position's rows in the k − 1 other sequences of the group, 0 where one has ended."""
+        member = self.sequence % k
+        shifts = torch.arange(1, k, device=rows.device)
+        others = (self.sequence - member)[:, None] + (member[:, None] + shifts) % k  # (n, k − 1)
+        there = self.position[:, None] < self.lengths[others]
+        index = (self.starts[others] + self.position[:, None]).clamp(max=len(rows) - 1)
+        return torch.where(there, rows[index], 0.0).mean(dim=1)
+
+    def _ahead(self, rows: Tensor, distance: int) -> Tensor:
+        """The row ``distance`` further on in the same sequence, 0 where it has ended."""
+        return torch.where(self.following >= distance, rows.roll(-distance), 0.0)

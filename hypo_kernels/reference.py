@@ -41,6 +41,8 @@ def hypo_loss(call: Call) -> Outcome:
 
     The value is the objective's; the gradient is Σ coefficient · ∇log π, the coefficients held fixed.
     """
+    if call.kl_estimator == "exact":
+        return _exact_hypo_loss(call)
     log_p = row_distributions(call.policy, call.layout, call.compute_dtype)
     logps = _of_sequences(_of_targets(log_p, call.layout), call)
     ref_logps = call.ref_logps
@@ -53,6 +55,33 @@ def hypo_loss(call: Call) -> Outcome:
     surrogate = (coefficients * logps).sum()
     logps = logps.detach()
     return Outcome(loss + surrogate - surrogate.detach(), logps, ref_logps, (logps - ref_logps)[2 * num_pairs :])
+
+
+def _exact_hypo_loss(call: Call) -> Outcome:
+    """:func:`hypo_loss` with the exact estimator.
+
+    The gradient is Σ coefficient · ∇log π of the pairs' sequences and of the samples' rows, plus that of the
+    rows' divergences D = KL(π(·|s)‖π_ref(·|s)), by autograd.
+    """
+    assert call.ref is not None
+    log_p = row_distributions(call.policy, call.layout, call.compute_dtype)
+    log_q = row_distributions(call.ref, call.layout, call.compute_dtype).detach()
+    rows, ref_rows = _of_targets(log_p, call.layout), _of_targets(log_q, call.layout)
+    logps, ref_logps = _of_sequences(rows, call), _of_sequences(ref_rows, call)
+    num_pairs, lengths = call.objective.num_pairs, call.layout.lengths
+    online = slice(int(lengths[: 2 * num_pairs].sum()), None)
+    divergences = (log_p[online].exp() * (log_p[online] - log_q[online])).sum(dim=-1)
+    loss, of_pairs, terms = call.objective.exact(
+        logps.detach(),
+        ref_logps,
+        lengths.to(log_p.device),
+        num_pairs,
+        divergences.detach(),
+        longest=int(lengths.max()),
+    )
+    surrogate = (of_pairs * logps[: 2 * num_pairs]).sum()
+    surrogate = surrogate + (terms.by_logp * rows[online]).sum() + terms.by_divergence * divergences.sum()
+    return Outcome(loss + surrogate - surrogate.detach(), logps.detach(), ref_logps, terms.kl.flatten())
 
 
 def _of_targets(log_p: Tensor, layout: Layout) -> Tensor:

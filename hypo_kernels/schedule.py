@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 def run(call: Call, needed: Sequence[bool]) -> tuple[Outcome, Gradients]:
     """Loss and log-probs, and the gradients of the :class:`Leaves` that are ``needed``."""
     heads = [call.policy.head] if call.ref is None else [call.policy.head, call.ref.head]
-    exact = getattr(call, "kl_estimator", "sampled") == "exact"
+    exact = call.kl_estimator == "exact"
     room = HeadRoom(
         heads,
         call.layout,

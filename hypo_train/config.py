@@ -107,6 +107,9 @@ class Config(BaseModel):
     """Probability that a preference label is flipped (conservative DPO)."""
     kl_coef: NonNegativeFloat = 1e-4
     """Weight of the reverse KL to the reference, a sum over response tokens in nats; hypo only."""
+    kl_estimator: Literal["sampled", "exact"] = "sampled"
+    """How a sample estimates the reverse KL: by its own log-ratio (sampled), or by the divergence of the full
+    next-token distributions along it (exact), with less noise for the reference's logits; hypo only."""
     num_generations: PositiveInt = 2
     """Samples a prompt for the reverse KL, each the others' baseline; hypo needs at least 2."""
     length_penalty: NonNegativeFloat = 0.0
@@ -204,6 +207,10 @@ def _conflicts(c: Config) -> list[str]:
         (
             c.algorithm == "hypo" and c.num_generations < 2,
             f"num_generations={c.num_generations}: hypo compares the samples of a prompt, use at least 2",
+        ),
+        (
+            c.algorithm != "hypo" and c.kl_estimator != "sampled",
+            f"kl_estimator={c.kl_estimator} with algorithm={c.algorithm}: it estimates no KL, use algorithm: hypo",
         ),
         (
             c.algorithm == "ipo" and c.label_smoothing > 0,

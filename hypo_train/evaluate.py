@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hypo_train.batch import example_tree, pair_tree, sample_tree
-from hypo_train.losses import preference_loss, sequence_logprobs_of, token_losses
+from hypo_train.losses import preference_loss, reference_of, sequence_logprobs_of, token_losses
 from hypo_train.metrics import Meter, add_loss
 from hypo_train.run import Run
 
@@ -62,8 +62,8 @@ def _add_rows(meter: Meter, run: Run, rows: Sequence[Any]) -> None:
         meter.add("loss", run.policy(tree, token_losses(tree, run.config)))
         return
     tree = pair_tree(rows, [], pad).to(device)
-    ref_logps = run.policy.reference(tree, sequence_logprobs_of(tree, run.config))
-    out = run.policy(tree, preference_loss(tree, ref_logps, len(rows), run.config))
+    reference = run.policy.reference(tree, reference_of(tree, run.config))
+    out = run.policy(tree, preference_loss(tree, reference, len(rows), run.config))
     add_loss(meter, out)
 
 

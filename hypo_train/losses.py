@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from hypo_kernels import HypoLoss, fused_hypo_loss, sequence_logprobs, token_logprobs
@@ -9,6 +11,16 @@ from hypo_kernels.head import LMHead
 from hypo_train.config import Config
 from hypo_train.policy import HeadFunction
 from hypo_train.tree import Tree
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a loss knows of the frozen reference: log-probs, or hidden states and the head above them."""
+
+    logps: Tensor | None = None  # (S,)
+    hidden: Tensor | None = None  # (T, D)
+    weight: Tensor | None = None  # (V, D), its own: where the head is trained, the policy's is another
+    bias: Tensor | None = None  # (V,)
 
 
 def sequence_logprobs_of(tree: Tree, config: Config) -> HeadFunction[Tensor]:
@@ -28,8 +40,20 @@ def sequence_logprobs_of(tree: Tree, config: Config) -> HeadFunction[Tensor]:
     return logprobs
 
 
-def preference_loss(tree: Tree, ref_logps: Tensor, num_pairs: int, config: Config) -> HeadFunction[HypoLoss]:
-    """The configured preference loss of a :func:`~hypo_train.batch.pair_tree`; ``ref_logps`` is (S,)."""
+def reference_of(tree: Tree, config: Config) -> HeadFunction[Reference]:
+    """What the configured loss has to know: the exact KL needs distributions, any other loss log-probs alone."""
+    logprobs = sequence_logprobs_of(tree, config)
+
+    def reference(hidden: Tensor, head: LMHead) -> Reference:
+        if config.kl_estimator == "exact":
+            return Reference(hidden=hidden, weight=head.weight, bias=head.bias)
+        return Reference(logps=logprobs(hidden, head))
+
+    return reference
+
+
+def preference_loss(tree: Tree, reference: Reference, num_pairs: int, config: Config) -> HeadFunction[HypoLoss]:
+    """The configured preference loss of a :func:`~hypo_train.batch.pair_tree`."""
 
     def loss(hidden: Tensor, head: LMHead) -> HypoLoss:
         return fused_hypo_loss(
@@ -39,12 +63,16 @@ def preference_loss(tree: Tree, ref_logps: Tensor, num_pairs: int, config: Confi
             tree.cu_seqlens,
             num_pairs=num_pairs,
             num_generations=max(2, config.num_generations),
-            ref_logps=ref_logps,
+            ref_logps=reference.logps,
+            ref_hidden=reference.hidden,
+            ref_lm_head_weight=reference.weight,
+            ref_bias=reference.bias,
             beta=config.beta,
             kl_coef=config.kl_coef,
             length_penalty=config.length_penalty,
             preference="ipo" if config.algorithm == "ipo" else "sigmoid",
             label_smoothing=config.label_smoothing,
+            kl_estimator=config.kl_estimator,
             max_chunk_bytes=config.max_chunk_bytes,
             impl=config.impl,
             **head.constants(),

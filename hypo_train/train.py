@@ -1,6 +1,6 @@
 """The training loop, read top to bottom: prepare, step, log, evaluate, save.
 
-A step is ``batch → sample → tree → log-probs of the reference → loss of the policy → backward → clip → step``.
+A step is ``batch → sample → tree → reference → loss of the policy → backward → clip → step``.
 Everything random in a step is a function of (seed, step), and so is its batch: a resumed run needs no state
 but the weights, the optimizer's and the step's number.
 """
@@ -22,7 +22,7 @@ from hypo_train.config import Config
 from hypo_train.data import Example, Pair, batch_indices
 from hypo_train.evaluate import Evaluation, evaluate
 from hypo_train.log import RunLog
-from hypo_train.losses import preference_loss, sequence_logprobs_of, token_losses
+from hypo_train.losses import preference_loss, reference_of, token_losses
 from hypo_train.metrics import Meter, add_loss
 from hypo_train.run import Run, prepare
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
@@ -138,8 +138,8 @@ def _preference_loss(
     """The loss of a micro-batch's pairs and samples, and its tokens."""
     tree = pair_tree(pairs, completions, run.tokenizer.pad_token_id).to(run.accelerator.device)
     with run.accelerator.autocast():
-        ref_logps = run.policy.reference(tree, sequence_logprobs_of(tree, run.config))
-    out = run.model(tree, preference_loss(tree, ref_logps, len(pairs), run.config))
+        reference = run.policy.reference(tree, reference_of(tree, run.config))
+    out = run.model(tree, preference_loss(tree, reference, len(pairs), run.config))
     add_loss(meter, out)
     return out.loss, tree.num_tokens
 

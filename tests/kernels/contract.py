@@ -10,6 +10,7 @@ get right by luck.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -130,7 +131,15 @@ def random_batch(
 
 
 def plain_logps(batch: Batch, *, of_reference: bool = False) -> Tensor:
-    """(S,) sequence log-probs over full logits: the product at the batch's dtype, the softmax in fp32."""
+    """(S,) sequence log-probs over full logits."""
+    logp = plain_distributions(batch, of_reference=of_reference)
+    targets = batch.targets.to(logp.device)
+    rows = logp.gather(1, targets.clamp_min(0)[:, None]).squeeze(1).masked_fill(targets == -100, 0.0)
+    return torch.stack([part.sum() for part in rows.split(batch.cu_seqlens.diff().tolist())])
+
+
+def plain_distributions(batch: Batch, *, of_reference: bool = False) -> Tensor:
+    """(T, V) log-softmax of full logits: the product at the batch's dtype, the softmax in fp32."""
     options = batch.options
     hidden, weight, bias = batch.hidden, batch.weight, batch.bias
     if of_reference:
@@ -140,10 +149,7 @@ def plain_logps(batch: Batch, *, of_reference: bool = False) -> Tensor:
     cap = options.get("logit_softcap")
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    logp = (logits / options.get("temperature", 1.0)).log_softmax(-1)
-    targets = batch.targets.to(logp.device)
-    rows = logp.gather(1, targets.clamp_min(0)[:, None]).squeeze(1).masked_fill(targets == -100, 0.0)
-    return torch.stack([part.sum() for part in rows.split(batch.cu_seqlens.diff().tolist())])
+    return (logits / options.get("temperature", 1.0)).log_softmax(-1)
 
 
 def plain_objective(batch: Batch, logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -158,13 +164,40 @@ def plain_objective(batch: Batch, logps: Tensor, ref_logps: Tensor) -> Tensor:
     elif pairs:
         flip, margin = options.get("label_smoothing", 0.0), beta * (chosen - rejected)
         loss = loss - ((1 - flip) * F.logsigmoid(margin) + flip * F.logsigmoid(-margin)).mean()
-    if len(samples):
+    if len(samples) and options.get("kl_estimator") != "exact":
         lengths = batch.lengths[2 * pairs :].to(samples)
         r = (samples.detach() + options.get("length_penalty", 0.0) * lengths).view(-1, k)
         others = torch.stack([r[:, [j for j in range(k) if j != i]].mean(1) for i in range(k)], dim=1)
         surrogate = ((r - others) * samples.view(-1, k)).mean()
         loss = loss + options["kl_coef"] * (r.mean() + surrogate - surrogate.detach())
     return loss
+
+
+def plain_exact_online(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The exact estimator's term of the loss (), and its KL of each sample (N,), row by row as its formula reads."""
+    options = batch.options
+    k, penalty = options.get("num_generations", 2), options.get("length_penalty", 0.0)
+    log_p, log_q = plain_distributions(batch), plain_distributions(batch, of_reference=True).detach()
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    bounds = batch.cu_seqlens.tolist()
+    # Of each sample: its counted rows, and what the rows after each of them cost.
+    counted = [[t for t in range(a, b) if batch.targets[t] != -100] for a, b in itertools.pairwise(bounds)]
+    counted = counted[2 * options["num_pairs"] :]
+    costs = divergence.detach() + penalty
+    to_come = [[costs[rows[t + 1 :]].sum() for t in range(len(rows))] for rows in counted]
+    kls, surrogates = [], []
+    for i, rows in enumerate(counted):
+        group = range(i - i % k, i - i % k + k)
+        surrogate = divergence[rows].sum()
+        for t, row in enumerate(rows):
+            others = [to_come[j][t] if t < len(to_come[j]) else 0.0 for j in group if j != i]
+            advantage = to_come[i][t] - sum(others) / (k - 1)
+            surrogate = surrogate + advantage * log_p[row, batch.targets[row]]
+        surrogates.append(surrogate)
+        kls.append(divergence[rows].detach().sum())
+    kl, lengths = torch.stack(kls), torch.tensor([len(rows) for rows in counted]).to(divergence)
+    surrogate = torch.stack(surrogates).mean()
+    return options["kl_coef"] * ((kl + penalty * lengths).mean() + surrogate - surrogate.detach()), kl
 
 
 Results = dict[str, Tensor]
@@ -175,9 +208,12 @@ def run_eager(batch: Batch, upstream: float = 1.0) -> Results:
     ref_logps = batch.options.get("ref_logps")
     if ref_logps is None:
         ref_logps = plain_logps(batch, of_reference=True)
-    loss = plain_objective(batch, logps, ref_logps.detach())
+    loss, kl = plain_objective(batch, logps, ref_logps.detach()), (logps - ref_logps)[2 * batch.options["num_pairs"] :]
+    if batch.options.get("kl_estimator") == "exact" and len(kl):
+        online, kl = plain_exact_online(batch)
+        loss = loss + online
     (loss * upstream).backward()
-    return _results(batch, loss, logps, ref_logps)
+    return _results(batch, loss, logps, ref_logps, kl)
 
 
 def eager_runs(batch: Batch, upstream: float = 1.0) -> list[Results]:
@@ -225,11 +261,13 @@ def run_fused(batch: Batch, impl: str, upstream: float = 1.0) -> Results:
     )
     assert {x.dtype for x in out[:-1]} == {torch.promote_types(batch.hidden.dtype, torch.float32)}
     (out.loss * upstream).backward()
-    return _results(batch, out.loss, out.logps, out.ref_logps)
+    return _results(batch, out.loss, out.logps, out.ref_logps, out.kl)
 
 
-def _results(batch: Batch, loss: Tensor, logps: Tensor, ref_logps: Tensor) -> Results:
+def _results(batch: Batch, loss: Tensor, logps: Tensor, ref_logps: Tensor, kl: Tensor) -> Results:
     results = {"loss": loss, "logps": logps, "ref_logps": ref_logps}
+    if batch.options.get("kl_estimator") == "exact":  # the sampled one is a difference of log-probs, no more
+        results["kl"] = kl
     for name in ("hidden", "weight", "bias"):
         leaf = getattr(batch, name)
         if leaf is not None and leaf.requires_grad:
@@ -248,7 +286,10 @@ def truth(batch: Batch, upstream: float = 1.0) -> Results:
 def loss_scale(batch: Batch, exact: Results) -> float:
     """Σ |∂loss/∂logp · logp|: the loss is a difference of log-probs, whose size sets its rounding."""
     logps = exact["logps"].clone().requires_grad_()
-    (coefficients,) = torch.autograd.grad(plain_objective(batch, logps, exact["ref_logps"]), logps)
+    loss = plain_objective(batch, logps, exact["ref_logps"])
+    if batch.options.get("kl_estimator") == "exact":  # a mean of divergences, of log-probs about as large
+        loss = loss + batch.options["kl_coef"] * logps[2 * batch.options["num_pairs"] :].mean()
+    (coefficients,) = torch.autograd.grad(loss, logps)
     return float((coefficients * logps).detach().abs().sum())
 
 

@@ -102,6 +102,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an unknown preference": ({"preference": "hinge"}, ["preference='hinge'", "sigmoid", "ipo"]),
     "label smoothing of a half": ({"label_smoothing": 0.5}, ["label_smoothing=0.5", "[0, 0.5)"]),
     "negative label smoothing": ({"label_smoothing": -0.1}, ["label_smoothing=-0.1"]),
+    "an unknown estimator": (from_hidden(kl_estimator="k3"), ["kl_estimator='k3'", "'sampled', 'exact'"]),
+    "the exact estimator with log-probs alone": (
+        {"kl_estimator": "exact"}, ["kl_estimator='exact'", "ref_logps", "pass ref_hidden and ref_lm_head_weight"],
+    ),
     "label smoothing of IPO": ({"label_smoothing": 0.1, "preference": "ipo"}, ["label_smoothing=0.1", "'ipo'"]),
     # the head
     "a softcap of 0": ({"logit_softcap": 0.0}, ["logit_softcap=0.0"]),

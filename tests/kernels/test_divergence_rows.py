@@ -125,7 +125,9 @@ def test_mixed_gradients_are_narrowed_last(impl: str, out_dtype: torch.dtype, de
 def test_entries_that_a_bias_rules_out_add_nothing(impl: str, device: torch.device) -> None:
     """A padded vocabulary's phantom entries have a bias of minus infinity, in policy and reference."""
     rows = Rows(4, 300, device, {"bias": True}, with_ref=True)
-    assert rows.head.bias is not None and rows.ref_head is not None and rows.ref_head.bias is not None
+    assert rows.head.bias is not None
+    assert rows.ref_head is not None
+    assert rows.ref_head.bias is not None
     shorter = Rows(4, 300, device, {"bias": True}, with_ref=True)
     for bias in (rows.head.bias, rows.ref_head.bias):
         bias[200:] = float("-inf")

@@ -26,7 +26,7 @@ from hypo_train.batch import pair_tree
 from hypo_train.config import Config
 from hypo_train.data import Pair
 from hypo_train.exactness import check_exactness
-from hypo_train.losses import preference_loss, sequence_logprobs_of
+from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
 from hypo_train.policy import ModelError
 
@@ -78,7 +78,7 @@ def plain_logprobs(model):
 def loss_of(policy, ref_logps):
     """A loss that depends on every sequence of ``tree()``."""
     config = model_config("-", kl_coef=0.1, beta=0.5)
-    return policy(tree(), preference_loss(tree(), ref_logps, len(PAIRS), config)).loss
+    return policy(tree(), preference_loss(tree(), Reference(logps=ref_logps), len(PAIRS), config)).loss
 
 
 def train(policy, steps=3, learning_rate=1e-2):

@@ -1,0 +1,111 @@
+"""HyPO with the exact estimator of the reverse KL: short runs, and one step against its formula."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from test_train import LAST_LAYER, LORA, OF_PAIRS, OF_SAMPLES, OF_STEPS, metrics_of, recorded, steps
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from hypo_train.data import batch_indices
+from hypo_train.train import train
+
+EXACT = {"kl_estimator": "exact", "impl": "reference"}
+WAYS = {
+    "full": {},
+    "full, tied": {},
+    "lora": LORA,
+    "last layer": LAST_LAYER,
+}
+
+
+@pytest.fixture(params=WAYS)
+def exact(request, settings, saved_model):
+    """``exact(**changes)`` is a config for the exact estimator, for each way to train."""
+    model = saved_model("llama", tie_word_embeddings=True) if "tied" in request.param else saved_model()
+    return lambda **changes: settings(model=model, **{**EXACT, **WAYS[request.param], **changes})
+
+
+def test_three_steps_log_the_same_names_and_a_kl_that_is_never_negative(exact):
+    config = exact(num_eval_rows=4)
+    result = train(config, progress=False)
+    *lines, _ = metrics_of(config)
+    for line in lines:
+        assert set(line) == OF_STEPS | OF_PAIRS | OF_SAMPLES
+        assert all(math.isfinite(value) for value in line.values())
+    assert lines[0]["kl"] == 0
+    assert all(line["kl"] > 0 for line in lines[1:])
+    assert result.evaluation.metrics["eval_kl"] != 0
+    assert (Path(config.output_dir) / "checkpoint-3").is_dir()
+
+
+def plain_rows(model, prompt, completion):
+    """(len(completion), V) log-probs of the whole vocabulary at each token of a plain row, differentiable."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt, *completion]], device=device)
+    return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+
+
+def plain_loss(model, initial, pairs, samples, config):
+    """Eq. 4 on the pairs, and the exact estimator's surrogate on the samples, sequence by sequence."""
+
+    def rows(prompt, completion):
+        with torch.no_grad():
+            of_reference = plain_rows(initial, prompt, completion)
+        return plain_rows(model, prompt, completion), of_reference
+
+    def log_ratio(prompt, completion):
+        log_p, log_q = rows(prompt, completion)
+        return (log_p - log_q)[range(len(completion)), list(completion)].sum()
+
+    margins = [log_ratio(pair.prompt, pair.chosen) - log_ratio(pair.prompt, pair.rejected) for pair in pairs]
+    loss = -F.logsigmoid(config.beta * torch.stack(margins)).mean()
+    k = config.num_generations
+    for i, pair in enumerate(pairs):
+        group = samples[i * k : (i + 1) * k]
+        logps, divergences = [], []
+        for sample in group:
+            log_p, log_q = rows(pair.prompt, sample)
+            logps.append(log_p[range(len(sample)), sample])
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        costs = [d.detach() + config.length_penalty for d in divergences]
+        for a in range(k):
+            term = divergences[a].sum()
+            for t in range(len(group[a])):
+                others = [costs[b][t + 1 :].sum() for b in range(k) if b != a]
+                term = term + (costs[a][t + 1 :].sum() - sum(others) / (k - 1)) * logps[a][t]
+            loss = loss + config.kl_coef * term / (len(pairs) * k)
+    return loss
+
+
+def test_the_gradients_of_a_step_are_those_of_the_formula_on_separate_rows(exact):
+    config = exact(
+        beta=0.3, kl_coef=0.5, length_penalty=0.1, num_generations=3, max_grad_norm=0, learning_rate=1e-2,
+        max_new_tokens=12,
+    )  # fmt: skip
+    run = recorded(config)
+    steps(run, 2)  # away from the reference, where all divergences are 0
+    before = tiny.weights(run.policy)
+    steps(run, 1, first=2)
+    found = run.optimizer.gradients[2]
+
+    parameters = run.policy.trained_parameters()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+    initial = AutoModelForCausalLM.from_pretrained(config.model_name_or_path).to(run.accelerator.device).eval()
+    pairs = [run.train_rows[i] for i in batch_indices(len(run.train_rows), run.batch_size, 2, config.seed)]
+    samples = run.sampler.drawn[2].completions()
+    assert len({len(sample) for sample in samples}) > 1, "ragged samples"
+    loss = plain_loss(run.policy.model, initial, pairs, samples, config)
+    expected = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert max(gradient.abs().max() for gradient in found.values()) > 1e-2
