@@ -1,15 +1,35 @@
-"""One loss call, checked and laid out: what an implementation is handed."""
+"""One loss call, checked and laid out: what an implementation is handed, and what it hands back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hypo_kernels import checks, chunks
 from hypo_kernels.chunks import Layout
 from hypo_kernels.objective import Objective
 from hypo_kernels.projection import Projection
+
+
+class Reference(NamedTuple):
+    """The reference as the caller has it: log-probs, or hidden states and a head."""
+
+    logps: Tensor | None  # (S,)
+    hidden: Tensor | None  # the shape of the policy's
+    weight: Tensor | None  # (V, D); by default the policy's
+    bias: Tensor | None  # (V,)
+
+
+class Outcome(NamedTuple):
+    """Of a whole call, or of a chunk of it."""
+
+    loss: Tensor  # ()
+    logps: Tensor  # (S,)
+    ref_logps: Tensor  # (S,)
+    kl: Tensor  # (N,), of each online sample, as the call's estimator has it
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,8 @@ class Call:
     max_chunk_bytes: int
     ref_logps: Tensor | None  # (S,)
     ref: Projection | None
+    order: Tensor  # (S,), each sequence's place in the caller's order, on the device
+    lengths: Tensor  # (S,), counted tokens in the caller's order, on the device
 
     def largest_group(self) -> int:
         """Rows of the largest pair or group, the smallest chunk that keeps every group whole."""
@@ -33,3 +55,97 @@ class Call:
         )
         sizes = torch.cat([pairs.view(-1, 2).sum(1), samples.view(-1, self.objective.num_generations).sum(1)])
         return int(sizes.max())
+
+    def in_call_order(self, found: Outcome) -> Outcome:
+        """The samples come last, and in the same order, in both."""
+        logps, ref_logps = (torch.empty_like(x).index_copy_(0, self.order, x) for x in (found.logps, found.ref_logps))
+        return found._replace(logps=logps, ref_logps=ref_logps)
+
+
+def prepare(
+    policy: Projection,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    reference: Reference,
+    *,
+    num_pairs: int,
+    num_generations: int,
+    beta: float,
+    kl_coef: float,
+    length_penalty: float,
+    preference: str,
+    label_smoothing: float,
+    kl_estimator: str,
+    max_chunk_bytes: int,
+    validate: bool,
+    impl: str,
+) -> Call:
+    """Check the arguments of ``fused_hypo_loss``, which has their meaning, and lay them out."""
+    hidden = policy.hidden
+    checks.inputs(policy, targets, cu_seqlens)
+    if hidden.ndim == 2:
+        if cu_seqlens is None:
+            raise ValueError("cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart")
+        checks.sequences(cu_seqlens, len(targets))
+    num_sequences = len(targets) if cu_seqlens is None else len(cu_seqlens) - 1
+    num_prompts = checks.batch(num_sequences, num_pairs, num_generations)
+    objective = Objective(
+        beta=beta,
+        kl_coef=kl_coef,
+        length_penalty=length_penalty,
+        preference=preference,
+        label_smoothing=label_smoothing,
+        num_pairs=num_pairs,
+        num_generations=num_generations,
+        num_prompts=num_prompts,
+    )
+    checks.objective(objective)
+    checks.chunk_budget(max_chunk_bytes)
+    ref = _reference(policy, targets, cu_seqlens, reference, num_sequences)
+    checks.kl_estimator(kl_estimator, reference.hidden)
+    dtype = checks.compute_dtype(hidden, policy.head.weight)
+    impl = checks.implementation(impl, policy.head, dtype)
+    if validate:
+        checks.values_are_finite(hidden=hidden, ref_hidden=reference.hidden, ref_logps=reference.logps)
+    layout = chunks.layout(targets, cu_seqlens)
+    checks.targets_in_vocabulary(layout, policy.head)
+    order = chunks.group_order(num_sequences, num_pairs)
+    on_device = order.to(hidden.device, non_blocking=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    return Call(
+        policy=policy,
+        layout=layout.reordered(order),
+        objective=objective,
+        compute_dtype=dtype,
+        impl=impl,
+        kl_estimator=kl_estimator,
+        max_chunk_bytes=max_chunk_bytes,
+        ref_logps=None if reference.logps is None else reference.logps.detach().to(wide)[on_device],
+        ref=ref,
+        order=on_device,
+        lengths=layout.lengths.to(hidden.device, non_blocking=True),
+    )
+
+
+def _reference(
+    policy: Projection, targets: Tensor, cu_seqlens: Tensor | None, reference: Reference, num_sequences: int
+) -> Projection | None:
+    """The reference's projection, or None where its log-probs are given."""
+    checks.one_reference(policy, reference.logps, reference.hidden, reference.weight, reference.bias)
+    if reference.hidden is None:
+        assert reference.logps is not None
+        checks.reference_logps(reference.logps, num_sequences, policy.hidden.device)
+        return None
+    head = policy.head
+    own_bias = head.bias if reference.weight is None else None
+    ref_head = replace(
+        head,
+        weight=head.weight if reference.weight is None else reference.weight,
+        bias=own_bias if reference.bias is None else reference.bias,
+        lora_weight=None,
+    )
+    ref = Projection.of(reference.hidden.detach(), ref_head)
+    checks.inputs(ref, targets, cu_seqlens, name="ref_")
+    checks.same_vocabulary(head, ref.head)
+    checks.compute_dtype(ref.hidden, ref.head.weight, name="ref_")
+    return ref

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hypo_kernels.chunks import IGNORE_INDEX, Layout
 from hypo_kernels.head import LMHead, LoRA
-from hypo_kernels.objective import KL_ESTIMATORS, PREFERENCES
+from hypo_kernels.objective import KL_ESTIMATORS, PREFERENCES, Objective
 
 if TYPE_CHECKING:
     from hypo_kernels.projection import Projection
@@ -167,7 +167,9 @@ def targets_in_vocabulary(layout: Layout, head: LMHead) -> None:
     )
 
 
-def objective(*, beta: float, kl_coef: float, length_penalty: float, preference: str, label_smoothing: float) -> None:
+def objective(objective: Objective) -> None:
+    beta, kl_coef, length_penalty = objective.beta, objective.kl_coef, objective.length_penalty
+    preference, label_smoothing = objective.preference, objective.label_smoothing
     _require(preference in PREFERENCES, f"preference={preference!r}: must be one of {PREFERENCES}")
     _require(math.isfinite(beta) and beta > 0, f"beta={beta}: must be positive")
     _require(math.isfinite(kl_coef) and kl_coef >= 0, f"kl_coef={kl_coef}: must be 0 or more")
@@ -204,14 +206,14 @@ def reference_logps(ref_logps: Tensor, num_sequences: int, device: torch.device)
 
 
 def one_reference(
+    policy: Projection,
     ref_logps: Tensor | None,
     ref_hidden: Tensor | None,
-    hidden: Tensor,
-    head: LMHead,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
 ) -> None:
     """The reference comes either as log-probs or as hidden states, with a head that does not train."""
+    hidden, head = policy.hidden, policy.head
     _require(
         ref_logps is not None or ref_hidden is not None,
         "the reference is missing: pass ref_logps (S,), or ref_hidden of the shape of hidden",

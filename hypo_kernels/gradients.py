@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -43,19 +44,13 @@ class Gradients:
     """
 
     def __init__(self, leaves: Leaves, needed: Sequence[bool], compute_dtype: torch.dtype, shard: VocabShard | None):
-        wide = gemm.accumulator_dtype(compute_dtype)
-
-        def rows(x: Tensor | None, wanted: bool) -> Tensor | None:
-            # fp16 would flush gradients that a later loss scale could still have saved; ranks add theirs up wide.
-            dtype = wide if shard is not None or (x is not None and x.dtype == torch.float16) else None
-            return x.new_zeros(x.flatten(0, -2).shape, dtype=dtype) if x is not None and wanted else None
-
-        def matrix(x: Tensor | None, wanted: bool) -> Tensor | None:
-            return x.new_zeros(x.shape, dtype=wide) if x is not None and wanted else None
-
-        shapes = (rows, matrix, matrix, rows, matrix)
-        self.sums = Leaves(*(zeros(x, wanted) for zeros, x, wanted in zip(shapes, leaves, needed, strict=True)))
-        self.like = [None if x is None else (x.shape, x.dtype) for x in leaves]
+        self.sums = Leaves(
+            *(
+                torch.zeros_like(like, memory_format=torch.contiguous_format) if wanted and like is not None else None
+                for like, wanted in zip(shapes_of_sums(leaves, compute_dtype, shard), needed, strict=True)
+            )
+        )
+        self.leaves = [None if x is None else (x.shape, x.dtype) for x in leaves]
 
     @property
     def any(self) -> bool:
@@ -73,7 +68,7 @@ class Gradients:
         Scales the sums in place: a call's gradients are handed out once.
         """
         out: list[Tensor | None] = []
-        for gradient, like in zip(self.sums, self.like, strict=True):
+        for gradient, like in zip(self.sums, self.leaves, strict=True):
             if gradient is None or like is None:
                 out.append(None)
                 continue
@@ -82,3 +77,19 @@ class Gradients:
             shape, dtype = like
             out.append(gradient.view(shape).to(dtype))
         return tuple(out)
+
+
+def shapes_of_sums(leaves: Leaves, compute_dtype: torch.dtype, shard: VocabShard | None) -> list[Tensor | None]:
+    """Tensors without memory, of the shapes, dtypes and devices in which the leaves' gradients are summed."""
+    wide = gemm.accumulator_dtype(compute_dtype)
+
+    def of_rows(x: Tensor) -> Tensor:
+        # fp16 would flush gradients that a later loss scale could still have saved; ranks add theirs up wide.
+        dtype = wide if shard is not None or x.dtype == torch.float16 else x.dtype
+        return x.new_empty((), dtype=dtype).expand(math.prod(x.shape[:-1]), x.shape[-1])
+
+    def of_matrix(x: Tensor) -> Tensor:
+        return x.new_empty((), dtype=wide).expand(x.shape)
+
+    kinds = (of_rows, of_matrix, of_matrix, of_rows, of_matrix)
+    return [None if x is None else like(x) for like, x in zip(kinds, leaves, strict=True)]

@@ -5,19 +5,19 @@ logp = log_softmax((hidden @ weight.T).float(), -1).gather(-1, target)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hypo_kernels import checks, chunks, reference
-from hypo_kernels.chunks import Layout, split
-from hypo_kernels.gradients import Gradients, Leaves
+from hypo_kernels import ops, reference
+from hypo_kernels.gradients import Leaves
 from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.projection import Projection
-from hypo_kernels.room import HeadRoom, sequence_sums
+from hypo_kernels.room import sequence_sums
+from hypo_kernels.tokens import TokenPass, token_pass
 from hypo_kernels.vocab import VocabShard
 
 
@@ -74,10 +74,17 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the
     (4 with a frozen head), with NVD = counted rows × V × D.
     """
     head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature, shard=vocab_shard)
-    layout, rows = _checked_rows(hidden, head, lora, targets, None, max_chunk_bytes, impl, return_entropy)
+    if torch.compiler.is_compiling():
+        logps, entropies = ops.token_logprobs(
+            hidden, head, lora, targets, max_chunk_bytes=max_chunk_bytes, impl=impl, with_entropy=return_entropy
+        )
+        return (logps, entropies) if return_entropy else logps
+    projection = Projection.of(hidden, head, lora)
+    plan = token_pass(projection, targets, None, max_chunk_bytes, impl, return_entropy)
+    rows = _rows(plan)
 
     def in_place(x: Tensor) -> Tensor:
-        flat = x.new_zeros(targets.numel()).index_copy(0, layout.rows.to(x.device, non_blocking=True), x)
+        flat = x.new_zeros(targets.numel()).index_copy(0, plan.layout.rows.to(x.device, non_blocking=True), x)
         return flat.view(targets.shape)
 
     return (in_place(rows[0]), in_place(rows[1])) if return_entropy else in_place(rows[0])
@@ -107,55 +114,22 @@ def sequence_logprobs(
     head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature, shard=vocab_shard)
     if hidden.ndim == 2 and cu_seqlens is None:
         raise ValueError("cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart")
-    layout, rows = _checked_rows(hidden, head, lora, targets, cu_seqlens, max_chunk_bytes, impl, False)
-    return sequence_sums(rows[0], layout.lengths.to(hidden.device, non_blocking=True))
+    if torch.compiler.is_compiling():
+        logps, _ = ops.token_logprobs(hidden, head, lora, targets, max_chunk_bytes=max_chunk_bytes, impl=impl)
+        if cu_seqlens is None:
+            return logps.sum(dim=1)
+        return sequence_sums(logps, cu_seqlens.to(logps.device).diff())
+    plan = token_pass(Projection.of(hidden, head, lora), targets, cu_seqlens, max_chunk_bytes, impl, False)
+    (rows,) = _rows(plan)
+    return sequence_sums(rows, plan.layout.lengths.to(hidden.device, non_blocking=True))
 
 
-def _checked_rows(
-    hidden: Tensor,
-    head: LMHead,
-    lora: LoRA | None,
-    targets: Tensor,
-    cu_seqlens: Tensor | None,
-    max_chunk_bytes: int,
-    impl: str,
-    with_entropy: bool,
-) -> tuple[Layout, tuple[Tensor, ...]]:
-    """The layout of a call, and of each of its counted rows the log-prob (N,) and, if wanted, the entropy (N,)."""
-    projection = Projection.of(hidden, head, lora)
-    checks.inputs(projection, targets, cu_seqlens)
-    if cu_seqlens is not None:
-        checks.sequences(cu_seqlens, len(targets))
-    checks.chunk_budget(max_chunk_bytes)
-    dtype = checks.compute_dtype(hidden, projection.head.weight)
-    impl = checks.implementation(impl, projection.head, dtype)
-    layout = chunks.layout(targets, cu_seqlens if hidden.ndim == 2 else None)
-    checks.targets_in_vocabulary(layout, head)
-    if impl == "reference":
-        log_p = reference.row_distributions(projection, layout, dtype)
-        return layout, reference.logprobs_and_entropies(log_p, layout)[: 1 + with_entropy]
-    plan = _RowPlan(projection, layout, dtype, impl, max_chunk_bytes, with_entropy)
-    return layout, _Rows.apply(*Leaves.of(projection), plan)
-
-
-@dataclass(frozen=True)
-class _RowPlan:
-    projection: Projection
-    layout: Layout
-    compute_dtype: torch.dtype
-    impl: str
-    max_chunk_bytes: int
-    with_entropy: bool
-
-    def room(self, projection: Projection) -> HeadRoom:
-        return HeadRoom(
-            [projection.head],
-            self.layout,
-            self.compute_dtype,
-            self.impl,
-            self.max_chunk_bytes,
-            with_divergence=self.with_entropy,
-        )
+def _rows(plan: TokenPass) -> tuple[Tensor, ...]:
+    """Of each counted row the log-prob (N,) and, if wanted, the entropy (N,)."""
+    if plan.impl == "reference":
+        log_p = reference.row_distributions(plan.projection, plan.layout, plan.compute_dtype)
+        return reference.logprobs_and_entropies(log_p, plan.layout)[: 1 + plan.with_entropy]
+    return _Rows.apply(*Leaves.of(plan.projection), plan)
 
 
 class _Rows(torch.autograd.Function):
@@ -164,48 +138,18 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *leaves, plan = args
-        ctx.plan = plan
-        projection = plan.projection
-        with torch.autocast(projection.hidden.device.type, enabled=False):
-            room = plan.room(projection)
-            if not plan.with_entropy:
-                stats = room.statistics(projection, room.all_rows)
-                ctx.save_for_backward(*leaves, stats.norms)
-                return (stats.logps(),)
-            stats = room.entropy_statistics(projection, room.all_rows)
-            entropies = -stats.divergence(None)
-        ctx.save_for_backward(*leaves, stats.norms, entropies)
-        return stats.logps(), entropies
+        found = plan.forward()
+        ctx.plan = replace(plan, projection=plan.projection.without_tensors())
+        ctx.save_for_backward(*leaves, found.norms, found.entropies)
+        return (found.logps,) if found.entropies is None else (found.logps, found.entropies)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        plan: _RowPlan = ctx.plan
-        *tensors, norms = ctx.saved_tensors if not plan.with_entropy else ctx.saved_tensors[:-1]
-        leaves = Leaves(*tensors)
-        projection = leaves.put_into(plan.projection)
-        with torch.autocast(projection.hidden.device.type, enabled=False):
-            room = plan.room(projection)
-            gradients = Gradients(leaves, ctx.needs_input_grad[:5], plan.compute_dtype, projection.head.shard)
-            for rows in split(room.all_rows, room.max_rows):
-                (raw,) = room.logits([projection], rows)
-                if not plan.with_entropy:
-                    unit, _ = room.unit_gradients(raw, projection, rows, norms[rows])
-                    factor = -upstream[0][rows]
-                else:
-                    unit, factor = room.mixed_gradients(
-                        projection,
-                        raw,
-                        None,
-                        None,
-                        rows,
-                        norms=norms[rows],
-                        ref_norms=None,
-                        divergence=-ctx.saved_tensors[-1][rows],
-                        by_logp=upstream[0][rows],
-                        by_divergence=-upstream[1][rows],
-                    )
-                room.finish(gradients, unit, projection, rows, factor)
-            if projection.head.shard is not None:
-                gradients.over_ranks(projection.head.shard)
-            return (*gradients.scaled(), None)
+        *leaves, norms, entropies = ctx.saved_tensors
+        plan: TokenPass = ctx.plan
+        by_logps, by_entropies = upstream if len(upstream) == 2 else (upstream[0], None)
+        gradients = plan.backward(
+            Leaves(*leaves), norms, entropies, by_logps, by_entropies, ctx.needs_input_grad[:5]
+        )
+        return (*gradients.scaled(), None)

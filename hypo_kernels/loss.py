@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hypo_kernels import checks, chunks, reference, schedule
-from hypo_kernels.call import Call
+from hypo_kernels import ops, reference, schedule
+from hypo_kernels.call import Outcome, Reference, prepare
 from hypo_kernels.gradients import Leaves
 from hypo_kernels.head import LMHead, LoRA
-from hypo_kernels.objective import Objective
 from hypo_kernels.projection import Projection
-from hypo_kernels.schedule import Outcome
 from hypo_kernels.vocab import VocabShard
 
 
@@ -119,89 +116,41 @@ def fused_hypo_loss(
         ValueError: an argument is wrong; the message names it, its value and the fix.
     """
     head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature, shard=vocab_shard)
-    policy = Projection.of(hidden, head, lora)
-    checks.inputs(policy, targets, cu_seqlens)
-    if hidden.ndim == 2:
-        if cu_seqlens is None:
-            raise ValueError("cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart")
-        checks.sequences(cu_seqlens, len(targets))
-    num_sequences = len(targets) if cu_seqlens is None else len(cu_seqlens) - 1
-    num_prompts = checks.batch(num_sequences, num_pairs, num_generations)
-    checks.objective(
-        beta=beta,
-        kl_coef=kl_coef,
-        length_penalty=length_penalty,
-        preference=preference,
-        label_smoothing=label_smoothing,
-    )
-    checks.chunk_budget(max_chunk_bytes)
-    checks.one_reference(ref_logps, ref_hidden, hidden, head, ref_lm_head_weight, ref_bias)
-    checks.kl_estimator(kl_estimator, ref_hidden)
-    ref = None
-    if ref_logps is not None:
-        checks.reference_logps(ref_logps, num_sequences, hidden.device)
-    elif ref_hidden is not None:
-        own = ref_lm_head_weight is None
-        ref_head = replace(
-            policy.head,
-            weight=policy.head.weight if ref_lm_head_weight is None else ref_lm_head_weight,
-            bias=policy.head.bias if own and ref_bias is None else ref_bias,
-            lora_weight=None,
-        )
-        ref = Projection.of(ref_hidden.detach(), ref_head)
-        checks.inputs(ref, targets, cu_seqlens, name="ref_")
-        checks.same_vocabulary(policy.head, ref.head)
-        checks.compute_dtype(ref.hidden, ref.head.weight, name="ref_")
-    dtype = checks.compute_dtype(hidden, policy.head.weight)
-    impl = checks.implementation(impl, policy.head, dtype)
-    if validate:
-        checks.values_are_finite(hidden=hidden, ref_hidden=ref_hidden, ref_logps=ref_logps)
-
-    order = chunks.group_order(num_sequences, num_pairs)
-    in_call_order = chunks.layout(targets, cu_seqlens)
-    checks.targets_in_vocabulary(in_call_order, policy.head)
-    objective = Objective(
-        beta=beta,
-        kl_coef=kl_coef,
-        length_penalty=length_penalty,
-        preference=preference,
-        label_smoothing=label_smoothing,
-        num_pairs=num_pairs,
-        num_generations=num_generations,
-        num_prompts=num_prompts,
-    )
-    device_order = order.to(hidden.device, non_blocking=True)
-    call = Call(
-        policy=policy,
-        layout=in_call_order.reordered(order),
-        objective=objective,
-        compute_dtype=dtype,
-        impl=impl,
-        kl_estimator=kl_estimator,
-        max_chunk_bytes=max_chunk_bytes,
-        ref_logps=None if ref_logps is None else ref_logps.detach().to(_wide(dtype))[device_order],
-        ref=ref,
-    )
-    if impl == "reference":
-        found = reference.hypo_loss(call)
+    options: dict[str, Any] = {
+        "num_pairs": num_pairs,
+        "num_generations": num_generations,
+        "beta": beta,
+        "kl_coef": kl_coef,
+        "length_penalty": length_penalty,
+        "preference": preference,
+        "label_smoothing": label_smoothing,
+        "kl_estimator": kl_estimator,
+        "max_chunk_bytes": max_chunk_bytes,
+        "validate": validate,
+        "impl": impl,
+    }
+    reference_of_call = Reference(ref_logps, ref_hidden, ref_lm_head_weight, ref_bias)
+    if torch.compiler.is_compiling():
+        found, lengths = ops.hypo_loss(hidden, head, lora, targets, cu_seqlens, reference_of_call, options)
     else:
-        found = Outcome(*_FusedHypo.apply(*Leaves.of(policy), call, torch.is_grad_enabled()))
-    logps, ref_logps = (torch.empty_like(x).index_copy_(0, device_order, x) for x in (found.logps, found.ref_logps))
-    chosen, rejected, _ = (logps - ref_logps).split([num_pairs, num_pairs, num_sequences - 2 * num_pairs])
+        policy = Projection.of(hidden, head, lora)
+        call = prepare(policy, targets, cu_seqlens, reference_of_call, **options)
+        if call.impl == "reference":
+            found = reference.hypo_loss(call)
+        else:
+            found = Outcome(*_FusedHypo.apply(*Leaves.of(policy), call, torch.is_grad_enabled()))
+        found, lengths = call.in_call_order(found), call.lengths
+    chosen, rejected = (found.logps - found.ref_logps)[: 2 * num_pairs].view(2, num_pairs)
     return HypoLoss(
         loss=found.loss,
-        logps=logps,
-        ref_logps=ref_logps,
+        logps=found.logps,
+        ref_logps=found.ref_logps,
         chosen_rewards=beta * chosen,
         rejected_rewards=beta * rejected,
         margins=beta * (chosen - rejected),
         kl=found.kl,
-        lengths=in_call_order.lengths.to(hidden.device, non_blocking=True),
+        lengths=lengths,
     )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 class _FusedHypo(torch.autograd.Function):

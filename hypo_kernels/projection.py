@@ -31,6 +31,11 @@ class Projection:
         checks.lora(lora, hidden, head)
         return cls(replace(head, lora_weight=lora.B), hidden, F.linear(hidden, lora.A) * lora.scale)
 
+    def without_tensors(self) -> Projection:
+        """The head's constants alone: what a graph may hold on to beside the tensors that autograd saves."""
+        nothing = self.hidden.new_empty(0)
+        return Projection(replace(self.head, weight=nothing, bias=None, lora_weight=None), nothing)
+
     def terms(self) -> list[tuple[Tensor, Tensor]]:
         """(features, matrix) of each term of the raw product ``Σ features·matrixᵀ``."""
         out = [(self.hidden, self.head.weight)]

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hypo_kernels.call import Call
+from hypo_kernels.call import Call, Outcome
 from hypo_kernels.chunks import Layout
 from hypo_kernels.projection import Projection
-from hypo_kernels.schedule import Outcome
 
 
 def row_distributions(projection: Projection, layout: Layout, compute_dtype: torch.dtype) -> Tensor:

@@ -12,25 +12,15 @@ reference, whose logits stand in the buffer below the policy's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hypo_kernels.call import Call
+from hypo_kernels.call import Call, Outcome
 from hypo_kernels.chunks import Chunk, chunks
 from hypo_kernels.gradients import Gradients, Leaves
 from hypo_kernels.room import HeadRoom, sequence_sums
 from hypo_kernels.statistics import RowStatistics
-
-
-class Outcome(NamedTuple):
-    """Of a whole call, or of a chunk of it; sequences in group order."""
-
-    loss: Tensor  # ()
-    logps: Tensor  # (S,)
-    ref_logps: Tensor  # (S,)
-    kl: Tensor  # (N,), of each online sample, as the call's estimator has it
 
 
 def run(call: Call, needed: Sequence[bool]) -> tuple[Outcome, Gradients]:

@@ -1,0 +1,252 @@
+"""The operators that ``torch.compile`` sees: opaque, with fake kernels and gradients of their own.
+
+What happens inside depends on the targets' values, so a tracer has to take each call as one node. Eager
+calls do not come here: their autograd Functions keep the plan of a call between forward and backward.
+
+    hypo_kernels::hypo_loss                 loss, statistics and finished gradients
+    hypo_kernels::token_logprobs            log-probs, entropies and softmax norms
+    hypo_kernels::token_logprobs_backward   their gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypo_kernels import gemm, schedule
+from hypo_kernels.call import Outcome, Reference, prepare
+from hypo_kernels.gradients import Leaves, shapes_of_sums
+from hypo_kernels.head import LMHead, LoRA
+from hypo_kernels.projection import Projection
+from hypo_kernels.tokens import TokenPass, token_pass
+
+NUM_LEAVES = len(Leaves._fields)
+# What every operator begins with: the leaves, then the head's constants, then what is computed in.
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora, Tensor? lora_weight, "
+    "float? logit_softcap, float logit_scale, float temperature, ScalarType? autocast, bool[] needed"
+)
+_NUM_HEAD = NUM_LEAVES + 5
+
+
+def hypo_loss(
+    hidden: Tensor,
+    head: LMHead,
+    lora: LoRA | None,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    reference: Reference,
+    options: dict[str, Any],
+) -> tuple[Outcome, Tensor]:
+    """The outcome in the caller's order, and the sequences' lengths (S,); ``options`` as in ``call.prepare``."""
+    loss, logps, ref_logps, kl, lengths, *_ = _hypo_loss(
+        *_head_arguments(hidden, head, lora), targets, cu_seqlens, *reference, **options
+    )
+    return Outcome(loss, logps.detach(), ref_logps.detach(), kl.detach()), lengths
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: LMHead,
+    lora: LoRA | None,
+    targets: Tensor,
+    *,
+    max_chunk_bytes: int,
+    impl: str,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and, if wanted, entropies, of the shape of ``targets``."""
+    logps, entropies, _ = _token_logprobs(
+        *_head_arguments(hidden, head, lora), targets, max_chunk_bytes, impl, with_entropy
+    )
+    return logps, entropies
+
+
+def _head_arguments(hidden: Tensor, head: LMHead, lora: LoRA | None) -> tuple[Any, ...]:
+    if head.shard is not None:
+        raise ValueError("vocab_shard: torch.compile cannot trace a sharded head; call outside of it")
+    projection = Projection.of(hidden, head, lora)
+    leaves = Leaves.of(projection)
+    device = hidden.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    grad_enabled = torch.is_grad_enabled()
+    needed = [grad_enabled and x is not None and x.requires_grad for x in leaves]
+    return (*leaves, head.logit_softcap, head.logit_scale, head.temperature, autocast, needed)
+
+
+def _parse(arguments: Sequence[Any]) -> tuple[Projection, torch.dtype | None, list[bool]]:
+    """What :func:`_head_arguments` has laid out flat."""
+    leaves = Leaves(*arguments[:NUM_LEAVES])
+    softcap, scale, temperature, autocast, needed = arguments[NUM_LEAVES:_NUM_HEAD]
+    assert leaves.hidden is not None
+    assert leaves.weight is not None
+    head = LMHead(leaves.weight, leaves.bias, softcap, scale, temperature, lora_weight=leaves.lora_weight)
+    return Projection(head, leaves.hidden, leaves.lora), autocast, needed
+
+
+def _as_traced(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """The autocast state of the traced call, which is over when the compiled one runs."""
+    if autocast is None:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=autocast)
+
+
+def _absent(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _sums(arguments: Sequence[Any]) -> list[Tensor]:
+    """New tensors in which the needed gradients are summed, empty ones for the others."""
+    projection, autocast, needed = _parse(arguments)
+    compute_dtype = projection.hidden.dtype if autocast is None else autocast
+    out = []
+    for like, wanted in zip(shapes_of_sums(Leaves.of(projection), compute_dtype, None), needed, strict=True):
+        out.append(like.new_empty(like.shape) if wanted and like is not None else _absent(projection.hidden))
+    return out
+
+
+def _handed_out(sums: Sequence[Tensor], leaves: Sequence[Any], factor: Tensor | None) -> list[Tensor | None]:
+    """Sums, times ``factor`` (), in the shapes and dtypes of the leaves."""
+    out: list[Tensor | None] = []
+    for x, (needed, shape, dtype) in zip(sums, leaves, strict=True):
+        out.append((x if factor is None else x * factor).view(shape).to(dtype) if needed else None)
+    return out
+
+
+def _shapes(arguments: Sequence[Any]) -> list[tuple[bool, Any, Any]]:
+    """Whether each leaf needs a gradient, its shape and its dtype."""
+    leaves, needed = arguments[:NUM_LEAVES], arguments[_NUM_HEAD - 1]
+    return [(n, None, None) if x is None else (n, x.shape, x.dtype) for x, n in zip(leaves, needed, strict=True)]
+
+
+@torch.library.custom_op(
+    "hypo_kernels::hypo_loss",
+    mutates_args=(),
+    schema=f"({_HEAD}, Tensor targets, Tensor? cu_seqlens, "
+    "Tensor? ref_logps, Tensor? ref_hidden, Tensor? ref_lm_head_weight, Tensor? ref_bias, *, "
+    "int num_pairs, int num_generations, float beta, float kl_coef, float length_penalty, str preference, "
+    "float label_smoothing, str kl_estimator, int max_chunk_bytes, bool validate, str impl) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _hypo_loss(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    """An outcome in the caller's order, lengths, and the gradients' sums: all that autograd needs later."""
+    projection, autocast, needed = _parse(args)
+    targets, cu_seqlens, *reference = args[_NUM_HEAD:]
+    with _as_traced(projection.hidden.device, autocast):
+        call = prepare(projection, targets, cu_seqlens, Reference(*reference), **options)
+        if call.impl == "reference":
+            raise ValueError("impl='reference' is eager: call it outside of torch.compile, or use impl='auto'")
+        with torch.autocast(projection.hidden.device.type, enabled=False):
+            found, gradients = schedule.run(call, needed)
+    sums = [_absent(projection.hidden) if x is None else x for x in gradients.sums]
+    return (*call.in_call_order(found), call.lengths, *sums)
+
+
+@_hypo_loss.register_fake
+def _(*args: Any, num_pairs: int, **_options: Any) -> tuple[Tensor, ...]:
+    hidden, targets, cu_seqlens = args[0], args[_NUM_HEAD], args[_NUM_HEAD + 1]
+    wide = gemm.accumulator_dtype(hidden.dtype)
+    sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    loss, logps, ref_logps, kl = (
+        hidden.new_empty(shape, dtype=wide) for shape in ((), (sequences,), (sequences,), (sequences - 2 * num_pairs,))
+    )
+    return loss, logps, ref_logps, kl, hidden.new_empty(sequences, dtype=torch.long), *_sums(args)
+
+
+def _keep_gradients(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: Any, output: Sequence[Tensor]) -> None:
+    ctx.save_for_backward(*output[5:])
+    ctx.leaves, ctx.num_inputs = _shapes(inputs), len(inputs)
+
+
+def _hand_out_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = _handed_out(ctx.saved_tensors, ctx.leaves, grad_loss)
+    return (*gradients, *[None] * (ctx.num_inputs - NUM_LEAVES))
+
+
+_hypo_loss.register_autograd(_hand_out_gradients, setup_context=_keep_gradients)
+
+
+_TOKENS = f"{_HEAD}, Tensor targets, int max_chunk_bytes, str impl, bool with_entropy"
+
+
+@torch.library.custom_op(
+    "hypo_kernels::token_logprobs", mutates_args=(), schema=f"({_TOKENS}) -> (Tensor, Tensor, Tensor)"
+)
+def _token_logprobs(*args: Any) -> tuple[Tensor, ...]:
+    """Log-probs and entropies of the shape of the targets, 0 at ignored rows, and norms (rows, 2)."""
+    plan, targets = _token_pass(args)
+    found = plan.forward()
+    rows = plan.layout.rows.to(found.logps.device)
+
+    def in_place(x: Tensor) -> Tensor:
+        return x.new_zeros(targets.numel(), *x.shape[1:]).index_copy_(0, rows, x)
+
+    entropies = _absent(found.logps) if found.entropies is None else in_place(found.entropies).view(targets.shape)
+    return in_place(found.logps).view(targets.shape), entropies, in_place(found.norms)
+
+
+@_token_logprobs.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    hidden, targets, with_entropy = args[0], args[_NUM_HEAD], args[_NUM_HEAD + 3]
+    wide = gemm.accumulator_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(targets.shape, dtype=wide),
+        hidden.new_empty(targets.shape if with_entropy else 0, dtype=wide),
+        hidden.new_empty((targets.numel(), 2), dtype=wide),
+    )
+
+
+@torch.library.custom_op(
+    "hypo_kernels::token_logprobs_backward",
+    mutates_args=(),
+    schema=f"({_TOKENS}, Tensor norms, Tensor entropies, Tensor by_logps, Tensor by_entropies) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _token_logprobs_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The gradients' sums."""
+    plan, _ = _token_pass(args)
+    *_, norms, entropies, by_logps, by_entropies = args
+    rows = plan.layout.rows.to(norms.device)
+    picked = [x.flatten()[rows] if plan.with_entropy else None for x in (entropies, by_entropies)]
+    needed = args[_NUM_HEAD - 1]
+    gradients = plan.backward(
+        Leaves.of(plan.projection), norms[rows], picked[0], by_logps.flatten()[rows], picked[1], needed
+    )
+    return tuple(_absent(norms) if x is None else x for x in gradients.sums)
+
+
+@_token_logprobs_backward.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(_sums(args))
+
+
+def _keep_norms(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    _, entropies, norms = output
+    targets = inputs[_NUM_HEAD]
+    ctx.save_for_backward(*inputs[:NUM_LEAVES], targets, norms, entropies)
+    ctx.constants, ctx.settings = inputs[NUM_LEAVES:_NUM_HEAD], inputs[_NUM_HEAD + 1 :]
+    ctx.leaves = _shapes(inputs)
+
+
+def _backward_of_tokens(ctx: Any, by_logps: Tensor, by_entropies: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *leaves, targets, norms, entropies = ctx.saved_tensors
+    arguments = (*leaves, *ctx.constants, targets, *ctx.settings)
+    sums = _token_logprobs_backward(*arguments, norms, entropies, by_logps, by_entropies)
+    return (*_handed_out(sums, ctx.leaves, None), *[None] * (len(arguments) - NUM_LEAVES))
+
+
+_token_logprobs.register_autograd(_backward_of_tokens, setup_context=_keep_norms)
+
+
+def _token_pass(args: Sequence[Any]) -> tuple[TokenPass, Tensor]:
+    projection, autocast, _ = _parse(args)
+    targets, max_chunk_bytes, impl, with_entropy = args[_NUM_HEAD : _NUM_HEAD + 4]
+    with _as_traced(projection.hidden.device, autocast):
+        plan = token_pass(projection, targets, None, max_chunk_bytes, impl, with_entropy)
+    if plan.impl == "reference":
+        raise ValueError("impl='reference' is eager: call it outside of torch.compile, or use impl='auto'")
+    return plan, targets
