@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from hypo_kernels.chunks import Layout
-from hypo_kernels.head import LMHead
 from hypo_kernels.objective import Objective
+from hypo_kernels.projection import Projection
 
 
 @dataclass(frozen=True)
 class Call:
     """Everything per sequence is in group order: each pair's two sequences, then each prompt's samples."""
 
-    head: LMHead
+    policy: Projection
     layout: Layout
     objective: Objective
     compute_dtype: torch.dtype
@@ -24,8 +24,7 @@ class Call:
     kl_estimator: str
     max_chunk_bytes: int
     ref_logps: Tensor | None  # (S,)
-    ref_hidden: Tensor | None
-    ref_head: LMHead | None
+    ref: Projection | None
 
     def largest_group(self) -> int:
         """Rows of the largest pair or group, the smallest chunk that keeps every group whole."""

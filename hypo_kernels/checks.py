@@ -9,13 +9,17 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hypo_kernels.chunks import IGNORE_INDEX, Layout
-from hypo_kernels.head import LMHead
+from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.objective import KL_ESTIMATORS, PREFERENCES
+
+if TYPE_CHECKING:
+    from hypo_kernels.projection import Projection
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,11 +30,16 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def implementation(impl: str, device: torch.device, compute_dtype: torch.dtype) -> str:
-    """The implementation to use for tensors on ``device``; one that cannot serve them raises."""
+def implementation(impl: str, head: LMHead, compute_dtype: torch.dtype) -> str:
+    """The implementation to use for a head and its device; one that cannot serve them raises."""
+    device = head.weight.device
     _require(impl in IMPLEMENTATIONS, f"impl={impl!r}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "auto":
         impl = "triton" if device.type == "cuda" and compute_dtype != torch.float64 else "torch"
+    _require(
+        impl != "reference" or head.shard is None,
+        "impl='reference' does not serve a vocab_shard: gather the head, or use impl='auto'",
+    )
     if impl == "triton":
         _require(
             device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1",
@@ -56,9 +65,10 @@ def compute_dtype(hidden: Tensor, weight: Tensor, name: str = "") -> torch.dtype
     return hidden.dtype
 
 
-def inputs(hidden: Tensor, head: LMHead, targets: Tensor, cu_seqlens: Tensor | None, name: str = "") -> None:
-    """Shapes, dtypes and devices of one (hidden, head, targets) triple; ``name`` prefixes the arguments' names."""
-    weight, bias = head.weight, head.bias
+def inputs(projection: Projection, targets: Tensor, cu_seqlens: Tensor | None, name: str = "") -> None:
+    """Shapes, dtypes and devices of hidden, head and targets; ``name`` prefixes the arguments' names."""
+    hidden, head = projection.hidden, projection.head
+    weight, bias, shard = head.weight, head.bias, head.shard
     h, w, b = (f"{name}hidden", f"{name}lm_head_weight", f"{name}bias")
     _require(
         hidden.ndim in (2, 3),
@@ -91,7 +101,34 @@ def inputs(hidden: Tensor, head: LMHead, targets: Tensor, cu_seqlens: Tensor | N
         hidden.ndim == 2 or cu_seqlens is None,
         f"cu_seqlens goes with packed inputs, but {h} is padded: {tuple(hidden.shape)}",
     )
+    _require(
+        shard is None or shard.size == weight.shape[0],
+        f"{w} has {weight.shape[0]} vocabulary entries and this rank's vocab_shard {shard and shard.size}: "
+        f"pass the rank's own rows, {shard and shard.start} to {shard and shard.start + shard.size}",
+    )
     head_constants(head)
+
+
+def lora(lora: LoRA, hidden: Tensor, head: LMHead) -> None:
+    """``W + scale·B·A`` has the shape of W, and its factors multiply as the hidden states do."""
+    vocab, width = head.weight.shape
+    _require(
+        lora.A.ndim == 2 and lora.A.shape[1] == width,
+        f"lora.A has shape {tuple(lora.A.shape)}: must be (r, {width}), as lm_head_weight is {(vocab, width)}",
+    )
+    rank = lora.A.shape[0]
+    _require(
+        tuple(lora.B.shape) == (vocab, rank),
+        f"lora.B has shape {tuple(lora.B.shape)}: must be ({vocab}, {rank}), as lora.A is {(rank, width)}",
+    )
+    _require(math.isfinite(lora.scale), f"lora.scale={lora.scale}: must be finite")
+    for factor, label in ((lora.A, "lora.A"), (lora.B, "lora.B")):
+        _require(factor.device == hidden.device, f"{label} is on {factor.device} and hidden on {hidden.device}")
+        _require(
+            factor.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type),
+            f"{label} is {factor.dtype} and hidden {hidden.dtype}: convert one of them, or call under "
+            f"torch.autocast({hidden.device.type!r}, dtype=...)",
+        )
 
 
 def head_constants(head: LMHead) -> None:
@@ -117,8 +154,9 @@ def sequences(cu_seqlens: Tensor, num_rows: int) -> None:
         _require(b >= a, f"cu_seqlens falls from {a} to {b} at position {i + 1}: must not decrease")
 
 
-def targets_in_vocabulary(layout: Layout, vocab_size: int) -> None:
-    """Every counted target is a row of the weight. Looks at the host's copy."""
+def targets_in_vocabulary(layout: Layout, head: LMHead) -> None:
+    """Every counted target is a row of the (whole) weight. Looks at the host's copy."""
+    vocab_size = head.vocab_size if head.shard is None else head.shard.vocab_size
     if len(layout.targets) == 0:
         return
     low, high = int(layout.targets.min()), int(layout.targets.max())

@@ -67,14 +67,15 @@ class Chunk:
     rows: slice
     num_pairs: int
 
-    def blocks(self, max_rows: int) -> Iterator[slice]:
-        """Its rows, at most ``max_rows`` at a time: one block when the chunk fits."""
-        return split(self.rows, max_rows)
+    def blocks(self, max_rows: int) -> Iterator[tuple[slice, slice]]:
+        """Its rows, at most ``max_rows`` at a time, in the layout and in the chunk: one block when it fits."""
+        for block in split(self.rows, max_rows):
+            yield block, slice(block.start - self.rows.start, block.stop - self.rows.start)
 
 
 def split(rows: slice, max_rows: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``max_rows``."""
-    for start in range(rows.start, rows.stop, max_rows):
+    """Consecutive slices of at most ``max_rows``; no rows are one empty slice."""
+    for start in range(rows.start, max(rows.stop, rows.start + 1), max_rows):
         yield slice(start, min(start + max_rows, rows.stop))
 
 
@@ -96,8 +97,10 @@ def chunks(lengths: Sequence[int], num_pairs: int, num_generations: int, max_row
 
 # fp16 gradients of the weight are summed through a block of products of this size.
 FP16_BLOCK_BYTES = 2**26
-# Chunks beyond this gain a CPU nothing and cost it fresh pages, unless a group needs them to stay whole.
-CPU_BUFFER_BYTES = 2**27
+# A CPU gains nothing from chunks beyond either of these, unless a group needs them to stay whole: the buffer
+# leaves its caches, while the weight's gradient is read and written once a chunk.
+CPU_BUFFER_BYTES = 2**25
+CPU_ROWS = 512
 
 # Index, target, length, log-prob, softmax norms and coefficient of every counted row, kept for a call.
 BYTES_PER_COUNTED_ROW = 64
@@ -112,23 +115,27 @@ def max_rows(
     scratch_bytes: Callable[[int, int], int],
     gradients_in_place: bool,
     largest_group: int,
+    buffers: int,
 ) -> int:
     """How many rows fit through the head at once with every temporary within ``max_chunk_bytes``.
 
-    Raises ValueError when not even one row fits.
+    ``buffers`` is 2 where the logits of two heads have to be there together. Raises ValueError when not even
+    one row fits.
     """
-    vocab, width = heads[0].weight.shape
-    device = heads[0].weight.device
+    weights = [weight for head in heads for weight in head.weights]
+    device, shard = weights[0].device, heads[0].shard
+    vocab = heads[0].vocab_size if shard is None else shard.largest
+    width = max(sum(weight.shape[1] for weight in head.weights) for head in heads)
     operand = gemm.operand_dtype(device, compute_dtype)
     accumulator = gemm.accumulator_dtype(compute_dtype)
-    per_row = pitch(vocab, device) * accumulator.itemsize
+    per_row = buffers * pitch(vocab, device) * accumulator.itemsize
     if operand != accumulator and not gradients_in_place:
         per_row += vocab * operand.itemsize
     # Gathered and converted inputs, inputs times coefficients, and their gradients before and after conversion.
-    per_row += width * (2 * operand.itemsize + 3 * accumulator.itemsize)
+    per_row += buffers * width * (2 * operand.itemsize + 3 * accumulator.itemsize)
 
     def fixed(budget: int) -> int:
-        panels = sum(gemm.Panels.copy_bytes(head.weight, compute_dtype, budget) for head in heads)
+        panels = sum(gemm.Panels.copy_bytes(weight, compute_dtype, budget) for weight in weights)
         block = min(FP16_BLOCK_BYTES, 4 * vocab * width) if operand == torch.float16 else 0
         return panels + block + BYTES_PER_COUNTED_ROW * num_rows
 
@@ -147,7 +154,7 @@ def max_rows(
             f"pass at least {needed} for this call"
         )
     if device.type == "cpu":
-        rows = min(rows, max(largest_group, CPU_BUFFER_BYTES // per_row, 1))
+        rows = min(rows, max(largest_group, CPU_BUFFER_BYTES // per_row, CPU_ROWS))
     return min(rows, max(1, num_rows))
 
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from hypo_kernels.vocab import VocabShard
+
+
+class LoRA(NamedTuple):
+    """A low-rank update of the head, ``W + scale · B·A``, that is never multiplied out."""
+
+    A: Tensor  # (r, D)
+    B: Tensor  # (V, r)
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -14,7 +24,8 @@ class LMHead:
     """``logits = softcap(logit_scale · (h·Wᵀ + bias)) / temperature``, softcap(z) = c·tanh(z / c).
 
     ``weight`` is (V, D), ``bias`` (V,) or None. ``logit_scale`` is Cohere's factor (Granite divides: pass
-    its reciprocal), ``logit_softcap`` Gemma's final softcap.
+    its reciprocal), ``logit_softcap`` Gemma's final softcap. With ``lora_weight`` (V, r), LoRA's B, the raw
+    product has a second term of r features. With ``shard``, all three hold this rank's vocabulary alone.
     """
 
     weight: Tensor  # (V, D)
@@ -22,18 +33,21 @@ class LMHead:
     logit_softcap: float | None = None
     logit_scale: float = 1.0
     temperature: float = 1.0
+    lora_weight: Tensor | None = None  # (V, r)
+    shard: VocabShard | None = None
 
     @property
     def vocab_size(self) -> int:
+        """Of this rank."""
         return self.weight.shape[0]
 
     @property
-    def slope_is_needed(self) -> bool:
-        """Whether ∂logits/∂raw is anything but 1."""
-        return self.logit_softcap is not None or self.logit_scale != self.temperature
+    def weights(self) -> list[Tensor]:
+        """The matrices of the raw product's terms."""
+        return [self.weight] if self.lora_weight is None else [self.weight, self.lora_weight]
 
     def constants(self) -> dict[str, Any]:
-        """Everything but the weight, as keyword arguments of the public functions."""
+        """Everything but the matrices, as keyword arguments of the public functions."""
         return {
             "bias": self.bias,
             "logit_softcap": self.logit_softcap,

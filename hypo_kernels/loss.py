@@ -11,8 +11,12 @@ from torch.autograd.function import once_differentiable
 
 from hypo_kernels import checks, chunks, reference, schedule
 from hypo_kernels.call import Call
-from hypo_kernels.head import LMHead
+from hypo_kernels.gradients import Leaves
+from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.objective import Objective
+from hypo_kernels.projection import Projection
+from hypo_kernels.schedule import Outcome
+from hypo_kernels.vocab import VocabShard
 
 
 class HypoLoss(NamedTuple):
@@ -54,6 +58,8 @@ def fused_hypo_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
+    lora: LoRA | None = None,
+    vocab_shard: VocabShard | None = None,
     max_chunk_bytes: int = 2**30,
     validate: bool = False,
     impl: str = "auto",
@@ -95,6 +101,10 @@ def fused_hypo_loss(
             them, which needs ``ref_hidden``.
         bias, logit_softcap, logit_scale, temperature: logits are
             ``softcap(logit_scale · (hidden·Wᵀ + bias)) / temperature``, for policy and reference.
+        lora: a low-rank update of the policy's head, ``W + scale·B·A``, which is never multiplied out; the
+            reference's is the head without it.
+        vocab_shard: which part of the vocabulary this rank's weights, biases and B hold; all other arguments are
+            the same on all ranks, and so are the results.
         max_chunk_bytes: bound on all temporaries of the call together, in bytes, beside the gradients (a
             16-bit weight's gradient is accumulated in fp32). Larger calls do not use more.
         validate: also check that hidden states and reference log-probs are finite; waits for the GPU.
@@ -108,8 +118,9 @@ def fused_hypo_loss(
     Raises:
         ValueError: an argument is wrong; the message names it, its value and the fix.
     """
-    head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature)
-    checks.inputs(hidden, head, targets, cu_seqlens)
+    head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature, shard=vocab_shard)
+    policy = Projection.of(hidden, head, lora)
+    checks.inputs(policy, targets, cu_seqlens)
     if hidden.ndim == 2:
         if cu_seqlens is None:
             raise ValueError("cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart")
@@ -126,29 +137,29 @@ def fused_hypo_loss(
     checks.chunk_budget(max_chunk_bytes)
     checks.one_reference(ref_logps, ref_hidden, hidden, head, ref_lm_head_weight, ref_bias)
     checks.kl_estimator(kl_estimator, ref_hidden)
-    ref_head = None
+    ref = None
     if ref_logps is not None:
         checks.reference_logps(ref_logps, num_sequences, hidden.device)
     elif ref_hidden is not None:
         own = ref_lm_head_weight is None
         ref_head = replace(
-            head,
-            weight=lm_head_weight if ref_lm_head_weight is None else ref_lm_head_weight,
-            bias=bias if own and ref_bias is None else ref_bias,
+            policy.head,
+            weight=policy.head.weight if ref_lm_head_weight is None else ref_lm_head_weight,
+            bias=policy.head.bias if own and ref_bias is None else ref_bias,
+            lora_weight=None,
         )
-        checks.inputs(ref_hidden, ref_head, targets, cu_seqlens, name="ref_")
-        checks.same_vocabulary(head, ref_head)
-        checks.compute_dtype(ref_hidden, ref_head.weight, name="ref_")
-    dtype = checks.compute_dtype(hidden, lm_head_weight)
-    impl = checks.implementation(impl, hidden.device, dtype)
-    if kl_estimator == "exact" and impl != "reference":
-        raise NotImplementedError(f"kl_estimator='exact' with impl={impl!r}: use impl='reference'")
+        ref = Projection.of(ref_hidden.detach(), ref_head)
+        checks.inputs(ref, targets, cu_seqlens, name="ref_")
+        checks.same_vocabulary(policy.head, ref.head)
+        checks.compute_dtype(ref.hidden, ref.head.weight, name="ref_")
+    dtype = checks.compute_dtype(hidden, policy.head.weight)
+    impl = checks.implementation(impl, policy.head, dtype)
     if validate:
         checks.values_are_finite(hidden=hidden, ref_hidden=ref_hidden, ref_logps=ref_logps)
 
     order = chunks.group_order(num_sequences, num_pairs)
     in_call_order = chunks.layout(targets, cu_seqlens)
-    checks.targets_in_vocabulary(in_call_order, head.vocab_size)
+    checks.targets_in_vocabulary(in_call_order, policy.head)
     objective = Objective(
         beta=beta,
         kl_coef=kl_coef,
@@ -161,7 +172,7 @@ def fused_hypo_loss(
     )
     device_order = order.to(hidden.device, non_blocking=True)
     call = Call(
-        head=head,
+        policy=policy,
         layout=in_call_order.reordered(order),
         objective=objective,
         compute_dtype=dtype,
@@ -169,27 +180,22 @@ def fused_hypo_loss(
         kl_estimator=kl_estimator,
         max_chunk_bytes=max_chunk_bytes,
         ref_logps=None if ref_logps is None else ref_logps.detach().to(_wide(dtype))[device_order],
-        ref_hidden=None if ref_hidden is None else ref_hidden.detach(),
-        ref_head=ref_head,
+        ref=ref,
     )
-    exact_kl = None
-    if kl_estimator == "exact":
-        loss, logps, ref, exact_kl = reference.exact_hypo_loss(hidden, call)
-    elif impl == "reference":
-        loss, logps, ref = reference.hypo_loss(hidden, call)
+    if impl == "reference":
+        found = reference.hypo_loss(call)
     else:
-        loss, logps, ref = _FusedHypo.apply(hidden, head.weight, head.bias, call, torch.is_grad_enabled())
-    logps, ref = (torch.empty_like(x).index_copy_(0, device_order, x) for x in (logps, ref))
-    ratio = logps - ref
-    chosen, rejected, kl = ratio.split([num_pairs, num_pairs, num_sequences - 2 * num_pairs])
+        found = Outcome(*_FusedHypo.apply(*Leaves.of(policy), call, torch.is_grad_enabled()))
+    logps, ref_logps = (torch.empty_like(x).index_copy_(0, device_order, x) for x in (found.logps, found.ref_logps))
+    chosen, rejected, _ = (logps - ref_logps).split([num_pairs, num_pairs, num_sequences - 2 * num_pairs])
     return HypoLoss(
-        loss=loss,
+        loss=found.loss,
         logps=logps,
-        ref_logps=ref,
+        ref_logps=ref_logps,
         chosen_rewards=beta * chosen,
         rejected_rewards=beta * rejected,
         margins=beta * (chosen - rejected),
-        kl=kl if exact_kl is None else exact_kl,
+        kl=found.kl,
         lengths=in_call_order.lengths.to(hidden.device, non_blocking=True),
     )
 
@@ -199,21 +205,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _FusedHypo(torch.autograd.Function):
-    """Loss and log-probs with the gradients finished in forward; backward hands them out, scaled."""
+    """An :class:`Outcome` with the gradients finished in forward; backward hands them out, scaled."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, grad_enabled: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *leaves, call, grad_enabled = args
         # needs_input_grad says which inputs require a gradient, under no_grad too.
-        hidden_needed, weight_needed, bias_needed = (grad_enabled and x for x in ctx.needs_input_grad[:3])
-        with torch.autocast(hidden.device.type, enabled=False):
-            loss, logps, ref_logps, ctx.gradients = schedule.run(
-                call, hidden, (hidden_needed, weight_needed, bias_needed)
-            )
-        ctx.inputs = (hidden.detach(), call.head)
-        ctx.mark_non_differentiable(logps, ref_logps)
-        return loss, logps, ref_logps
+        needed = [grad_enabled and x for x in ctx.needs_input_grad[: len(leaves)]]
+        with torch.autocast(call.policy.hidden.device.type, enabled=False):
+            found, ctx.gradients = schedule.run(call, needed)
+        ctx.mark_non_differentiable(found.logps, found.ref_logps, found.kl)
+        return found.loss, found.logps, found.ref_logps, found.kl
 
     @staticmethod
     @once_differentiable
@@ -223,6 +225,5 @@ class _FusedHypo(torch.autograd.Function):
                 "fused_hypo_loss: backward was called twice, but its gradients are handed out once "
                 "(they were finished in the forward call); call fused_hypo_loss again"
             )
-        gradients, (hidden, head) = ctx.gradients, ctx.inputs
-        ctx.gradients = ctx.inputs = None
-        return (*gradients.scaled(grad_loss, hidden, head), None, None)
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*gradients.scaled(grad_loss), None, None)

@@ -10,55 +10,62 @@ from torch import Tensor
 
 from hypo_kernels.call import Call
 from hypo_kernels.chunks import Layout
-from hypo_kernels.head import LMHead
+from hypo_kernels.projection import Projection
+from hypo_kernels.schedule import Outcome
 
 
-def row_logprobs(hidden: Tensor, head: LMHead, layout: Layout, compute_dtype: torch.dtype) -> Tensor:
-    """log p(target) of each counted row, (N,), differentiable: ``log_softmax(h·Wᵀ)[target]``."""
-    return _of_targets(row_distributions(hidden, head, layout, compute_dtype), layout)
-
-
-def row_distributions(hidden: Tensor, head: LMHead, layout: Layout, compute_dtype: torch.dtype) -> Tensor:
+def row_distributions(projection: Projection, layout: Layout, compute_dtype: torch.dtype) -> Tensor:
     """log p of the whole vocabulary at each counted row, (N, V), differentiable: ``log_softmax(h·Wᵀ)``.
 
     The operands are rounded to ``compute_dtype``, as a GEMM of that dtype would take them; the product
     and everything after it is computed in fp32, or in fp64 for fp64 inputs.
     """
     wide = torch.promote_types(compute_dtype, torch.float32)
-    rows = layout.rows.to(hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        x = hidden.reshape(-1, hidden.shape[-1])[rows].to(compute_dtype).to(wide)
-        logits = head.logits(x @ head.weight.to(compute_dtype).to(wide).t())
-        return logits.log_softmax(dim=-1)
+    rows = layout.rows.to(projection.hidden.device)
+    with torch.autocast(projection.hidden.device.type, enabled=False):
+        raw = sum(
+            features.flatten(0, -2)[rows].to(compute_dtype).to(wide) @ matrix.to(compute_dtype).to(wide).t()
+            for features, matrix in projection.terms()
+        )
+        assert isinstance(raw, Tensor)
+        return projection.head.logits(raw).log_softmax(dim=-1)
 
 
-def hypo_loss(hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss (), differentiable, and the policy's and reference's log-probs, (S,) each, in group order.
+def logprobs_and_entropies(log_p: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """(N,) each of log-distributions (N, V)."""
+    return _of_targets(log_p, layout), -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def hypo_loss(call: Call) -> Outcome:
+    """The loss (), differentiable, and what it saw, in group order.
 
     The value is the objective's; the gradient is Σ coefficient · ∇log π, the coefficients held fixed.
     """
-    logps = _of_sequences(row_logprobs(hidden, call.head, call.layout, call.compute_dtype), call)
+    if call.kl_estimator == "exact":
+        return _exact_hypo_loss(call)
+    log_p = row_distributions(call.policy, call.layout, call.compute_dtype)
+    logps = _of_sequences(_of_targets(log_p, call.layout), call)
     ref_logps = call.ref_logps
-    if call.ref_hidden is not None and call.ref_head is not None:
-        rows = row_logprobs(call.ref_hidden, call.ref_head, call.layout, call.compute_dtype)
-        ref_logps = _of_sequences(rows, call).detach()
+    if call.ref is not None:
+        log_q = row_distributions(call.ref, call.layout, call.compute_dtype).detach()
+        ref_logps = _of_sequences(_of_targets(log_q, call.layout), call)
     assert ref_logps is not None
-    lengths = call.layout.lengths.to(hidden.device)
-    loss, coefficients = call.objective(logps.detach(), ref_logps, lengths, call.objective.num_pairs)
+    num_pairs, lengths = call.objective.num_pairs, call.layout.lengths.to(log_p.device)
+    loss, coefficients = call.objective(logps.detach(), ref_logps, lengths, num_pairs)
     surrogate = (coefficients * logps).sum()
-    return loss + surrogate - surrogate.detach(), logps.detach(), ref_logps
+    logps = logps.detach()
+    return Outcome(loss + surrogate - surrogate.detach(), logps, ref_logps, (logps - ref_logps)[2 * num_pairs :])
 
 
-def exact_hypo_loss(hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`hypo_loss` with the exact estimator, and its KL of each sample, (G·k,).
+def _exact_hypo_loss(call: Call) -> Outcome:
+    """:func:`hypo_loss` with the exact estimator.
 
     The gradient is Σ coefficient · ∇log π of the pairs' sequences and of the samples' rows, plus that of the
     rows' divergences D = KL(π(·|s)‖π_ref(·|s)), by autograd.
     """
-    assert call.ref_hidden is not None
-    assert call.ref_head is not None
-    log_p = row_distributions(hidden, call.head, call.layout, call.compute_dtype)
-    log_q = row_distributions(call.ref_hidden, call.ref_head, call.layout, call.compute_dtype).detach()
+    assert call.ref is not None
+    log_p = row_distributions(call.policy, call.layout, call.compute_dtype)
+    log_q = row_distributions(call.ref, call.layout, call.compute_dtype).detach()
     rows, ref_rows = _of_targets(log_p, call.layout), _of_targets(log_q, call.layout)
     logps, ref_logps = _of_sequences(rows, call), _of_sequences(ref_rows, call)
     num_pairs, lengths = call.objective.num_pairs, call.layout.lengths
@@ -67,14 +74,14 @@ def exact_hypo_loss(hidden: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor,
     loss, of_pairs, terms = call.objective.exact(
         logps.detach(),
         ref_logps,
-        lengths.to(hidden.device),
+        lengths.to(log_p.device),
         num_pairs,
         divergences.detach(),
         longest=int(lengths.max()),
     )
     surrogate = (of_pairs * logps[: 2 * num_pairs]).sum()
     surrogate = surrogate + (terms.by_logp * rows[online]).sum() + terms.by_divergence * divergences.sum()
-    return loss + surrogate - surrogate.detach(), logps.detach(), ref_logps, terms.kl.flatten()
+    return Outcome(loss + surrogate - surrogate.detach(), logps.detach(), ref_logps, terms.kl.flatten())
 
 
 def _of_targets(log_p: Tensor, layout: Layout) -> Tensor:

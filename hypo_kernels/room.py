@@ -1,75 +1,40 @@
 """The kernel room: one chunk of rows through the LM head, never the full-vocabulary logits.
 
-A chunk of rows passes through the head once: a library GEMM writes its raw logits into one reused
-buffer, the row step (``rows_torch`` or ``rows_triton``) reduces them to softmax norms and a log-prob a
-row and, where gradients are wanted, turns the buffer into unit gradients U = softmax − onehot. With the
-derivative c of the loss by each row's log-prob, two more GEMMs give
-``dHidden = −c ⊙ (U·W)`` and ``dWeight += Uᵀ·(−c ⊙ hidden)``: coefficients never touch the (C, V) buffer.
+A chunk of rows passes through the head once: library GEMMs write its raw logits into one reused buffer,
+the row step (``rows_torch`` or ``rows_triton``) reduces them to softmax norms and a log-prob a row and,
+where gradients are wanted, turns the buffer into unit gradients U = softmax − onehot. With the derivative
+c of the loss by each row's log-prob, two more GEMMs give ``dHidden = −c ⊙ (U·W)`` and
+``dWeight += Uᵀ·(−c ⊙ hidden)``: coefficients never touch the (C, V) buffer.
+
+A loss that also depends on each row's divergence from a reference has the reference's logits in a second
+buffer, and its row step (``divergence_torch`` or ``divergence_triton``) mixes the two derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from hypo_kernels import chunks, gemm, rows_torch
+from hypo_kernels import chunks, divergence_torch, gemm, rows_torch
 from hypo_kernels.chunks import Layout, split
+from hypo_kernels.gradients import Gradients
 from hypo_kernels.head import LMHead
+from hypo_kernels.projection import Projection
+from hypo_kernels.statistics import RowStatistics, over_ranks
 
 # fp16 has no exponent to spare for the tail of a softmax; 2^12 keeps 1.5e-11 of it and cannot overflow.
 FP16_GRADIENT_SCALE = 2.0**12
 
 
-@dataclass
-class Gradients:
-    """What a call is asked for: gradients of hidden (T, D), weight (V, D) and bias (V,), or None each.
-
-    A 16-bit weight's gradient is summed in fp32 and rounded once, at the end.
-    """
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @classmethod
-    def like(cls, hidden: Tensor, head: LMHead, needed: Sequence[bool], compute_dtype: torch.dtype) -> Gradients:
-        wide = gemm.accumulator_dtype(compute_dtype)
-        # fp16 would flush gradients that a later loss scale could still have saved.
-        hidden_dtype = wide if hidden.dtype == torch.float16 else hidden.dtype
-        return cls(
-            hidden.new_zeros((hidden.numel() // hidden.shape[-1], hidden.shape[-1]), dtype=hidden_dtype)
-            if needed[0]
-            else None,
-            torch.zeros_like(head.weight, dtype=wide, memory_format=torch.contiguous_format) if needed[1] else None,
-            torch.zeros_like(head.bias, dtype=wide) if needed[2] and head.bias is not None else None,
-        )
-
-    def scaled(self, factor: Tensor | None, hidden: Tensor, head: LMHead) -> tuple[Tensor | None, ...]:
-        """Gradients of (hidden, weight, bias), times ``factor`` (), in their inputs' shapes and dtypes.
-
-        Scales the accumulators in place: a call's gradients are handed out once.
-        """
-        inputs = (hidden, head.weight, head.bias)
-        out: list[Tensor | None] = []
-        for gradient, like in zip((self.hidden, self.weight, self.bias), inputs, strict=True):
-            if gradient is None or like is None:
-                out.append(None)
-                continue
-            if factor is not None:
-                gradient.mul_(factor)
-            out.append(gradient.view(like.shape).to(like.dtype))
-        return tuple(out)
-
-
 class HeadRoom:
-    """One call's way through its LM heads: the plan, the operands and the one chunk buffer.
+    """One call's way through its LM heads: the plan, the operands and the chunk buffers.
 
-    ``heads`` may hold several heads of one vocabulary (policy and reference); they take turns in the
-    buffer. Rows are named by their position in the layout, not in ``hidden``.
+    ``heads`` may hold several heads of one vocabulary (policy and reference). With ``buffers=1`` they take
+    turns; a call that needs both heads' logits at once asks for 2. Rows are named by their position in the
+    layout, not in the hidden states.
     """
 
     def __init__(
@@ -79,14 +44,19 @@ class HeadRoom:
         compute_dtype: torch.dtype,
         impl: str,
         max_chunk_bytes: int,
+        *,
         largest_group: int = 1,
+        with_divergence: bool = False,
+        buffers: int = 1,
     ) -> None:
-        weight = heads[0].weight
+        weight, self.shard = heads[0].weight, heads[0].shard
         self.compute_dtype = compute_dtype
         self.operand_dtype = gemm.operand_dtype(weight.device, compute_dtype)
-        self.steps = _row_steps(impl)
+        self.steps, self.divergence_steps = _row_steps(impl)
         self.rows = layout.rows.to(weight.device, non_blocking=True)
         self.targets = layout.targets.to(weight.device, non_blocking=True)
+        if self.shard is not None:
+            self.targets = self.targets - self.shard.start
         self.all_rows = slice(0, len(layout.rows))
         self.scale = FP16_GRADIENT_SCALE if self.operand_dtype == torch.float16 else 1.0
         self.max_rows = chunks.max_rows(
@@ -94,59 +64,137 @@ class HeadRoom:
             compute_dtype,
             len(layout.rows),
             max_chunk_bytes,
-            scratch_bytes=self.steps.scratch_bytes,
+            scratch_bytes=(self.divergence_steps if with_divergence else self.steps).scratch_bytes,
             gradients_in_place=self.steps.GRADIENTS_IN_PLACE,
             largest_group=largest_group,
+            buffers=buffers,
         )
         self.pitch = chunks.pitch(weight.shape[0], weight.device)
+        self.capacity = buffers * self.max_rows
         self.buffer = torch.empty(
-            self.max_rows * self.pitch, dtype=gemm.accumulator_dtype(compute_dtype), device=weight.device
+            self.capacity * self.pitch, dtype=gemm.accumulator_dtype(compute_dtype), device=weight.device
         )
-        self.panels = {id(h.weight): gemm.Panels.of(h.weight, compute_dtype, max_chunk_bytes) for h in heads}
+        matrices = {id(matrix): matrix for head in heads for matrix in head.weights}
+        self.panels = {key: gemm.Panels.of(matrix, compute_dtype, max_chunk_bytes) for key, matrix in matrices.items()}
 
-    def statistics(self, hidden: Tensor, head: LMHead, rows: slice) -> tuple[Tensor, Tensor]:
-        """Softmax norms and log-prob of ``rows``, as many as there are; no logits outlive the buffer."""
-        parts = [
-            self.steps.statistics(self._raw(self._inputs(hidden, part), head), self.targets[part], head)
-            for part in split(rows, self.max_rows)
-        ]
-        if not parts:
-            return (self.buffer.new_zeros(0),) * 2
-        return torch.cat([norms for norms, _ in parts]), torch.cat([logp for _, logp in parts])
+    def logits(self, projections: Sequence[Projection], rows: slice) -> list[Tensor]:
+        """Raw logits ``Σ features·matrixᵀ`` (C, V) of ``rows`` by each projection, one below the other in the buffer.
+
+        All of them together are at most ``capacity`` rows. Projections by one and the same weight are one GEMM.
+        """
+        count, first = rows.stop - rows.start, projections[0].head
+        stacked = self.buffer[: len(projections) * count * self.pitch].view(-1, self.pitch)[:, : first.vocab_size]
+        parts = [stacked[i * count : (i + 1) * count] for i in range(len(projections))]
+        if len(parts) > 1 and all(_only_matrix(p) is first.weight for p in projections):
+            self._multiply(stacked, [(torch.cat([self._inputs(p.hidden, rows) for p in projections]), first.weight)])
+            return parts
+        for raw, projection in zip(parts, projections, strict=True):
+            self._multiply(raw, [(self._inputs(features, rows), matrix) for features, matrix in projection.terms()])
+        return parts
+
+    def _multiply(self, raw: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for i, (x, matrix) in enumerate(terms):
+            for vocab, panel in self.panels[id(matrix)]:
+                gemm.mm_(raw[:, vocab], x, panel.t(), accumulate=i > 0)
+
+    def statistics(self, projection: Projection, rows: slice) -> RowStatistics:
+        """Of ``rows``, as many as there are; no logits outlive the buffer."""
+        parts = []
+        for part in split(rows, self.max_rows):
+            (raw,) = self.logits([projection], part)
+            parts.append(self.statistics_of(raw, projection, part))
+        return RowStatistics.cat(parts)
+
+    def statistics_of(self, raw: Tensor, projection: Projection, rows: slice) -> RowStatistics:
+        """Of raw logits (C, V), which stay as they are."""
+        stats = self.steps.statistics(raw, self.targets[rows], projection.head)
+        return stats if self.shard is None else over_ranks(stats, None, self.shard)[0]
 
     def unit_gradients(
-        self, hidden: Tensor, head: LMHead, rows: slice, norms: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """U (C, V) in the buffer, softmax norms and log-prob of at most ``max_rows`` rows."""
-        raw = self._raw(self._inputs(hidden, rows), head)
-        return self.steps.unit_gradients(
-            raw, self.targets[rows], head, norms=norms, out_dtype=self.operand_dtype, scale=self.scale
-        )
+        self, raw: Tensor, projection: Projection, rows: slice, norms: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """U (C, V) in the place of ``raw``, and the log-probs (C,).
 
-    def finish(
+        ``norms`` (C, 2) of an earlier pass spare the statistics, and the log-probs are then known already.
+        """
+        targets, logps = self.targets[rows], None
+        if self.shard is not None and norms is None:
+            stats, _ = over_ranks(self.steps.statistics(raw, targets, projection.head), None, self.shard)
+            norms, logps = stats.norms, stats.logps()
+        unit, own_logps = self.steps.unit_gradients(
+            raw, targets, projection.head, norms=norms, out_dtype=self.operand_dtype, scale=self.scale
+        )
+        return unit, own_logps if logps is None else logps
+
+    def divergence_statistics(
+        self, projection: Projection, raw: Tensor, ref: Projection | None, ref_raw: Tensor | None, rows: slice
+    ) -> tuple[RowStatistics, RowStatistics | None]:
+        """With the moment, of raw logits of ``rows``, and those of the reference's."""
+        ref_head = None if ref is None else ref.head
+        stats, ref_stats = self.divergence_steps.statistics(raw, ref_raw, self.targets[rows], projection.head, ref_head)
+        return (stats, ref_stats) if self.shard is None else over_ranks(stats, ref_stats, self.shard)
+
+    def entropy_statistics(self, projection: Projection, rows: slice) -> RowStatistics:
+        """Like :meth:`statistics`, with the moment."""
+        parts = []
+        for part in split(rows, self.max_rows):
+            (raw,) = self.logits([projection], part)
+            parts.append(self.divergence_statistics(projection, raw, None, None, part)[0])
+        return RowStatistics.cat(parts)
+
+    def mixed_gradients(
         self,
-        gradients: Gradients,
-        unit: Tensor,
-        hidden: Tensor,
-        head: LMHead,
+        projection: Projection,
+        raw: Tensor,
+        ref: Projection | None,
+        ref_raw: Tensor | None,
         rows: slice,
-        coefficients: Tensor,
-    ) -> None:
-        """Add the gradients of ``Σ coefficients · logp`` over ``rows``; ``coefficients`` (C,)."""
+        *,
+        norms: Tensor,  # (C, 2)
+        ref_norms: Tensor | None,  # (C, 2)
+        divergence: Tensor,  # (C,)
+        by_logp: Tensor,  # (C,)
+        by_divergence: Tensor,  # (C,)
+    ) -> tuple[Tensor, Tensor]:
+        """(U, factor): ``factor ⊙ U`` is the derivative by the raw logits of a loss with the given derivatives.
+
+        Each row's larger derivative is taken out of U, (C, V) in the buffer, into the factor (C,).
+        """
+        factor = torch.maximum(by_logp.abs(), by_divergence.abs())
+        divisor = factor.clamp_min(torch.finfo(factor.dtype).tiny)
+        unit = self.divergence_steps.gradients(
+            raw,
+            ref_raw,
+            self.targets[rows],
+            projection.head,
+            None if ref is None else ref.head,
+            norms=norms,
+            ref_norms=ref_norms,
+            divergence=divergence,
+            score=-by_logp / divisor,
+            weight=by_divergence / divisor,
+            out_dtype=self.operand_dtype,
+            scale=self.scale,
+        )
+        return unit, factor
+
+    def finish(self, gradients: Gradients, unit: Tensor, projection: Projection, rows: slice, factor: Tensor) -> None:
+        """Add the gradients of a loss whose derivative by the raw logits of ``rows`` is ``factor ⊙ U``; factor (C,)."""
         if len(unit) == 0:  # every token of the group is ignored
             return
-        panels = self.panels[id(head.weight)]
-        factor = coefficients.to(self.buffer.dtype).neg()[:, None] / self.scale
-        if gradients.hidden is not None:
-            out = self.buffer.new_empty(len(unit), hidden.shape[-1])
-            for i, (vocab, weight) in enumerate(panels):
-                gemm.mm_(out, unit[:, vocab], weight, accumulate=i > 0)
-            gradients.hidden.index_copy_(0, self.rows[rows], out.mul_(factor).to(gradients.hidden.dtype))
-        if gradients.weight is not None:
-            self._add_products(gradients.weight, unit, self._inputs(hidden, rows), factor)
-        if gradients.bias is not None:
-            ones = unit.new_ones(len(unit), 1)
-            self._add_products(gradients.bias[:, None], unit, ones, factor)
+        sums = gradients.sums
+        factor = factor.to(self.buffer.dtype)[:, None] / self.scale
+        of_terms = [(sums.hidden, sums.weight), (sums.lora, sums.lora_weight)]
+        for (features, matrix), (by_features, by_matrix) in zip(projection.terms(), of_terms, strict=False):
+            if by_features is not None:
+                out = self.buffer.new_empty(len(unit), features.shape[-1])
+                for i, (vocab, panel) in enumerate(self.panels[id(matrix)]):
+                    gemm.mm_(out, unit[:, vocab], panel, accumulate=i > 0)
+                by_features.index_copy_(0, self.rows[rows], out.mul_(factor).to(by_features.dtype))
+            if by_matrix is not None:
+                self._add_products(by_matrix, unit, self._inputs(features, rows), factor)
+        if sums.bias is not None:
+            self._add_products(sums.bias[:, None], unit, unit.new_ones(len(unit), 1), factor)
 
     def _add_products(self, out: Tensor, unit: Tensor, x: Tensor, factor: Tensor) -> None:
         """``out += Uᵀ·(factor ⊙ x)``, summed in fp32."""
@@ -163,26 +211,26 @@ class HeadRoom:
             gemm.mm_(product, unit[:, start : start + step].t(), x)
             part.addcmul_(product, top)
 
-    def _inputs(self, hidden: Tensor, rows: slice) -> Tensor:
-        """The rows' hidden states (C, D) as a GEMM operand."""
+    def _inputs(self, features: Tensor, rows: slice) -> Tensor:
+        """The rows' features (C, D) as a GEMM operand."""
         index = self.rows[rows]
-        picked = hidden[index] if hidden.ndim == 2 else hidden[index // hidden.shape[1], index % hidden.shape[1]]
-        return gemm.convert(picked, self.compute_dtype)
-
-    def _raw(self, x: Tensor, head: LMHead) -> Tensor:
-        """``x·Wᵀ`` (C, V) in the buffer."""
-        raw = self.buffer[: len(x) * self.pitch].view(len(x), self.pitch)[:, : head.vocab_size]
-        for vocab, weight in self.panels[id(head.weight)]:
-            gemm.mm_(raw[:, vocab], x, weight.t())
-        return raw
+        if features.ndim == 3:
+            return gemm.convert(features[index // features.shape[1], index % features.shape[1]], self.compute_dtype)
+        return gemm.convert(features[index], self.compute_dtype)
 
 
-def _row_steps(impl: str) -> ModuleType:
+def _only_matrix(projection: Projection) -> Tensor | None:
+    terms = projection.terms()
+    return terms[0][1] if len(terms) == 1 else None
+
+
+def _row_steps(impl: str) -> tuple[ModuleType, ModuleType]:
+    """The row step of log-probs and that of divergences."""
     if impl == "torch":
-        return rows_torch
-    from hypo_kernels import rows_triton  # Triton is imported by the first call that needs it
+        return rows_torch, divergence_torch
+    from hypo_kernels import divergence_triton, rows_triton  # Triton is imported by the first call that needs it
 
-    return rows_triton
+    return rows_triton, divergence_triton
 
 
 def sequence_sums(rows: Tensor, lengths: Tensor) -> Tensor:

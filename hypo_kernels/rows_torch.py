@@ -1,7 +1,7 @@
 """The row step in torch: raw logits of a chunk -> softmax norms, target log-prob, unit gradients.
 
-The counterpart of ``rows_triton.py``, with the same two functions. Rows are taken a few at a time, so
-that a block stays in a CPU's cache and its temporaries stay within ``scratch_bytes``.
+The counterpart of ``rows_triton.py``, with the same functions. Rows are taken a few at a time, so that a
+block stays in a CPU's cache and its temporaries stay within ``scratch_bytes``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
+from hypo_kernels.statistics import RowStatistics
 
 GRADIENTS_IN_PLACE = False  # a conversion to the GEMM's dtype is a copy of the chunk
 BLOCK_BYTES = 2**21  # of raw logits
-COPIES_PER_BLOCK = 4  # exponentials, softcap's tanh and the products between them
+COPIES_PER_BLOCK = 2  # the logits, and a product in between
 
 
 def scratch_bytes(num_rows: int, row_bytes: int) -> int:
@@ -23,57 +24,58 @@ def scratch_bytes(num_rows: int, row_bytes: int) -> int:
     return COPIES_PER_BLOCK * min(num_rows * row_bytes, max(BLOCK_BYTES, row_bytes))
 
 
-def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
-    """Softmax norms (C, 2) and target log-prob (C,) of raw logits (C, V); ``raw`` is spent.
-
-    A row's norms are its largest logit and the sum of exponentials below it. Added up to a log-sum-exp,
-    they would be rounded at the size of the logits, and every probability with them.
-    """
-    norms, logps = raw.new_empty(len(raw), 2), raw.new_empty(len(raw))
-    for rows in _blocks(raw):
-        z = _logits_(raw[rows], head)
-        target = z.gather(1, targets[rows, None]).squeeze(1)
-        top = z.amax(dim=1)
-        total = z.sub_(top[:, None]).exp_().sum(dim=1)
-        norms[rows] = torch.stack([top, total], dim=1)
-        logps[rows] = target - top - total.log()
-    return norms, logps
+def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> RowStatistics:
+    """Softmax norms (C, 2) and target logit (C,) of raw logits (C, V), which stay as they are."""
+    norms, target = raw.new_empty(len(raw), 2), raw.new_empty(len(raw))
+    for rows in blocks(raw):
+        z = logits(raw[rows], head)
+        target[rows] = at_targets(z, targets[rows], head)
+        top = z.amax(dim=1, keepdim=True)
+        norms[rows, :1] = top
+        norms[rows, 1] = z.sub_(top).exp_().sum(dim=1)
+    return RowStatistics(norms, target)
 
 
 def unit_gradients(
     raw: Tensor, targets: Tensor, head: LMHead, *, norms: Tensor | None, out_dtype: torch.dtype, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``, norms (C, 2) and target log-prob (C,).
+) -> tuple[Tensor, Tensor]:
+    """``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``, and the target's log-prob (C,).
 
-    ``raw`` is spent. ``norms`` skip the statistics when an earlier pass has them.
+    ``raw`` is spent. ``norms`` (C, 2) skip the statistics when an earlier pass has them; under a vocabulary
+    shard they have to be given, and the log-prob is then that of the rank with the target.
     """
-    known, logps = norms, raw.new_empty(len(raw))
-    norms = raw.new_empty(len(raw), 2) if known is None else known
-    for rows in _blocks(raw):
-        slope = _slope(raw[rows], head)
-        z = _logits_(raw[rows], head)
-        chosen = targets[rows, None]
-        target = z.gather(1, chosen)
-        top = z.amax(dim=1, keepdim=True) if known is None else known[rows, :1]
-        z.sub_(top).exp_()
-        total = z.sum(dim=1, keepdim=True) if known is None else known[rows, 1:]
-        z.div_(total)
-        if known is None:
-            norms[rows] = torch.cat([top, total], dim=1)
-        logps[rows] = (target - top - total.log()).squeeze(1)
-        z.scatter_add_(1, chosen, torch.full_like(target, -1.0))
-        if scale != 1.0 or head.slope_is_needed:
-            z.mul_(slope * scale)
-    return raw.to(out_dtype), norms, logps
+    logps = raw.new_empty(len(raw))
+    for rows in blocks(raw):
+        z = logits_(raw[rows], head)
+        slope = slope_of(z, head) * scale
+        target = at_targets(z, targets[rows], head)
+        if norms is None:
+            top = z.amax(dim=1)
+            torch.softmax(z, dim=1, out=z)
+            total = z.amax(dim=1).reciprocal_()  # the largest probability is exp(0) / total
+        else:
+            top, total = norms[rows].unbind(1)
+            z.sub_(top[:, None]).exp_().div_(total[:, None])
+        logps[rows] = target - top - total.log()
+        subtract_at_targets_(z, targets[rows], head, 1.0)
+        if isinstance(slope, Tensor) or slope != 1.0:
+            z.mul_(slope)
+    return raw.to(out_dtype), logps
 
 
-def _blocks(raw: Tensor) -> Iterator[slice]:
+def blocks(raw: Tensor) -> Iterator[slice]:
+    """A few rows of (C, V) at a time."""
     step = max(1, BLOCK_BYTES // (raw.shape[1] * raw.element_size()))
     for start in range(0, len(raw), step):
         yield slice(start, start + step)
 
 
-def _logits_(raw: Tensor, head: LMHead) -> Tensor:
+def logits(raw: Tensor, head: LMHead) -> Tensor:
+    """``head.logits`` in new memory."""
+    return logits_(raw.clone(memory_format=torch.contiguous_format), head)
+
+
+def logits_(raw: Tensor, head: LMHead) -> Tensor:
     """``head.logits`` in place."""
     if head.bias is not None:
         raw.add_(head.bias)
@@ -83,11 +85,27 @@ def _logits_(raw: Tensor, head: LMHead) -> Tensor:
     return raw.mul_(factor) if factor != 1.0 else raw
 
 
-def _slope(raw: Tensor, head: LMHead) -> Tensor | float:
-    """∂logits/∂raw: a number, or (rows, V) under a softcap."""
+def slope_of(z: Tensor, head: LMHead) -> Tensor | float:
+    """∂logits/∂raw at logits z: a number, or (rows, V) under a softcap."""
     factor = head.logit_scale / head.temperature
     if head.logit_softcap is None:
         return factor
-    capped = raw + head.bias.to(raw.dtype) if head.bias is not None else raw.clone()
-    capped.mul_(head.logit_scale / head.logit_softcap).tanh_()
-    return capped.square_().neg_().add_(1.0).mul_(factor)
+    tanh = z * (head.temperature / head.logit_softcap)
+    return tanh.square_().neg_().add_(1.0).mul_(factor)
+
+
+def at_targets(z: Tensor, targets: Tensor, head: LMHead) -> Tensor:
+    """The targets' entries of z (rows, V), (rows,); 0 for targets beyond this rank's vocabulary."""
+    if head.shard is None:
+        return z.gather(1, targets[:, None]).squeeze(1)
+    here = (targets >= 0) & (targets < z.shape[1])
+    return z.gather(1, torch.where(here, targets, 0)[:, None]).squeeze(1) * here
+
+
+def subtract_at_targets_(z: Tensor, targets: Tensor, head: LMHead, amount: Tensor | float) -> None:
+    """Take ``amount``, a number or (rows,), from the targets' entries."""
+    if head.shard is not None:
+        here = (targets >= 0) & (targets < z.shape[1])
+        amount, targets = amount * here, torch.where(here, targets, 0)
+    less = z.new_empty(len(z)).copy_(torch.as_tensor(amount, dtype=z.dtype)).neg_()
+    z.scatter_add_(1, targets[:, None], less[:, None])

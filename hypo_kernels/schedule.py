@@ -4,26 +4,39 @@ The derivative of the loss by a sequence's log-prob depends on its own pair or g
 whole groups needs its logits once: GEMM → row step → sequence sums → coefficients → two GEMMs, 6 NVD
 with a trained head and 4 NVD with a frozen one, where a per-token loss has to compute the logits again.
 Only a group that does not fit in the buffer takes a second pass (8 and 6 NVD), that group alone.
+
+The exact estimator of the KL works on rows: derivatives by each row's log-prob and by its divergence from the
+reference, whose logits stand in the buffer below the policy's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hypo_kernels.call import Call
 from hypo_kernels.chunks import Chunk, chunks
-from hypo_kernels.head import LMHead
-from hypo_kernels.room import Gradients, HeadRoom, sequence_sums
+from hypo_kernels.gradients import Gradients, Leaves
+from hypo_kernels.room import HeadRoom, sequence_sums
+from hypo_kernels.statistics import RowStatistics
 
 
-def run(call: Call, hidden: Tensor, needed: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """Loss (), log-probs (S,), reference log-probs (S,) and the gradients that are ``needed``.
+class Outcome(NamedTuple):
+    """Of a whole call, or of a chunk of it; sequences in group order."""
 
-    ``needed`` says so for hidden, weight and bias. Log-probs are in group order.
-    """
-    head, objective = call.head, call.objective
-    heads = [head] if call.ref_head is None else [head, call.ref_head]
+    loss: Tensor  # ()
+    logps: Tensor  # (S,)
+    ref_logps: Tensor  # (S,)
+    kl: Tensor  # (N,), of each online sample, as the call's estimator has it
+
+
+def run(call: Call, needed: Sequence[bool]) -> tuple[Outcome, Gradients]:
+    """Loss and log-probs, and the gradients of the :class:`Leaves` that are ``needed``."""
+    heads = [call.policy.head] if call.ref is None else [call.policy.head, call.ref.head]
+    exact = call.kl_estimator == "exact"
     room = HeadRoom(
         heads,
         call.layout,
@@ -31,53 +44,106 @@ def run(call: Call, hidden: Tensor, needed: tuple[bool, bool, bool]) -> tuple[Te
         call.impl,
         call.max_chunk_bytes,
         largest_group=call.largest_group(),
+        with_divergence=exact,
+        buffers=2 if exact else 1,
     )
-    gradients = Gradients.like(hidden, head, needed, call.compute_dtype)
-    lengths = call.layout.lengths.to(hidden.device, non_blocking=True)
-    losses, logps, ref_logps = [], [], []
+    gradients = Gradients(Leaves.of(call.policy), needed, call.compute_dtype, call.policy.head.shard)
+    lengths = call.layout.lengths.to(room.rows.device, non_blocking=True)
+    objective = call.objective
     plan = chunks(call.layout.lengths.tolist(), objective.num_pairs, objective.num_generations, room.max_rows)
-    for chunk in plan:
-        ref = _reference(call, room, chunk, lengths)
-        # One block: the unit gradients of the whole chunk stay in the buffer until the coefficients are known.
-        closed = chunk.rows.stop - chunk.rows.start <= room.max_rows
-        if closed and any(needed):
-            unit, norms, rows = room.unit_gradients(hidden, head, chunk.rows)
+    step = _exact if exact else _sampled
+    parts = [step(call, room, gradients, chunk, lengths[chunk.sequences]) for chunk in plan]
+    if call.policy.head.shard is not None:
+        gradients.over_ranks(call.policy.head.shard)
+    return (
+        Outcome(
+            loss=torch.stack([part.loss for part in parts]).sum(),
+            logps=torch.cat([part.logps for part in parts]),
+            ref_logps=torch.cat([part.ref_logps for part in parts]),
+            kl=torch.cat([part.kl for part in parts]),
+        ),
+        gradients,
+    )
+
+
+def _sampled(call: Call, room: HeadRoom, gradients: Gradients, chunk: Chunk, lengths: Tensor) -> Outcome:
+    """A chunk whose coefficients are a number a sequence."""
+    rows, count = chunk.rows, chunk.rows.stop - chunk.rows.start
+    # Closed: the unit gradients of the whole chunk stay in the buffer until the coefficients are known.
+    closed = count <= room.max_rows and gradients.any
+    if closed and call.ref is not None and 2 * count <= room.capacity:  # one GEMM where both heads are one
+        raw, ref_raw = room.logits([call.policy, call.ref], rows)
+        ref_logps = sequence_sums(room.statistics_of(ref_raw, call.ref, rows).logps(), lengths)
+    else:
+        ref_logps = _ref_logps(call, room, chunk, lengths)
+        if closed:
+            (raw,) = room.logits([call.policy], rows)
+    if closed:
+        unit, logps = room.unit_gradients(raw, call.policy, rows)
+    else:
+        stats = room.statistics(call.policy, rows)
+        logps = stats.logps()
+    sums = sequence_sums(logps, lengths)
+    loss, coefficients = call.objective(sums, ref_logps, lengths, chunk.num_pairs)
+    if gradients.any:
+        # U is the derivative of −log p.
+        factor = -coefficients.repeat_interleave(lengths, output_size=count)
+        if closed:
+            room.finish(gradients, unit, call.policy, rows, factor)
         else:
-            norms, rows = room.statistics(hidden, head, chunk.rows)
-        sums = sequence_sums(rows, lengths[chunk.sequences])
-        loss, coefficients = objective(sums, ref, lengths[chunk.sequences], chunk.num_pairs)
-        if any(needed):
-            per_row = coefficients.repeat_interleave(lengths[chunk.sequences], output_size=len(rows))
-            if closed:
-                room.finish(gradients, unit, hidden, head, chunk.rows, per_row)
-            else:
-                _finish_by_recompute(room, gradients, hidden, head, chunk, norms, per_row)
-        losses.append(loss)
-        logps.append(sums)
-        ref_logps.append(ref)
-    return torch.stack(losses).sum(), torch.cat(logps), torch.cat(ref_logps), gradients
+            for block, local in chunk.blocks(room.max_rows):
+                (raw,) = room.logits([call.policy], block)
+                unit, _ = room.unit_gradients(raw, call.policy, block, stats.norms[local])
+                room.finish(gradients, unit, call.policy, block, factor[local])
+    return Outcome(loss, sums, ref_logps, (sums - ref_logps)[2 * chunk.num_pairs :])
 
 
-def _reference(call: Call, room: HeadRoom, chunk: Chunk, lengths: Tensor) -> Tensor:
+def _ref_logps(call: Call, room: HeadRoom, chunk: Chunk, lengths: Tensor) -> Tensor:
     """Reference log-probs of the chunk's sequences, given or computed in the chunk's own buffer."""
-    if call.ref_logps is not None:
+    if call.ref is None:
+        assert call.ref_logps is not None
         return call.ref_logps[chunk.sequences]
-    assert call.ref_hidden is not None
-    assert call.ref_head is not None
-    _, rows = room.statistics(call.ref_hidden, call.ref_head, chunk.rows)
-    return sequence_sums(rows, lengths[chunk.sequences])
+    return sequence_sums(room.statistics(call.ref, chunk.rows).logps(), lengths)
 
 
-def _finish_by_recompute(
-    room: HeadRoom,
-    gradients: Gradients,
-    hidden: Tensor,
-    head: LMHead,
-    chunk: Chunk,
-    norms: Tensor,  # (rows of the chunk, 2)
-    coefficients: Tensor,  # (rows of the chunk,)
-) -> None:
-    for block in chunk.blocks(room.max_rows):
-        local = slice(block.start - chunk.rows.start, block.stop - chunk.rows.start)
-        unit, _, _ = room.unit_gradients(hidden, head, block, norms[local])
-        room.finish(gradients, unit, hidden, head, block, coefficients[local])
+def _exact(call: Call, room: HeadRoom, gradients: Gradients, chunk: Chunk, lengths: Tensor) -> Outcome:
+    """A chunk whose coefficients are two numbers a row: by its log-prob and by its divergence."""
+    policy, ref, objective = call.policy, call.ref, call.objective
+    assert ref is not None
+    blocks = list(chunk.blocks(room.max_rows))
+    stats_parts, ref_parts = [], []
+    for block, _ in blocks:
+        raw, ref_raw = room.logits([policy, ref], block)
+        stats, ref_stats = room.divergence_statistics(policy, raw, ref, ref_raw, block)
+        assert ref_stats is not None
+        stats_parts.append(stats)
+        ref_parts.append(ref_stats)
+    stats, ref_stats = RowStatistics.cat(stats_parts), RowStatistics.cat(ref_parts)
+    divergence = stats.divergence(ref_stats)
+    sums, ref_sums = sequence_sums(stats.logps(), lengths), sequence_sums(ref_stats.logps(), lengths)
+    on_host = call.layout.lengths[chunk.sequences]
+    offline = int(on_host[: 2 * chunk.num_pairs].sum())  # rows of the pairs, which come first
+    longest = int(on_host.max())
+    loss, of_pairs, online = objective.exact(sums, ref_sums, lengths, chunk.num_pairs, divergence[offline:], longest)
+    if gradients.any:
+        of_pairs = of_pairs.repeat_interleave(lengths[: 2 * chunk.num_pairs], output_size=offline)
+        by_logp = torch.cat([of_pairs, online.by_logp])
+        by_divergence = torch.zeros_like(by_logp)
+        by_divergence[offline:] = online.by_divergence
+        for block, local in blocks:
+            if len(blocks) > 1:  # else they are in the buffer still
+                raw, ref_raw = room.logits([policy, ref], block)
+            unit, factor = room.mixed_gradients(
+                policy,
+                raw,
+                ref,
+                ref_raw,
+                block,
+                norms=stats.norms[local],
+                ref_norms=ref_stats.norms[local],
+                divergence=divergence[local],
+                by_logp=by_logp[local],
+                by_divergence=by_divergence[local],
+            )
+            room.finish(gradients, unit, policy, block, factor)
+    return Outcome(loss, sums, ref_sums, online.kl.flatten())

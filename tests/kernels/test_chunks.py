@@ -93,10 +93,12 @@ def test_chunks_hold_every_row_once_whole_groups_and_no_more_rows_than_fit(seed:
             counted = [i for i, (a, b) in enumerate(_spans(groups)) if first <= a < last and sum(lengths[a:b])]
             assert len(counted) == 1, "only a single group may be larger than the buffer"
         blocks = list(chunk.blocks(max_rows))
-        assert all(0 < block.stop - block.start <= max_rows for block in blocks)
-        assert [r for block in blocks for r in range(block.start, block.stop)] == list(
+        assert all(block.stop - block.start <= max_rows for block, _ in blocks)
+        assert [r for block, _ in blocks for r in range(block.start, block.stop)] == list(
             range(chunk.rows.start, chunk.rows.stop)
         )
+        for block, local in blocks:
+            assert (local.start, local.stop) == (block.start - chunk.rows.start, block.stop - chunk.rows.start)
 
 
 def _spans(groups: list[int]) -> list[tuple[int, int]]:
@@ -108,9 +110,9 @@ def test_chunks_are_as_few_as_a_greedy_walk_gives() -> None:
     assert [c.rows for c in chunks([4, 4, 4, 4, 4, 4], 3, 2, 24)] == [slice(0, 24)]
 
 
-def test_split_covers_the_rows_in_slices_of_at_most_so_many() -> None:
+def test_split_covers_the_rows_in_slices_of_at_most_so_many_and_no_rows_in_one() -> None:
     assert list(split(slice(3, 10), 3)) == [slice(3, 6), slice(6, 9), slice(9, 10)]
-    assert list(split(slice(3, 3), 3)) == []
+    assert list(split(slice(3, 3), 3)) == [slice(3, 3)]
 
 
 def test_a_layout_of_nothing_is_empty() -> None:

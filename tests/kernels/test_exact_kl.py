@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from contract import NO_TRITON, assert_contract, random_batch, run_eager, run_fused, truth, variants
+from contract import IMPLS, assert_contract, random_batch, run_eager, run_fused, truth, variants
 from tabular import Policy, sequences
 from test_loss_contract import CASES
 from test_objective import objective
@@ -13,7 +13,9 @@ from torch import Tensor
 from hypo_kernels import fused_hypo_loss
 from hypo_kernels.objective import ExactOnline
 
-IMPLS = ["reference"]
+# Columns beyond the vocabulary, where the interpreter's exp may overflow, are masked when they are stored.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
 EXACT = {"kl_estimator": "exact", "with_ref_hidden": True}
 KL_COEF = 0.3
 
@@ -85,9 +87,7 @@ def test_the_expected_gradient_is_that_of_the_reverse_kl_and_no_part_of_it_can_b
         assert (other - expected).abs().max() > 1e-3, name
 
 
-@pytest.mark.parametrize(
-    ("kl_estimator", "impl"), [("sampled", "reference"), *(("exact", impl) for impl in IMPLS if impl != "triton")]
-)
+@pytest.mark.parametrize(("kl_estimator", "impl"), [("sampled", "torch"), ("exact", "torch"), ("exact", "reference")])
 def test_both_estimators_of_fused_hypo_loss_expect_the_reverse_kl_and_its_gradient(
     kl_estimator: str, impl: str
 ) -> None:
@@ -191,7 +191,7 @@ def test_a_divergence_that_is_not_finite_stays_within_its_group() -> None:
 # The loss
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_the_gradient_by_the_logits_is_the_coefficients_times_two_closed_forms(impl: str, device: torch.device) -> None:
     """``∂log p(a)/∂z = onehot − p`` and ``∂D/∂z = p ⊙ (log p − log q − D)``: all that a kernel has to compute."""
     vocab, lengths = 7, [4, 6, 3, 5, 1, 8]
@@ -281,10 +281,3 @@ def test_a_policy_that_is_its_reference_has_no_kl_and_only_the_lengths_to_learn_
     rows = run_fused(batch.with_options(**same, length_penalty=0.1).to(torch.float32), impl)["gradient of hidden"]
     assert rows[:8].abs().max() < 1e-7
     assert rows[8:].abs().amax() > 1e-4
-
-
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=NO_TRITON)])
-def test_an_implementation_without_the_exact_estimator_says_so(impl: str, device: torch.device) -> None:
-    batch = random_batch([4, 5], 67, device=device, **EXACT)
-    with pytest.raises(NotImplementedError, match=r"kl_estimator='exact' with impl='\w+': use impl='reference'"):
-        run_fused(batch, impl)

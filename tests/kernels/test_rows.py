@@ -50,7 +50,7 @@ def unit_gradients(
     *,
     out_dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     return row_steps(impl).unit_gradients(raw, targets, head, norms=known, out_dtype=out_dtype, scale=scale)
 
 
@@ -69,9 +69,10 @@ def test_statistics_and_gradients_of_any_vocabulary_size(impl: str, vocab: int, 
     _, raw, targets, head = rows_of(3, vocab, vocab, device, {})
     expected, logps = plain_unit_gradients(raw, targets, head)
     steps = row_steps(impl)
-    _, got = steps.statistics(raw.clone(), targets, head)
-    torch.testing.assert_close(got, logps.float())
-    unit, _, got = unit_gradients(impl, raw.clone(), targets, head)
+    kept = raw.clone()
+    torch.testing.assert_close(steps.statistics(kept, targets, head).logps(), logps.float())
+    assert torch.equal(kept, raw)
+    unit, got = unit_gradients(impl, raw.clone(), targets, head)
     torch.testing.assert_close(got, logps.float())
     torch.testing.assert_close(unit, expected.float())
 
@@ -85,7 +86,7 @@ def test_gradients_are_narrowed_after_the_one_hot_is_subtracted(
     _, raw, targets, lm_head = rows_of(5, 1000, 1000, device, HEADS[head])
     expected, logps = plain_unit_gradients(raw, targets, lm_head)
     scale = 4096.0 if out_dtype == torch.float16 else 1.0
-    unit, _, got = unit_gradients(impl, raw, targets, lm_head, out_dtype=out_dtype, scale=scale)
+    unit, got = unit_gradients(impl, raw, targets, lm_head, out_dtype=out_dtype, scale=scale)
     assert unit.dtype == out_dtype
     torch.testing.assert_close(got, logps.float())
     # Every element to one unit in its last place: the interpreter cuts to bf16 where hardware rounds.
@@ -98,11 +99,10 @@ def test_gradients_are_narrowed_after_the_one_hot_is_subtracted(
 def test_known_statistics_give_the_same_gradients(impl: str, out_dtype: torch.dtype, device: torch.device) -> None:
     _, raw, targets, head = rows_of(5, 1000, 1000, device, HEADS["all"])
     steps = row_steps(impl)
-    stats, logps = steps.statistics(raw.clone(), targets, head)
-    first, stats_of_first, _ = unit_gradients(impl, raw.clone(), targets, head, out_dtype=out_dtype)
-    again, stats_of_again, logps_of_again = unit_gradients(impl, raw.clone(), targets, head, stats, out_dtype=out_dtype)
-    torch.testing.assert_close(stats_of_first, stats)
-    torch.testing.assert_close(stats_of_again, stats)
+    stats = steps.statistics(raw.clone(), targets, head)
+    first, logps = unit_gradients(impl, raw.clone(), targets, head, out_dtype=out_dtype)
+    again, logps_of_again = unit_gradients(impl, raw.clone(), targets, head, stats.norms, out_dtype=out_dtype)
+    torch.testing.assert_close(logps, stats.logps())
     torch.testing.assert_close(logps_of_again, logps)
     torch.testing.assert_close(again, first)
 
@@ -117,10 +117,9 @@ def test_columns_beyond_the_vocabulary_are_neither_read_nor_written(
     buffer, raw, targets, head = rows_of(5, vocab, pitch, device, HEADS["all"])
     expected, logps = plain_unit_gradients(raw, targets, head)
     steps = row_steps(impl)
-    _, got = steps.statistics(raw.clone(), targets, head)
-    assert got.isfinite().all()
-    unit, stats, got = unit_gradients(impl, raw, targets, head, out_dtype=out_dtype)
-    for values in (unit, stats, got):
+    stats = steps.statistics(raw.clone(), targets, head)
+    unit, got = unit_gradients(impl, raw, targets, head, out_dtype=out_dtype)
+    for values in (unit, stats.norms, stats.target, got):
         assert values.isfinite().all()
     torch.testing.assert_close(got, logps.float())
     torch.testing.assert_close(unit.double(), expected, rtol=torch.finfo(out_dtype).eps, atol=1e-6)
@@ -136,7 +135,7 @@ def test_triton_packs_narrow_gradients_into_the_memory_of_their_own_row(
     assert rows_triton.GRADIENTS_IN_PLACE
     assert rows_triton.scratch_bytes(5, 4000) == 0
     buffer, raw, targets, head = rows_of(5, 1000, 1024, device, {})
-    unit, _, _ = unit_gradients("triton", raw, targets, head, out_dtype=out_dtype)
+    unit, _ = unit_gradients("triton", raw, targets, head, out_dtype=out_dtype)
     assert unit.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
     for row in range(5):
         assert unit[row].data_ptr() == buffer[row].data_ptr()
@@ -146,8 +145,8 @@ def test_triton_packs_narrow_gradients_into_the_memory_of_their_own_row(
 def test_no_rows_are_no_work(impl: str, device: torch.device) -> None:
     _, raw, targets, head = rows_of(2, 100, 100, device, HEADS["all"])
     steps = row_steps(impl)
-    _, logps = steps.statistics(raw[:0], targets[:0], head)
-    unit, _, more = unit_gradients(impl, raw[:0], targets[:0], head, out_dtype=torch.bfloat16)
+    logps = steps.statistics(raw[:0], targets[:0], head).logps()
+    unit, more = unit_gradients(impl, raw[:0], targets[:0], head, out_dtype=torch.bfloat16)
     assert logps.shape == more.shape == (0,)
     assert unit.shape == (0, 100)
 
@@ -162,9 +161,9 @@ def test_torch_takes_rows_in_blocks_and_says_how_much_it_allocates(monkeypatch: 
     blocks = unit_gradients("torch", raw.clone(), targets, head)
     for a, b in zip(whole, blocks, strict=True):
         torch.testing.assert_close(a, b)
-    assert rows_torch.scratch_bytes(2, 4000) == 4 * 2 * 4000
-    assert rows_torch.scratch_bytes(1000, 4000) == 4 * 3 * 4000
-    assert rows_torch.scratch_bytes(1000, 40_000) == 4 * 40_000  # a row is never split
+    assert rows_torch.scratch_bytes(2, 4000) == 2 * 2 * 4000
+    assert rows_torch.scratch_bytes(1000, 4000) == 2 * 3 * 4000
+    assert rows_torch.scratch_bytes(1000, 40_000) == 2 * 40_000  # a row is never split
 
 
 FAR_ROWS = """
@@ -182,7 +181,7 @@ near = torch.randn(3, vocab, device=device)
 far.copy_(near)
 targets = torch.tensor([0, 7, vocab - 1], device=device)
 head = LMHead(torch.empty(vocab, 1, device=device))
-(_, expected), (_, got) = (rows_triton.statistics(raw, targets, head) for raw in (near, far))
+expected, got = (rows_triton.statistics(raw, targets, head).logps() for raw in (near, far))
 assert torch.equal(got, expected), (got, expected)
 """
 

@@ -1,0 +1,260 @@
+"""The row step of a divergence in Triton: raw logits of policy and reference -> KL(p‖q) and its gradient.
+
+    z = policy's logits, w = reference's (C, V); top and total as in ``rows_triton.py``, each its own
+    moment = Σ_v exp(z_v − top_z) · ((z_v − top_z) − (w_v − top_w))
+    D = KL(p‖q) = moment / total_z − log total_z + log total_w
+    G = scale · (score · (p − onehot_y) + weight · p ⊙ (log p − log q − D)) · ∂z/∂raw
+
+score and weight are one number a row. Without reference logits, log q = 0 and D is minus the entropy.
+One program a row, as there; G overwrites the policy's row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hypo_kernels.head import LMHead
+from hypo_kernels.rows_triton import head_arguments, logits, packed, scratch_bytes, tile_of
+from hypo_kernels.statistics import RowStatistics
+
+__all__ = ["gradients", "scratch_bytes", "statistics"]
+
+# Of a logit less the largest: an entry of probability 0 then adds 0 · finite, not 0 · inf.
+LEAST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _statistics_kernel(
+    raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
+    ref_raw_ptr,  # (C, V) fp32, row pitch `ref_pitch`, or unused
+    target_ptr,  # (C,) int64; beyond [0, V): in another rank's vocabulary
+    bias_ptr,  # (V,) or unused
+    ref_bias_ptr,  # (V,) or unused
+    norms_ptr,  # (C, 2) fp32
+    target_logit_ptr,  # (C,) fp32
+    moment_ptr,  # (C,) fp32
+    ref_norms_ptr,  # (C, 2) fp32, or unused
+    ref_target_logit_ptr,  # (C,) fp32, or unused
+    V,
+    raw_pitch,
+    ref_pitch,
+    factor,
+    softcap,
+    ref_factor,
+    ref_softcap,
+    HAS_REF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    REF_HAS_BIAS: tl.constexpr,
+    REF_HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    raw_ptr += row * raw_pitch
+    target = tl.load(target_ptr + row)
+    here = (target >= 0) & (target < V)
+    at_target = tl.load(raw_ptr + target, mask=here, other=0.0)
+    z_target, _ = logits(at_target, bias_ptr, target, here, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+    tl.store(target_logit_ptr + row, tl.where(here, z_target, 0.0))
+    if HAS_REF:
+        ref_raw_ptr += row * ref_pitch
+        at_target = tl.load(ref_raw_ptr + target, mask=here, other=0.0)
+        w_target, _ = logits(
+            at_target, ref_bias_ptr, target, here, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP
+        )
+        tl.store(ref_target_logit_ptr + row, tl.where(here, w_target, 0.0))
+
+    # One maximum, sum and moment a lane; the maxima finite, so that a lane of masked columns never meets
+    # inf − inf.
+    top = tl.full([BLOCK_V], -1.0e38, tl.float32)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    moment = tl.zeros([BLOCK_V], tl.float32)
+    ref_top = tl.full([BLOCK_V], -1.0e38, tl.float32)
+    ref_total = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        mask = cols < V
+        raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
+        z, _ = logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z = tl.where(mask, z, float("-inf"))  # phantom columns must not count
+        new_top = tl.maximum(top, z)
+        shift = tl.maximum(top - new_top, LEAST)
+        difference = tl.maximum(z - new_top, LEAST)
+        decay = tl.exp(shift)
+        exp = tl.exp(difference)
+        if HAS_REF:
+            ref_raw = tl.load(ref_raw_ptr + cols, mask=mask, other=0.0)
+            w, _ = logits(ref_raw, ref_bias_ptr, cols, mask, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP)
+            w = tl.where(mask, w, float("-inf"))
+            new_ref_top = tl.maximum(ref_top, w)
+            ref_shift = tl.maximum(ref_top - new_ref_top, LEAST)
+            ref_difference = tl.maximum(w - new_ref_top, LEAST)
+            ref_total = ref_total * tl.exp(ref_shift) + tl.exp(ref_difference)
+            ref_top = new_ref_top
+            shift -= ref_shift
+            difference -= ref_difference
+        moment = decay * (moment + total * shift) + exp * difference
+        total = total * decay + exp
+        top = new_top
+    row_top = tl.max(top, axis=0)
+    shift = tl.maximum(top - row_top, LEAST)
+    decay = tl.exp(shift)
+    if HAS_REF:
+        row_ref_top = tl.max(ref_top, axis=0)
+        ref_shift = tl.maximum(ref_top - row_ref_top, LEAST)
+        shift -= ref_shift
+        tl.store(ref_norms_ptr + 2 * row, row_ref_top)
+        tl.store(ref_norms_ptr + 2 * row + 1, tl.sum(ref_total * tl.exp(ref_shift), axis=0))
+    tl.store(norms_ptr + 2 * row, row_top)
+    tl.store(norms_ptr + 2 * row + 1, tl.sum(total * decay, axis=0))
+    tl.store(moment_ptr + row, tl.sum(decay * (moment + total * shift), axis=0))
+
+
+@triton.jit
+def _gradient_kernel(
+    raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
+    ref_raw_ptr,  # (C, V) fp32, row pitch `ref_pitch`, or unused
+    target_ptr,  # (C,) int64
+    bias_ptr,
+    ref_bias_ptr,
+    norms_ptr,  # (C, 2) fp32
+    ref_norms_ptr,  # (C, 2) fp32, or unused
+    divergence_ptr,  # (C,) fp32
+    score_ptr,  # (C,) fp32
+    weight_ptr,  # (C,) fp32
+    grad_ptr,  # (C, V), row pitch `grad_pitch`: the same memory as raw_ptr, seen in the GEMM's dtype
+    V,
+    raw_pitch,
+    ref_pitch,
+    grad_pitch,
+    factor,
+    softcap,
+    ref_factor,
+    ref_softcap,
+    slope,  # scale · logit_scale / temperature
+    HAS_REF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    REF_HAS_BIAS: tl.constexpr,
+    REF_HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    raw_ptr += row * raw_pitch
+    grad_ptr += row * grad_pitch
+    target = tl.load(target_ptr + row)
+    row_top = tl.load(norms_ptr + 2 * row)
+    row_total = tl.load(norms_ptr + 2 * row + 1)
+    score = tl.load(score_ptr + row) * slope
+    weight = tl.load(weight_ptr + row) * slope
+    # log p − log q − D = (z − top_z) − (w − top_w) − level
+    level = tl.log(row_total) + tl.load(divergence_ptr + row)
+    ref_top = 0.0
+    if HAS_REF:
+        ref_raw_ptr += row * ref_pitch
+        ref_top = tl.load(ref_norms_ptr + 2 * row)
+        level -= tl.log(tl.load(ref_norms_ptr + 2 * row + 1))
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        mask = cols < V
+        raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
+        z, capped = logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+        difference = tl.maximum(z - row_top, LEAST)
+        p = tl.exp(difference) / row_total
+        if HAS_REF:
+            ref_raw = tl.load(ref_raw_ptr + cols, mask=mask, other=0.0)
+            w, _ = logits(ref_raw, ref_bias_ptr, cols, mask, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP)
+            difference -= tl.maximum(w - ref_top, LEAST)
+        grad = p * (score + weight * (difference - level)) - tl.where(cols == target, score, 0.0)
+        if HAS_SOFTCAP:
+            grad *= 1.0 - capped * capped
+        # A narrower gradient is packed into the front of its own row, over columns that every thread of the
+        # program has to have read by now.
+        tl.debug_barrier()
+        tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+def statistics(
+    raw: Tensor, ref_raw: Tensor | None, targets: Tensor, head: LMHead, ref_head: LMHead | None
+) -> tuple[RowStatistics, RowStatistics | None]:
+    """Norms (C, 2), target logit (C,) and moment (C,) of raw logits (C, V), and norms and target logit of the
+    reference's, which both stay as they are.
+    """
+    rows = len(raw)
+    out = RowStatistics(raw.new_empty(rows, 2), raw.new_empty(rows), raw.new_empty(rows))
+    ref = None if ref_raw is None else RowStatistics(raw.new_empty(rows, 2), raw.new_empty(rows))
+    tile = tile_of(raw)
+    _statistics_kernel[(rows,)](
+        raw_ptr=raw,
+        target_ptr=targets,
+        norms_ptr=out.norms,
+        target_logit_ptr=out.target,
+        moment_ptr=out.moment,
+        ref_norms_ptr=None if ref is None else ref.norms,
+        ref_target_logit_ptr=None if ref is None else ref.target,
+        V=raw.shape[1],
+        raw_pitch=raw.stride(0),
+        **_heads(head, ref_raw, ref_head),
+        BLOCK_V=tile.BLOCK_V // 2,  # twice the live vectors of the row kernel
+        num_warps=tile.num_warps,
+    )
+    return out, ref
+
+
+def gradients(
+    raw: Tensor,
+    ref_raw: Tensor | None,
+    targets: Tensor,
+    head: LMHead,
+    ref_head: LMHead | None,
+    *,
+    norms: Tensor,  # (C, 2)
+    ref_norms: Tensor | None,  # (C, 2)
+    divergence: Tensor,  # (C,)
+    score: Tensor,  # (C,)
+    weight: Tensor,  # (C,)
+    out_dtype: torch.dtype,
+    scale: float,
+) -> Tensor:
+    """``scale · (score · ∂(−log p(target)) + weight · ∂D)/∂raw`` (C, V) in ``out_dtype``, in the memory of ``raw``."""
+    grad = packed(raw, out_dtype)
+    tile = tile_of(raw)
+    _gradient_kernel[(len(raw),)](
+        raw_ptr=raw,
+        target_ptr=targets,
+        norms_ptr=norms,
+        ref_norms_ptr=ref_norms,
+        divergence_ptr=divergence,
+        score_ptr=score,
+        weight_ptr=weight,
+        grad_ptr=grad,
+        V=raw.shape[1],
+        raw_pitch=raw.stride(0),
+        grad_pitch=grad.stride(0),
+        slope=scale * head.logit_scale / head.temperature,
+        **_heads(head, ref_raw, ref_head),
+        BLOCK_V=tile.BLOCK_V // 2,
+        num_warps=tile.num_warps,
+    )
+    return grad
+
+
+def _heads(head: LMHead, ref_raw: Tensor | None, ref_head: LMHead | None) -> dict[str, object]:
+    """The kernels' arguments about both heads."""
+    own = head_arguments(head)
+    ref = head_arguments(ref_head if ref_head is not None else LMHead(head.weight))
+    return {
+        **own,
+        "bias_ptr": head.bias,
+        "ref_raw_ptr": ref_raw,
+        "ref_bias_ptr": None if ref_head is None else ref_head.bias,
+        "ref_pitch": 0 if ref_raw is None else ref_raw.stride(0),
+        "ref_factor": ref["factor"],
+        "ref_softcap": ref["softcap"],
+        "HAS_REF": ref_raw is not None,
+        "REF_HAS_BIAS": ref["HAS_BIAS"],
+        "REF_HAS_SOFTCAP": ref["HAS_SOFTCAP"],
+    }
