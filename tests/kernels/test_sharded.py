@@ -1,0 +1,96 @@
+"""Heads spread over the ranks of a process group: vocabulary-parallel, and FSDP2's DTensors. Two gloo processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract import NO_TRITON, random_batch
+from sharded_runs import BOTH, CASES, CPU, VOCAB, Model, loss_run, token_run
+
+from hypo_kernels import VocabShard, token_logprobs
+
+WORLD = 2
+IMPLS = ["torch", "triton"]
+pytestmark = [
+    pytest.mark.slow,
+    NO_TRITON,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="two processes of CPU tensors, under Triton's interpreter"),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every rank's results."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("sharded_runs.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(WORLD), folder], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(WORLD)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def test_the_vocabulary_is_split_as_torch_chunk_splits_it(ranks: list[dict[str, Any]]) -> None:
+    sizes = [len(part) for part in torch.arange(VOCAB).chunk(WORLD)]
+    assert [rank["shard"] for rank in ranks] == [(0, sizes[0]), (sizes[0], sizes[1])]
+
+
+def together(ranks: list[dict[str, Any]], key: str) -> dict[str, torch.Tensor]:
+    """The ranks' results as one: what each rank has of the vocabulary put together, and the rest equal on all."""
+    out = {}
+    for name in ranks[0][key]:
+        parts = [rank[key][name] for rank in ranks]
+        if name in ("gradient of weight", "gradient of bias", "gradient of B"):
+            out[name] = torch.cat(parts)
+            continue
+        assert torch.equal(parts[0], parts[1]), name
+        out[name] = parts[0]
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_sharded_head_gives_the_whole_heads_loss_and_gradients(
+    impl: str, case: str, ranks: list[dict[str, Any]]
+) -> None:
+    expected = loss_run(random_batch(**BOTH, **CASES[case], device=CPU), impl, None)
+    got = together(ranks, f"{impl} {case}")
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_token_log_probs_and_entropies_of_a_sharded_head(impl: str, ranks: list[dict[str, Any]]) -> None:
+    expected = token_run(random_batch(**BOTH, device=CPU), impl, None)
+    got = together(ranks, f"{impl} tokens")
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside forward", "as a DTensor outside of it"])
+def test_fsdp2_gets_the_mean_of_the_ranks_gradients(inside: bool, ranks: list[dict[str, Any]]) -> None:
+    model = Model()
+    losses = [model(random_batch(**{**BOTH, "seed": rank}, device=CPU)) for rank in range(WORLD)]
+    (sum(losses) / WORLD).backward()
+    for rank in ranks:
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(rank[f"fsdp {inside}"][name], parameter.grad)
+
+
+def test_a_weight_that_is_not_the_ranks_share_is_refused() -> None:
+    class Group:
+        pass
+
+    shard = VocabShard(Group(), start=34, size=33, largest=34, vocab_size=67)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"lm_head_weight has 34 .* vocab_shard 33: .* 34 to 67"):
+        token_logprobs(torch.randn(2, 4), torch.randn(34, 4), torch.zeros(2, dtype=torch.long), vocab_shard=shard)
