@@ -81,7 +81,7 @@ class Objective:
 
         with the costs to come ``R_t = sg(Σ_{t'>t} (D_{t'} + γ))``, 0 where a sample has ended. The baseline of
         position t knows nothing of sample i, hence unbiased: E[∇log π(a_t|s_t)] = 0 (``docs/exact_kl.md``).
-        Nothing here waits for the device or depends on the order in which it adds.
+        Nothing here waits for the device, and every sum has one order.
         """
         k, gamma = self.num_generations, self.length_penalty
         kl = torch.segment_reduce(divergences, "sum", lengths=lengths, unsafe=True, initial=0.0).view(-1, k)

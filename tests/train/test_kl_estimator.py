@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from hypo_train.data import batch_indices
 from hypo_train.train import train
 
-EXACT = {"kl_estimator": "exact", "impl": "reference"}
 WAYS = {
     "full": {},
     "full, tied": {},
+    "full, a head with a bias": {},
     "lora": LORA,
     "last layer": LAST_LAYER,
 }
@@ -28,8 +28,12 @@ WAYS = {
 @pytest.fixture(params=WAYS)
 def exact(request, settings, saved_model):
     """``exact(**changes)`` is a config for the exact estimator, for each way to train."""
-    model = saved_model("llama", tie_word_embeddings=True) if "tied" in request.param else saved_model()
-    return lambda **changes: settings(model=model, **{**EXACT, **WAYS[request.param], **changes})
+    models = {
+        "full, tied": lambda: saved_model("llama", tie_word_embeddings=True),
+        "full, a head with a bias": lambda: saved_model("phi"),
+    }
+    model = models.get(request.param, saved_model)()
+    return lambda **changes: settings(model=model, kl_estimator="exact", **WAYS[request.param], **changes)
 
 
 def test_three_steps_log_the_same_names_and_a_kl_that_is_never_negative(exact):
@@ -84,10 +88,11 @@ def plain_loss(model, initial, pairs, samples, config):
     return loss
 
 
-def test_the_gradients_of_a_step_are_those_of_the_formula_on_separate_rows(exact):
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_the_gradients_of_a_step_are_those_of_the_formula_on_separate_rows(exact, impl):
     config = exact(
         beta=0.3, kl_coef=0.5, length_penalty=0.1, num_generations=3, max_grad_norm=0, learning_rate=1e-2,
-        max_new_tokens=12,
+        max_new_tokens=20, impl=impl,
     )  # fmt: skip
     run = recorded(config)
     steps(run, 2)  # away from the reference, where all divergences are 0
