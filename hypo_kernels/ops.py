@@ -216,7 +216,7 @@ def _token_logprobs_backward(*args: Any) -> tuple[Tensor, ...]:
     gradients = plan.backward(
         Leaves.of(plan.projection), norms[rows], picked[0], by_logps.flatten()[rows], picked[1], needed
     )
-    return tuple(_absent(norms) if x is None else x for x in gradients.sums)
+    return tuple(_absent(plan.projection.hidden) if x is None else x for x in gradients.sums)
 
 
 @_token_logprobs_backward.register_fake
