@@ -25,7 +25,7 @@ from hypo_kernels import fused_hypo_loss, sequence_logprobs, token_logprobs
 ROWS, VOCAB, WIDTH = 192, 1531, 24
 SEQUENCE = 16  # rows, on average: a pair and a group have twice as many
 # Index, target, lengths, norms, log-prob and coefficient of a row, what the objective makes of them, and the
-# gradient of an ignored row: an eleventh of one pass over a row of logits.
+# gradient of an ignored row: a twelfth of one pass over a row of logits.
 BYTES_PER_ROW = 512
 # A pass over the logits can be saved on a CPU, but each of them has to be read, and each gradient written.
 LEAST = RowStep(Passes(1), Passes(1, gradients_written=1), Passes(1, gradients_written=1))
