@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.providers import GEMMS
 
@@ -58,7 +58,8 @@ def draw(path: Path) -> list[tuple[str, Path]]:
             _lines(panel, sweep, axis, _percent, without=GEMMS)
             panel.axhline(100, color=GEMMS_COLOUR, linewidth=1.5, linestyle="--", label=GEMMS)
             panel.set(ylabel="share of GEMM rate (%)", xlabel=TITLES[axis], title=_fixed(sweep, axis))
-            panel.set_ylim(0, 110)
+        highest = max(max(line.get_ydata()) for panel in panels[:, 0] for line in panel.get_lines())
+        panels[0, 0].set_ylim(0, max(110, 1.05 * highest))
         name = "Share of the measured GEMM rate"
         pictures.append((name, _finish(figure, panels[0, 0], name, sweep, None, path.with_name("gemm-rate.png"))))
     return pictures
@@ -101,6 +102,8 @@ def _thousands(x: float) -> str:
 
 
 def _plain_ticks(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
 
 
@@ -115,12 +118,12 @@ def _finish(figure: Figure, labelled: Axes, name: str, sweep: dict[str, Any], ax
     handles, labels = labelled.get_legend_handles_labels()
     where = sweep["hardware"].split(" (")[0]
     sizes = "" if axis is None else f"{_fixed(sweep, axis)}\n"
-    figure.suptitle(name, x=0.02, ha="left", fontsize=15, fontweight="bold")
+    figure.text(0.02, 0.985, name, va="top", fontsize=15, fontweight="bold")
     figure.text(0.02, 0.95, f"{sizes}{sweep['mode']} head, {where}, {sweep['date']}", va="top", fontsize=11)
     rows = -(-len(labels) // 2)
     top = 0.95 - (0.05 if axis else 0.025)
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.0, top), ncols=2, frameon=False, fontsize=12)
-    figure.tight_layout(rect=(0, 0, 1, top - 0.03 * rows))
+    figure.tight_layout(rect=(0, 0, 1, top - 0.02 - 0.03 * rows))
     figure.savefig(path)
     plt.close(figure)
     return path

@@ -66,7 +66,8 @@ class Outcome:
 
     @property
     def line(self) -> str:
-        return f"{self.step.name}: {self.status} in {self.seconds:.0f} s" + (f" ({self.note})" if self.note else "")
+        after = f" in {self.seconds:.0f} s" if self.seconds else ""
+        return f"{self.step.name}: {self.status}{after}" + (f" ({self.note})" if self.note else "")
 
 
 def steps(results: Path, *, quick: bool) -> list[Step]:

@@ -133,7 +133,7 @@ def main() -> None:
 
         links += [f"![{title}]({where / picture.name})" for title, picture in plots.draw(numbers)]
     report.append(args.results, *(line for link in links for line in (link, "")))
-    print(f"{numbers} in {time.perf_counter() - start:.0f} s")
+    print(f"{where / numbers.name} in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
