@@ -33,6 +33,7 @@ from benchmarks import report
 ROOT = Path(__file__).parents[1]
 # Without these, nothing that touches hypo_train can be imported, and its tests are left out.
 TRAINING = ("accelerate", "datasets", "peft", "pydantic", "transformers", "yaml")
+GRACE = 10  # seconds for a step at its limit to write what it has
 ROW_KERNEL = "_row_kernel"  # of hypo_kernels.rows_triton: the kernel whose programs share memory
 
 
@@ -71,7 +72,7 @@ class Outcome:
 
 
 def steps(results: Path, *, quick: bool) -> list[Step]:
-    """In the order in which they run. The limits of the quick ones add up to less than ten minutes."""
+    """In the order in which they run. The limits of the quick ones add up to ten minutes."""
     pytest = (sys.executable, "-m", "pytest")
     small = (sys.executable, "-m", "benchmarks.small_shapes")
     quickly = ("--quick",) if quick else ()
@@ -82,14 +83,14 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
             "tests",
             "kernels and losses against float64, on real Triton",
             (*pytest, "tests", "-k", "kernel or loss", *(("-m", "not slow") if quick else ()), *_without_training()),
-            limit=200 if quick else 1500,
+            limit=250 if quick else 1500,
             needs=("pytest",),
         ),
         Step(
             "memcheck",
             "every kernel on small shapes, for accesses out of bounds",
             ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *small),
-            limit=70 if quick else 900,
+            limit=50 if quick else 900,
             tool="compute-sanitizer",
             environment=uncached,
         ),
@@ -98,14 +99,14 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
             "the row kernel on small shapes, for races in shared memory",
             ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "1",
              "--kernel-regex", f"kns={ROW_KERNEL}", *small),
-            limit=40 if quick else 900,
+            limit=30 if quick else 900,
             tool="compute-sanitizer",
         ),
         Step(
             "grid",
             "the loss against every peer that is installed: time with a cold and a hot cache, memory, error",
             (*pytest, "benchmarks", "--benchmark-only", *quickly, "--results", str(results), "--same-section"),
-            limit=200 if quick else 3600,
+            limit=160 if quick else 3600,
             needs=("pytest", "pytest_benchmark"),
             on_cpu=True,
         ),
@@ -113,7 +114,7 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
             "sweep",
             "time, memory and share of the GEMM rate over tokens and over the vocabulary, with plots",
             (sys.executable, "-m", "benchmarks.sweep", *quickly, "--results", str(results)),
-            limit=80 if quick else 1800,
+            limit=60 if quick else 1800,
             on_cpu=True,
             environment={"KINETO_LOG_LEVEL": "99"},
         ),
@@ -141,16 +142,20 @@ def run(step: Step, *, cuda: bool) -> Outcome:
     start = time.perf_counter()
     code, lines = _passed_on(step)
     seconds = time.perf_counter() - start
+    last = next((text for line in reversed(lines) if (text := line.strip(" =\n"))), "")
     if code is None:
-        return Outcome(step, "failed", seconds, f"stopped at its limit of {step.limit} s")
+        return Outcome(step, "failed", seconds, f"stopped at its limit of {step.limit} s: {last}")
     if step.tool and any("Device not supported" in line for line in lines):
         return Outcome(step, "skipped", seconds, f"{step.tool} does not support this device")
-    last = next((text for line in reversed(lines) if (text := line.strip(" =\n"))), "")
     return Outcome(step, "failed" if code else "passed", seconds, last)
 
 
 def _passed_on(step: Step) -> tuple[int | None, list[str]]:
-    """The exit code, None where the limit was reached, and the last lines of the output."""
+    """The exit code, None where the limit was reached, and the last lines of the output.
+
+    At its limit a step is interrupted, as from a keyboard, so that pytest sums up and the sweep draws what there
+    is; ``GRACE`` seconds later it is killed, with everything that it started.
+    """
     process = subprocess.Popen(
         step.command,
         cwd=ROOT,
@@ -159,16 +164,17 @@ def _passed_on(step: Step) -> tuple[int | None, list[str]]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # it ends with all of its own processes
+        start_new_session=True,  # a group of its own, to be ended as one
     )
     stopped = threading.Event()
 
     def stop() -> None:
         stopped.set()
-        _end(process)
+        process.send_signal(signal.SIGINT)
 
-    timer = threading.Timer(step.limit, stop)
-    timer.start()
+    timers = [threading.Timer(step.limit, stop), threading.Timer(step.limit + GRACE, _end, [process])]
+    for timer in timers:
+        timer.start()
     lines: deque[str] = deque(maxlen=200)
     try:
         assert process.stdout is not None
@@ -178,7 +184,8 @@ def _passed_on(step: Step) -> tuple[int | None, list[str]]:
             lines.append(line)
         code = process.wait()
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
         if process.poll() is None:  # interrupted
             _end(process)
     return (None if stopped.is_set() else code), list(lines)

@@ -26,6 +26,7 @@ from benchmarks.session import Measured, Result, Session
 from benchmarks.workloads import LLAMA, Group, Workload
 
 MODE = "trained"
+NUMBERS = "sweep.json"
 # The peers that people meet first; the grid has the others.
 PEERS = {
     "cuda": ("full logits", "TRL ChunkedLogProb", "Cut Cross-Entropy", "Liger scaled CE", "Liger FLCE"),
@@ -61,7 +62,7 @@ def folder_beside(results: Path, device: torch.device, *, quick: bool) -> Path:
 def measure(device: torch.device, folder: Path, *, quick: bool) -> Path:
     """Measures every point and returns the file of numbers, which is there from the first point on."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "sweep.json"
+    path = folder / NUMBERS
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "hardware": report.hardware(device),
@@ -123,8 +124,20 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    numbers = measure(device, folder_beside(args.results, device, quick=args.quick), quick=args.quick)
-    where = numbers.parent.relative_to(args.results.parent)
+    folder = folder_beside(args.results, device, quick=args.quick)
+    numbers = folder / NUMBERS
+    numbers.unlink(missing_ok=True)
+    try:
+        measure(device, folder, quick=args.quick)
+    finally:  # whatever stopped it, what there is is worth a look
+        if numbers.exists():
+            publish(numbers, args.results)
+    print(f"{len(AXES)} axes in {time.perf_counter() - start:.0f} s: {numbers.relative_to(args.results.parent)}")
+
+
+def publish(numbers: Path, results: Path) -> None:
+    """Draws the pictures and links to them and to the numbers at the end of ``results``."""
+    where = numbers.parent.relative_to(results.parent)
     links = [f"Trained head over tokens and vocabulary: [numbers]({where / numbers.name})."]
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed (pip install matplotlib)")
@@ -132,8 +145,7 @@ def main() -> None:
         from benchmarks import plots
 
         links += [f"![{title}]({where / picture.name})" for title, picture in plots.draw(numbers)]
-    report.append(args.results, *(line for link in links for line in (link, "")))
-    print(f"{where / numbers.name} in {time.perf_counter() - start:.0f} s")
+    report.append(results, *(line for link in links for line in (link, "")))
 
 
 if __name__ == "__main__":

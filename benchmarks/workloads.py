@@ -85,12 +85,14 @@ def groups(device: torch.device, *, quick: bool) -> list[Group]:
         ]
     else:
         small = Workload("hypo", 1024, 8192, 256, f32, sequence_length=64)
+        # Long responses, four pairs of them: a pair is Liger's smallest chunk, and the smallest that ours keeps whole.
+        long_pairs = replace(small, task="dpo", rows=8192, sequence_length=1024, against=FULL_LOGITS_AND_LIGER)
         smollm = Workload("hypo", 512, 49152, 576, f32, sequence_length=64)  # SmolLM2-135M's head
         grid = [
             small,
             replace(small, counted=0.5, modes=("trained",)),
             replace(small, task="dpo", modes=("trained",)),
-            replace(small, task="dpo", rows=8192, modes=("trained",), against=FULL_LOGITS_AND_LIGER),
+            replace(long_pairs, modes=("trained",)),
             replace(small, dtype=bf16, modes=("trained",)),
             replace(smollm, modes=("trained",)),
             replace(smollm, dtype=bf16, modes=("trained",)),

@@ -43,10 +43,19 @@ def test_an_outcome_is_written_before_the_next_step_begins(tmp_path: Path, monke
     assert run_kit(monkeypatch, results, python("first", ""), reads) == 0
 
 
-def test_a_step_past_its_limit_is_stopped_with_what_it_started() -> None:
-    code = "import subprocess; print('on'); subprocess.run(['sleep', '600'])"  # its child holds the pipe, too
+def test_a_step_at_its_limit_may_sum_up() -> None:
+    code = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('3 of 7 done')"
     outcome = proof.run(python("slow", code, limit=2), cuda=False)
-    assert (outcome.status, outcome.note) == ("failed", "stopped at its limit of 2 s")
+    assert (outcome.status, outcome.note) == ("failed", "stopped at its limit of 2 s: 3 of 7 done")
+    assert outcome.seconds < 2 + proof.GRACE
+
+
+def test_a_step_that_does_not_stop_is_killed_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "GRACE", 1)
+    ignore = "import signal, subprocess; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True);"
+    code = f"{ignore} subprocess.run(['sleep', '600'])"  # its child holds the pipe, too
+    outcome = proof.run(python("stubborn", code, limit=2), cuda=False)
+    assert (outcome.status, outcome.note) == ("failed", "stopped at its limit of 2 s: on")
     assert outcome.seconds < 30
 
 
@@ -73,7 +82,7 @@ def test_a_cpu_runs_its_own_steps_and_says_the_others(tmp_path: Path) -> None:
 
 
 def test_the_quick_kit_ends_within_ten_minutes() -> None:
-    assert sum(step.limit for step in proof.steps(Path("RESULTS.md"), quick=True)) < 600
+    assert sum(step.limit + proof.GRACE for step in proof.steps(Path("RESULTS.md"), quick=True)) <= 600
 
 
 def test_the_kernel_that_racecheck_picks_is_there() -> None:
