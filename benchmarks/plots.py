@@ -22,7 +22,7 @@ OURS_COLOUR, GEMMS_COLOUR = "#0b3d91", "#9a9a9a"
 # Distinct to colour-blind readers, in the order of the peers (Okabe and Ito's palette).
 PEER_COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 PEER_MARKERS = ("s", "^", "D", "v", "P", "X")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 13,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -136,7 +136,7 @@ def run(step: Step, *, cuda: bool) -> Outcome:
     if missing := _missing(step.needs):
         packages = " ".join(name.replace("_", "-") for name in missing)
         return Outcome(step, "failed", 0.0, f"not installed: pip install {packages}")
-    if step.tool and shutil.which(step.tool) is None:
+    if step.tool and shutil.which(step.tool, path=_path()) is None:
         return Outcome(step, "skipped", 0.0, f"{step.tool} is not installed")
     print(f"\n== {step.name}: {step.what}\n$ {step.shown}", flush=True)
     start = time.perf_counter()
@@ -150,6 +150,12 @@ def run(step: Step, *, cuda: bool) -> Outcome:
     return Outcome(step, "failed" if code else "passed", seconds, last)
 
 
+def _path() -> str:
+    """Where programs are looked for: CUDA's own are often installed and not on the PATH."""
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), f"{cuda}/bin"])
+
+
 def _passed_on(step: Step) -> tuple[int | None, list[str]]:
     """The exit code, None where the limit was reached, and the last lines of the output.
 
@@ -159,7 +165,7 @@ def _passed_on(step: Step) -> tuple[int | None, list[str]]:
     process = subprocess.Popen(
         step.command,
         cwd=ROOT,
-        env={**os.environ, **step.environment, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, **step.environment, "PATH": _path(), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -37,7 +37,7 @@ def calls(device: torch.device) -> Iterator[str]:
         targets[1] = vocab - 1  # the last column is a target
         bounds = torch.tensor([0, *itertools.accumulate(LENGTHS)])
         for ref_hidden in (None, randn(rows, WIDTH)):
-            reference = (
+            reference: dict[str, Any] = (
                 {"ref_logps": torch.full((len(LENGTHS),), -20.0, device=device)}
                 if ref_hidden is None
                 else {"ref_hidden": ref_hidden, "ref_lm_head_weight": weight.detach()}

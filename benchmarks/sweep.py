@@ -77,18 +77,20 @@ def measure(device: torch.device, folder: Path, *, quick: bool) -> Path:
     session = Session(device, quick=quick or device.type == "cpu", on_measured=_say)
     names = [name for name in PEERS[device.type] if not (BY_NAME[name].compiles and device.type == "cpu")]
     for axis, points in workloads(device, quick=quick).items():
-        fixed = points[0]
-        axes = found["axes"][axis] = {
-            "fixed": {"rows": fixed.rows, "vocab": fixed.vocab, "width": fixed.width, "dtype": str(fixed.dtype)[6:]},
-            "points": [],
-        }
-        del axes["fixed"][AXES[axis]]
+        curve: list[dict[str, Any]] = []
+        found["axes"][axis] = {"fixed": _fixed(points[0], axis), "points": curve}
         for workload in points:
             measured = session.measure(Group(workload, MODE), names)
-            axes["points"].append({axis: getattr(workload, AXES[axis]), "providers": _numbers(measured)})
+            curve.append({axis: getattr(workload, AXES[axis]), "providers": _numbers(measured)})
             found["state at the end"] = report.state(device)
             path.write_text(json.dumps(found, indent=1) + "\n")
     return path
+
+
+def _fixed(workload: Workload, axis: str) -> dict[str, int | str]:
+    """What stays the same along an axis."""
+    sizes = {name: getattr(workload, name) for name in ("rows", "vocab", "width") if name != AXES[axis]}
+    return {**sizes, "dtype": str(workload.dtype).removeprefix("torch.")}
 
 
 def _say(measured: Measured, seconds: float) -> None:

@@ -66,6 +66,17 @@ def test_a_missing_tool_is_skipped_and_a_missing_package_fails() -> None:
     assert package.line == "package: failed (not installed: pip install no-such-package)"
 
 
+def test_a_tool_of_cuda_is_found_beside_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "a-sanitizer"
+    tool.write_text("#!/bin/sh\necho ========= ERROR SUMMARY: 0 errors\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    step = Step("memcheck", "a test's own", ("a-sanitizer",), limit=60, tool="a-sanitizer")
+    outcome = proof.run(step, cuda=True)
+    assert (outcome.status, outcome.note) == ("passed", "ERROR SUMMARY: 0 errors")
+
+
 def test_a_device_that_the_sanitizer_refuses_is_not_a_failure() -> None:
     refuses = python("memcheck", "print('Device not supported'); raise SystemExit(1)", tool="sh")
     outcome = proof.run(refuses, cuda=True)
