@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench smollm2
+.PHONY: demo test check bench gpu smollm2
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hypo_train
@@ -19,6 +19,10 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# The proof kit. A Python that has a CUDA torch of its own needs no environment: python -m benchmarks.proof
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.proof $(ARGS)
 
 smollm2: $(INSTALLED) models/SmolLM2-135M-Instruct
 	$(BIN)/python -m hypo_train --config hypo_train/recipes/smollm2-lora.yaml

@@ -24,28 +24,39 @@ class Truth:
     logps: Tensor
     hidden: Tensor | None
     weight: Tensor | None
+    rounded: dict[str, float]  # errors of a scheme that rounds exact d-logits to 16 bits, and its results
     peak_bytes: int
 
 
 def truth(batch: Batch, *, gradients: bool) -> Truth:
     """Computed in chunks of rows, so that it fits beside the largest workload: its peak is checked."""
-    rows, targets = batch.counted_rows, batch.counted_targets
+    rows, targets, dtype = batch.counted_rows, batch.counted_targets, batch.weight.dtype
 
-    def compute() -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def compute() -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, float]]:
         token_logps = float64.row_logprobs(batch.hidden[rows], batch.weight, targets)
         logps = torch.segment_reduce(token_logps, "sum", lengths=batch.lengths, unsafe=True, initial=0.0)
         if not gradients:
-            return logps, None, None
+            return logps, None, None, {}
         _, slope = batch.loss_and_coefficients(logps, batch.ref_logps.double())
         per_row = slope.repeat_interleave(batch.lengths)
-        return (logps, *float64.gradients(batch.hidden[rows], batch.weight, targets, per_row))
+        hidden, weight = float64.gradients(batch.hidden[rows], batch.weight, targets, per_row)
+        if dtype.itemsize > 2:
+            return logps, hidden, weight, {}
+        by_rounded = float64.gradients(batch.hidden[rows], batch.weight, targets, per_row, rounded=dtype)
+        rounded = {
+            name: _error(gradient.to(dtype), exact)
+            for name, gradient, exact in zip(("hidden", "weight"), by_rounded, (hidden, weight), strict=True)
+        }
+        return logps, hidden, weight, rounded
 
     with torch.no_grad():
-        (logps, hidden, weight), peak = peak_extra_bytes(compute, batch.hidden.device)
-    allowed = float64.bound(len(rows), *batch.weight.shape, gradients=gradients)
+        (logps, hidden, weight, rounded), peak = peak_extra_bytes(compute, batch.hidden.device)
+    # The exact ones, and beside them the rounded ones and what their difference takes.
+    held = 0 if not gradients else 1 if dtype.itemsize > 2 else 5
+    allowed = float64.bound(len(rows), *batch.weight.shape, gradients=held)
     if peak > allowed:
         raise MemoryError(f"the float64 truth of {batch.workload} took {peak} bytes, more than its bound {allowed}")
-    return Truth(logps, hidden, weight, peak)
+    return Truth(logps, hidden, weight, rounded, peak)
 
 
 def errors(exact: Truth, batch: Batch, logps: Tensor) -> dict[str, float]:

@@ -70,6 +70,7 @@ def bench_loss(
         flop_per_second=measured.flop / result.median,
         times_ours=measured.times(result, OURS[session.device.type]),
         times_bare_gemms=measured.times(result, GEMMS),
+        hot_seconds=result.hot_median,
         **{f"error_{quantity}": error for quantity, error in result.errors.items()},
     )
     samples = iter(result.samples)

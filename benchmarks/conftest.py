@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.session import Session
+from benchmarks.session import Measured, Session
 
 SESSION = pytest.StashKey[Session]()
 
@@ -17,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hypo-kernels benchmarks")
     group.addoption("--quick", action="store_true", help="small shapes, few rounds, nothing that compiles")
     group.addoption("--results", type=Path, metavar="PATH", help="append the tables to PATH as a dated section")
+    group.addoption("--same-section", action="store_true", help="the section of --results is open already")
 
 
 @pytest.fixture(scope="session")
@@ -24,14 +27,19 @@ def session(pytestconfig: pytest.Config) -> Session:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plugins = pytestconfig.pluginmanager
     terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+    path = pytestconfig.getoption("results")
+    if path is not None and not pytestconfig.getoption("same_section"):
+        report.open_section(path, device, f"pytest {shlex.join(sys.argv[1:])}")
 
-    def announce(line: str) -> None:
+    def keep(measured: Measured, seconds: float) -> None:
+        if path is not None:
+            report.append_group(path, measured, device)
         if terminal is not None and capture is not None:
             with capture.global_and_fixture_disabled():  # a test's output is captured
                 terminal.ensure_newline()
-                terminal.write_line(line)
+                terminal.write_line(f"measured {measured.group} in {seconds:.0f} s")
 
-    measuring = Session(device, quick=pytestconfig.getoption("quick"), announce=announce)
+    measuring = Session(device, quick=pytestconfig.getoption("quick"), on_measured=keep)
     pytestconfig.stash[SESSION] = measuring
     return measuring
 
@@ -44,6 +52,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("benchmarks, providers interleaved")
     terminalreporter.write_line(f"{report.hardware(done.device)}; {report.state(done.device)}")
     terminalreporter.write_line(report.versions())
+    if done.device.type == "cuda":
+        terminalreporter.write_line("ms: with a cold L2 cache; hot ms: with a hot one")
     terminalreporter.write_line(
         "x: times as long; rate: of the bare GEMMs' FLOP; peak: beyond the inputs, with gradients"
     )
@@ -52,5 +62,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(report.tables(measured, done.device))
     path = config.getoption("results")
     if path is not None:
-        report.append_section(path, measured, done.device)
+        report.close_section(path, measured, done.device)
         terminalreporter.write_line(f"\nappended to {path}")

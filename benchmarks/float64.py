@@ -15,11 +15,11 @@ CHUNK_BYTES = 2**28  # of float64 logits
 CHUNKS_ALIVE = 3  # logits, their exponentials and what a library makes of them on the way
 
 
-def bound(rows: int, vocab: int, width: int, *, gradients: bool) -> int:
-    """The most that a call may allocate, in bytes."""
+def bound(rows: int, vocab: int, width: int, *, gradients: int) -> int:
+    """The most that may be allocated, in bytes, where ``gradients`` sets of gradients are held at once."""
     logits = CHUNKS_ALIVE * max(CHUNK_BYTES, 8 * vocab)
     inputs = 8 * width * (vocab + 2 * rows)
-    return logits + inputs + (8 * width * (vocab + rows) if gradients else 0) + 2**24
+    return logits + inputs + gradients * 8 * width * (vocab + rows) + 2**24
 
 
 def row_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -32,8 +32,14 @@ def row_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(out).squeeze(1)
 
 
-def gradients(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``Σ coefficients · log p(target)`` by hidden (N, D) and weight (V, D), float64."""
+def gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, *, rounded: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``Σ coefficients · log p(target)`` by hidden (N, D) and weight (V, D), float64.
+
+    The gradients by the logits are ``rounded`` once, which is all that an otherwise exact scheme on 16-bit
+    GEMM operands loses.
+    """
     wide = weight.detach().double()
     grad_hidden = torch.empty(hidden.shape, dtype=torch.float64, device=hidden.device)
     grad_weight = torch.zeros_like(wide)
@@ -41,6 +47,8 @@ def gradients(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Ten
         x, y, c = hidden[rows].detach().double(), targets[rows, None], coefficients[rows, None].double()
         grad_logits = (x @ wide.t()).softmax(dim=-1).neg_()
         grad_logits.scatter_add_(1, y, torch.ones_like(y, dtype=torch.float64)).mul_(c)
+        if rounded != torch.float64:
+            grad_logits = grad_logits.to(rounded).double()
         grad_hidden[rows] = grad_logits @ wide
         grad_weight.addmm_(grad_logits.t(), x)
     return grad_hidden, grad_weight

@@ -16,6 +16,7 @@ import torch
 R = TypeVar("R")
 Step = Callable[[], Any]
 FLUSH_BYTES = 2**28  # several times the L2 cache of any GPU
+BUSY_CYCLES = 200_000  # about 0.1 ms of a GPU's clock
 
 
 def interleaved(
@@ -27,17 +28,20 @@ def interleaved(
     min_rounds: int,
     max_rounds: int,
     warm_up_rounds: int = 0,
-) -> dict[str, list[float]]:
+) -> dict[str, tuple[list[float], ...]]:
     """Seconds of every step, one sample a round, all steps within each round.
+
+    On CUDA the time is the device's, and every step has two lists of samples: with a cold L2 cache, flushed
+    before the sample, then with a hot one, straight after the step's own last run. On a CPU it has one.
 
     Clocks, heat and neighbours change from second to second; taking turns makes every step see the same
     machine. Each round starts with another step, and every other round runs backwards, so that no step
     always follows the same one. Rounds go on for ``seconds`` but stay within their limits. ``before`` runs
-    outside the clock. On CUDA, the time is the device's, and the cache is flushed before each sample.
+    outside the clock.
     """
-    timed = _cuda_timer(device) if device.type == "cuda" else _seconds
+    timers = _cuda_timers(device) if device.type == "cuda" else (_seconds,)
     names = list(steps)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, tuple[list[float], ...]] = {name: tuple([] for _ in timers) for name in names}
     start = time.perf_counter()
     gc.collect()
     gc.disable()
@@ -47,10 +51,11 @@ def interleaved(
                 break
             order = names[turn % len(names) :] + names[: turn % len(names)]
             for name in order if turn % 2 == 0 else reversed(order):
-                before()
-                sample = timed(steps[name])
-                if turn >= 0:
-                    samples[name].append(sample)
+                for timed, kept in zip(timers, samples[name], strict=True):
+                    before()
+                    sample = timed(steps[name])
+                    if turn >= 0:
+                        kept.append(sample)
     finally:
         gc.enable()
     return samples
@@ -62,12 +67,16 @@ def _seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_timer(device: torch.device) -> Callable[[Step], float]:
+def _cuda_timers(device: torch.device) -> tuple[Callable[[Step], float], ...]:
+    """Of a cold cache and of a hot one. Either keeps the device busy while the step is launched."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    return _cuda_timer(flush.zero_), _cuda_timer(lambda: torch.cuda._sleep(BUSY_CYCLES))
 
+
+def _cuda_timer(occupy: Callable[[], Any]) -> Callable[[Step], float]:
     def timed(step: Step) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()  # keeps the device busy while the step is launched, too
+        occupy()
         start.record()
         step()
         end.record()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +40,13 @@ class Provider:
     has_forward: bool = True  # has something of its own to show under ``no_grad``
     only_ignored: bool = False  # of interest only where some rows are ignored
     compiles: bool = False  # through torch.compile: seconds before the first result
+    is_fused_head: bool = False  # a per-token loss that keeps no full logits: what the targets compare with
     is_ours: bool = False
 
     def serves(self, group: Group) -> bool:
         if self.only_ignored and group.workload.counted == 1:
+            return False
+        if group.workload.against and self.name not in (*group.workload.against, GEMMS, *OURS.values()):
             return False
         return group.workload.task in self.tasks and (self.has_forward or group.mode != "forward")
 
@@ -237,6 +240,18 @@ def _gemm_steps(batch: Batch, mode: str) -> Callable[[], Tensor]:
     return step
 
 
+def _fused_heads(
+    name: str, head: TokenHead, *, package: str = "torch", picks_rows: bool = False, compiles: bool = False
+) -> tuple[Provider, ...]:
+    """The peer as it comes and, unless it picks the counted rows by itself, with rows that its caller picked."""
+    whole = Provider(name, _token_steps(head), package, compiles=compiles, is_fused_head=True)
+    if picks_rows:
+        return (whole,)
+    return whole, replace(
+        whole, name=f"{name}, rows picked", make_step=_token_steps(head, pick_rows=True), only_ignored=True
+    )
+
+
 OURS = {"cuda": "hypo_kernels triton", "cpu": "hypo_kernels torch"}  # the default of each device
 EAGER = "full logits"
 GEMMS = "bare GEMMs"
@@ -250,18 +265,12 @@ PROVIDERS = (
     Provider(EAGER, _token_steps(full_logits)),
     Provider("full logits, rows picked", _token_steps(full_logits, pick_rows=True), only_ignored=True),
     Provider("full logits, torch.compile", _token_steps(full_logits_compiled), compiles=True),
-    Provider("torch linear_cross_entropy", _token_steps(torch_linear_cross_entropy)),
-    Provider("TRL ChunkedLogProb", _token_steps(trl_chunked), package="trl"),
-    Provider("Cut Cross-Entropy", _token_steps(cut_cross_entropy), package="cut-cross-entropy", compiles=True),
-    Provider("Cut Cross-Entropy, exact", _token_steps(cut_cross_entropy_exact), package="cut-cross-entropy"),
-    Provider("Liger scaled CE", _token_steps(liger_scaled_ce), package="liger-kernel"),
-    Provider(
-        "Liger scaled CE, rows picked",
-        _token_steps(liger_scaled_ce, pick_rows=True),
-        package="liger-kernel",
-        only_ignored=True,
-    ),
-    Provider("Liger FLCE", _token_steps(liger_flce), package="liger-kernel"),
+    *_fused_heads("torch linear CE", torch_linear_cross_entropy),
+    *_fused_heads("TRL ChunkedLogProb", trl_chunked, package="trl", picks_rows=True),
+    *_fused_heads("Cut Cross-Entropy", cut_cross_entropy, package="cut-cross-entropy", picks_rows=True, compiles=True),
+    *_fused_heads("Cut Cross-Entropy, exact", cut_cross_entropy_exact, package="cut-cross-entropy", picks_rows=True),
+    *_fused_heads("Liger scaled CE", liger_scaled_ce, package="liger-kernel"),
+    *_fused_heads("Liger FLCE", liger_flce, package="liger-kernel"),
     Provider(
         "Liger DPO",
         _liger_dpo_steps(compiled=True),

@@ -6,25 +6,26 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 import hypo_kernels
+from benchmarks import targets
 from benchmarks.providers import GEMMS, OURS, PROVIDERS
 from benchmarks.session import Measured, Result
 
-COLUMNS = ("provider", "ms", "IQR", "x ours", "x GEMMs", "rate", "peak MiB", "err logp", "err dX", "err dW")
+COLUMNS = ("provider", "ms", "IQR", "hot ms", "x ours", "x GEMMs", "rate", "peak MiB", "err logp", "err dX", "err dW")
 MIB = 2**20
 
 
 def tables(measured: Iterable[Measured], device: torch.device) -> str:
-    """Every group's table, at most 120 columns wide."""
-    return "\n\n".join("\n".join(_table(group, device)) for group in measured)
+    """Every group's table, at most 120 columns wide, and what became of the targets."""
+    found = list(measured)
+    parts = ["\n".join(_table(group, device)) for group in found]
+    return "\n\n".join([*parts, "\n".join(targets.lines(found, device))]).rstrip()
 
 
 def _table(measured: Measured, device: torch.device) -> list[str]:
@@ -34,6 +35,9 @@ def _table(measured: Measured, device: torch.device) -> list[str]:
     rows = [_cells(measured, result, device) for result in ranked]
     lines = [_title(measured, device), *_aligned([_header(device), *rows])]
     lines += [f"  WRONG    {r.provider.name}: {r.wrong} ({r.median * 1e3:.4g} ms)" for r in done if r.wrong]
+    if measured.rounded:
+        errors = ", ".join(f"err {'dX' if name == 'hidden' else 'dW'} {e:.1e}" for name, e in measured.rounded.items())
+        lines.append(f"  exact but for d-logits in {_dtype(measured)}: {errors}")
     rest = [result for result in measured.results.values() if not result.samples]
     lines += [f"  FAILED   {r.provider.name}: {r.failed}" for r in rest if r.failed]
     lines += [f"  skipped  {r.provider.name}: {r.skipped}" for r in rest if r.skipped]
@@ -48,12 +52,19 @@ def _title(measured: Measured, device: torch.device) -> str:
     return (
         f"{workload.task} {measured.group.mode}: {measured.counted_rows} counted rows"
         f"{f' (+{ignored} ignored)' if ignored else ''} x V={workload.vocab} x D={workload.width}, "
-        f"{str(workload.dtype).removeprefix('torch.')}{gradients}"
+        f"{_dtype(measured)}{gradients}"
     )
 
 
+def _dtype(measured: Measured) -> str:
+    return str(measured.group.workload.dtype).removeprefix("torch.")
+
+
 def _header(device: torch.device) -> tuple[str, ...]:
-    return tuple(("TFLOP/s" if device.type == "cuda" else "GFLOP/s") if name == "rate" else name for name in COLUMNS)
+    """The columns; a CPU has no hot cache of its own to show."""
+    if device.type == "cuda":
+        return tuple("TFLOP/s" if name == "rate" else name for name in COLUMNS)
+    return tuple("GFLOP/s" if name == "rate" else name for name in COLUMNS if name != "hot ms")
 
 
 def _cells(measured: Measured, result: Result, device: torch.device) -> tuple[str, ...]:
@@ -63,6 +74,7 @@ def _cells(measured: Measured, result: Result, device: torch.device) -> tuple[st
         result.provider.name,
         f"{result.median * 1e3:.4g}",
         f"{result.spread * 1e3:.2g}",
+        *(() if result.hot_median is None else (f"{result.hot_median * 1e3:.4g}",)),
         _ratio(measured.times(result, OURS[device.type])),
         _ratio(measured.times(result, GEMMS)),
         f"{measured.flop / result.median / unit:.0f}",
@@ -84,24 +96,45 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "  " + "-" * (len(lines[0]) - 2), *lines[1:]]
 
 
-def append_section(path: Path, measured: Sequence[Measured], device: torch.device) -> None:
-    """A dated section of Markdown at the end of ``path``: where, with what, how, and every table."""
-    lines = [
+def open_section(path: Path, device: torch.device, command: str) -> None:
+    """The head of a dated section at the end of ``path``: where, with what and how."""
+    append(
+        path,
         "",
         f"## {datetime.date.today().isoformat()}, {hardware(device)}",
         "",
         f"- Software: {versions()}; commit {commit()}.",
-        f"- Command: `pytest {shlex.join(sys.argv[1:])}`.",
-        f"- Machine at the end: {state(device)}.",
-        "- Providers take turns within every round; ms is the median and IQR the interquartile range of "
-        f"{min(_rounds(measured))} to {max(_rounds(measured))} rounds.",
+        f"- Command: `{command}`.",
+        f"- Machine at the start: {state(device)}.",
         "",
-    ]
-    for group in measured:
-        title, *table = _table(group, device)
-        lines += [f"**{title}**", "", "```text", *table, "```", ""]
+    )
+
+
+def append_group(path: Path, measured: Measured, device: torch.device) -> None:
+    """A group's table, written as soon as it is measured: what comes later may fail."""
+    title, *table = _table(measured, device)
+    append(path, f"**{title}**", "", "```text", *table, "```", "")
+
+
+def close_section(path: Path, measured: Sequence[Measured], device: torch.device) -> None:
+    """What became of the targets, how often was measured, and the machine again."""
+    found = list(targets.lines(measured, device))
+    rounds = _rounds(measured)
+    cold = " with a cold L2 cache, hot ms with a hot one" if device.type == "cuda" else ""
+    append(
+        path,
+        *(["```text", *found, "```", ""] if found else []),
+        f"- Providers take turns within every round; ms is the median{cold}; IQR is the interquartile range of "
+        f"{min(rounds)} to {max(rounds)} rounds.",
+        f"- Machine at the end: {state(device)}.",
+        "",
+    )
+
+
+def append(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write("\n".join(lines))
+        file.write("\n".join([*lines, ""]))
 
 
 def _rounds(measured: Sequence[Measured]) -> list[int]:

@@ -32,11 +32,16 @@ class Result:
     peak_bytes: int = 0  # beyond the inputs, gradients included
     gradient_bytes: int = 0
     run_seconds: float = 0.0  # of the run that showed the peak
-    samples: list[float] = field(default_factory=list)  # seconds
+    samples: list[float] = field(default_factory=list)  # seconds, on CUDA with a cold cache
+    hot_samples: list[float] = field(default_factory=list)  # seconds with a hot cache, on CUDA alone
 
     @property
     def median(self) -> float:
         return median(self.samples)
+
+    @property
+    def hot_median(self) -> float | None:
+        return median(self.hot_samples) if self.hot_samples else None
 
     @property
     def spread(self) -> float:
@@ -50,6 +55,7 @@ class Measured:
     group: Group
     counted_rows: int
     results: dict[str, Result]
+    rounded: dict[str, float]  # gradient errors of d-logits that are exact but for their rounding to 16 bits
 
     @property
     def flop(self) -> float:
@@ -64,12 +70,15 @@ class Measured:
 
 
 class Session:
-    """Keeps the batch and the truth of one workload at a time."""
+    """Keeps the batch and the truth of one workload at a time.
 
-    def __init__(self, device: torch.device, *, quick: bool, announce: Callable[[str], None]) -> None:
+    ``on_measured`` gets every group as soon as it is done, with the seconds that it took.
+    """
+
+    def __init__(self, device: torch.device, *, quick: bool, on_measured: Callable[[Measured, float], None]) -> None:
         self.device = device
         self.quick = quick
-        self.announce = announce
+        self.on_measured = on_measured
         self.measured: dict[Group, Measured] = {}
         self._workload: Workload | None = None
         self._batch: Batch | None = None
@@ -81,7 +90,7 @@ class Session:
             wanted = {*names, GEMMS, EAGER, OURS[self.device.type]}
             start = time.perf_counter()
             self.measured[group] = self._measure(group, [BY_NAME[name] for name in BY_NAME if name in wanted])
-            self.announce(f"measured {group} in {time.perf_counter() - start:.0f} s")
+            self.on_measured(self.measured[group], time.perf_counter() - start)
         return self.measured[group]
 
     def _measure(self, group: Group, providers: list[Provider]) -> Measured:
@@ -112,10 +121,11 @@ class Session:
             max_rounds=50 if cuda else 15,
             warm_up_rounds=1 if cuda else 0,  # a GPU's clocks take a while
         )
-        for name, seconds in samples.items():
+        for name, (seconds, *hot) in samples.items():
             results[name].samples = seconds
+            results[name].hot_samples = hot[0] if hot else []
         batch.prepare(group.mode)
-        return Measured(group, len(batch.counted_rows), results)
+        return Measured(group, len(batch.counted_rows), results, exact.rounded if group.mode != "forward" else {})
 
     def _first_runs(self, provider: Provider, batch: Batch, mode: str, exact: Truth) -> tuple[Result, Step | None]:
         """One run to compile, tune and compare, one to see its memory. A peer that fails is skipped with its reason."""

@@ -13,6 +13,7 @@ from hypo_kernels.objective import Objective
 IGNORE_INDEX = -100
 MODES = ("forward", "frozen", "trained")
 NUM_GENERATIONS = 2
+FULL_LOGITS_AND_LIGER = ("full logits", "Liger DPO", "Liger DPO, not compiled")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Workload:
     sequence_length: int  # mean rows of a sequence
     counted: float = 1.0  # share of each sequence's rows that count; the rest, its prompt, is ignored
     modes: tuple[str, ...] = MODES
+    against: tuple[str, ...] = ()  # the peers to measure; none named: all
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -59,24 +61,20 @@ class Group:
         return (2 if self.mode == "frozen" else 3) + (self.workload.task == "dpo")
 
 
+LLAMA = Workload("hypo", 8192, 128256, 4096, torch.bfloat16, sequence_length=256)
+PYTHIA = replace(LLAMA, rows=4096, vocab=50304, width=2048)
+LLAMA_1K = replace(LLAMA, rows=1024)
+LLAMA_HALF = replace(LLAMA, counted=0.5)
+
+
 def groups(device: torch.device, *, quick: bool) -> list[Group]:
-    """The grid for a device; ``quick`` is the smallest that runs every code path but compilation."""
+    """The grid for a device, the most telling first; ``quick`` leaves out what compiles, and repeats less."""
     both = ("frozen", "trained")
     f32, bf16 = torch.float32, torch.bfloat16
     if device.type == "cuda":
-        llama = Workload("hypo", 8192, 128256, 4096, bf16, sequence_length=256)
-        pythia = replace(llama, rows=4096, vocab=50304, width=2048)
-        grid = [
-            llama,
-            pythia,
-            replace(llama, rows=1024),
-            replace(pythia, rows=16384),
-            replace(llama, counted=0.5),
-            replace(llama, task="dpo", modes=both),
-            replace(pythia, task="dpo", modes=both),
-        ]
-        if quick:
-            grid = [pythia, replace(pythia, counted=0.5, modes=("trained",)), replace(pythia, task="dpo", modes=both)]
+        grid = [LLAMA, PYTHIA, LLAMA_1K, LLAMA_HALF, replace(PYTHIA, task="dpo", modes=both)]
+        if not quick:
+            grid += [replace(LLAMA, task="dpo", modes=both), replace(PYTHIA, rows=16384)]
     elif quick:
         tiny = Workload("hypo", 256, 4096, 64, f32, sequence_length=32)
         grid = [
@@ -87,11 +85,14 @@ def groups(device: torch.device, *, quick: bool) -> list[Group]:
         ]
     else:
         small = Workload("hypo", 1024, 8192, 256, f32, sequence_length=64)
+        # Long responses, four pairs of them: a pair is Liger's smallest chunk, and the smallest that ours keeps whole.
+        long_pairs = replace(small, task="dpo", rows=8192, sequence_length=1024, against=FULL_LOGITS_AND_LIGER)
         smollm = Workload("hypo", 512, 49152, 576, f32, sequence_length=64)  # SmolLM2-135M's head
         grid = [
             small,
             replace(small, counted=0.5, modes=("trained",)),
             replace(small, task="dpo", modes=("trained",)),
+            replace(long_pairs, modes=("trained",)),
             replace(small, dtype=bf16, modes=("trained",)),
             replace(smollm, modes=("trained",)),
             replace(smollm, dtype=bf16, modes=("trained",)),

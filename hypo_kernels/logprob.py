@@ -149,7 +149,5 @@ class _Rows(torch.autograd.Function):
         *leaves, norms, entropies = ctx.saved_tensors
         plan: TokenPass = ctx.plan
         by_logps, by_entropies = upstream if len(upstream) == 2 else (upstream[0], None)
-        gradients = plan.backward(
-            Leaves(*leaves), norms, entropies, by_logps, by_entropies, ctx.needs_input_grad[:5]
-        )
+        gradients = plan.backward(Leaves(*leaves), norms, entropies, by_logps, by_entropies, ctx.needs_input_grad[:5])
         return (*gradients.scaled(), None)

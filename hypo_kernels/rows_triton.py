@@ -72,7 +72,7 @@ def _row_kernel(
     # The target's logit is read before anything overwrites the row.
     here = (target >= 0) & (target < V)
     at_target = tl.load(raw_ptr + target, mask=here, other=0.0)
-    z_target, _ = logits(at_target, bias_ptr, target, here, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+    z_target, capped_target = logits(at_target, bias_ptr, target, here, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
     tl.store(target_logit_ptr + row, tl.where(here, z_target, 0.0))
 
     if NORMS_ARE_KNOWN:

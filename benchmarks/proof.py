@@ -1,0 +1,256 @@
+"""The proof kit: everything that has to hold on a CUDA machine, in one command.
+
+    python -m benchmarks.proof [--quick] [--only STEP] [--results PATH]
+
+It installs nothing and uses this Python and its torch; what a step misses is said. Every step is a process of
+its own with a time limit, so that a crash ends no other step; its outcome is written to the end of
+PATH as soon as it is known, the grid's tables and the sweep's points as they are measured. On a machine without
+CUDA, it says what it would run and runs the steps that a CPU has. The exit code is 0 if no step failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+
+ROOT = Path(__file__).parents[1]
+# Without these, nothing that touches hypo_train can be imported, and its tests are left out.
+TRAINING = ("accelerate", "datasets", "peft", "pydantic", "transformers", "yaml")
+GRACE = 10  # seconds for a step at its limit to write what it has
+ROW_KERNEL = "_row_kernel"  # of hypo_kernels.rows_triton: the kernel whose programs share memory
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. It fails without the Python packages it ``needs``, and is skipped without its ``tool``."""
+
+    name: str
+    what: str
+    command: tuple[str, ...]
+    limit: int  # seconds
+    needs: tuple[str, ...] = ()
+    tool: str = ""
+    on_cpu: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """The command, as one would type it."""
+        environment = [f"{name}={value}" for name, value in self.environment.items()]
+        words = ["python" if word == sys.executable else word for word in self.command]
+        return " ".join([*environment, shlex.join(words)])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    step: Step
+    status: str  # "passed", "failed" or "skipped"
+    seconds: float
+    note: str
+
+    @property
+    def line(self) -> str:
+        after = f" in {self.seconds:.0f} s" if self.seconds else ""
+        return f"{self.step.name}: {self.status}{after}" + (f" ({self.note})" if self.note else "")
+
+
+def steps(results: Path, *, quick: bool) -> list[Step]:
+    """In the order in which they run. The limits of the quick ones add up to ten minutes."""
+    pytest = (sys.executable, "-m", "pytest")
+    small = (sys.executable, "-m", "benchmarks.small_shapes")
+    quickly = ("--quick",) if quick else ()
+    # Of torch's caching allocator the sanitizer sees one large block: overruns from tensor to tensor would pass.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [
+        Step(
+            "tests",
+            "kernels and losses against float64, on real Triton",
+            (*pytest, "tests", "-k", "kernel or loss", *(("-m", "not slow") if quick else ()), *_without_training()),
+            limit=250 if quick else 1500,
+            needs=("pytest",),
+        ),
+        Step(
+            "memcheck",
+            "every kernel on small shapes, for accesses out of bounds",
+            ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *small),
+            limit=50 if quick else 900,
+            tool="compute-sanitizer",
+            environment=uncached,
+        ),
+        Step(
+            "racecheck",
+            "the row kernel on small shapes, for races in shared memory",
+            ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "1",
+             "--kernel-regex", f"kns={ROW_KERNEL}", *small),
+            limit=30 if quick else 900,
+            tool="compute-sanitizer",
+        ),
+        Step(
+            "grid",
+            "the loss against every peer that is installed: time with a cold and a hot cache, memory, error",
+            (*pytest, "benchmarks", "--benchmark-only", *quickly, "--results", str(results), "--same-section"),
+            limit=160 if quick else 3600,
+            needs=("pytest", "pytest_benchmark"),
+            on_cpu=True,
+        ),
+        Step(
+            "sweep",
+            "time, memory and share of the GEMM rate over tokens and over the vocabulary, with plots",
+            (sys.executable, "-m", "benchmarks.sweep", *quickly, "--results", str(results)),
+            limit=60 if quick else 1800,
+            on_cpu=True,
+            environment={"KINETO_LOG_LEVEL": "99"},
+        ),
+    ]  # fmt: skip
+
+
+def _missing(modules: Sequence[str]) -> list[str]:
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def _without_training() -> tuple[str, ...]:
+    return ("--ignore=tests/train", "--ignore=tests/test_readme.py") if _missing(TRAINING) else ()
+
+
+def run(step: Step, *, cuda: bool) -> Outcome:
+    """Runs the step and passes its output on."""
+    if not cuda and not step.on_cpu:
+        return Outcome(step, "skipped", 0.0, "needs CUDA")
+    if missing := _missing(step.needs):
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        return Outcome(step, "failed", 0.0, f"not installed: pip install {packages}")
+    if step.tool and shutil.which(step.tool, path=_path()) is None:
+        return Outcome(step, "skipped", 0.0, f"{step.tool} is not installed")
+    print(f"\n== {step.name}: {step.what}\n$ {step.shown}", flush=True)
+    start = time.perf_counter()
+    code, lines = _passed_on(step)
+    seconds = time.perf_counter() - start
+    last = next((text for line in reversed(lines) if (text := line.strip(" =\n"))), "")
+    if code is None:
+        return Outcome(step, "failed", seconds, f"stopped at its limit of {step.limit} s: {last}")
+    if step.tool and any("Device not supported" in line for line in lines):
+        return Outcome(step, "skipped", seconds, f"{step.tool} does not support this device")
+    return Outcome(step, "failed" if code else "passed", seconds, last)
+
+
+def _path() -> str:
+    """Where programs are looked for: CUDA's own are often installed and not on the PATH."""
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), f"{cuda}/bin"])
+
+
+def _passed_on(step: Step) -> tuple[int | None, list[str]]:
+    """The exit code, None where the limit was reached, and the last lines of the output.
+
+    At its limit a step is interrupted, as from a keyboard, so that pytest sums up and the sweep draws what there
+    is; ``GRACE`` seconds later it is killed, with everything that it started.
+    """
+    process = subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env={**os.environ, **step.environment, "PATH": _path(), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a group of its own, to be ended as one
+    )
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        process.send_signal(signal.SIGINT)
+
+    timers = [threading.Timer(step.limit, stop), threading.Timer(step.limit + GRACE, _end, [process])]
+    for timer in timers:
+        timer.start()
+    lines: deque[str] = deque(maxlen=200)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            lines.append(line)
+        code = process.wait()
+    finally:
+        for timer in timers:
+            timer.cancel()
+        if process.poll() is None:  # interrupted
+            _end(process)
+    return (None if stopped.is_set() else code), list(lines)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def page(plan: Sequence[Step], results: Path) -> str:
+    """What a CUDA machine would run."""
+    lines = ["No CUDA device here. On a machine that has one, this command runs:", ""]
+    for i, step in enumerate(plan, 1):
+        lines += [f"{i}. {step.name}: {step.what}", f"     $ {step.shown}"]
+        if step.tool:
+            lines += [f"     skipped where {step.tool} is not installed"]
+        lines += [f"     stopped after {step.limit} s", ""]
+    here = " and ".join(step.name for step in plan if step.on_cpu)
+    lines += [
+        f"The others still run where one fails; {results} gets a dated section with the outcome of each.",
+        f"Here it runs {here or 'none of them'}, at sizes for a CPU.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    names = [step.name for step in steps(Path(), quick=True)]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller, in less than 10 minutes")
+    parser.add_argument("--only", action="append", choices=names, help="this step alone; may be given several times")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="gets a dated section; plots/ is beside it (default: benchmarks/RESULTS.md on CUDA, else .benchmarks/)",
+    )
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    results = (args.results or ROOT / ("benchmarks" if cuda else ".benchmarks") / "RESULTS.md").resolve()
+    plan = [step for step in steps(results, quick=args.quick) if step.name in (args.only or names)]
+    if not cuda:
+        print(page(plan, results), flush=True)
+    print(f"\n{report.hardware(device)}; {report.state(device)}\n{report.versions()}; commit {report.commit()}")
+    if missing := _missing(TRAINING):
+        print(f"hypo_train's tests are left out: no {', '.join(missing)}")
+    report.open_section(results, device, f"python -m benchmarks.proof {shlex.join(sys.argv[1:])}".strip())
+    start = time.perf_counter()
+    outcomes = []
+    for step in plan:
+        outcome = run(step, cuda=cuda)
+        outcomes.append(outcome)
+        report.append(results, f"- {outcome.line}", "")
+        print(f"== {outcome.line}", flush=True)
+    print(f"\nproof kit on {report.hardware(device)}, {time.perf_counter() - start:.0f} s; {results}")
+    for outcome in outcomes:
+        print(f"  {outcome.line}")
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

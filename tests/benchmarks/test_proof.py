@@ -1,0 +1,108 @@
+"""The proof kit: a failing step ends no other, what is missing is said, and everything is written as it happens."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import proof, small_shapes
+from benchmarks.proof import Step
+
+
+def python(name: str, code: str, **options: object) -> Step:
+    settings: dict = {"what": "a test's own", "limit": 60, "on_cpu": True, **options}
+    return Step(name, command=(sys.executable, "-c", code), **settings)
+
+
+def run_kit(monkeypatch: pytest.MonkeyPatch, results: Path, *steps: Step) -> int:
+    monkeypatch.setattr(proof, "steps", lambda results, *, quick: list(steps))
+    monkeypatch.setattr(sys, "argv", ["proof", "--results", str(results)])
+    return proof.main()
+
+
+def test_a_step_that_fails_ends_no_other_and_the_kit_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "RESULTS.md"
+    crash = python("crash", "import os; print('half done'); os.abort()")
+    fine = python("fine", "print('===== 3 passed =====')")
+    assert run_kit(monkeypatch, results, crash, fine) == 1
+    lines = [line for line in results.read_text().splitlines() if line.startswith("- ")]
+    assert re.fullmatch(r"- crash: failed in \d+ s \(half done\)", lines[-2])
+    assert re.fullmatch(r"- fine: passed in \d+ s \(3 passed\)", lines[-1])
+    assert "crash: failed" in capsys.readouterr().out.rsplit("proof kit on", 1)[1]
+
+
+def test_an_outcome_is_written_before_the_next_step_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "RESULTS.md"
+    reads = python("second", f"assert '- first: passed' in open({str(results)!r}).read()")
+    assert run_kit(monkeypatch, results, python("first", ""), reads) == 0
+
+
+def test_a_step_at_its_limit_may_sum_up() -> None:
+    code = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('3 of 7 done')"
+    outcome = proof.run(python("slow", code, limit=2), cuda=False)
+    assert (outcome.status, outcome.note) == ("failed", "stopped at its limit of 2 s: 3 of 7 done")
+    assert outcome.seconds < 2 + proof.GRACE
+
+
+def test_a_step_that_does_not_stop_is_killed_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "GRACE", 1)
+    ignore = "import signal, subprocess; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True);"
+    code = f"{ignore} subprocess.run(['sleep', '600'])"  # its child holds the pipe, too
+    outcome = proof.run(python("stubborn", code, limit=2), cuda=False)
+    assert (outcome.status, outcome.note) == ("failed", "stopped at its limit of 2 s: on")
+    assert outcome.seconds < 30
+
+
+def test_a_missing_tool_is_skipped_and_a_missing_package_fails() -> None:
+    tool = proof.run(python("tool", "", tool="no-such-sanitizer"), cuda=True)
+    assert tool.line == "tool: skipped (no-such-sanitizer is not installed)"
+    package = proof.run(python("package", "", needs=("no_such_package",)), cuda=True)
+    assert package.line == "package: failed (not installed: pip install no-such-package)"
+
+
+def test_a_tool_of_cuda_is_found_beside_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "a-sanitizer"
+    tool.write_text("#!/bin/sh\necho ========= ERROR SUMMARY: 0 errors\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    step = Step("memcheck", "a test's own", ("a-sanitizer",), limit=60, tool="a-sanitizer")
+    outcome = proof.run(step, cuda=True)
+    assert (outcome.status, outcome.note) == ("passed", "ERROR SUMMARY: 0 errors")
+
+
+def test_a_device_that_the_sanitizer_refuses_is_not_a_failure() -> None:
+    refuses = python("memcheck", "print('Device not supported'); raise SystemExit(1)", tool="sh")
+    outcome = proof.run(refuses, cuda=True)
+    assert (outcome.status, outcome.note) == ("skipped", "sh does not support this device")
+
+
+def test_a_cpu_runs_its_own_steps_and_says_the_others(tmp_path: Path) -> None:
+    plan = proof.steps(tmp_path / "RESULTS.md", quick=True)
+    assert [step.name for step in plan if step.on_cpu] == ["grid", "sweep"]
+    assert proof.run(plan[0], cuda=False).line == "tests: skipped (needs CUDA)"
+    text = proof.page(plan, tmp_path / "RESULTS.md")
+    assert all(step.what in text and step.shown in text for step in plan)
+    assert len(text.splitlines()) < 40
+
+
+def test_the_quick_kit_ends_within_ten_minutes() -> None:
+    assert sum(step.limit + proof.GRACE for step in proof.steps(Path("RESULTS.md"), quick=True)) <= 600
+
+
+def test_the_kernel_that_racecheck_picks_is_there() -> None:
+    rows_triton = pytest.importorskip("hypo_kernels.rows_triton", reason="Triton is not installed")
+    assert hasattr(rows_triton, proof.ROW_KERNEL)
+
+
+def test_the_small_shapes_run_on_every_kernel(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if device.type == "cpu":  # the interpreter takes seconds for the large vocabulary
+        monkeypatch.setattr(small_shapes, "VOCABULARIES", small_shapes.VOCABULARIES[:1])
+    assert len(list(small_shapes.calls(device))) == len(small_shapes.VOCABULARIES) * 6
