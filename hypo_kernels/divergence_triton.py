@@ -57,12 +57,12 @@ def _statistics_kernel(
     target = tl.load(target_ptr + row)
     here = (target >= 0) & (target < V)
     at_target = tl.load(raw_ptr + target, mask=here, other=0.0)
-    z_target, capped_target = logits(at_target, bias_ptr, target, here, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+    z_target, _at_target = logits(at_target, bias_ptr, target, here, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
     tl.store(target_logit_ptr + row, tl.where(here, z_target, 0.0))
     if HAS_REF:
         ref_raw_ptr += row * ref_pitch
         at_target = tl.load(ref_raw_ptr + target, mask=here, other=0.0)
-        w_target, capped_target = logits(
+        w_target, _at_target = logits(
             at_target, ref_bias_ptr, target, here, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP
         )
         tl.store(ref_target_logit_ptr + row, tl.where(here, w_target, 0.0))

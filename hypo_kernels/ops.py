@@ -141,7 +141,7 @@ def _hypo_loss(*args: Any, **options: Any) -> tuple[Tensor, ...]:
         if call.impl == "reference":
             raise ValueError("impl='reference' is eager: call it outside of torch.compile, or use impl='auto'")
         with torch.autocast(projection.hidden.device.type, enabled=False):
-            found, gradients = schedule.run(call, needed)
+            found, gradients = schedule.run(call, needed, sums_are_wide=True)
     sums = [_absent(projection.hidden) if x is None else x for x in gradients.sums]
     return (*call.in_call_order(found), call.lengths, *sums)
 
@@ -214,7 +214,13 @@ def _token_logprobs_backward(*args: Any) -> tuple[Tensor, ...]:
     picked = [x.flatten()[rows] if plan.with_entropy else None for x in (entropies, by_entropies)]
     needed = args[_NUM_HEAD - 1]
     gradients = plan.backward(
-        Leaves.of(plan.projection), norms[rows], picked[0], by_logps.flatten()[rows], picked[1], needed
+        Leaves.of(plan.projection),
+        norms[rows],
+        picked[0],
+        by_logps.flatten()[rows],
+        picked[1],
+        needed,
+        sums_are_wide=True,
     )
     return tuple(_absent(plan.projection.hidden) if x is None else x for x in gradients.sums)
 

@@ -192,14 +192,15 @@ class HeadRoom:
                     gemm.mm_(out, unit[:, vocab], panel, accumulate=i > 0)
                 by_features.index_copy_(0, self.rows[rows], out.mul_(factor).to(by_features.dtype))
             if by_matrix is not None:
-                self._add_products(by_matrix, unit, self._inputs(features, rows), factor)
+                self._add_products(by_matrix, unit, self._inputs(features, rows), factor, gradients.begun(by_matrix))
         if sums.bias is not None:
-            self._add_products(sums.bias[:, None], unit, unit.new_ones(len(unit), 1), factor)
+            ones = unit.new_ones(len(unit), 1)
+            self._add_products(sums.bias[:, None], unit, ones, factor, gradients.begun(sums.bias))
 
-    def _add_products(self, out: Tensor, unit: Tensor, x: Tensor, factor: Tensor) -> None:
-        """``out += Uᵀ·(factor ⊙ x)``, summed in fp32."""
+    def _add_products(self, out: Tensor, unit: Tensor, x: Tensor, factor: Tensor, begun: bool) -> None:
+        """``out += Uᵀ·(factor ⊙ x)``, summed in fp32; the first product is written, not added."""
         if self.operand_dtype != torch.float16:
-            gemm.mm_(out, unit.t(), (x * factor).to(self.operand_dtype), accumulate=True)
+            gemm.mm_(out, unit.t(), (x * factor).to(self.operand_dtype), accumulate=begun)
             return
         # fp16 coefficients would underflow: the largest is taken out, on the device, and put back after.
         top = factor.abs().amax().clamp_min(torch.finfo(factor.dtype).tiny)
@@ -207,9 +208,9 @@ class HeadRoom:
         step = max(1, chunks.FP16_BLOCK_BYTES // (4 * out.shape[1]))
         for start in range(0, len(out), step):
             part = out[start : start + step]
-            product = torch.empty_like(part)
+            product = torch.empty_like(part) if begun else part
             gemm.mm_(product, unit[:, start : start + step].t(), x)
-            part.addcmul_(product, top)
+            part.addcmul_(product, top) if begun else part.mul_(top)
 
     def _inputs(self, features: Tensor, rows: slice) -> Tensor:
         """The rows' features (C, D) as a GEMM operand."""

@@ -63,6 +63,11 @@ def unit_gradients(
     return raw.to(out_dtype), logps
 
 
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """``x *= factor``, a number on the device."""
+    x.mul_(factor)
+
+
 def blocks(raw: Tensor) -> Iterator[slice]:
     """A few rows of (C, V) at a time."""
     step = max(1, BLOCK_BYTES // (raw.shape[1] * raw.element_size()))

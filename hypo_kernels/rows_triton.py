@@ -21,6 +21,7 @@ from hypo_kernels.statistics import RowStatistics
 from hypo_kernels.tiles import RowTile, row_tile
 
 GRADIENTS_IN_PLACE = True
+SCALE_BLOCK = 8192  # entries a program
 
 
 @triton.jit
@@ -69,12 +70,6 @@ def _row_kernel(
     grad_ptr += row * grad_pitch
     target = tl.load(target_ptr + row)
 
-    # The target's logit is read before anything overwrites the row.
-    here = (target >= 0) & (target < V)
-    at_target = tl.load(raw_ptr + target, mask=here, other=0.0)
-    z_target, capped_target = logits(at_target, bias_ptr, target, here, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-    tl.store(target_logit_ptr + row, tl.where(here, z_target, 0.0))
-
     if NORMS_ARE_KNOWN:
         row_top = tl.load(norms_ptr + 2 * row)
         row_total = tl.load(norms_ptr + 2 * row + 1)
@@ -95,6 +90,12 @@ def _row_kernel(
         row_total = tl.sum(total * tl.exp(top - row_top), axis=0)
         tl.store(norms_ptr + 2 * row, row_top)
         tl.store(norms_ptr + 2 * row + 1, row_total)
+
+    # The target's logit is read before anything overwrites the row.
+    here = (target >= 0) & (target < V)
+    at_target = tl.load(raw_ptr + target, mask=here, other=0.0)
+    z_target, _at_target = logits(at_target, bias_ptr, target, here, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+    tl.store(target_logit_ptr + row, tl.where(here, z_target, 0.0))
 
     if WITH_GRADIENTS:
         peak = slope / row_total
@@ -134,6 +135,23 @@ def unit_gradients(
     """
     unit = packed(raw, out_dtype)
     return unit, _launch(raw, targets, head, norms=norms, grad=unit, scale=scale).logps()
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:  # the upstream gradient of a loss is 1 more often than not
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < count
+        x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32) * factor
+        tl.store(x_ptr + index, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """``x *= factor``, a number on the device; a factor of 1 reads none of ``x`` (contiguous)."""
+    _scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
+        x_ptr=x, factor_ptr=factor, count=x.numel(), BLOCK=SCALE_BLOCK, num_warps=8
+    )
 
 
 def packed(raw: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,8 +23,11 @@ from hypo_kernels.room import HeadRoom, sequence_sums
 from hypo_kernels.statistics import RowStatistics
 
 
-def run(call: Call, needed: Sequence[bool]) -> tuple[Outcome, Gradients]:
-    """Loss and log-probs, and the gradients of the :class:`Leaves` that are ``needed``."""
+def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> tuple[Outcome, Gradients]:
+    """Loss and log-probs, and the gradients of the :class:`Leaves` that are ``needed``.
+
+    ``sums_are_wide`` asks for the same dtypes whatever the number of chunks.
+    """
     heads = [call.policy.head] if call.ref is None else [call.policy.head, call.ref.head]
     exact = call.kl_estimator == "exact"
     room = HeadRoom(
@@ -37,14 +40,20 @@ def run(call: Call, needed: Sequence[bool]) -> tuple[Outcome, Gradients]:
         with_divergence=exact,
         buffers=2 if exact else 1,
     )
-    gradients = Gradients(Leaves.of(call.policy), needed, call.compute_dtype, call.policy.head.shard)
-    lengths = call.layout.lengths.to(room.rows.device, non_blocking=True)
     objective = call.objective
     plan = chunks(call.layout.lengths.tolist(), objective.num_pairs, objective.num_generations, room.max_rows)
+    gradients = Gradients(
+        Leaves.of(call.policy),
+        needed,
+        call.compute_dtype,
+        room.shard,
+        in_one_product=len(plan) == 1 and len(call.layout.rows) <= room.max_rows and not sums_are_wide,
+        scale_=room.steps.scale_,
+    )
+    lengths = call.layout.lengths.to(room.rows.device, non_blocking=True)
     step = _exact if exact else _sampled
     parts = [step(call, room, gradients, chunk, lengths[chunk.sequences]) for chunk in plan]
-    if call.policy.head.shard is not None:
-        gradients.over_ranks(call.policy.head.shard)
+    gradients.close(room.shard)
     return (
         Outcome(
             loss=torch.stack([part.loss for part in parts]).sum(),

@@ -54,12 +54,23 @@ class TokenPass:
         by_logps: Tensor,  # (N,)
         by_entropies: Tensor | None,  # (N,)
         needed: Sequence[bool],
+        *,
+        sums_are_wide: bool = False,
     ) -> Gradients:
-        """The gradients of ``leaves``, the call's own or what autograd has saved of them."""
+        """The gradients of ``leaves``, the call's own or what autograd has saved of them.
+
+        ``sums_are_wide`` asks for the same dtypes whatever the number of chunks.
+        """
         projection = leaves.put_into(self.projection)
         with torch.autocast(projection.hidden.device.type, enabled=False):
             room = self._room(projection)
-            gradients = Gradients(leaves, needed, self.compute_dtype, projection.head.shard)
+            gradients = Gradients(
+                leaves,
+                needed,
+                self.compute_dtype,
+                room.shard,
+                in_one_product=len(self.layout.rows) <= room.max_rows and not sums_are_wide,
+            )
             for rows in split(room.all_rows, room.max_rows):
                 (raw,) = room.logits([projection], rows)
                 if entropies is None or by_entropies is None:
@@ -79,8 +90,7 @@ class TokenPass:
                         by_divergence=-by_entropies[rows],
                     )
                 room.finish(gradients, unit, projection, rows, factor)
-            if projection.head.shard is not None:
-                gradients.over_ranks(projection.head.shard)
+            gradients.close(room.shard)
         return gradients
 
     def _room(self, projection: Projection) -> HeadRoom:
