@@ -41,12 +41,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hypo_kernels import gemm_triton, statistics_triton
-from hypo_kernels.gemm_triton import load_targets, logits, picked, quarters, raw_tile, scaled, store_target_logits, tile_position
+from hypo_kernels.gemm_triton import (
+    load_targets,
+    logits,
+    picked,
+    quarters,
+    raw_tile,
+    scaled,
+    store_target_logits,
+    tile_position,
+)
 from hypo_kernels.head import LMHead
-from hypo_kernels.tiles import GemmTile, gemm_tile
+from hypo_kernels.tiles import EPILOGUE_PARTS, POINTER_TILE, GemmTile, gemm_tile
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float32)
 OFFSET_ABOVE_TARGET = 20.0  # nats
@@ -167,20 +175,17 @@ def _exponentials_kernel(
         offset = tl.load(norms_ptr + 2 * rows)
         target = load_targets(target_ptr, rows, V)
         total = tl.zeros([BLOCK_M], tl.float32)
-        raw_target = tl.zeros([BLOCK_M], tl.float32)
-        inverse_cap = 1.0 / softcap
+        raw_target = picked(raw, n * BLOCK_N + tl.arange(0, BLOCK_N), target)
         parts = quarters(raw)
         for i in tl.static_range(4):
             first = n * BLOCK_N + i * (BLOCK_N // 4)
             cols = first + tl.arange(0, BLOCK_N // 4)
-            if not LISTED:
-                raw_target += picked(parts[i], cols, target)
             z = logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
             e = tl.exp(z - offset[:, None])
             if not LISTED:
                 total += tl.sum(e, axis=1)
             if HAS_SOFTCAP:
-                t = z * inverse_cap
+                t = z / softcap
                 e -= e * t * t  # beyond V this is NaN, which is not stored
             if DESCRIPTORS:
                 out.store([m * BLOCK_M, first], e.to(out.dtype))
@@ -290,22 +295,21 @@ def exponentials(
     target_logits = torch.zeros(num_rows, dtype=torch.float32, device=x.device)
     if num_rows == 0:
         return norms[:, 0], norms, target_logits
-    capability = gemm_triton.capability(x.device)
-    descriptors = gemm_triton.describable(x, weight, out)
-    tiles = [tile or gemm_tile(capability, x.element_size(), descriptors=kind) for kind in (descriptors, False)]
+    kernel = "exponentials" if head.logit_softcap is None else "exponentials under a softcap"
+    describable = gemm_triton.describable(x, weight, out)
+    tile = tile or gemm_tile(kernel, gemm_triton.capability(x.device), x.element_size(), describable=describable)
+    repair_tile = tile if not tile.descriptors else POINTER_TILE
     # The sums and, after them, the statistics of rows to repair.
-    shapes = [(triton.cdiv(vocab, tiles[0].BLOCK_N), num_rows), (2, triton.cdiv(vocab, tiles[1].BLOCK_N), num_rows)]
+    shapes = [(triton.cdiv(vocab, tile.BLOCK_N), num_rows), (2, triton.cdiv(vocab, repair_tile.BLOCK_N), num_rows)]
     scratch = torch.empty(max(math.prod(shape) for shape in shapes), dtype=torch.float32, device=x.device)
     sums, statistics = (scratch[: math.prod(shape)].view(shape) for shape in shapes)
 
     _choose_offsets(x, weight, targets, head, norms)
-    _fill(x, weight, targets, head, out, norms, sums, target_logits, tiles[0], descriptors=descriptors)
+    _fill(x, weight, targets, head, out, norms, sums, target_logits, tile)
     listed = _add_up(sums, norms)
-    statistics_triton.reduce_tiles(
-        x, weight, targets, head, statistics, target_logits, tiles[1], descriptors=False, listed=listed
-    )
+    statistics_triton.reduce_tiles(x, weight, targets, head, statistics, target_logits, repair_tile, listed=listed)
     statistics_triton.merge(statistics, norms, None, listed)  # their top becomes their offset
-    _fill(x, weight, targets, head, out, norms, sums, target_logits, tiles[1], descriptors=False, listed=listed)
+    _fill(x, weight, targets, head, out, norms, sums, target_logits, repair_tile, listed=listed)
     return norms[:, 0], norms, target_logits
 
 
@@ -370,14 +374,13 @@ def _fill(
     target_logits: Tensor,
     tile: GemmTile,
     *,
-    descriptors: bool,
     listed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """E with the offsets norms[:, 0]; sums (tiles along V, C) and target logits too, unless of ``listed`` rows."""
     rows, count = listed if listed is not None else (None, None)
     num_tiles = triton.cdiv(out.shape[0], tile.BLOCK_M) * triton.cdiv(out.shape[1], tile.BLOCK_N)
     _exponentials_kernel[(gemm_triton.num_programs(x.device, num_tiles),)](
-        out=TensorDescriptor.from_tensor(out, [tile.BLOCK_M, tile.BLOCK_N // 4]) if descriptors else out,
+        out=gemm_triton.descriptor(out, [tile.BLOCK_M, tile.BLOCK_N // EPILOGUE_PARTS], tile),
         target_ptr=targets,
         norms_ptr=norms,
         partial_ptr=sums,
@@ -387,8 +390,7 @@ def _fill(
         out_row_stride=out.stride(0),
         LISTED=listed is not None,
         **gemm_triton.head_arguments(head),
-        **gemm_triton.operand_arguments(x, weight, tile, descriptors=descriptors),
-        **tile.launch_options(),
+        **gemm_triton.operand_arguments(x, weight, tile),
     )
 
 

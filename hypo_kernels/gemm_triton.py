@@ -186,25 +186,26 @@ def num_programs(device: torch.device, num_tiles: int) -> int:
     return min(torch.cuda.get_device_properties(device).multi_processor_count, num_tiles)
 
 
-def describable(*tensors: Tensor) -> bool:
-    """Whether TMA can address these matrices, on this device."""
-    return capability(tensors[0].device) >= (9, 0) and all(aligned(tensor) for tensor in tensors)
-
-
-def aligned(matrix: Tensor) -> bool:
-    """Whether a matrix has the layout that a tensor descriptor asks for."""
-    return (
+def describable(*matrices: Tensor) -> bool:
+    """Whether all of them have the layout that a tensor descriptor asks for."""
+    return all(
         matrix.stride(1) == 1
         and matrix.stride(0) * matrix.element_size() % TMA_ALIGNMENT == 0
         and matrix.data_ptr() % TMA_ALIGNMENT == 0
+        for matrix in matrices
     )
 
 
-def operand_arguments(x: Tensor, weight: Tensor, tile: GemmTile, *, descriptors: bool) -> dict[str, Any]:
+def descriptor(matrix: Tensor, block_shape: list[int], tile: GemmTile) -> TensorDescriptor | Tensor:
+    """The matrix as the kernel takes it: a descriptor of such blocks, if the tile wants one."""
+    return TensorDescriptor.from_tensor(matrix, block_shape) if tile.descriptors else matrix
+
+
+def operand_arguments(x: Tensor, weight: Tensor, tile: GemmTile) -> dict[str, Any]:
     """The keyword arguments of a kernel that calls ``raw_tile``, and its launch options."""
     return {
-        "x": TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K]) if descriptors else x,
-        "weight": TensorDescriptor.from_tensor(weight, [tile.BLOCK_N, tile.BLOCK_K]) if descriptors else weight,
+        "x": descriptor(x, [tile.BLOCK_M, tile.BLOCK_K], tile),
+        "weight": descriptor(weight, [tile.BLOCK_N, tile.BLOCK_K], tile),
         "C": x.shape[0],
         "V": weight.shape[0],
         "D": x.shape[1],
@@ -212,10 +213,10 @@ def operand_arguments(x: Tensor, weight: Tensor, tile: GemmTile, *, descriptors:
         "x_stride": x.stride(1),
         "weight_row_stride": weight.stride(0),
         "weight_stride": weight.stride(1),
-        "DESCRIPTORS": descriptors,
         # The interpreter multiplies bf16 bit patterns as if they were integers.
         "WIDEN": x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
         **tile.constants(),
+        **tile.launch_options(),
     }
 
 

@@ -21,7 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hypo_kernels import gemm_triton
-from hypo_kernels.gemm_triton import load_targets, logits, picked, quarters, raw_tile, store_target_logits, tile_position
+from hypo_kernels.gemm_triton import (
+    load_targets,
+    logits,
+    picked,
+    quarters,
+    raw_tile,
+    store_target_logits,
+    tile_position,
+)
 from hypo_kernels.head import LMHead
 from hypo_kernels.tiles import GemmTile, gemm_tile
 
@@ -108,12 +116,11 @@ def _statistics_kernel(
         top = tl.full([BLOCK_M], -1.0e38, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         moment = tl.zeros([BLOCK_M], tl.float32)
-        raw_target = tl.zeros([BLOCK_M], tl.float32)
+        raw_target = picked(raw, n * BLOCK_N + tl.arange(0, BLOCK_N), target)
         parts = quarters(raw)
         for i in tl.static_range(4):
             first = n * BLOCK_N + i * (BLOCK_N // 4)
             cols = first + tl.arange(0, BLOCK_N // 4)
-            raw_target += picked(parts[i], cols, target)
             z = logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
             # Finite, so that nothing but −inf (beyond V, or forbidden by the bias) never meets inf − inf.
             part_top = tl.maximum(tl.max(z, axis=1), -1.0e38)
@@ -210,13 +217,15 @@ def statistics(
     moment = torch.empty_like(target_logits) if with_moment else None
     if len(x) == 0:
         return norms, target_logits, moment
-    descriptors = gemm_triton.describable(x, weight)
-    tile = tile or gemm_tile(gemm_triton.capability(x.device), x.element_size(), descriptors=descriptors)
+    tile = tile or gemm_tile(
+        "statistics",
+        gemm_triton.capability(x.device),
+        x.element_size(),
+        describable=gemm_triton.describable(x, weight),
+    )
     shape = (3 if with_moment else 2, triton.cdiv(weight.shape[0], tile.BLOCK_N), len(x))
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
-    reduce_tiles(
-        x, weight, targets, head, partials, target_logits, tile, descriptors=descriptors, with_moment=with_moment
-    )
+    reduce_tiles(x, weight, targets, head, partials, target_logits, tile, with_moment=with_moment)
     merge(partials, norms, moment)
     return norms, target_logits, moment
 
@@ -230,15 +239,14 @@ def reduce_tiles(
     target_logits: Tensor,
     tile: GemmTile,
     *,
-    descriptors: bool,
     with_moment: bool = False,
     listed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Partials (2 or 3, tiles along V, C) of all rows of ``x``, or of those ``listed``.
 
     ``listed`` is (rows (C,) int32, count (1,) int32), both on the device: the first ``count`` rows are taken,
-    and their partials stand in the order of the list. An empty list costs one empty launch. TMA cannot gather
-    a list: it goes without descriptors.
+    and their partials stand in the order of the list. An empty list costs one empty launch. A list's
+    tile is one without descriptors: TMA cannot gather.
     """
     rows, count = listed if listed is not None else (None, None)
     num_tiles = triton.cdiv(len(x), tile.BLOCK_M) * triton.cdiv(weight.shape[0], tile.BLOCK_N)
@@ -251,14 +259,11 @@ def reduce_tiles(
         WITH_MOMENT=with_moment,
         LISTED=listed is not None,
         **gemm_triton.head_arguments(head),
-        **gemm_triton.operand_arguments(x, weight, tile, descriptors=descriptors),
-        **tile.launch_options(),
+        **gemm_triton.operand_arguments(x, weight, tile),
     )
 
 
-def merge(
-    partials: Tensor, norms: Tensor, moment: Tensor | None, listed: tuple[Tensor, Tensor] | None = None
-) -> None:
+def merge(partials: Tensor, norms: Tensor, moment: Tensor | None, listed: tuple[Tensor, Tensor] | None = None) -> None:
     """Norms (C, 2) and moment (C,) from partials (2 or 3, P, C)."""
     rows, count = listed if listed is not None else (None, None)
     _merge_kernel[(triton.cdiv(partials.shape[2], MERGE_ROWS),)](
