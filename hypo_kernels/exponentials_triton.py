@@ -295,9 +295,13 @@ def exponentials(
     target_logits = torch.zeros(num_rows, dtype=torch.float32, device=x.device)
     if num_rows == 0:
         return norms[:, 0], norms, target_logits
-    kernel = "exponentials" if head.logit_softcap is None else "exponentials under a softcap"
-    describable = gemm_triton.describable(x, weight, out)
-    tile = tile or gemm_tile(kernel, gemm_triton.capability(x.device), x.element_size(), describable=describable)
+    plain = head.bias is None and head.logit_softcap is None
+    tile = tile or gemm_tile(
+        "exponentials" if plain else "exponentials, bias or softcap",
+        gemm_triton.capability(x.device),
+        x.element_size(),
+        aligned=gemm_triton.aligned(x, weight, out),
+    )
     repair_tile = tile if not tile.descriptors else POINTER_TILE
     # The sums and, after them, the statistics of rows to repair.
     shapes = [(triton.cdiv(vocab, tile.BLOCK_N), num_rows), (2, triton.cdiv(vocab, repair_tile.BLOCK_N), num_rows)]

@@ -186,8 +186,8 @@ def num_programs(device: torch.device, num_tiles: int) -> int:
     return min(torch.cuda.get_device_properties(device).multi_processor_count, num_tiles)
 
 
-def describable(*matrices: Tensor) -> bool:
-    """Whether all of them have the layout that a tensor descriptor asks for."""
+def aligned(*matrices: Tensor) -> bool:
+    """Whether all of them have the layout that a tensor descriptor asks for, and wide loads like."""
     return all(
         matrix.stride(1) == 1
         and matrix.stride(0) * matrix.element_size() % TMA_ALIGNMENT == 0

@@ -221,7 +221,7 @@ def statistics(
         "statistics",
         gemm_triton.capability(x.device),
         x.element_size(),
-        describable=gemm_triton.describable(x, weight),
+        aligned=gemm_triton.aligned(x, weight),
     )
     shape = (3 if with_moment else 2, triton.cdiv(weight.shape[0], tile.BLOCK_N), len(x))
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)

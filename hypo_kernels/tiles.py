@@ -77,32 +77,29 @@ EPILOGUE_PARTS = 4  # of a tile's columns; a store is staged one part at a time
 
 # Without tensor cores, which know no full fp32.
 FP32_TILE = GemmTile(64, 64, 32, num_warps=8, num_stages=2)
-# For operands that no descriptor can address, devices that are not listed, rows that are picked from a list.
+# For devices that are not listed, and for rows that are picked from a list, which TMA cannot gather.
 POINTER_TILE = GemmTile(128, 128, 32, num_warps=8, num_stages=4)
+# For operands at odd addresses, which are loaded one by one.
+UNALIGNED_TILE = GemmTile(64, 128, 32, num_warps=8, num_stages=3)
 # Keyed by kernel, compute capability and bytes an operand. None of these was timed: they are the largest of the
 # usual ones that compile without spills, until benchmarks/tune_tiles.py has run on such a device.
 GEMM_TILES = {
     ("statistics", (8, 0), 2): GemmTile(128, 256, 32, num_warps=8, num_stages=4),
     ("statistics", (9, 0), 2): GemmTile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
-    ("statistics", (10, 0), 2): GemmTile(
-        128, 128, 64, num_warps=8, num_stages=4, descriptors=True, warp_specialize=True
-    ),
+    ("statistics", (10, 0), 2): GemmTile(128, 128, 64, 8, 4, descriptors=True, warp_specialize=True),
     ("exponentials", (8, 0), 2): GemmTile(128, 256, 32, num_warps=8, num_stages=4),
     ("exponentials", (9, 0), 2): GemmTile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
-    ("exponentials", (10, 0), 2): GemmTile(
-        128, 128, 64, num_warps=8, num_stages=4, descriptors=True, warp_specialize=True
-    ),
-    # A softcap's slope takes registers of its own. With descriptors, Triton 3.9 does not compile it for sm_100.
-    ("exponentials under a softcap", (9, 0), 2): GemmTile(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),
+    ("exponentials", (10, 0), 2): GemmTile(128, 128, 64, 8, 4, descriptors=True, warp_specialize=True),
+    # Both take registers of their own. With descriptors, Triton 3.9 does not compile the softcap for sm_100.
+    ("exponentials, bias or softcap", (9, 0), 2): GemmTile(128, 128, 64, 8, 4, descriptors=True),
 }
 
 
-def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, describable: bool) -> GemmTile:
-    """The frozen tile of a kernel on operands of so many bytes, which TMA can address or not."""
+def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, aligned: bool) -> GemmTile:
+    """The frozen tile of a kernel on operands of so many bytes, in rows that start at aligned addresses or not."""
     if operand_bytes == 4:
         return FP32_TILE
-    tile = GEMM_TILES.get((kernel, capability, operand_bytes), POINTER_TILE)
-    return tile if describable or not tile.descriptors else POINTER_TILE
+    return GEMM_TILES.get((kernel, capability, operand_bytes), POINTER_TILE) if aligned else UNALIGNED_TILE
 
 
 def gemm_fits(tile: GemmTile, capability: tuple[int, int], operand_bytes: int, out_bytes: int = 0) -> bool:
