@@ -273,6 +273,22 @@ def _target_kernel(
     tl.store(row_factor_ptr + rows, row_factor * slope, mask=counted)
 
 
+def scratch_bytes(num_rows: int, vocab_size: int, tile: GemmTile) -> int:
+    """What a call of ``exponentials`` allocates beside its results."""
+    return 4 * (max(map(math.prod, _scratch_shapes(num_rows, vocab_size, tile))) + 2 * num_rows + 1)
+
+
+def _scratch_shapes(num_rows: int, vocab_size: int, tile: GemmTile) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sums of the tiles, and then, in the same memory, statistics of rows to repair."""
+    repaired = triton.cdiv(vocab_size, _repair_tile(tile).BLOCK_N)
+    return (triton.cdiv(vocab_size, tile.BLOCK_N), num_rows), (2, repaired, num_rows)
+
+
+def _repair_tile(tile: GemmTile) -> GemmTile:
+    """TMA cannot gather the rows of a list."""
+    return POINTER_TILE if tile.descriptors else tile
+
+
 def exponentials(
     x: Tensor, weight: Tensor, targets: Tensor, head: LMHead, out: Tensor, *, tile: GemmTile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,10 +318,9 @@ def exponentials(
         x.element_size(),
         aligned=gemm_triton.aligned(x, weight, out),
     )
-    repair_tile = tile if not tile.descriptors else POINTER_TILE
-    # The sums and, after them, the statistics of rows to repair.
-    shapes = [(triton.cdiv(vocab, tile.BLOCK_N), num_rows), (2, triton.cdiv(vocab, repair_tile.BLOCK_N), num_rows)]
-    scratch = torch.empty(max(math.prod(shape) for shape in shapes), dtype=torch.float32, device=x.device)
+    repair_tile = _repair_tile(tile)
+    shapes = _scratch_shapes(num_rows, vocab, tile)
+    scratch = torch.empty(max(map(math.prod, shapes)), dtype=torch.float32, device=x.device)
     sums, statistics = (scratch[: math.prod(shape)].view(shape) for shape in shapes)
 
     _choose_offsets(x, weight, targets, head, norms)

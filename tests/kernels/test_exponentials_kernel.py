@@ -207,6 +207,12 @@ def test_no_rows_are_no_work(device: torch.device) -> None:
     assert offset.shape == target_logits.shape == row_factor.shape == (0,)
 
 
+def test_sums_or_the_statistics_of_repair_are_all_that_a_call_allocates() -> None:
+    hopper = replace(DESCRIPTORS, BLOCK_N=256)
+    # 501 tiles of 256, or top and total of 1002 tiles of 128; a list of rows and its flags and length.
+    assert exponentials_triton.scratch_bytes(4096, 128_256, hopper) == 4 * (2 * 1002 * 4096 + 2 * 4096 + 1)
+
+
 def test_fp16_is_refused(device: torch.device) -> None:
     """It has no exponents for the tail of a softmax."""
     case = make_case(2, 50, 8, device=device, dtype=torch.float16)
