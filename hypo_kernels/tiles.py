@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,90 @@ def row_tile(vocab_size: int, capability: tuple[int, int]) -> RowTile:
     if width >= tile.BLOCK_V:
         return tile
     return RowTile(BLOCK_V=width, num_warps=max(1, min(tile.num_warps, width // 512)))
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """How a kernel with a GEMM in it cuts (C, V) logits and D features."""
+
+    BLOCK_M: int  # rows
+    BLOCK_N: int  # vocabulary entries
+    BLOCK_K: int  # features
+    num_warps: int
+    num_stages: int  # blocks of features in flight
+    group: int = 16  # columns of tiles that are walked down together
+    descriptors: bool = False  # operands through TMA, sm_90 and newer
+    # Of no use on Hopper as long as a program of 128 rows with descriptors from the host does not compile
+    # (triton-lang/triton#11587).
+    warp_specialize: bool = False
+    flatten: bool = False  # one pipeline through a program's tiles: the next one's loads start early
+
+    def constants(self) -> dict[str, Any]:
+        """Of the kernel."""
+        return {
+            "BLOCK_M": self.BLOCK_M,
+            "BLOCK_N": self.BLOCK_N,
+            "BLOCK_K": self.BLOCK_K,
+            "GROUP": self.group,
+            "DESCRIPTORS": self.descriptors,
+            "WARP_SPECIALIZE": self.warp_specialize,
+            "FLATTEN": self.flatten,
+        }
+
+    def launch_options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+KB = 1024
+SHARED_MEMORY = {(8, 0): 163 * KB, (9, 0): 227 * KB, (10, 0): 227 * KB}  # the most that one program may take
+EPILOGUE_PARTS = 4  # of a tile's columns; a store is staged one part at a time
+
+# Without tensor cores, which know no full fp32.
+FP32_TILE = GemmTile(64, 64, 32, num_warps=8, num_stages=2)
+# For devices that are not listed, and for rows that are picked from a list, which TMA cannot gather.
+POINTER_TILE = GemmTile(128, 128, 32, num_warps=8, num_stages=4)
+# For operands at odd addresses, which are loaded one by one.
+UNALIGNED_TILE = GemmTile(64, 128, 32, num_warps=8, num_stages=3)
+# Keyed by kernel, compute capability and bytes an operand. None of these was timed: they are the largest of the
+# usual ones that compile without spills, until benchmarks/tune_tiles.py has run on such a device.
+GEMM_TILES = {
+    ("statistics", (8, 0), 2): GemmTile(128, 256, 32, num_warps=8, num_stages=4),
+    ("statistics", (9, 0), 2): GemmTile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
+    ("statistics", (10, 0), 2): GemmTile(128, 128, 64, 8, 4, descriptors=True, warp_specialize=True),
+    ("exponentials", (8, 0), 2): GemmTile(128, 256, 32, num_warps=8, num_stages=4),
+    ("exponentials", (9, 0), 2): GemmTile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
+    ("exponentials", (10, 0), 2): GemmTile(128, 128, 64, 8, 4, descriptors=True, warp_specialize=True),
+    # Both take registers of their own. With descriptors, Triton 3.9 does not compile the softcap for sm_100.
+    ("exponentials, bias or softcap", (9, 0), 2): GemmTile(128, 128, 64, 8, 4, descriptors=True),
+}
+
+
+def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, aligned: bool) -> GemmTile:
+    """The frozen tile of a kernel on operands of so many bytes, in rows that start at aligned addresses or not."""
+    if operand_bytes == 4:
+        return FP32_TILE
+    return GEMM_TILES.get((kernel, capability, operand_bytes), POINTER_TILE) if aligned else UNALIGNED_TILE
+
+
+def gemm_fits(tile: GemmTile, capability: tuple[int, int], operand_bytes: int, out_bytes: int = 0) -> bool:
+    """Whether its stages and a staged store fit in shared memory, and its accumulators in half of the registers."""
+    stages = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * operand_bytes
+    staged = tile.BLOCK_M * tile.BLOCK_N // EPILOGUE_PARTS * out_bytes
+    accumulators = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
+    return stages + staged + KB <= SHARED_MEMORY[capability] and accumulators <= 128
+
+
+def gemm_candidates(capability: tuple[int, int], operand_bytes: int, out_bytes: int = 0) -> list[GemmTile]:
+    """What is worth timing on a device: the usual shapes that fit, each with the options it can have."""
+    tma, blackwell = capability >= (9, 0), capability >= (10, 0)
+    depths = [(64, 3), (64, 4), (128, 2)] if tma else [(32, 3), (32, 4), (32, 5), (64, 3)]
+    options = [(False, False)] + [(False, True)] * tma + [(True, False)] * blackwell
+    tiles = [
+        GemmTile(block_m, block_n, block_k, num_warps, num_stages, group, tma, specialize, flatten)
+        for block_m, block_n in [(128, 256), (256, 128), (128, 128)]
+        for block_k, num_stages in depths
+        for num_warps in (4, 8)
+        for group in (8, 16)
+        for specialize, flatten in options
+    ]
+    return [tile for tile in tiles if gemm_fits(tile, capability, operand_bytes, out_bytes)]

@@ -1,0 +1,283 @@
+"""What every Triton kernel of the package compiles to, for each architecture, without a GPU.
+
+    python -m benchmarks.compiled                # all of them, into benchmarks/COMPILED.md
+    python -m benchmarks.compiled --json 90      # one of them, as JSON: what the tests read
+
+Run without ``TRITON_INTERPRET``: with it, kernels are an interpreter's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Triton 3.9 fuses by default and 3.10 does not: said, so that both compile the same kernel.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hypo_kernels import exponentials_triton, statistics_triton
+from hypo_kernels.rows_triton import _row_kernel
+from hypo_kernels.tiles import (
+    EPILOGUE_PARTS,
+    FP32_TILE,
+    GEMM_TILES,
+    POINTER_TILE,
+    ROW_TILES,
+    UNALIGNED_TILE,
+    GemmTile,
+    row_tile,
+)
+
+TABLE = Path(__file__).with_name("COMPILED.md")
+CAPABILITIES = [10 * major + minor for major, minor in ROW_TILES]
+WIDEST, NARROWEST = 128_256, 7  # vocabularies that take the row kernel's widest tile and its narrowest
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+HEADER = """# What the kernels compile to
+
+Written by `python -m benchmarks.compiled`; `tests/kernels/test_compile.py` compares. Registers a thread, bytes of
+stack (what spills would need) and of shared memory a program, and the instructions that the products run on.
+Tiles are rows x vocabulary x features, warps, stages; "tma": operands and result through tensor descriptors;
+"ws": warp-specialised. A list is a list of rows to repair; "unaligned" operands are at any address.
+"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with one set of constants, as a launch would ask for it."""
+
+    kernel: Any
+    name: str
+    dtype: str  # of the operands, and of the result if it is no statistic
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int = 1
+    tile: GemmTile | None = None
+    aligned: bool = True
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of it."""
+
+    name: str
+    threads: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    tensor_cores: str  # the instruction of the products, or nothing
+    tma: bool
+    target: str
+
+
+def variants(capability: int) -> Iterator[Variant]:
+    """Every kernel, with plain logits and with everything a head can do to them."""
+    yield from _row_variants(capability)
+    arch = (capability // 10, capability % 10)
+    statistics, exponentials = statistics_triton._statistics_kernel, exponentials_triton._exponentials_kernel
+    frozen = {kernel: tile for (kernel, listed, _), tile in GEMM_TILES.items() if listed == arch}
+    for bias, softcap in itertools.product((False, True), (False, True)):
+        head = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
+        yield _gemm(statistics, frozen["statistics"], **head, WITH_MOMENT=False)
+        kernel = "exponentials, bias or softcap" if bias or softcap else "exponentials"
+        yield _gemm(exponentials, frozen.get(kernel, POINTER_TILE), **head)
+    everything = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
+    yield _gemm(statistics, frozen["statistics"], **everything, WITH_MOMENT=True)
+    yield _gemm(statistics, frozen["statistics"], dtype="fp16", **everything, WITH_MOMENT=False)
+    for tile, listed, aligned, dtype in [
+        (POINTER_TILE, False, True, "bf16"),
+        (POINTER_TILE, True, True, "bf16"),
+        (UNALIGNED_TILE, False, False, "bf16"),
+        (UNALIGNED_TILE, True, False, "bf16"),
+        (FP32_TILE, False, True, "fp32"),
+    ]:
+        options = {"listed": listed, "aligned": aligned, "dtype": dtype, **everything}
+        yield _gemm(statistics, tile, **options, WITH_MOMENT=not listed)
+        yield _gemm(exponentials, tile, **options)
+    rows, partials = statistics_triton.MERGE_ROWS, statistics_triton.MERGE_PARTIALS
+    for moment, listed in [(False, False), (True, False), (False, True)]:
+        constants = {"WITH_MOMENT": moment, "LISTED": listed, "BLOCK_C": rows, "BLOCK_P": partials}
+        yield Variant(statistics_triton._merge_kernel, "merge", "fp32", constants, 4)
+    blocks = {"BLOCK_C": exponentials_triton.SUM_ROWS, "BLOCK_P": exponentials_triton.SUM_PARTIALS}
+    yield Variant(exponentials_triton._sum_kernel, "sum", "fp32", blocks, 4)
+    yield Variant(exponentials_triton._list_kernel, "list", "fp32", {"BLOCK_C": exponentials_triton.LIST_BLOCK}, 4)
+    yield Variant(
+        exponentials_triton._offset_kernel,
+        "offset",
+        "bf16",
+        {**everything, "BLOCK_D": exponentials_triton.OFFSET_BLOCK},
+        4,
+    )
+    yield Variant(
+        exponentials_triton._target_kernel,
+        "target",
+        "bf16",
+        {"HAS_SOFTCAP": True, "BLOCK_C": exponentials_triton.TARGET_BLOCK},
+        4,
+    )
+
+
+def _row_variants(capability: int) -> Iterator[Variant]:
+    # (vocabulary, gradients wanted, their dtype, whether an earlier pass left the statistics)
+    outputs = [
+        (WIDEST, False, "fp32", False),
+        *((WIDEST, True, dtype, known) for dtype in ("fp32", "bf16", "fp16") for known in (False, True)),
+        (NARROWEST, False, "fp32", False),
+        (NARROWEST, True, "bf16", False),
+    ]
+    heads = itertools.product((False, True), (False, True))
+    for (vocab, gradients, dtype, known), (bias, softcap) in itertools.product(outputs, heads):
+        tile = row_tile(vocab, (capability // 10, capability % 10))
+        constants = {
+            "NORMS_ARE_KNOWN": known,
+            "WITH_GRADIENTS": gradients,
+            "HAS_BIAS": bias,
+            "HAS_SOFTCAP": softcap,
+            "BLOCK_V": tile.BLOCK_V,
+        }
+        yield Variant(_row_kernel, f"rows {tile.BLOCK_V}", dtype, constants, tile.num_warps)
+
+
+def _gemm(
+    kernel: Any, tile: GemmTile, *, dtype: str = "bf16", listed: bool = False, aligned: bool = True, **flags: bool
+) -> Variant:
+    name = kernel.__name__.strip("_").removesuffix("_kernel")
+    shape = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K} {tile.num_warps}w {tile.num_stages}s"
+    extras = "tma" * tile.descriptors + " ws" * tile.warp_specialize + "unaligned" * (not aligned)
+    constants = {**tile.constants(), **flags, "LISTED": listed, "WIDEN": False}
+    label = f"{name} {shape} {extras}".strip()
+    return Variant(kernel, label, dtype, constants, tile.num_warps, tile.num_stages, tile, aligned)
+
+
+def compile_variant(variant: Variant, capability: int) -> Compiled:
+    """Compile it as for a launch on CUDA: bases and pitches divisible by 16, a vocabulary that need not be."""
+    names = variant.kernel.arg_names
+    constants = dict(variant.constants)
+    signature = {name: "constexpr" if name in constants else _type(name, variant) for name in names}
+    constants |= {name: None for name, kind in signature.items() if kind == "constexpr" and name not in constants}
+    if variant.aligned:
+        ones = [name for name in ("x_stride", "weight_stride") if name in names]
+        constants |= dict.fromkeys(ones, 1)
+        signature |= dict.fromkeys(ones, "constexpr")
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name not in constants and _is_divisible(name, variant)
+    }
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = done.asm["ptx"]
+    on = [name for name, value in variant.constants.items() if value is True]
+    shown = [name.lower() for name in on if name not in ("DESCRIPTORS", "WARP_SPECIALIZE", "FLATTEN")]
+    found = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    threads = re.search(r"^\s*\.(?:reqntid|maxntid)\s+(\d+)", ptx, re.MULTILINE)
+    return Compiled(
+        name=" ".join([variant.name, variant.dtype, *shown]),
+        threads=int(threads[1]) if threads else 32 * variant.num_warps,
+        shared=done.metadata.shared,
+        tensor_cores=TENSOR_CORES[capability] if TENSOR_CORES[capability] in ptx else "",
+        tma="cp.async.bulk.tensor" in ptx,
+        target=found[1] if found else "",
+        **_resources(done.asm["cubin"]),
+    )
+
+
+def _type(name: str, variant: Variant) -> str:
+    """The type of an argument; "constexpr" for a pointer that this variant does without."""
+    tile = variant.tile
+    blocks = {}
+    if tile is not None and tile.descriptors:
+        blocks = {
+            "x": (tile.BLOCK_M, tile.BLOCK_K),
+            "weight": (tile.BLOCK_N, tile.BLOCK_K),
+            "out": (tile.BLOCK_M, tile.BLOCK_N // EPILOGUE_PARTS),
+        }
+    if name in blocks:
+        return f"tensordesc<{variant.dtype}[{blocks[name][0]}, {blocks[name][1]}]>"
+    if name == "bias_ptr":
+        return f"*{variant.dtype}" if variant.constants["HAS_BIAS"] else "constexpr"
+    if name == "moment_ptr" and not variant.constants["WITH_MOMENT"]:
+        return "constexpr"
+    if name in ("row_ptr", "count_ptr") and not variant.constants.get("LISTED", True):
+        return "constexpr"
+    if name in ("x", "weight", "out", "x_ptr", "weight_ptr", "out_ptr", "grad_ptr"):
+        return f"*{variant.dtype}"
+    if name in ("row_ptr", "count_ptr", "repair_ptr"):
+        return "*i32"
+    if name == "target_ptr":
+        return "*i64"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    if name in ("C", "V", "D", "num_partials") or name.endswith(("_pitch", "_stride")):
+        return "i32"
+    return "fp32"
+
+
+def _is_divisible(name: str, variant: Variant) -> bool:
+    if not variant.aligned and name in ("x", "weight", "out", "D", "x_row_stride", "weight_row_stride"):
+        return False
+    return name in ("x", "weight", "out", "D") or name.endswith(("_ptr", "_pitch", "row_stride"))
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of stack and local memory: what spills would need."""
+    dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [dump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["reg"], "stack": found["stack"], "local": found["local"]}
+
+
+def section(capability: int, rows: list[Compiled]) -> str:
+    """The table of one architecture."""
+    lines = [
+        f"## sm_{capability}, Triton {triton.__version__}",
+        "",
+        "| kernel | threads | registers | stack | shared | products | TMA |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        tma = "yes" if row.tma else ""
+        numbers = f"{row.threads} | {row.registers} | {row.stack + row.local} | {row.shared}"
+        lines.append(f"| {row.name} | {numbers} | {row.tensor_cores} | {tma} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=int, choices=CAPABILITIES, metavar="CAPABILITY")
+    wanted = parser.parse_args(argv).json
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: unset it, an interpreter compiles nothing")
+    sections = []
+    for capability in CAPABILITIES if wanted is None else [wanted]:
+        rows = [compile_variant(variant, capability) for variant in variants(capability)]
+        sections.append(section(capability, rows))
+        if wanted is not None:
+            record = {"triton": triton.__version__, "rows": [asdict(row) for row in rows], "section": sections[0]}
+            print(json.dumps(record))
+            return
+        print(f"sm_{capability}: {len(rows)} kernels")
+    TABLE.write_text("\n".join([HEADER, *sections]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

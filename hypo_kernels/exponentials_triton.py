@@ -1,0 +1,433 @@
+"""Exponentials straight from hidden states, in Triton: a GEMM whose epilogue makes softmax's numerators.
+
+    C rows, V vocabulary entries, D features; z (C, V) the model's logits, fp32 in registers (``gemm_triton``)
+    offset = z_y + 20                a row's own, from a dot product of its own, before the GEMM
+    E = exp(z − offset) · slope      (C, V), rounded to bf16: all of it that reaches memory
+    total = Σ_v exp(z_v − offset)    from the fp32 exponentials, before they are rounded
+    LSE = offset + log total         logp = z_y − LSE, in fp32: the logits themselves are never rounded
+
+slope is ∂z/∂raw over its constant factor: 1, or softcap's 1 − tanh². The gradient by raw of −logp needs one
+more number a row and one more entry a row (``fix_targets``). With r = exp(offset − LSE) and p_y = exp(logp):
+
+    E_y ← (p_y − 1) · slope_y / r     then     r · E = (softmax − onehot) · slope
+
+so that dHidden = (c·r) ⊙ (E·W) and dWeight = Eᵀ·((c·r) ⊙ x) are plain GEMMs on E as it lies in memory. r takes
+in the constant factor of ∂z/∂raw too. The target's entry is a difference of fp32 numbers, rounded once: p − 1
+of a likely target does not vanish.
+
+**Precision.** bf16 has fp32's exponents, so an offset that is off by many nats costs no digits: E is a bf16
+rounding of every p, whatever the offset, as long as nothing leaves the range of normal numbers, 2^−126 to
+2^127. The sum of a row decides about that alone. With 2^−40 ≤ total ≤ 2^40, no entry overflows, since none
+exceeds the sum, and an entry that underflows is a p of less than 2^−126 / 2^−40 = 2^−86: a vocabulary of 2^18
+of them is 2^−68 of the softmax, where fp32 resolves 2^−24. The factor 2^−40 ≤ r ≤ 2^40 leaves room for
+coefficients, and fp32 sums of E·W for weights. Since exp(z_y − offset) = e^−20 is part of the sum, a row with
+its target in the vocabulary meets the lower bound always, and the upper one unless the target lies more than
+about 47 nats below the top.
+
+**Rows that do not** (a hopeless target, no target in this shard of the vocabulary, NaN) are put right on the
+device: they are listed there, their statistics are taken by the GEMM of ``statistics_triton``, and their
+exponentials are made again with offset = top, by the GEMM here. Both walk the list through a count that they
+read from the device: an empty list costs a few empty launches, a row or 128 of them cost one tile's height of
+the GEMM, and the host never waits, so that a step can be captured in a CUDA graph.
+
+Only bf16 is served (and fp32, in full precision): fp16 does not have the exponents.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hypo_kernels import gemm_triton, statistics_triton
+from hypo_kernels.gemm_triton import (
+    load_targets,
+    logits,
+    picked,
+    quarters,
+    raw_tile,
+    scaled,
+    store_target_logits,
+    tile_position,
+)
+from hypo_kernels.head import LMHead
+from hypo_kernels.tiles import EPILOGUE_PARTS, POINTER_TILE, GemmTile, gemm_tile
+
+OPERAND_DTYPES = (torch.bfloat16, torch.float32)
+OFFSET_ABOVE_TARGET = 20.0  # nats
+LARGEST_TOTAL = 2.0**40  # and the smallest is its reciprocal
+# A shard of the vocabulary may hold a vanishing share of the softmax, and the target with it. Its r would
+# underflow; held at this, a shard that holds less than 2^−40 of the softmax is still counted as less.
+SMALLEST_FACTOR = 2.0**-80
+SUM_ROWS, SUM_PARTIALS = 16, 64
+LIST_BLOCK = 1024
+OFFSET_BLOCK = 1024
+TARGET_BLOCK = 128
+
+
+@triton.jit
+def _offset_kernel(
+    x_ptr,  # (C, D)
+    weight_ptr,  # (V, D)
+    target_ptr,  # (C,) int64
+    bias_ptr,  # (V,) or unused
+    norms_ptr,  # (C, 2) fp32: its offset
+    V,
+    D,
+    x_row_stride,
+    x_stride,
+    weight_row_stride,
+    weight_stride,
+    factor,
+    softcap,
+    above,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    inside = (target >= 0) & (target < V)
+    target = tl.where(inside, target, 0)
+    products = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        features = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        mask = features < D
+        a = tl.load(x_ptr + row * x_row_stride + features * x_stride, mask=mask, other=0.0)
+        b = tl.load(weight_ptr + target * weight_row_stride + features * weight_stride, mask=mask, other=0.0)
+        products += a.to(tl.float32) * b.to(tl.float32)
+    raw = tl.sum(products, axis=0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + target).to(tl.float32)
+    z_target = scaled(raw, factor, softcap, HAS_SOFTCAP)
+    # Without a target there is nothing better to go by: most heads keep their logits around 0.
+    tl.store(norms_ptr + 2 * row, tl.where(inside, z_target + above, 0.0))
+
+
+@triton.jit
+def _exponentials_kernel(
+    x,  # (C, D), descriptor or pointer
+    weight,  # (V, D), descriptor or pointer
+    out,  # (C, V), descriptor or pointer
+    target_ptr,  # (C,) int64
+    bias_ptr,  # (V,) or unused
+    norms_ptr,  # (C, 2) fp32: its offset
+    partial_ptr,  # (tiles along V, C) fp32, sums of exponentials: unless LISTED
+    target_logit_ptr,  # (C,) fp32: unless LISTED
+    row_ptr,  # (C,) int32, the rows to take, of which the first *count_ptr count: if LISTED
+    count_ptr,  # (1,) int32
+    C,
+    V,
+    D,
+    x_row_stride,
+    x_stride,
+    weight_row_stride,
+    weight_stride,
+    out_row_stride,
+    factor,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    LISTED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    num_rows = C
+    if LISTED:
+        num_rows = tl.load(count_ptr)
+    num_m, num_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(V, BLOCK_N)
+    for tile in tl.range(
+        tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
+    ):
+        m, n = tile_position(tile, num_m, num_n, GROUP)
+        places = m * BLOCK_M + tl.arange(0, BLOCK_M)  # in the list of rows
+        counted = places < num_rows
+        rows = tl.minimum(places, num_rows - 1)
+        if LISTED:
+            rows = tl.load(row_ptr + rows)
+        raw = raw_tile(
+            x,
+            weight,
+            rows.to(tl.int64),
+            m * BLOCK_M,
+            n * BLOCK_N,
+            V,
+            D,
+            x_row_stride,
+            x_stride,
+            weight_row_stride,
+            weight_stride,
+            DESCRIPTORS,
+            WIDEN,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        offset = tl.load(norms_ptr + 2 * rows)
+        target = load_targets(target_ptr, rows, V)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        raw_target = picked(raw, n * BLOCK_N + tl.arange(0, BLOCK_N), target)
+        parts = quarters(raw)
+        for i in tl.static_range(4):
+            first = n * BLOCK_N + i * (BLOCK_N // 4)
+            cols = first + tl.arange(0, BLOCK_N // 4)
+            z = logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+            e = tl.exp(z - offset[:, None])
+            if not LISTED:
+                total += tl.sum(e, axis=1)
+            if HAS_SOFTCAP:
+                t = z / softcap
+                e -= e * t * t  # beyond V this is NaN, which is not stored
+            if DESCRIPTORS:
+                out.store([m * BLOCK_M, first], e.to(out.dtype))
+            else:
+                ptrs = out + rows.to(tl.int64)[:, None] * out_row_stride + cols[None, :]
+                tl.store(ptrs, e.to(out.dtype.element_ty), mask=counted[:, None] & (cols < V)[None, :])
+        if not LISTED:
+            here = counted & (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
+            store_target_logits(
+                target_logit_ptr, raw_target, target, rows, here, bias_ptr, factor, softcap, HAS_BIAS, HAS_SOFTCAP
+            )
+            tl.store(partial_ptr + n.to(tl.int64) * C + places, total, mask=counted)
+
+
+@triton.jit
+def _sum_kernel(
+    partial_ptr,  # (num_partials, C) fp32
+    norms_ptr,  # (C, 2) fp32: its total
+    repair_ptr,  # (C,) int32, 1 where the total is out of range
+    C,
+    num_partials,
+    largest,
+    smallest,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    counted = rows < C
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, num_partials, BLOCK_P):
+        partials = start + tl.arange(0, BLOCK_P)
+        mask = (partials < num_partials)[:, None] & counted[None, :]
+        total += tl.load(partial_ptr + partials.to(tl.int64)[:, None] * C + rows[None, :], mask=mask, other=0.0)
+    row_total = tl.sum(total, axis=0)
+    fine = (row_total >= smallest) & (row_total <= largest)  # NaN is not
+    tl.store(norms_ptr + 2 * rows + 1, row_total, mask=counted)
+    tl.store(repair_ptr + rows, tl.where(fine, 0, 1), mask=counted)
+
+
+@triton.jit
+def _list_kernel(repair_ptr, row_ptr, count_ptr, C, BLOCK_C: tl.constexpr):
+    """The rows with a 1 in ``repair_ptr`` (C,), in order, and how many there are: one program."""
+    count = 0
+    for start in range(0, C, BLOCK_C):
+        rows = start + tl.arange(0, BLOCK_C)
+        repair = tl.load(repair_ptr + rows, mask=rows < C, other=0)
+        tl.store(row_ptr + count + tl.cumsum(repair, axis=0) - 1, rows, mask=repair == 1)
+        count += tl.sum(repair, axis=0)
+    tl.store(count_ptr, count)
+
+
+@triton.jit
+def _target_kernel(
+    out_ptr,  # (C, V)
+    target_ptr,  # (C,) int64
+    target_logit_ptr,  # (C,) fp32
+    norms_ptr,  # (C, 2) fp32
+    offset_ptr,  # (C,) fp32
+    row_factor_ptr,  # (C,) fp32
+    C,
+    V,
+    out_row_stride,
+    offset_stride,
+    softcap,
+    slope,
+    smallest_factor,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    counted = rows < C
+    target = tl.load(target_ptr + rows, mask=counted, other=-1)
+    z = tl.load(target_logit_ptr + rows, mask=counted, other=0.0)
+    top = tl.load(norms_ptr + 2 * rows, mask=counted, other=0.0)
+    total = tl.load(norms_ptr + 2 * rows + 1, mask=counted, other=1.0)
+    offset = tl.load(offset_ptr + rows * offset_stride, mask=counted, other=0.0)
+    # exp(offset − LSE); of one shard alone, top is the offset. NaN has to stay NaN.
+    row_factor = tl.exp(offset - top) / total
+    row_factor = tl.where(row_factor < smallest_factor, smallest_factor, row_factor)
+    entry = (tl.exp(z - top) / total - 1.0) / row_factor
+    if HAS_SOFTCAP:
+        entry *= 1.0 - (z / softcap) * (z / softcap)
+    inside = (target >= 0) & (target < V)
+    tl.store(out_ptr + rows * out_row_stride + target, entry.to(out_ptr.dtype.element_ty), mask=counted & inside)
+    tl.store(row_factor_ptr + rows, row_factor * slope, mask=counted)
+
+
+def scratch_bytes(num_rows: int, vocab_size: int, tile: GemmTile) -> int:
+    """What a call of ``exponentials`` allocates beside its results."""
+    return 4 * (max(map(math.prod, _scratch_shapes(num_rows, vocab_size, tile))) + 2 * num_rows + 1)
+
+
+def _scratch_shapes(num_rows: int, vocab_size: int, tile: GemmTile) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sums of the tiles, and then, in the same memory, statistics of rows to repair."""
+    repaired = triton.cdiv(vocab_size, _repair_tile(tile).BLOCK_N)
+    return (triton.cdiv(vocab_size, tile.BLOCK_N), num_rows), (2, repaired, num_rows)
+
+
+def _repair_tile(tile: GemmTile) -> GemmTile:
+    """TMA cannot gather the rows of a list."""
+    return POINTER_TILE if tile.descriptors else tile
+
+
+def exponentials(
+    x: Tensor, weight: Tensor, targets: Tensor, head: LMHead, out: Tensor, *, tile: GemmTile | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill ``out`` (C, V) with E; return offset (C,), norms (C, 2) and target logits (C,), all fp32.
+
+    ``x`` (C, D) and ``weight`` (V, D), the head's as a GEMM operand, are bf16 (or fp32), and so is ``out``,
+    whose rows may lie any pitch apart. Norms are (offset, total): like a row's (top, total) they give
+    log-softmax as (z − norms[:, 0]) − log norms[:, 1]. Where the vocabulary is sharded, the caller merges them
+    over the shards into a new tensor, while ``offset``, a view of these, stays what E was made with. A target
+    (C,) outside [0, V) belongs to another shard: its logit is 0. ``tile`` stands in for the frozen ones.
+    """
+    gemm_triton.check_operands(x, weight, targets, OPERAND_DTYPES)
+    if out.shape != (x.shape[0], weight.shape[0]) or out.dtype not in OPERAND_DTYPES or out.stride(1) != 1:
+        raise ValueError(
+            f"out is {tuple(out.shape)}, {out.dtype}, strides {out.stride()}: expected "
+            f"{(x.shape[0], weight.shape[0])} in one of {OPERAND_DTYPES}, entries of a row next to each other"
+        )
+    num_rows, vocab = out.shape
+    norms = torch.empty(num_rows, 2, dtype=torch.float32, device=x.device)
+    target_logits = torch.zeros(num_rows, dtype=torch.float32, device=x.device)
+    if num_rows == 0:
+        return norms[:, 0], norms, target_logits
+    plain = head.bias is None and head.logit_softcap is None
+    tile = tile or gemm_tile(
+        "exponentials" if plain else "exponentials, bias or softcap",
+        gemm_triton.capability(x.device),
+        x.element_size(),
+        aligned=gemm_triton.aligned(x, weight, out),
+    )
+    repair_tile = _repair_tile(tile)
+    shapes = _scratch_shapes(num_rows, vocab, tile)
+    scratch = torch.empty(max(map(math.prod, shapes)), dtype=torch.float32, device=x.device)
+    sums, statistics = (scratch[: math.prod(shape)].view(shape) for shape in shapes)
+
+    _choose_offsets(x, weight, targets, head, norms)
+    _fill(x, weight, targets, head, out, norms, sums, target_logits, tile)
+    listed = _add_up(sums, norms)
+    statistics_triton.reduce_tiles(x, weight, targets, head, statistics, target_logits, repair_tile, listed=listed)
+    statistics_triton.merge(statistics, norms, None, listed)  # their top becomes their offset
+    _fill(x, weight, targets, head, out, norms, sums, target_logits, repair_tile, listed=listed)
+    return norms[:, 0], norms, target_logits
+
+
+def fix_targets(
+    out: Tensor, targets: Tensor, target_logits: Tensor, offset: Tensor, norms: Tensor, head: LMHead
+) -> Tensor:
+    """Put the targets' entries into E (C, V); return the row factor (C,) fp32.
+
+    After this, row factor × E is the gradient of −logp by raw. ``norms`` (C, 2) and ``target_logits`` (C,) are
+    those of the whole vocabulary, ``offset`` (C,) that of ``out``.
+    """
+    row_factor = torch.empty(len(out), dtype=torch.float32, device=out.device)
+    if len(out) == 0:
+        return row_factor
+    softcap = head.logit_softcap
+    _target_kernel[(triton.cdiv(len(out), TARGET_BLOCK),)](
+        out_ptr=out,
+        target_ptr=targets,
+        target_logit_ptr=target_logits,
+        norms_ptr=norms,
+        offset_ptr=offset,
+        row_factor_ptr=row_factor,
+        C=out.shape[0],
+        V=out.shape[1],
+        out_row_stride=out.stride(0),
+        offset_stride=offset.stride(0),
+        softcap=0.0 if softcap is None else softcap / head.temperature,
+        slope=head.logit_scale / head.temperature,
+        smallest_factor=SMALLEST_FACTOR,
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK_C=TARGET_BLOCK,
+    )
+    return row_factor
+
+
+def _choose_offsets(x: Tensor, weight: Tensor, targets: Tensor, head: LMHead, norms: Tensor) -> None:
+    _offset_kernel[(len(x),)](
+        x_ptr=x,
+        weight_ptr=weight,
+        target_ptr=targets,
+        norms_ptr=norms,
+        V=weight.shape[0],
+        D=x.shape[1],
+        x_row_stride=x.stride(0),
+        x_stride=x.stride(1),
+        weight_row_stride=weight.stride(0),
+        weight_stride=weight.stride(1),
+        above=OFFSET_ABOVE_TARGET,
+        BLOCK_D=OFFSET_BLOCK,
+        **gemm_triton.head_arguments(head),
+    )
+
+
+def _fill(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    head: LMHead,
+    out: Tensor,
+    norms: Tensor,
+    sums: Tensor,
+    target_logits: Tensor,
+    tile: GemmTile,
+    *,
+    listed: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """E with the offsets norms[:, 0]; sums (tiles along V, C) and target logits too, unless of ``listed`` rows."""
+    rows, count = listed if listed is not None else (None, None)
+    num_tiles = triton.cdiv(out.shape[0], tile.BLOCK_M) * triton.cdiv(out.shape[1], tile.BLOCK_N)
+    _exponentials_kernel[(gemm_triton.num_programs(x.device, num_tiles),)](
+        out=gemm_triton.descriptor(out, [tile.BLOCK_M, tile.BLOCK_N // EPILOGUE_PARTS], tile),
+        target_ptr=targets,
+        norms_ptr=norms,
+        partial_ptr=sums,
+        target_logit_ptr=target_logits,
+        row_ptr=rows,
+        count_ptr=count,
+        out_row_stride=out.stride(0),
+        LISTED=listed is not None,
+        **gemm_triton.head_arguments(head),
+        **gemm_triton.operand_arguments(x, weight, tile),
+    )
+
+
+def _add_up(sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Totals, into norms[:, 1], and the rows whose total is out of range: a list (C,) and its length (1,)."""
+    num_partials, num_rows = sums.shape
+    repair, rows = torch.empty(2, num_rows, dtype=torch.int32, device=sums.device)
+    count = torch.empty(1, dtype=torch.int32, device=sums.device)
+    _sum_kernel[(triton.cdiv(num_rows, SUM_ROWS),)](
+        partial_ptr=sums,
+        norms_ptr=norms,
+        repair_ptr=repair,
+        C=num_rows,
+        num_partials=num_partials,
+        largest=LARGEST_TOTAL,
+        smallest=1.0 / LARGEST_TOTAL,
+        BLOCK_C=SUM_ROWS,
+        BLOCK_P=SUM_PARTIALS,
+    )
+    _list_kernel[(1,)](repair_ptr=repair, row_ptr=rows, count_ptr=count, C=num_rows, BLOCK_C=LIST_BLOCK)
+    return rows, count

@@ -1,0 +1,231 @@
+"""One tile of h·Wᵀ in Triton, and the head's logits on it: what the kernels with a GEMM in them share.
+
+    C rows, V vocabulary entries, D features; x (C, D), W (V, D), raw = x·Wᵀ (C, V), never in memory
+    z = softcap(logit_scale · (raw + bias)) / temperature            the model's logits
+
+A persistent grid, about one program a multiprocessor, walks the (BLOCK_M, BLOCK_N) tiles of (C, V).
+Operands arrive as host tensor descriptors (TMA, sm_90 and newer) where their addresses allow it, else
+through pointers, which serve any strides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hypo_kernels.head import LMHead
+from hypo_kernels.tiles import GemmTile
+
+TMA_ALIGNMENT = 16  # bytes, of a descriptor's base address and of all its strides but the last
+INTERPRETED_PROGRAMS = 3  # a grid that makes programs take several tiles each, without a device to fill
+
+
+@triton.jit
+def tile_position(tile, num_m, num_n, GROUP: tl.constexpr):
+    """(m, n) of the ``tile``-th tile.
+
+    GROUP columns of tiles are walked down together: the programs that run at one time share GROUP panels of
+    W, each panel of which leaves HBM once, and the rows of x come out of L2.
+    """
+    per_group = GROUP * num_m
+    first = tile // per_group * GROUP
+    width = tl.minimum(num_n - first, GROUP)
+    within = tile % per_group
+    return within // width, first + within % width
+
+
+@triton.jit
+def raw_tile(
+    x,  # (C, D): descriptor of (BLOCK_M, BLOCK_K) blocks, or pointer
+    weight,  # (V, D): descriptor of (BLOCK_N, BLOCK_K) blocks, or pointer
+    rows,  # (BLOCK_M,) int64, within x: for pointers
+    first_row,  # for descriptors
+    first_col,
+    V,
+    D,
+    x_row_stride,
+    x_stride,
+    weight_row_stride,
+    weight_stride,
+    DESCRIPTORS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) fp32. Columns beyond V hold something finite, to be masked by the caller."""
+    raw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if DESCRIPTORS:
+        for k in range(0, D, BLOCK_K):
+            a = x.load([first_row, k])
+            b = weight.load([first_col, k])
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            raw = tl.dot(a, b.T, raw, input_precision="ieee")
+    else:
+        # Clamped, not masked: a repeated row or entry costs no predicate in the loop.
+        cols = tl.minimum(first_col + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
+        x_rows = x + rows[:, None] * x_row_stride
+        weight_rows = weight + cols[None, :] * weight_row_stride
+        for k in range(0, D, BLOCK_K):
+            # Made anew in each step: pointers that are carried along take registers from the accumulators.
+            features = k + tl.arange(0, BLOCK_K)
+            inside = features < D
+            features = features.to(tl.int64)
+            a = tl.load(x_rows + features[None, :] * x_stride, mask=inside[None, :], other=0.0)
+            b = tl.load(weight_rows + features[:, None] * weight_stride, mask=inside[:, None], other=0.0)
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            raw = tl.dot(a, b, raw, input_precision="ieee")
+    return raw
+
+
+@triton.jit
+def halves(raw):
+    """(left, right) columns."""
+    BLOCK_M: tl.constexpr = raw.shape[0]
+    HALF: tl.constexpr = raw.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(raw, [BLOCK_M, 2, HALF]), [0, 2, 1]))
+
+
+@triton.jit
+def quarters(raw):
+    """The four quarters of the columns, which an epilogue takes one after the other.
+
+    A quarter of the registers beside the accumulators, and of the shared memory that a store is staged in: a
+    softcap's temporaries on a whole tile would spill, and leave no room for a fourth stage.
+    """
+    left, right = halves(raw)
+    first, second = halves(left)
+    third, fourth = halves(right)
+    return first, second, third, fourth
+
+
+@triton.jit
+def scaled(z, factor, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The head's logits of ``z`` = raw + bias, of any shape.
+
+    ``factor`` is logit_scale / temperature, or logit_scale / softcap under a softcap; ``softcap`` is
+    softcap / temperature.
+    """
+    z *= factor
+    if HAS_SOFTCAP:
+        # tanh: exp(−2|x|) never overflows; libdevice's tanh does not run under the interpreter.
+        e = tl.exp(-2.0 * tl.abs(z))
+        t = (1.0 - e) / (1.0 + e)
+        z = tl.where(z < 0, -t, t) * softcap
+    return z
+
+
+@triton.jit
+def logits(raw, bias_ptr, cols, V, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z of ``raw`` (rows, entries) at the entries ``cols``; those beyond V are −inf."""
+    mask = cols < V
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return tl.where(mask[None, :], scaled(raw, factor, softcap, HAS_SOFTCAP), float("-inf"))
+
+
+@triton.jit
+def load_targets(target_ptr, rows, V):
+    """(BLOCK_M,) int32: each row's target, −1 where it is another shard's."""
+    target = tl.load(target_ptr + rows)
+    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+
+
+@triton.jit
+def picked(raw, cols, target):
+    """(BLOCK_M,) fp32: each row's accumulator at its target, 0 unless that is one of ``cols``."""
+    return tl.sum(tl.where(cols[None, :] == target[:, None], raw, 0.0), axis=1)
+
+
+@triton.jit
+def store_target_logits(
+    target_logit_ptr,
+    raw_target,  # (BLOCK_M,) fp32, the accumulator at the target
+    target,
+    rows,
+    here,  # (BLOCK_M,) whether the target is in this tile: it is in one of a row's
+    bias_ptr,
+    factor,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    if HAS_BIAS:
+        raw_target += tl.load(bias_ptr + target, mask=here, other=0.0).to(tl.float32)
+    tl.store(target_logit_ptr + rows, scaled(raw_target, factor, softcap, HAS_SOFTCAP), mask=here)
+
+
+def head_arguments(head: LMHead) -> dict[str, Any]:
+    """The keyword arguments of a kernel that calls ``logits``."""
+    softcap = head.logit_softcap
+    return {
+        "bias_ptr": head.bias,
+        "factor": head.logit_scale / (head.temperature if softcap is None else softcap),
+        "softcap": 0.0 if softcap is None else softcap / head.temperature,
+        "HAS_BIAS": head.bias is not None,
+        "HAS_SOFTCAP": softcap is not None,
+    }
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability, (0, 0) under the interpreter on a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def num_programs(device: torch.device, num_tiles: int) -> int:
+    """Of a persistent grid: one a multiprocessor, but none without a tile."""
+    if device.type != "cuda":
+        return min(INTERPRETED_PROGRAMS, num_tiles)
+    return min(torch.cuda.get_device_properties(device).multi_processor_count, num_tiles)
+
+
+def aligned(*matrices: Tensor) -> bool:
+    """Whether all of them have the layout that a tensor descriptor asks for, and wide loads like."""
+    return all(
+        matrix.stride(1) == 1
+        and matrix.stride(0) * matrix.element_size() % TMA_ALIGNMENT == 0
+        and matrix.data_ptr() % TMA_ALIGNMENT == 0
+        for matrix in matrices
+    )
+
+
+def descriptor(matrix: Tensor, block_shape: list[int], tile: GemmTile) -> TensorDescriptor | Tensor:
+    """The matrix as the kernel takes it: a descriptor of such blocks, if the tile wants one."""
+    return TensorDescriptor.from_tensor(matrix, block_shape) if tile.descriptors else matrix
+
+
+def operand_arguments(x: Tensor, weight: Tensor, tile: GemmTile) -> dict[str, Any]:
+    """The keyword arguments of a kernel that calls ``raw_tile``, and its launch options."""
+    return {
+        "x": descriptor(x, [tile.BLOCK_M, tile.BLOCK_K], tile),
+        "weight": descriptor(weight, [tile.BLOCK_N, tile.BLOCK_K], tile),
+        "C": x.shape[0],
+        "V": weight.shape[0],
+        "D": x.shape[1],
+        "x_row_stride": x.stride(0),
+        "x_stride": x.stride(1),
+        "weight_row_stride": weight.stride(0),
+        "weight_stride": weight.stride(1),
+        # The interpreter multiplies bf16 bit patterns as if they were integers.
+        "WIDEN": x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        **tile.constants(),
+        **tile.launch_options(),
+    }
+
+
+def check_operands(x: Tensor, weight: Tensor, targets: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """ValueError unless x (C, D), weight (V, D) and targets (C,) go together in one of ``dtypes``."""
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
+        raise ValueError(
+            f"expected x (C, D), weight (V, D) and targets (C,), got {tuple(x.shape)}, {tuple(weight.shape)} "
+            f"and {tuple(targets.shape)}"
+        )
+    if x.dtype != weight.dtype or x.dtype not in dtypes:
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: this kernel takes both in one of {dtypes}")

@@ -1,0 +1,281 @@
+"""Softmax statistics straight from hidden states, in Triton: a GEMM that never stores its logits.
+
+    C rows, V vocabulary entries, D features; z (C, V) the model's logits (``gemm_triton``)
+    top = max_v z_v      total = Σ_v exp(z_v − top)      moment = Σ_v exp(z_v − top)·(z_v − top)
+    logp = z_y − top − log total                         entropy = log total − moment / total
+
+Each (BLOCK_M, BLOCK_N) tile of logits lives in registers, is reduced to a few numbers a row, and is gone. A
+second, small kernel merges the partials of a row in a fixed order: no atomics, so that a call repeats
+bitwise. The norms of a row, top and total, are kept apart: added up to a log-sum-exp, they would be rounded
+at the size of the logits, and every probability with them.
+
+The target's logit comes from the same fp32 accumulators, so that a likely target's p never exceeds 1 by
+more than the rounding of one exponential. Exactly one tile of a row holds it, and that one writes it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hypo_kernels import gemm_triton
+from hypo_kernels.gemm_triton import (
+    load_targets,
+    logits,
+    picked,
+    quarters,
+    raw_tile,
+    store_target_logits,
+    tile_position,
+)
+from hypo_kernels.head import LMHead
+from hypo_kernels.tiles import GemmTile, gemm_tile
+
+OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The merge walks along a row's partials with this many rows and partials at a time.
+MERGE_ROWS, MERGE_PARTIALS = 16, 64
+
+
+@triton.jit
+def _merged(top, total, moment, new_top, new_total, new_moment, WITH_MOMENT: tl.constexpr):
+    """(top, total, moment) of two disjoint sets of entries. Tops are finite: an empty set's is −1e38."""
+    both = tl.maximum(top, new_top)
+    shift, new_shift = top - both, new_top - both
+    factor, new_factor = tl.exp(shift), tl.exp(new_shift)
+    if WITH_MOMENT:
+        moment = factor * (moment + total * shift) + new_factor * (new_moment + new_total * new_shift)
+    return both, factor * total + new_factor * new_total, moment
+
+
+@triton.jit
+def _statistics_kernel(
+    x,  # (C, D), descriptor or pointer
+    weight,  # (V, D), descriptor or pointer
+    target_ptr,  # (C,) int64
+    bias_ptr,  # (V,) or unused
+    partial_ptr,  # (2 or 3, tiles along V, C) fp32: top, total and moment
+    target_logit_ptr,  # (C,) fp32
+    row_ptr,  # (C,) int32, the rows to take, of which the first *count_ptr count: if LISTED
+    count_ptr,  # (1,) int32
+    C,
+    V,
+    D,
+    x_row_stride,
+    x_stride,
+    weight_row_stride,
+    weight_stride,
+    factor,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_MOMENT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    LISTED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    num_rows = C
+    if LISTED:
+        num_rows = tl.load(count_ptr)
+    num_m, num_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(V, BLOCK_N)
+    for tile in tl.range(
+        tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
+    ):
+        m, n = tile_position(tile, num_m, num_n, GROUP)
+        places = m * BLOCK_M + tl.arange(0, BLOCK_M)  # in the list of rows
+        counted = places < num_rows
+        rows = tl.minimum(places, num_rows - 1)
+        if LISTED:
+            rows = tl.load(row_ptr + rows)
+        raw = raw_tile(
+            x,
+            weight,
+            rows.to(tl.int64),
+            m * BLOCK_M,
+            n * BLOCK_N,
+            V,
+            D,
+            x_row_stride,
+            x_stride,
+            weight_row_stride,
+            weight_stride,
+            DESCRIPTORS,
+            WIDEN,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        target = load_targets(target_ptr, rows, V)
+        top = tl.full([BLOCK_M], -1.0e38, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        moment = tl.zeros([BLOCK_M], tl.float32)
+        raw_target = picked(raw, n * BLOCK_N + tl.arange(0, BLOCK_N), target)
+        parts = quarters(raw)
+        for i in tl.static_range(4):
+            first = n * BLOCK_N + i * (BLOCK_N // 4)
+            cols = first + tl.arange(0, BLOCK_N // 4)
+            z = logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+            # Finite, so that nothing but −inf (beyond V, or forbidden by the bias) never meets inf − inf.
+            part_top = tl.maximum(tl.max(z, axis=1), -1.0e38)
+            below = z - part_top[:, None]
+            e = tl.exp(below)
+            part_total = tl.sum(e, axis=1)
+            part_moment = part_total
+            if WITH_MOMENT:
+                # Of an entry at −inf, 0 · (−inf) would be NaN.
+                part_moment = tl.sum(e * tl.maximum(below, -1.0e38), axis=1)
+            top, total, moment = _merged(top, total, moment, part_top, part_total, part_moment, WITH_MOMENT)
+        here = counted & (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
+        store_target_logits(
+            target_logit_ptr, raw_target, target, rows, here, bias_ptr, factor, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
+        ptrs = partial_ptr + n.to(tl.int64) * C + places
+        stat_stride = num_n.to(tl.int64) * C
+        tl.store(ptrs, top, mask=counted)
+        tl.store(ptrs + stat_stride, total, mask=counted)
+        if WITH_MOMENT:
+            tl.store(ptrs + 2 * stat_stride, moment, mask=counted)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,  # (2 or 3, num_partials, C) fp32
+    norms_ptr,  # (C, 2) fp32
+    moment_ptr,  # (C,) fp32 or unused
+    row_ptr,  # (C,) int32: where the norms of each place in the partials go, if LISTED
+    count_ptr,  # (1,) int32
+    C,
+    num_partials,
+    WITH_MOMENT: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    num_rows = C
+    if LISTED:
+        num_rows = tl.load(count_ptr)
+    places = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    counted = places < num_rows
+    stat_stride = num_partials.to(tl.int64) * C
+    top = tl.full([BLOCK_P, BLOCK_C], -1.0e38, tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    moment = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    # No place counts, no partial is read: programs beyond a list's end are done at once.
+    for start in range(0, tl.where(tl.program_id(0) * BLOCK_C < num_rows, num_partials, 0), BLOCK_P):
+        partials = start + tl.arange(0, BLOCK_P)
+        mask = (partials < num_partials)[:, None] & counted[None, :]
+        ptrs = partial_ptr + partials.to(tl.int64)[:, None] * C + places[None, :]
+        new_top = tl.load(ptrs, mask=mask, other=-1.0e38)
+        new_total = tl.load(ptrs + stat_stride, mask=mask, other=0.0)
+        new_moment = new_total
+        if WITH_MOMENT:
+            new_moment = tl.load(ptrs + 2 * stat_stride, mask=mask, other=0.0)
+        top, total, moment = _merged(top, total, moment, new_top, new_total, new_moment, WITH_MOMENT)
+    row_top = tl.max(top, axis=0)
+    shift = top - row_top[None, :]
+    row_total = tl.sum(total * tl.exp(shift), axis=0)
+    rows = places
+    if LISTED:
+        rows = tl.load(row_ptr + places, mask=counted, other=0)
+    tl.store(norms_ptr + 2 * rows.to(tl.int64), row_top, mask=counted)
+    tl.store(norms_ptr + 2 * rows.to(tl.int64) + 1, row_total, mask=counted)
+    if WITH_MOMENT:
+        row_moment = tl.sum(tl.exp(shift) * (moment + total * shift), axis=0)
+        tl.store(moment_ptr + rows, row_moment, mask=counted)
+
+
+def scratch_bytes(num_rows: int, vocab_size: int, tile: GemmTile, *, with_moment: bool = False) -> int:
+    """What a call allocates beside its results."""
+    return 4 * (3 if with_moment else 2) * triton.cdiv(vocab_size, tile.BLOCK_N) * num_rows
+
+
+def statistics(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    head: LMHead,
+    *,
+    with_moment: bool = False,
+    tile: GemmTile | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Norms (C, 2), target logits (C,) and moment (C,) or None of the logits of ``x`` (C, D), all fp32.
+
+    ``weight`` (V, D) is the head's as a GEMM operand: the dtype of ``x``, which may be bf16, fp16 or fp32
+    (multiplied in full precision). A target (C,) outside [0, V) belongs to another shard of the vocabulary:
+    its logit is 0. ``tile`` stands in for the frozen one.
+    """
+    gemm_triton.check_operands(x, weight, targets, OPERAND_DTYPES)
+    norms = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
+    target_logits = torch.zeros(len(x), dtype=torch.float32, device=x.device)
+    moment = torch.empty_like(target_logits) if with_moment else None
+    if len(x) == 0:
+        return norms, target_logits, moment
+    tile = tile or gemm_tile(
+        "statistics",
+        gemm_triton.capability(x.device),
+        x.element_size(),
+        aligned=gemm_triton.aligned(x, weight),
+    )
+    shape = (3 if with_moment else 2, triton.cdiv(weight.shape[0], tile.BLOCK_N), len(x))
+    partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    reduce_tiles(x, weight, targets, head, partials, target_logits, tile, with_moment=with_moment)
+    merge(partials, norms, moment)
+    return norms, target_logits, moment
+
+
+def reduce_tiles(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    head: LMHead,
+    partials: Tensor,
+    target_logits: Tensor,
+    tile: GemmTile,
+    *,
+    with_moment: bool = False,
+    listed: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Partials (2 or 3, tiles along V, C) of all rows of ``x``, or of those ``listed``.
+
+    ``listed`` is (rows (C,) int32, count (1,) int32), both on the device: the first ``count`` rows are taken,
+    and their partials stand in the order of the list. An empty list costs one empty launch. A list's
+    tile is one without descriptors: TMA cannot gather.
+    """
+    rows, count = listed if listed is not None else (None, None)
+    num_tiles = triton.cdiv(len(x), tile.BLOCK_M) * triton.cdiv(weight.shape[0], tile.BLOCK_N)
+    _statistics_kernel[(gemm_triton.num_programs(x.device, num_tiles),)](
+        target_ptr=targets,
+        partial_ptr=partials,
+        target_logit_ptr=target_logits,
+        row_ptr=rows,
+        count_ptr=count,
+        WITH_MOMENT=with_moment,
+        LISTED=listed is not None,
+        **gemm_triton.head_arguments(head),
+        **gemm_triton.operand_arguments(x, weight, tile),
+    )
+
+
+def merge(partials: Tensor, norms: Tensor, moment: Tensor | None, listed: tuple[Tensor, Tensor] | None = None) -> None:
+    """Norms (C, 2) and moment (C,) from partials (2 or 3, P, C)."""
+    rows, count = listed if listed is not None else (None, None)
+    _merge_kernel[(triton.cdiv(partials.shape[2], MERGE_ROWS),)](
+        partial_ptr=partials,
+        norms_ptr=norms,
+        moment_ptr=moment,
+        row_ptr=rows,
+        count_ptr=count,
+        C=partials.shape[2],
+        num_partials=partials.shape[1],
+        WITH_MOMENT=moment is not None,
+        LISTED=listed is not None,
+        BLOCK_C=MERGE_ROWS,
+        BLOCK_P=MERGE_PARTIALS,
+    )
