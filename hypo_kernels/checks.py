@@ -21,7 +21,7 @@ from hypo_kernels.objective import KL_ESTIMATORS, PREFERENCES, Objective
 if TYPE_CHECKING:
     from hypo_kernels.projection import Projection
 
-IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "triton-rows", "triton-epilogue", "torch", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -40,14 +40,14 @@ def implementation(impl: str, head: LMHead, compute_dtype: torch.dtype) -> str:
         impl != "reference" or head.shard is None,
         "impl='reference' does not serve a vocab_shard: gather the head, or use impl='auto'",
     )
-    if impl == "triton":
+    if impl.startswith("triton"):
         _require(
             device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1",
-            f"impl='triton' needs CUDA tensors, got {device}; use impl='torch' there (or 'auto')",
+            f"impl={impl!r} needs CUDA tensors, got {device}; use impl='torch' there (or 'auto')",
         )
         _require(
             compute_dtype != torch.float64,
-            "impl='triton' does not compute in float64; use impl='torch' or 'reference'",
+            f"impl={impl!r} does not compute in float64; use impl='torch' or 'reference'",
         )
     return impl
 

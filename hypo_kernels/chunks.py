@@ -116,11 +116,13 @@ def max_rows(
     gradients_in_place: bool,
     largest_group: int,
     buffers: int,
+    buffer_dtype: torch.dtype,
+    straight: bool,
 ) -> int:
     """How many rows fit through the head at once with every temporary within ``max_chunk_bytes``.
 
-    ``buffers`` is 2 where the logits of two heads have to be there together. Raises ValueError when not even
-    one row fits.
+    ``buffers`` is 2 where the logits of two heads have to be there together, ``straight`` says that kernels make
+    partial results of their own. Raises ValueError when not even one row fits.
     """
     weights = [weight for head in heads for weight in head.weights]
     device, shard = weights[0].device, heads[0].shard
@@ -128,7 +130,7 @@ def max_rows(
     width = max(sum(weight.shape[1] for weight in head.weights) for head in heads)
     operand = gemm.operand_dtype(device, compute_dtype)
     accumulator = gemm.accumulator_dtype(compute_dtype)
-    per_row = buffers * pitch(vocab, device) * accumulator.itemsize
+    per_row = buffers * pitch(vocab, device) * buffer_dtype.itemsize + (straight_bytes(vocab) if straight else 0)
     if operand != accumulator and not gradients_in_place:
         per_row += vocab * operand.itemsize
     # Gathered and converted inputs, inputs times coefficients, and their gradients before and after conversion.
@@ -156,6 +158,11 @@ def max_rows(
     if device.type == "cpu":
         rows = min(rows, max(largest_group, CPU_BUFFER_BYTES // per_row, CPU_ROWS))
     return min(rows, max(1, num_rows))
+
+
+def straight_bytes(vocab_size: int) -> int:
+    """The most that a row's partial results take in ``statistics_triton`` and ``exponentials_triton``."""
+    return 3 * 4 * -(-vocab_size // 64)
 
 
 def pitch(vocab_size: int, device: torch.device) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.tiles import GemmTile
+from hypo_kernels.tiles import INTERPRETER, GemmTile
 
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base address and of all its strides but the last
 INTERPRETED_PROGRAMS = 3  # a grid that makes programs take several tiles each, without a device to fill
@@ -175,8 +175,8 @@ def head_arguments(head: LMHead) -> dict[str, Any]:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability, (0, 0) under the interpreter on a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """Compute capability, or what stands for the interpreter on a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETER
 
 
 def num_programs(device: torch.device, num_tiles: int) -> int:

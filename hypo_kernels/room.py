@@ -6,6 +6,10 @@ where gradients are wanted, turns the buffer into unit gradients U = softmax −
 c of the loss by each row's log-prob, two more GEMMs give ``dHidden = −c ⊙ (U·W)`` and
 ``dWeight += Uᵀ·(−c ⊙ hidden)``: coefficients never touch the (C, V) buffer.
 
+Two Triton kernels go straight from hidden states where they serve the head: ``statistics_triton``, which stores
+no logits at all, wherever statistics are all that is wanted, and ``exponentials_triton`` (the epilogue
+schedule), which writes exponentials into the buffer instead of logits: they are U but for a factor a row.
+
 A loss that also depends on each row's divergence from a reference has the reference's logits in a second
 buffer, and its row step (``divergence_torch`` or ``divergence_triton``) mixes the two derivatives.
 """
@@ -13,6 +17,7 @@ buffer, and its row step (``divergence_torch`` or ``divergence_triton``) mixes t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -24,6 +29,7 @@ from hypo_kernels.gradients import Gradients
 from hypo_kernels.head import LMHead
 from hypo_kernels.projection import Projection
 from hypo_kernels.statistics import RowStatistics, over_ranks
+from hypo_kernels.tiles import EPILOGUE_IS_FASTER
 
 # fp16 has no exponent to spare for the tail of a softmax; 2^12 keeps 1.5e-11 of it and cannot overflow.
 FP16_GRADIENT_SCALE = 2.0**12
@@ -48,11 +54,17 @@ class HeadRoom:
         largest_group: int = 1,
         with_divergence: bool = False,
         buffers: int = 1,
+        statistics_only: bool = False,
     ) -> None:
         weight, self.shard = heads[0].weight, heads[0].shard
         self.compute_dtype = compute_dtype
+        self.wide = gemm.accumulator_dtype(compute_dtype)
         self.operand_dtype = gemm.operand_dtype(weight.device, compute_dtype)
         self.steps, self.divergence_steps = _row_steps(impl)
+        matrices = {id(matrix): matrix for head in heads for matrix in head.weights}
+        self.panels = {key: gemm.Panels.of(matrix, compute_dtype, max_chunk_bytes) for key, matrix in matrices.items()}
+        self.straight = impl != "torch" and all(self._is_served_straight(head) for head in heads)
+        self.epilogue = self._takes_epilogue(impl, with_divergence)
         self.rows = layout.rows.to(weight.device, non_blocking=True)
         self.targets = layout.targets.to(weight.device, non_blocking=True)
         if self.shard is not None:
@@ -68,14 +80,26 @@ class HeadRoom:
             gradients_in_place=self.steps.GRADIENTS_IN_PLACE,
             largest_group=largest_group,
             buffers=buffers,
+            buffer_dtype=self._buffer_dtype,
+            straight=self.straight,
         )
         self.pitch = chunks.pitch(weight.shape[0], weight.device)
         self.capacity = buffers * self.max_rows
-        self.buffer = torch.empty(
-            self.capacity * self.pitch, dtype=gemm.accumulator_dtype(compute_dtype), device=weight.device
-        )
-        matrices = {id(matrix): matrix for head in heads for matrix in head.weights}
-        self.panels = {key: gemm.Panels.of(matrix, compute_dtype, max_chunk_bytes) for key, matrix in matrices.items()}
+        # Statistics straight from hidden states leave the buffer's memory to further rows.
+        self.rows_of_statistics = self.max_rows
+        if self.straight and statistics_only:
+            unused = self.max_rows * self.pitch * self._buffer_dtype.itemsize
+            per_row = chunks.straight_bytes(weight.shape[0]) + 2 * weight.shape[1] * self.operand_dtype.itemsize
+            self.rows_of_statistics += unused // per_row
+
+    @cached_property
+    def buffer(self) -> Tensor:
+        """Flat; not there until logits are."""
+        return torch.empty(self.capacity * self.pitch, dtype=self._buffer_dtype, device=self.rows.device)
+
+    @property
+    def _buffer_dtype(self) -> torch.dtype:
+        return self.operand_dtype if self.epilogue else self.wide
 
     def logits(self, projections: Sequence[Projection], rows: slice) -> list[Tensor]:
         """Raw logits ``Σ features·matrixᵀ`` (C, V) of ``rows`` by each projection, one below the other in the buffer.
@@ -83,7 +107,7 @@ class HeadRoom:
         All of them together are at most ``capacity`` rows. Projections by one and the same weight are one GEMM.
         """
         count, first = rows.stop - rows.start, projections[0].head
-        stacked = self.buffer[: len(projections) * count * self.pitch].view(-1, self.pitch)[:, : first.vocab_size]
+        stacked = self._in_buffer(len(projections) * count)[:, : first.vocab_size]
         parts = [stacked[i * count : (i + 1) * count] for i in range(len(projections))]
         if len(parts) > 1 and all(_only_matrix(p) is first.weight for p in projections):
             self._multiply(stacked, [(torch.cat([self._inputs(p.hidden, rows) for p in projections]), first.weight)])
@@ -100,10 +124,22 @@ class HeadRoom:
     def statistics(self, projection: Projection, rows: slice) -> RowStatistics:
         """Of ``rows``, as many as there are; no logits outlive the buffer."""
         parts = []
-        for part in split(rows, self.max_rows):
+        for part in split(rows, self.rows_of_statistics):
+            if self.straight:
+                parts.append(self._straight_statistics(projection, part, with_moment=False))
+                continue
             (raw,) = self.logits([projection], part)
             parts.append(self.statistics_of(raw, projection, part))
         return RowStatistics.cat(parts)
+
+    def _straight_statistics(self, projection: Projection, rows: slice, *, with_moment: bool) -> RowStatistics:
+        from hypo_kernels import statistics_triton
+
+        x, weight = self._inputs(projection.hidden, rows), self._operand(projection.head.weight)
+        stats = RowStatistics(
+            *statistics_triton.statistics(x, weight, self.targets[rows], projection.head, with_moment=with_moment)
+        )
+        return stats if self.shard is None else over_ranks(stats, None, self.shard)[0]
 
     def statistics_of(self, raw: Tensor, projection: Projection, rows: slice) -> RowStatistics:
         """Of raw logits (C, V), which stay as they are."""
@@ -111,20 +147,41 @@ class HeadRoom:
         return stats if self.shard is None else over_ranks(stats, None, self.shard)[0]
 
     def unit_gradients(
-        self, raw: Tensor, projection: Projection, rows: slice, norms: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """U (C, V) in the place of ``raw``, and the log-probs (C,).
+        self, projection: Projection, rows: slice, norms: Tensor | None = None, raw: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(U, factor, log-probs) of at most ``max_rows`` rows: ``factor ⊙ U`` is softmax − onehot times ∂z/∂raw.
 
-        ``norms`` (C, 2) of an earlier pass spare the statistics, and the log-probs are then known already.
+        U is (C, V) in the buffer; a factor (C,) of None is 1. ``norms`` (C, 2) of an earlier pass spare the
+        statistics, unless they came straight from hidden states: the logits of another product differ in their
+        last digits, and probabilities would no longer add up to 1. ``raw`` are logits that are in the buffer.
         """
         targets, logps = self.targets[rows], None
+        norms = None if self.straight else norms
+        if self.epilogue:
+            return self._exponentials(projection, rows)
+        if raw is None:
+            (raw,) = self.logits([projection], rows)
         if self.shard is not None and norms is None:
             stats, _ = over_ranks(self.steps.statistics(raw, targets, projection.head), None, self.shard)
             norms, logps = stats.norms, stats.logps()
         unit, own_logps = self.steps.unit_gradients(
             raw, targets, projection.head, norms=norms, out_dtype=self.operand_dtype, scale=self.scale
         )
-        return unit, own_logps if logps is None else logps
+        return unit, None, own_logps if logps is None else logps
+
+    def _exponentials(self, projection: Projection, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        from hypo_kernels import exponentials_triton
+
+        head, targets, count = projection.head, self.targets[rows], rows.stop - rows.start
+        x, out = self._inputs(projection.hidden, rows), self._in_buffer(count)[:, : head.vocab_size]
+        offset, norms, target_logits = exponentials_triton.exponentials(
+            x, self._operand(head.weight), targets, head, out
+        )
+        stats = RowStatistics(norms, target_logits)
+        if self.shard is not None:
+            stats, _ = over_ranks(stats, None, self.shard)
+        factor = exponentials_triton.fix_targets(out, targets, stats.target, offset, stats.norms, head)
+        return out, factor, stats.logps()
 
     def divergence_statistics(
         self, projection: Projection, raw: Tensor, ref: Projection | None, ref_raw: Tensor | None, rows: slice
@@ -137,7 +194,10 @@ class HeadRoom:
     def entropy_statistics(self, projection: Projection, rows: slice) -> RowStatistics:
         """Like :meth:`statistics`, with the moment."""
         parts = []
-        for part in split(rows, self.max_rows):
+        for part in split(rows, self.rows_of_statistics):
+            if self.straight:
+                parts.append(self._straight_statistics(projection, part, with_moment=True))
+                continue
             (raw,) = self.logits([projection], part)
             parts.append(self.divergence_statistics(projection, raw, None, None, part)[0])
         return RowStatistics.cat(parts)
@@ -178,16 +238,28 @@ class HeadRoom:
         )
         return unit, factor
 
-    def finish(self, gradients: Gradients, unit: Tensor, projection: Projection, rows: slice, factor: Tensor) -> None:
-        """Add the gradients of a loss whose derivative by the raw logits of ``rows`` is ``factor ⊙ U``; factor (C,)."""
+    def finish(
+        self,
+        gradients: Gradients,
+        unit: Tensor,
+        projection: Projection,
+        rows: slice,
+        factor: Tensor,
+        own_factor: Tensor | None = None,
+    ) -> None:
+        """Add the gradients of a loss whose derivative by the raw logits of ``rows`` is ``factor ⊙ own_factor ⊙ U``.
+
+        Factors are (C,); an ``own_factor`` of None is 1.
+        """
         if len(unit) == 0:  # every token of the group is ignored
             return
         sums = gradients.sums
-        factor = factor.to(self.buffer.dtype)[:, None] / self.scale
+        factor = factor.to(self.wide) if own_factor is None else factor.to(self.wide) * own_factor
+        factor = factor[:, None] / self.scale
         of_terms = [(sums.hidden, sums.weight), (sums.lora, sums.lora_weight)]
         for (features, matrix), (by_features, by_matrix) in zip(projection.terms(), of_terms, strict=False):
             if by_features is not None:
-                out = self.buffer.new_empty(len(unit), features.shape[-1])
+                out = torch.empty(len(unit), features.shape[-1], dtype=self.wide, device=unit.device)
                 for i, (vocab, panel) in enumerate(self.panels[id(matrix)]):
                     gemm.mm_(out, unit[:, vocab], panel, accumulate=i > 0)
                 by_features.index_copy_(0, self.rows[rows], out.mul_(factor).to(by_features.dtype))
@@ -211,6 +283,35 @@ class HeadRoom:
             product = torch.empty_like(part) if begun else part
             gemm.mm_(product, unit[:, start : start + step].t(), x)
             part.addcmul_(product, top) if begun else part.mul_(top)
+
+    def _in_buffer(self, rows: int) -> Tensor:
+        """(rows, pitch) at the front of the buffer."""
+        return self.buffer[: rows * self.pitch].view(rows, self.pitch)
+
+    def _operand(self, weight: Tensor) -> Tensor:
+        """The weight (V, D) as one GEMM operand."""
+        whole = self.panels[id(weight)].whole
+        assert whole is not None
+        return whole
+
+    def _is_served_straight(self, head: LMHead) -> bool:
+        """One matrix, there as a whole, that Triton multiplies as well as a library: 16 bits (or interpreted)."""
+        fast = self.operand_dtype.itemsize == 2 or head.weight.device.type == "cpu"
+        return fast and head.lora_weight is None and self.panels[id(head.weight)].whole is not None
+
+    def _takes_epilogue(self, impl: str, with_divergence: bool) -> bool:
+        device = next(iter(self.panels.values())).weight.device
+        served = self.straight and not with_divergence and self.operand_dtype != torch.float16
+        if impl == "triton-epilogue" and not served:
+            raise ValueError(
+                "impl='triton-epilogue' serves bf16 heads that fit beside the chunks as a whole, without lora, entropy "
+                "or exact KL: use impl='triton' for this call"
+            )
+        if impl == "triton" and served:
+            from hypo_kernels.gemm_triton import capability
+
+            return (capability(device), self.operand_dtype) in EPILOGUE_IS_FASTER
+        return impl == "triton-epilogue"
 
     def _inputs(self, features: Tensor, rows: slice) -> Tensor:
         """The rows' features (C, D) as a GEMM operand."""

@@ -39,6 +39,7 @@ def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> t
         largest_group=call.largest_group(),
         with_divergence=exact,
         buffers=2 if exact else 1,
+        statistics_only=not any(needed) and not exact,
     )
     objective = call.objective
     plan = chunks(call.layout.lengths.tolist(), objective.num_pairs, objective.num_generations, room.max_rows)
@@ -70,15 +71,15 @@ def _sampled(call: Call, room: HeadRoom, gradients: Gradients, chunk: Chunk, len
     rows, count = chunk.rows, chunk.rows.stop - chunk.rows.start
     # Closed: the unit gradients of the whole chunk stay in the buffer until the coefficients are known.
     closed = count <= room.max_rows and gradients.any
-    if closed and call.ref is not None and 2 * count <= room.capacity:  # one GEMM where both heads are one
+    raw = None
+    if closed and call.ref is not None and 2 * count <= room.capacity and not room.straight:
+        # One GEMM where both heads are one.
         raw, ref_raw = room.logits([call.policy, call.ref], rows)
         ref_logps = sequence_sums(room.statistics_of(ref_raw, call.ref, rows).logps(), lengths)
     else:
         ref_logps = _ref_logps(call, room, chunk, lengths)
-        if closed:
-            (raw,) = room.logits([call.policy], rows)
     if closed:
-        unit, logps = room.unit_gradients(raw, call.policy, rows)
+        unit, own, logps = room.unit_gradients(call.policy, rows, raw=raw)
     else:
         stats = room.statistics(call.policy, rows)
         logps = stats.logps()
@@ -88,12 +89,11 @@ def _sampled(call: Call, room: HeadRoom, gradients: Gradients, chunk: Chunk, len
         # U is the derivative of −log p.
         factor = -coefficients.repeat_interleave(lengths, output_size=count)
         if closed:
-            room.finish(gradients, unit, call.policy, rows, factor)
+            room.finish(gradients, unit, call.policy, rows, factor, own)
         else:
             for block, local in chunk.blocks(room.max_rows):
-                (raw,) = room.logits([call.policy], block)
-                unit, _ = room.unit_gradients(raw, call.policy, block, stats.norms[local])
-                room.finish(gradients, unit, call.policy, block, factor[local])
+                unit, own, _ = room.unit_gradients(call.policy, block, stats.norms[local])
+                room.finish(gradients, unit, call.policy, block, factor[local], own)
     return Outcome(loss, sums, ref_logps, (sums - ref_logps)[2 * chunk.num_pairs :])
 
 

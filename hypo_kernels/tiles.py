@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class RowTile:
@@ -77,6 +79,9 @@ EPILOGUE_PARTS = 4  # of a tile's columns; a store is staged one part at a time
 
 # Without tensor cores, which know no full fp32.
 FP32_TILE = GemmTile(64, 64, 32, num_warps=8, num_stages=2)
+# Triton's interpreter takes as long for a small block as for a large one.
+INTERPRETER = (0, 0)
+INTERPRETED_TILE = GemmTile(32, 1024, 64, num_warps=1, num_stages=1)
 # For devices that are not listed, and for rows that are picked from a list, which TMA cannot gather.
 POINTER_TILE = GemmTile(128, 128, 32, num_warps=8, num_stages=4)
 # For operands at odd addresses, which are loaded one by one.
@@ -95,10 +100,15 @@ GEMM_TILES = {
 }
 
 
+# (compute capability, operand dtype) of which benchmarks/bench_loss.py has shown that impl="triton-epilogue" beats
+# "triton-rows": there, "triton" means the former. Empty until such a device has been measured.
+EPILOGUE_IS_FASTER: frozenset[tuple[tuple[int, int], torch.dtype]] = frozenset()
+
+
 def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, aligned: bool) -> GemmTile:
     """The frozen tile of a kernel on operands of so many bytes, in rows that start at aligned addresses or not."""
     if operand_bytes == 4:
-        return FP32_TILE
+        return INTERPRETED_TILE if capability == INTERPRETER else FP32_TILE
     return GEMM_TILES.get((kernel, capability, operand_bytes), POINTER_TILE) if aligned else UNALIGNED_TILE
 
 

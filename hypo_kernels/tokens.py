@@ -39,7 +39,7 @@ class TokenPass:
 
     def forward(self) -> TokenResults:
         with torch.autocast(self.projection.hidden.device.type, enabled=False):
-            room = self._room(self.projection)
+            room = self._room(self.projection, statistics_only=True)
             if not self.with_entropy:
                 stats = room.statistics(self.projection, room.all_rows)
                 return TokenResults(stats.logps(), None, stats.norms)
@@ -72,28 +72,33 @@ class TokenPass:
                 in_one_product=len(self.layout.rows) <= room.max_rows and not sums_are_wide,
             )
             for rows in split(room.all_rows, room.max_rows):
-                (raw,) = room.logits([projection], rows)
+                own = None
                 if entropies is None or by_entropies is None:
-                    unit, _ = room.unit_gradients(raw, projection, rows, norms[rows])
+                    unit, own, _ = room.unit_gradients(projection, rows, norms[rows])
                     factor = -by_logps[rows]
                 else:
+                    (raw,) = room.logits([projection], rows)
+                    row_norms, divergence = norms[rows], -entropies[rows]
+                    if room.straight:  # of another product than these logits (see HeadRoom.unit_gradients)
+                        stats, _ = room.divergence_statistics(projection, raw, None, None, rows)
+                        row_norms, divergence = stats.norms, stats.divergence(None)
                     unit, factor = room.mixed_gradients(
                         projection,
                         raw,
                         None,
                         None,
                         rows,
-                        norms=norms[rows],
+                        norms=row_norms,
                         ref_norms=None,
-                        divergence=-entropies[rows],
+                        divergence=divergence,
                         by_logp=by_logps[rows],
                         by_divergence=-by_entropies[rows],
                     )
-                room.finish(gradients, unit, projection, rows, factor)
+                room.finish(gradients, unit, projection, rows, factor, own)
             gradients.close(room.shard)
         return gradients
 
-    def _room(self, projection: Projection) -> HeadRoom:
+    def _room(self, projection: Projection, *, statistics_only: bool = False) -> HeadRoom:
         return HeadRoom(
             [projection.head],
             self.layout,
@@ -101,6 +106,7 @@ class TokenPass:
             self.impl,
             self.max_chunk_bytes,
             with_divergence=self.with_entropy,
+            statistics_only=statistics_only,
         )
 
 

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# The functions (x, weight, …) of Triton kernels with a product in them, by module.
+TRITON_PRODUCTS = {"statistics_triton": "statistics", "exponentials_triton": "exponentials"}
+
 
 class GemmMeter(TorchDispatchMode):
-    """Shapes (m, k, n) of every matrix product that runs inside it, in order."""
+    """Shapes (m, k, n) of every matrix product that runs inside it, the Triton kernels' own included, in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[tuple[int, int, int]] = []
+        self._patches = pytest.MonkeyPatch()
+
+    def __enter__(self) -> GemmMeter:
+        if importlib.util.find_spec("triton") is not None:
+            for module, function in TRITON_PRODUCTS.items():
+                self._count(importlib.import_module(f"hypo_kernels.{module}"), function)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._patches.undo()
+        super().__exit__(*error)
+
+    def _count(self, module: ModuleType, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(x: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.shapes.append((x.shape[0], x.shape[1], weight.shape[0]))
+            return function(x, weight, *args, **kwargs)
+
+        self._patches.setattr(module, name, counted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
