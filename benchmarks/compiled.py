@@ -33,11 +33,11 @@ from hypo_kernels.rows_triton import _row_kernel
 from hypo_kernels.tiles import (
     EPILOGUE_PARTS,
     FP32_TILE,
-    GEMM_TILES,
     POINTER_TILE,
     ROW_TILES,
     UNALIGNED_TILE,
     GemmTile,
+    gemm_tile,
     row_tile,
 )
 
@@ -88,17 +88,17 @@ def variants(capability: int) -> Iterator[Variant]:
     yield from _row_variants(capability)
     arch = (capability // 10, capability % 10)
     statistics, exponentials = statistics_triton._statistics_kernel, exponentials_triton._exponentials_kernel
-    frozen = {kernel: tile for (kernel, listed, _), tile in GEMM_TILES.items() if listed == arch}
     for bias, softcap in itertools.product((False, True), (False, True)):
         head = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
-        yield _gemm(statistics, frozen["statistics"], **head, WITH_MOMENT=False)
-        kernel = "exponentials, bias or softcap" if bias or softcap else "exponentials"
-        yield _gemm(exponentials, frozen.get(kernel, POINTER_TILE), **head)
+        tiles = [
+            gemm_tile(kernel, arch, 2, shaped=bias or softcap, aligned=True)
+            for kernel in ("statistics", "exponentials")
+        ]
+        for dtype, moment in [("bf16", False), ("bf16", True), ("fp16", False)]:
+            yield _gemm(statistics, tiles[0], dtype=dtype, **head, WITH_MOMENT=moment)
+        yield _gemm(exponentials, tiles[1], **head)
     everything = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
-    yield _gemm(statistics, frozen["statistics"], **everything, WITH_MOMENT=True)
-    yield _gemm(statistics, frozen["statistics"], dtype="fp16", **everything, WITH_MOMENT=False)
     for tile, listed, aligned, dtype in [
-        (POINTER_TILE, False, True, "bf16"),
         (POINTER_TILE, True, True, "bf16"),
         (UNALIGNED_TILE, False, False, "bf16"),
         (UNALIGNED_TILE, True, False, "bf16"),

@@ -139,27 +139,13 @@ def load_targets(target_ptr, rows, V):
 
 
 @triton.jit
-def picked(raw, cols, target):
-    """(BLOCK_M,) fp32: each row's accumulator at its target, 0 unless that is one of ``cols``."""
-    return tl.sum(tl.where(cols[None, :] == target[:, None], raw, 0.0), axis=1)
+def picked(z, cols, target):
+    """(BLOCK_M,) fp32: each row's logit at its target, 0 unless that is one of ``cols``.
 
-
-@triton.jit
-def store_target_logits(
-    target_logit_ptr,
-    raw_target,  # (BLOCK_M,) fp32, the accumulator at the target
-    target,
-    rows,
-    here,  # (BLOCK_M,) whether the target is in this tile: it is in one of a row's
-    bias_ptr,
-    factor,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    if HAS_BIAS:
-        raw_target += tl.load(bias_ptr + target, mask=here, other=0.0).to(tl.float32)
-    tl.store(target_logit_ptr + rows, scaled(raw_target, factor, softcap, HAS_SOFTCAP), mask=here)
+    Columns are compared by their place in the vocabulary: their places in the tile do not change from tile to
+    tile, and a compiler that keeps them at hand spills.
+    """
+    return tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
 
 
 def head_arguments(head: LMHead) -> dict[str, Any]:
@@ -172,6 +158,11 @@ def head_arguments(head: LMHead) -> dict[str, Any]:
         "HAS_BIAS": head.bias is not None,
         "HAS_SOFTCAP": softcap is not None,
     }
+
+
+def shaped(head: LMHead) -> bool:
+    """Whether logits are more than a multiple of the product."""
+    return head.bias is not None or head.logit_softcap is not None
 
 
 def capability(device: torch.device) -> tuple[int, int]:
