@@ -28,16 +28,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hypo_kernels import exponentials_triton, statistics_triton
-from hypo_kernels.rows_triton import _row_kernel
+from hypo_kernels import divergence_triton, exponentials_triton, statistics_triton
+from hypo_kernels.rows_triton import SCALE_BLOCK, _row_kernel, _scale_kernel
 from hypo_kernels.tiles import (
     EPILOGUE_PARTS,
     FP32_TILE,
-    GEMM_TILES,
     POINTER_TILE,
     ROW_TILES,
     UNALIGNED_TILE,
     GemmTile,
+    gemm_tile,
     row_tile,
 )
 
@@ -86,19 +86,21 @@ class Compiled:
 def variants(capability: int) -> Iterator[Variant]:
     """Every kernel, with plain logits and with everything a head can do to them."""
     yield from _row_variants(capability)
+    yield from _divergence_variants(capability)
+    yield Variant(_scale_kernel, "scale", "bf16", {"BLOCK": SCALE_BLOCK}, 8)
     arch = (capability // 10, capability % 10)
     statistics, exponentials = statistics_triton._statistics_kernel, exponentials_triton._exponentials_kernel
-    frozen = {kernel: tile for (kernel, listed, _), tile in GEMM_TILES.items() if listed == arch}
     for bias, softcap in itertools.product((False, True), (False, True)):
         head = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
-        yield _gemm(statistics, frozen["statistics"], **head, WITH_MOMENT=False)
-        kernel = "exponentials, bias or softcap" if bias or softcap else "exponentials"
-        yield _gemm(exponentials, frozen.get(kernel, POINTER_TILE), **head)
+        tiles = [
+            gemm_tile(kernel, arch, 2, shaped=bias or softcap, aligned=True)
+            for kernel in ("statistics", "exponentials")
+        ]
+        for dtype, moment in [("bf16", False), ("bf16", True), ("fp16", False)]:
+            yield _gemm(statistics, tiles[0], dtype=dtype, **head, WITH_MOMENT=moment)
+        yield _gemm(exponentials, tiles[1], **head)
     everything = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
-    yield _gemm(statistics, frozen["statistics"], **everything, WITH_MOMENT=True)
-    yield _gemm(statistics, frozen["statistics"], dtype="fp16", **everything, WITH_MOMENT=False)
     for tile, listed, aligned, dtype in [
-        (POINTER_TILE, False, True, "bf16"),
         (POINTER_TILE, True, True, "bf16"),
         (UNALIGNED_TILE, False, False, "bf16"),
         (UNALIGNED_TILE, True, False, "bf16"),
@@ -149,6 +151,25 @@ def _row_variants(capability: int) -> Iterator[Variant]:
             "BLOCK_V": tile.BLOCK_V,
         }
         yield Variant(_row_kernel, f"rows {tile.BLOCK_V}", dtype, constants, tile.num_warps)
+
+
+def _divergence_variants(capability: int) -> Iterator[Variant]:
+    """Against a reference, or the entropy."""
+    tile = row_tile(WIDEST, (capability // 10, capability % 10))
+    kernels = (
+        (divergence_triton._statistics_kernel, "divergence"),
+        (divergence_triton._gradient_kernel, "mixed gradients"),
+    )
+    for (kernel, name), ref, shaped in itertools.product(kernels, (False, True), (False, True)):
+        constants = {
+            "HAS_REF": ref,
+            "HAS_BIAS": shaped,
+            "HAS_SOFTCAP": shaped,
+            "REF_HAS_BIAS": shaped and ref,
+            "REF_HAS_SOFTCAP": shaped and ref,
+            "BLOCK_V": tile.BLOCK_V // 2,
+        }
+        yield Variant(kernel, f"{name} {tile.BLOCK_V // 2}", "bf16", constants, tile.num_warps)
 
 
 def _gemm(
@@ -210,7 +231,11 @@ def _type(name: str, variant: Variant) -> str:
         return f"tensordesc<{variant.dtype}[{blocks[name][0]}, {blocks[name][1]}]>"
     if name == "bias_ptr":
         return f"*{variant.dtype}" if variant.constants["HAS_BIAS"] else "constexpr"
-    if name == "moment_ptr" and not variant.constants["WITH_MOMENT"]:
+    if name == "ref_bias_ptr":
+        return f"*{variant.dtype}" if variant.constants["REF_HAS_BIAS"] else "constexpr"
+    if name.startswith("ref_") and name.endswith("_ptr") and not variant.constants["HAS_REF"]:
+        return "constexpr"
+    if name == "moment_ptr" and not variant.constants.get("WITH_MOMENT", True):
         return "constexpr"
     if name in ("row_ptr", "count_ptr") and not variant.constants.get("LISTED", True):
         return "constexpr"
@@ -222,7 +247,7 @@ def _type(name: str, variant: Variant) -> str:
         return "*i64"
     if name.endswith("_ptr"):
         return "*fp32"
-    if name in ("C", "V", "D", "num_partials") or name.endswith(("_pitch", "_stride")):
+    if name in ("C", "V", "D", "num_partials", "count") or name.endswith(("_pitch", "_stride")):
         return "i32"
     return "fp32"
 

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.rows_triton import head_arguments, logits, packed, scratch_bytes, tile_of
+from hypo_kernels.head_triton import head_arguments
+from hypo_kernels.rows_triton import logits, packed, scratch_bytes, tile_of
 from hypo_kernels.statistics import RowStatistics
 
 __all__ = ["gradients", "scratch_bytes", "statistics"]
@@ -248,9 +249,8 @@ def _heads(head: LMHead, ref_raw: Tensor | None, ref_head: LMHead | None) -> dic
     ref = head_arguments(ref_head if ref_head is not None else LMHead(head.weight))
     return {
         **own,
-        "bias_ptr": head.bias,
         "ref_raw_ptr": ref_raw,
-        "ref_bias_ptr": None if ref_head is None else ref_head.bias,
+        "ref_bias_ptr": ref["bias_ptr"],
         "ref_pitch": 0 if ref_raw is None else ref_raw.stride(0),
         "ref_factor": ref["factor"],
         "ref_softcap": ref["softcap"],

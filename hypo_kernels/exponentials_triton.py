@@ -50,10 +50,10 @@ from hypo_kernels.gemm_triton import (
     quarters,
     raw_tile,
     scaled,
-    store_target_logits,
     tile_position,
 )
 from hypo_kernels.head import LMHead
+from hypo_kernels.head_triton import capability, head_arguments
 from hypo_kernels.tiles import EPILOGUE_PARTS, POINTER_TILE, GemmTile, gemm_tile
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float32)
@@ -175,7 +175,7 @@ def _exponentials_kernel(
         offset = tl.load(norms_ptr + 2 * rows)
         target = load_targets(target_ptr, rows, V)
         total = tl.zeros([BLOCK_M], tl.float32)
-        raw_target = picked(raw, n * BLOCK_N + tl.arange(0, BLOCK_N), target)
+        z_target = tl.zeros([BLOCK_M], tl.float32)
         parts = quarters(raw)
         for i in tl.static_range(4):
             first = n * BLOCK_N + i * (BLOCK_N // 4)
@@ -183,6 +183,7 @@ def _exponentials_kernel(
             z = logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
             e = tl.exp(z - offset[:, None])
             if not LISTED:
+                z_target += picked(z, cols, target)
                 total += tl.sum(e, axis=1)
             if HAS_SOFTCAP:
                 t = z / softcap
@@ -193,10 +194,8 @@ def _exponentials_kernel(
                 ptrs = out + rows.to(tl.int64)[:, None] * out_row_stride + cols[None, :]
                 tl.store(ptrs, e.to(out.dtype.element_ty), mask=counted[:, None] & (cols < V)[None, :])
         if not LISTED:
-            here = counted & (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
-            store_target_logits(
-                target_logit_ptr, raw_target, target, rows, here, bias_ptr, factor, softcap, HAS_BIAS, HAS_SOFTCAP
-            )
+            here = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
+            tl.store(target_logit_ptr + rows, z_target, mask=counted & here)
             tl.store(partial_ptr + n.to(tl.int64) * C + places, total, mask=counted)
 
 
@@ -311,11 +310,11 @@ def exponentials(
     target_logits = torch.zeros(num_rows, dtype=torch.float32, device=x.device)
     if num_rows == 0:
         return norms[:, 0], norms, target_logits
-    plain = head.bias is None and head.logit_softcap is None
     tile = tile or gemm_tile(
-        "exponentials" if plain else "exponentials, bias or softcap",
-        gemm_triton.capability(x.device),
+        "exponentials",
+        capability(x.device),
         x.element_size(),
+        shaped=gemm_triton.shaped(head),
         aligned=gemm_triton.aligned(x, weight, out),
     )
     repair_tile = _repair_tile(tile)
@@ -378,7 +377,7 @@ def _choose_offsets(x: Tensor, weight: Tensor, targets: Tensor, head: LMHead, no
         weight_stride=weight.stride(1),
         above=OFFSET_ABOVE_TARGET,
         BLOCK_D=OFFSET_BLOCK,
-        **gemm_triton.head_arguments(head),
+        **head_arguments(head),
     )
 
 
@@ -408,7 +407,7 @@ def _fill(
         count_ptr=count,
         out_row_stride=out.stride(0),
         LISTED=listed is not None,
-        **gemm_triton.head_arguments(head),
+        **head_arguments(head),
         **gemm_triton.operand_arguments(x, weight, tile),
     )
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.tiles import INTERPRETER, GemmTile
+from hypo_kernels.head_triton import tanh
+from hypo_kernels.tiles import GemmTile
 
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base address and of all its strides but the last
 INTERPRETED_PROGRAMS = 3  # a grid that makes programs take several tiles each, without a device to fill
@@ -108,17 +109,10 @@ def quarters(raw):
 
 @triton.jit
 def scaled(z, factor, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The head's logits of ``z`` = raw + bias, of any shape.
-
-    ``factor`` is logit_scale / temperature, or logit_scale / softcap under a softcap; ``softcap`` is
-    softcap / temperature.
-    """
+    """The head's logits of ``z`` = raw + bias, of any shape."""
     z *= factor
     if HAS_SOFTCAP:
-        # tanh: exp(−2|x|) never overflows; libdevice's tanh does not run under the interpreter.
-        e = tl.exp(-2.0 * tl.abs(z))
-        t = (1.0 - e) / (1.0 + e)
-        z = tl.where(z < 0, -t, t) * softcap
+        z = tanh(z) * softcap
     return z
 
 
@@ -139,44 +133,18 @@ def load_targets(target_ptr, rows, V):
 
 
 @triton.jit
-def picked(raw, cols, target):
-    """(BLOCK_M,) fp32: each row's accumulator at its target, 0 unless that is one of ``cols``."""
-    return tl.sum(tl.where(cols[None, :] == target[:, None], raw, 0.0), axis=1)
+def picked(z, cols, target):
+    """(BLOCK_M,) fp32: each row's logit at its target, 0 unless that is one of ``cols``.
+
+    Columns are compared by their place in the vocabulary: their places in the tile do not change from tile to
+    tile, and a compiler that keeps them at hand spills.
+    """
+    return tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
 
 
-@triton.jit
-def store_target_logits(
-    target_logit_ptr,
-    raw_target,  # (BLOCK_M,) fp32, the accumulator at the target
-    target,
-    rows,
-    here,  # (BLOCK_M,) whether the target is in this tile: it is in one of a row's
-    bias_ptr,
-    factor,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    if HAS_BIAS:
-        raw_target += tl.load(bias_ptr + target, mask=here, other=0.0).to(tl.float32)
-    tl.store(target_logit_ptr + rows, scaled(raw_target, factor, softcap, HAS_SOFTCAP), mask=here)
-
-
-def head_arguments(head: LMHead) -> dict[str, Any]:
-    """The keyword arguments of a kernel that calls ``logits``."""
-    softcap = head.logit_softcap
-    return {
-        "bias_ptr": head.bias,
-        "factor": head.logit_scale / (head.temperature if softcap is None else softcap),
-        "softcap": 0.0 if softcap is None else softcap / head.temperature,
-        "HAS_BIAS": head.bias is not None,
-        "HAS_SOFTCAP": softcap is not None,
-    }
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability, or what stands for the interpreter on a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETER
+def shaped(head: LMHead) -> bool:
+    """Whether logits are more than a multiple of the product."""
+    return head.bias is not None or head.logit_softcap is not None
 
 
 def num_programs(device: torch.device, num_tiles: int) -> int:

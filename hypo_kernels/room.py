@@ -308,7 +308,7 @@ class HeadRoom:
                 "or exact KL: use impl='triton' for this call"
             )
         if impl == "triton" and served:
-            from hypo_kernels.gemm_triton import capability
+            from hypo_kernels.head_triton import capability
 
             return (capability(device), self.operand_dtype) in EPILOGUE_IS_FASTER
         return impl == "triton-epilogue"

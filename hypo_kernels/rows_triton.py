@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
+from hypo_kernels.head_triton import capability, head_arguments, tanh
 from hypo_kernels.statistics import RowStatistics
 from hypo_kernels.tiles import RowTile, row_tile
 
@@ -25,16 +26,8 @@ SCALE_BLOCK = 8192  # entries a program
 
 
 @triton.jit
-def tanh(x):
-    # exp(−2|x|) never overflows; libdevice's tanh does not run under the interpreter.
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
 def logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """(z, tanh term): ``factor`` is logit_scale / temperature, or logit_scale / softcap under a softcap."""
+    """(z, tanh term) of raw logits at ``cols``; the other arguments are ``head_arguments``."""
     if HAS_BIAS:
         raw += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     capped = raw * factor
@@ -159,19 +152,8 @@ def packed(raw: Tensor, dtype: torch.dtype) -> Tensor:
     return raw.as_strided((len(raw), raw.stride(0)), (raw.stride(0), 1)).view(dtype)[:, : raw.shape[1]]
 
 
-def head_arguments(head: LMHead) -> dict[str, object]:
-    """What the kernels have to know to turn raw logits into the model's."""
-    softcap = head.logit_softcap
-    return {
-        "factor": head.logit_scale / (head.temperature if softcap is None else softcap),
-        "softcap": 0.0 if softcap is None else softcap / head.temperature,
-        "HAS_BIAS": head.bias is not None,
-        "HAS_SOFTCAP": softcap is not None,
-    }
-
-
 def tile_of(raw: Tensor) -> RowTile:
-    return row_tile(raw.shape[1], torch.cuda.get_device_capability(raw.device) if raw.is_cuda else (0, 0))
+    return row_tile(raw.shape[1], capability(raw.device))
 
 
 def _launch(
@@ -185,7 +167,6 @@ def _launch(
     _row_kernel[(rows,)](
         raw_ptr=raw,
         target_ptr=targets,
-        bias_ptr=head.bias,
         norms_ptr=norms,
         target_logit_ptr=target_logits,
         grad_ptr=raw if grad is None else grad,

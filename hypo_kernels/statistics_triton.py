@@ -27,10 +27,10 @@ from hypo_kernels.gemm_triton import (
     picked,
     quarters,
     raw_tile,
-    store_target_logits,
     tile_position,
 )
 from hypo_kernels.head import LMHead
+from hypo_kernels.head_triton import capability, head_arguments
 from hypo_kernels.tiles import GemmTile, gemm_tile
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -116,12 +116,13 @@ def _statistics_kernel(
         top = tl.full([BLOCK_M], -1.0e38, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         moment = tl.zeros([BLOCK_M], tl.float32)
-        raw_target = picked(raw, n * BLOCK_N + tl.arange(0, BLOCK_N), target)
+        z_target = tl.zeros([BLOCK_M], tl.float32)
         parts = quarters(raw)
         for i in tl.static_range(4):
             first = n * BLOCK_N + i * (BLOCK_N // 4)
             cols = first + tl.arange(0, BLOCK_N // 4)
             z = logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+            z_target += picked(z, cols, target)
             # Finite, so that nothing but −inf (beyond V, or forbidden by the bias) never meets inf − inf.
             part_top = tl.maximum(tl.max(z, axis=1), -1.0e38)
             below = z - part_top[:, None]
@@ -132,10 +133,8 @@ def _statistics_kernel(
                 # Of an entry at −inf, 0 · (−inf) would be NaN.
                 part_moment = tl.sum(e * tl.maximum(below, -1.0e38), axis=1)
             top, total, moment = _merged(top, total, moment, part_top, part_total, part_moment, WITH_MOMENT)
-        here = counted & (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
-        store_target_logits(
-            target_logit_ptr, raw_target, target, rows, here, bias_ptr, factor, softcap, HAS_BIAS, HAS_SOFTCAP
-        )
+        here = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
+        tl.store(target_logit_ptr + rows, z_target, mask=counted & here)
         ptrs = partial_ptr + n.to(tl.int64) * C + places
         stat_stride = num_n.to(tl.int64) * C
         tl.store(ptrs, top, mask=counted)
@@ -219,8 +218,9 @@ def statistics(
         return norms, target_logits, moment
     tile = tile or gemm_tile(
         "statistics",
-        gemm_triton.capability(x.device),
+        capability(x.device),
         x.element_size(),
+        shaped=gemm_triton.shaped(head),
         aligned=gemm_triton.aligned(x, weight),
     )
     shape = (3 if with_moment else 2, triton.cdiv(weight.shape[0], tile.BLOCK_N), len(x))
@@ -258,7 +258,7 @@ def reduce_tiles(
         count_ptr=count,
         WITH_MOMENT=with_moment,
         LISTED=listed is not None,
-        **gemm_triton.head_arguments(head),
+        **head_arguments(head),
         **gemm_triton.operand_arguments(x, weight, tile),
     )
 

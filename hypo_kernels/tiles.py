@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,21 +82,29 @@ FP32_TILE = GemmTile(64, 64, 32, num_warps=8, num_stages=2)
 # Triton's interpreter takes as long for a small block as for a large one.
 INTERPRETER = (0, 0)
 INTERPRETED_TILE = GemmTile(32, 1024, 64, num_warps=1, num_stages=1)
-# For devices that are not listed, and for rows that are picked from a list, which TMA cannot gather.
+# For rows that are picked from a list, which TMA cannot gather.
 POINTER_TILE = GemmTile(128, 128, 32, num_warps=8, num_stages=4)
-# For operands at odd addresses, which are loaded one by one.
+# For operands at odd addresses, which are loaded one by one, and for devices that are not listed.
 UNALIGNED_TILE = GemmTile(64, 128, 32, num_warps=8, num_stages=3)
+_HOPPER = GemmTile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True)
+_AMPERE = GemmTile(128, 256, 32, num_warps=8, num_stages=4)
 # Keyed by kernel, compute capability and bytes an operand. None of these was timed: they are the largest of the
-# usual ones that compile without spills, until benchmarks/tune_tiles.py has run on such a device.
+# usual ones that Triton 3.6 and 3.9 compile without spills, until benchmarks/tune_tiles.py has run on such a
+# device. A bias and a softcap take registers of their own ("shaped"). On sm_100 both Tritons refuse a softcap's
+# exponentials with descriptors, or spill the plain ones.
 GEMM_TILES = {
-    ("statistics", (8, 0), 2): GemmTile(128, 256, 32, num_warps=8, num_stages=4),
-    ("statistics", (9, 0), 2): GemmTile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
-    ("statistics", (10, 0), 2): GemmTile(128, 128, 64, 8, 4, descriptors=True, warp_specialize=True),
-    ("exponentials", (8, 0), 2): GemmTile(128, 256, 32, num_warps=8, num_stages=4),
-    ("exponentials", (9, 0), 2): GemmTile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True),
-    ("exponentials", (10, 0), 2): GemmTile(128, 128, 64, 8, 4, descriptors=True, warp_specialize=True),
-    # Both take registers of their own. With descriptors, Triton 3.9 does not compile the softcap for sm_100.
-    ("exponentials, bias or softcap", (9, 0), 2): GemmTile(128, 128, 64, 8, 4, descriptors=True),
+    ("statistics", (8, 0), 2): _AMPERE,
+    ("statistics", (9, 0), 2): _HOPPER,
+    ("statistics", (10, 0), 2): replace(_HOPPER, BLOCK_N=128),
+    ("shaped statistics", (8, 0), 2): _AMPERE,
+    ("shaped statistics", (9, 0), 2): replace(_HOPPER, BLOCK_N=128),
+    ("shaped statistics", (10, 0), 2): replace(_HOPPER, BLOCK_N=128),
+    ("exponentials", (8, 0), 2): _AMPERE,
+    ("exponentials", (9, 0), 2): _HOPPER,
+    ("exponentials", (10, 0), 2): POINTER_TILE,
+    ("shaped exponentials", (8, 0), 2): POINTER_TILE,
+    ("shaped exponentials", (9, 0), 2): replace(_HOPPER, BLOCK_N=128),
+    ("shaped exponentials", (10, 0), 2): UNALIGNED_TILE,
 }
 
 
@@ -105,11 +113,17 @@ GEMM_TILES = {
 EPILOGUE_IS_FASTER: frozenset[tuple[tuple[int, int], torch.dtype]] = frozenset()
 
 
-def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, aligned: bool) -> GemmTile:
-    """The frozen tile of a kernel on operands of so many bytes, in rows that start at aligned addresses or not."""
+def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, shaped: bool, aligned: bool) -> GemmTile:
+    """The frozen tile of a kernel.
+
+    ``shaped``: whether the head has a bias or a softcap; ``aligned``: whether the operands' rows start at
+    addresses that TMA and wide loads can take.
+    """
     if operand_bytes == 4:
         return INTERPRETED_TILE if capability == INTERPRETER else FP32_TILE
-    return GEMM_TILES.get((kernel, capability, operand_bytes), POINTER_TILE) if aligned else UNALIGNED_TILE
+    if not aligned:
+        return UNALIGNED_TILE
+    return GEMM_TILES.get(("shaped " * shaped + kernel, capability, operand_bytes), UNALIGNED_TILE)
 
 
 def gemm_fits(tile: GemmTile, capability: tuple[int, int], operand_bytes: int, out_bytes: int = 0) -> bool:

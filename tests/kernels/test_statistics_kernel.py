@@ -29,7 +29,7 @@ TILES = {"pointers": POINTERS, "descriptors": DESCRIPTORS}
 
 @pytest.fixture(params=TILES)
 def tile(request: pytest.FixtureRequest, device: torch.device) -> GemmTile:
-    if request.param == "descriptors" and gemm_triton.capability(device) not in [(0, 0), (9, 0), (10, 0)]:
+    if request.param == "descriptors" and head_triton.capability(device) not in [(0, 0), (9, 0), (10, 0)]:
         pytest.skip("no TMA on this device")
     return TILES[request.param]
 
