@@ -141,9 +141,7 @@ class Work:
         if passes.gradients_written:
             yield Operation("offsets of exponentials", 2 * self._hidden, 0)  # each row's, and its target's weight
         written = passes.gradients_written * self._gradients + partials
-        yield Operation(
-            f"{name}, {use} in the epilogue", self._hidden + self.chunks * self._weight, written, self._product
-        )
+        yield Operation(f"{name} -> {use}", self._hidden + self.chunks * self._weight, written, self._product)
         yield Operation(f"row step: {use} of tiles", partials, 0)
 
     def logits(self, name: str = "logits", of: str = "hidden") -> Iterator[Operation]:
@@ -324,7 +322,10 @@ SCHEDULES = {
 
 
 def max_rows(work: Work, max_chunk_bytes: int, buffers: int) -> int:
-    """Rows of a chunk on CUDA with the Triton row step: logits, and features as operands and as results."""
+    """Rows of a chunk on CUDA with the Triton row step: logits, and features as operands and as results.
+
+    Keeping groups whole takes up to a group's rows from that. Exponentials would leave room for twice as many.
+    """
     pitch = _ceil(work.vocab, ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     features = work.width * (2 * work.dtype.itemsize + 3 * WIDE)
     kept = 64 * work.rows  # bytes, of every row of the call
