@@ -22,6 +22,7 @@ FREE = {
     aten.empty_strided,
     aten.new_empty_strided,
     aten._local_scalar_dense,
+    torch.ops.prim.device,
 }
 # Their first argument is written whole, or lends its shape: it is not read.
 OVERWRITE = {aten.copy_, aten.zero_, aten.fill_, aten.zeros_like, aten.ones_like, aten.new_zeros, aten.new_ones}

@@ -1,35 +1,37 @@
 """The byte-and-FLOP model against the operations that torch issues.
 
-fp32, so that a GEMM operand is its input as it stands. V is much larger than D and than a row's bookkeeping, so
-that the passes over the logits dominate what is not a GEMM, as they do in a real head.
+The torch row step, with fp32 operands and with bf16 ones as CUDA takes them. V is much larger than D and than a
+row's bookkeeping, so that the passes over the logits dominate what is not a GEMM, as they do in a real head.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cost
-from benchmarks.cost import Operation, Passes, RowStep, Work
+from benchmarks.cost import TORCH, TRITON, Operation, Work
 from benchmarks.issued import OperationMeter
 from benchmarks.workloads import NUM_GENERATIONS, Batch, Workload, make_batch
-from hypo_kernels import fused_hypo_loss, sequence_logprobs, token_logprobs
+from hypo_kernels import chunks as plan
+from hypo_kernels import fused_hypo_loss, gemm, sequence_logprobs, token_logprobs
+from hypo_kernels.gradients import Gradients, Leaves
+from hypo_kernels.head import LMHead
 
 ROWS, VOCAB, WIDTH = 192, 1531, 24
 SEQUENCE = 16  # rows, on average: a pair and a group have twice as many
-# Index, target, lengths, norms, log-prob and coefficient of a row, what the objective makes of them, and the
-# gradient of an ignored row: a twelfth of one pass over a row of logits.
-BYTES_PER_ROW = 512
-# A pass over the logits can be saved on a CPU, but each of them has to be read, and each gradient written.
-LEAST = RowStep(Passes(1), Passes(1, gradients_written=1), Passes(1, gradients_written=1))
-
+# Operations over logits or features also read and write a few numbers a row: index, target, top, total, coefficient.
+# In a whole call that is less than any one pass over a row, of 1531 logits or of 24 bf16 features: 48 bytes.
+BYTES_PER_ROW_OF_LOGITS, BYTES_PER_ROW_OF_FEATURES = 100, 44
 
 # ``max_chunk_bytes`` that hold all rows, or about a third of them: logits and four copies while they are reduced.
 BUDGETS = {"one chunk": 2**30, "several chunks": ROWS // 3 * VOCAB * 4 * 5}
@@ -40,30 +42,66 @@ def budget(request: pytest.FixtureRequest) -> int:
     return BUDGETS[request.param]
 
 
-def batch_of(task: str, *, weight: bool, hidden: bool = True, counted: float = 1.0) -> Batch:
-    workload = Workload(task, ROWS, VOCAB, WIDTH, torch.float32, SEQUENCE, counted)
-    batch = make_batch(workload, torch.device("cpu"))
+class SixteenBitProducts(TorchDispatchMode):
+    """GEMMs of 16-bit operands into fp32, which torch has on CUDA alone. Meters inside of it see the GEMM itself."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out):
+            return func(*args, **(kwargs or {}))
+        *added, a, b = [x for x in args if isinstance(x, Tensor)]
+        out = kwargs["out"]
+        return out.copy_(sum(added, a.float() @ b.float()))
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
+    """Of hidden states, weight and operands."""
+    dtype: torch.dtype = getattr(torch, request.param)
+    monkeypatch.setattr(gemm, "operand_dtype", lambda device, compute_dtype: compute_dtype)
+    with SixteenBitProducts():
+        yield dtype
+
+
+def batch_of(
+    task: str, dtype: torch.dtype, *, weight: bool, hidden: bool = True, counted: float = 1.0, rows: int = ROWS
+) -> Batch:
+    batch = make_batch(Workload(task, rows, VOCAB, WIDTH, dtype, SEQUENCE, counted), torch.device("cpu"))
     batch.hidden.requires_grad_(hidden)
     batch.weight.requires_grad_(weight)
     return batch
 
 
-def loss(batch: Batch, budget: int) -> Tensor:
+def loss(batch: Batch, budget: int, **options: Any) -> Tensor:
+    arguments: dict[str, Any] = {
+        "num_pairs": batch.num_pairs,
+        "num_generations": NUM_GENERATIONS,
+        "ref_logps": batch.ref_logps if batch.ref_hidden is None else None,
+        "ref_hidden": batch.ref_hidden,
+        "ref_lm_head_weight": batch.ref_weight,
+        **options,
+    }
     return fused_hypo_loss(
         batch.hidden,
         batch.weight,
         batch.host_targets,
         batch.cu_seqlens,
-        num_pairs=batch.num_pairs,
-        num_generations=NUM_GENERATIONS,
-        ref_logps=batch.ref_logps if batch.ref_hidden is None else None,
-        ref_hidden=batch.ref_hidden,
-        ref_lm_head_weight=batch.ref_weight,
         beta=0.1,
         kl_coef=0.05,
         max_chunk_bytes=budget,
         impl="torch",
+        **arguments,
     ).loss
+
+
+def exact_kl(batch: Batch, *, own_reference: bool) -> dict[str, Any]:
+    """Options of :func:`loss`, of samples alone."""
+    return {
+        "num_pairs": 0,
+        "kl_estimator": "exact",
+        "ref_logps": None,
+        "ref_hidden": batch.hidden.detach() + 0.1,
+        "ref_lm_head_weight": None if own_reference else batch.weight.detach().clone(),
+    }
 
 
 def issued(call: Callable[[], Any]) -> OperationMeter:
@@ -73,65 +111,107 @@ def issued(call: Callable[[], Any]) -> OperationMeter:
 
 
 def assert_modelled(meter: OperationMeter, batch: Batch, model: Callable[[Work], Sequence[Operation]]) -> None:
-    """FLOP and the GEMMs' bytes exactly; the other bytes within the passes that the model allows.
+    """How many chunks there were is taken from the GEMMs: the plan is not the model's."""
 
-    How many chunks there were is taken from the GEMMs: the plan is not the model's.
-    """
-    counted = len(batch.counted_rows)
+    def modelled(chunks: int) -> Sequence[Operation]:
+        rows = len(batch.counted_rows)
+        return model(Work(rows, VOCAB, WIDTH, chunks, batch.hidden.dtype, row_step=TORCH, cuda=False))
 
-    def modelled(chunks: int, row_step: RowStep) -> Sequence[Operation]:
-        return model(Work(counted, VOCAB, WIDTH, chunks, operand=4, row_step=row_step))
-
-    needed = sum(operation.is_gemm for operation in modelled(1, LEAST))
+    needed = sum(operation.is_gemm for operation in modelled(1))
     chunks, rest = divmod(len(meter.gemms), needed)
     assert (chunks > 0, rest) == (True, 0), "every chunk takes the model's GEMMs"
-    most = modelled(chunks, cost.ROW_STEPS["torch"])
-    least = modelled(chunks, LEAST)
-    assert sum(gemm.flop for gemm in meter.gemms) == sum(operation.flop for operation in most)
+    assert_equal(meter, modelled(chunks), ignored_rows=ROWS - len(batch.counted_rows))
+
+
+def assert_equal(meter: OperationMeter, modelled: Sequence[Operation], ignored_rows: int = 0) -> None:
+    """GEMMs exactly; passes over logits, and over hidden states and weight, but for a few numbers a row.
+
+    A gradient of an ignored row is set to zero and scaled, which the model leaves out.
+    """
+    assert sum(gemm.flop for gemm in meter.gemms) == sum(operation.flop for operation in modelled)
+    over_logits = [x for x in meter.rest if x.touches(VOCAB)]
+    over_features = [x for x in meter.rest if x.touches(WIDTH) and not x.touches(VOCAB)]
+    row_step = [x for x in modelled if x.name.startswith("row step")]
+    others = [x for x in modelled if not x.is_gemm and x not in row_step]
     for side in ("read", "written"):
-        assert sum(getattr(gemm, side) for gemm in meter.gemms) == sum(
-            getattr(operation, side) for operation in most if operation.is_gemm
-        )
-    other = sum(operation.bytes for operation in meter.rest)
-    assert other <= sum(operation.bytes for operation in most if not operation.is_gemm) + BYTES_PER_ROW * ROWS
-    over_logits = sum(operation.bytes for operation in meter.rest if operation.touches(VOCAB))
-    assert over_logits >= sum(operation.bytes for operation in least if operation.name.startswith("row step"))
+
+        def total(operations: Sequence[Any], side: str = side) -> int:
+            return sum(getattr(operation, side) for operation in operations)
+
+        assert total(meter.gemms) == total([x for x in modelled if x.is_gemm])
+        assert 0 <= total(over_logits) - total(row_step) <= BYTES_PER_ROW_OF_LOGITS * ROWS
+        few = BYTES_PER_ROW_OF_FEATURES * ROWS + ignored_rows * WIDTH * 4 * 2
+        assert 0 <= total(over_features) - total(others) <= few
 
 
 @pytest.mark.parametrize(("hidden", "weight"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("counted", [1.0, 0.5])
 def test_a_loss_on_whole_groups_does_what_the_model_says(
-    hidden: bool, weight: bool, counted: float, budget: int
+    hidden: bool, weight: bool, counted: float, budget: int, dtype: torch.dtype
 ) -> None:
-    batch = batch_of("hypo", hidden=hidden, weight=weight, counted=counted)
+    batch = batch_of("hypo", dtype, hidden=hidden, weight=weight, counted=counted)
     meter = issued(lambda: loss(batch, budget).backward())
     assert_modelled(meter, batch, lambda work: cost.group_closed(work, hidden=hidden, weight=weight))
 
 
-def test_the_smaller_budget_takes_several_chunks() -> None:
-    batch = batch_of("hypo", weight=True)
+def test_the_smaller_budget_takes_several_chunks(dtype: torch.dtype) -> None:
+    batch = batch_of("hypo", dtype, weight=True)
     assert len(issued(lambda: loss(batch, BUDGETS["one chunk"])).gemms) == 3
     assert len(issued(lambda: loss(batch, BUDGETS["several chunks"])).gemms) > 3
 
 
-def test_a_reference_from_its_hidden_states_adds_log_probs(budget: int) -> None:
-    batch = batch_of("dpo", weight=True)
+def test_a_reference_from_its_hidden_states_adds_log_probs(budget: int, dtype: torch.dtype) -> None:
+    batch = batch_of("dpo", dtype, weight=True)
     meter = issued(lambda: loss(batch, budget).backward())
     assert_modelled(meter, batch, lambda work: cost.log_probs(work) + cost.group_closed(work, hidden=True, weight=True))
 
 
+def test_a_reference_by_the_same_weight_is_one_gemm_with_the_policy_where_half_of_the_buffer_is_free() -> None:
+    batch = batch_of("dpo", torch.float32, weight=False, rows=128)
+    batch.cu_seqlens, batch.num_pairs = torch.tensor([0, 48, 64, 112, 128]), 2  # pairs of 96 rows and of 32
+    least = 1531 * 4 * 3 + 24 * 20  # a row of logits, its scratch, its features
+    meter = issued(lambda: loss(batch, 100 * least + 64 * 128, ref_lm_head_weight=None).backward())
+    large, small = (Work(rows, VOCAB, WIDTH, 1, torch.float32, TORCH, cuda=False) for rows in (96, 32))
+    assert len(meter.gemms) == 3 + 2
+    assert_equal(
+        meter,
+        [
+            *cost.log_probs(large),
+            *cost.group_closed(large, hidden=True, weight=False),
+            *cost.group_closed_with_own_reference(small),
+        ],
+    )
+
+
+@pytest.mark.parametrize("own_reference", [True, False])
+def test_an_exact_kl_with_a_frozen_head_does_what_the_model_says(
+    own_reference: bool, budget: int, dtype: torch.dtype
+) -> None:
+    batch = batch_of("hypo", dtype, weight=False)
+    options = exact_kl(batch, own_reference=own_reference)
+    meter = issued(lambda: loss(batch, budget, **options).backward())
+    assert_modelled(meter, batch, lambda work: cost.exact(work, weight=False, own_reference=own_reference))
+
+
+def test_an_exact_kl_with_a_trained_head_does_what_the_model_says(budget: int, dtype: torch.dtype) -> None:
+    batch = batch_of("hypo", dtype, weight=True)
+    options = exact_kl(batch, own_reference=False)
+    meter = issued(lambda: loss(batch, budget, **options).backward())
+    assert_modelled(meter, batch, lambda work: cost.exact(work, weight=True))
+
+
 @pytest.mark.parametrize("weight", [True, False])
-def test_groups_larger_than_a_chunk_are_computed_twice(weight: bool) -> None:
-    batch = batch_of("hypo", weight=weight)
+def test_groups_larger_than_a_chunk_are_computed_twice(weight: bool, dtype: torch.dtype) -> None:
+    batch = batch_of("hypo", dtype, weight=weight)
     with pytest.raises(ValueError, match="pass at least") as error:
         loss(batch, 1)
     one_row = int(str(error.value).split("at least ")[1].split()[0])
     meter = issued(lambda: loss(batch, one_row).backward())
-    assert_modelled(meter, batch, lambda work: cost.recompute(work, hidden=True, weight=weight))
+    assert_modelled(meter, batch, lambda work: cost.recomputed(work, hidden=True, weight=weight))
 
 
-def test_log_probs_without_gradients_do_what_the_model_says(budget: int) -> None:
-    batch = batch_of("hypo", weight=True)
+def test_log_probs_without_gradients_do_what_the_model_says(budget: int, dtype: torch.dtype) -> None:
+    batch = batch_of("hypo", dtype, weight=True)
 
     def forward() -> None:
         with torch.no_grad():
@@ -142,15 +222,84 @@ def test_log_probs_without_gradients_do_what_the_model_says(budget: int) -> None
     assert_modelled(issued(forward), batch, cost.log_probs)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("weight", [True, False])
-def test_token_log_probs_do_what_the_model_says(weight: bool, budget: int) -> None:
-    batch = batch_of("hypo", weight=weight)
+def test_token_log_probs_do_what_the_model_says(entropy: bool, weight: bool, budget: int, dtype: torch.dtype) -> None:
+    batch = batch_of("hypo", dtype, weight=weight)
+    inputs = (batch.hidden, batch.weight, batch.host_targets)
     with OperationMeter() as forward:
-        logps = token_logprobs(batch.hidden, batch.weight, batch.host_targets, max_chunk_bytes=budget, impl="torch")
-    total = logps.sum()
+        found = token_logprobs(*inputs, return_entropy=entropy, max_chunk_bytes=budget, impl="torch")
+    total = sum(x.sum() for x in found) if entropy else found.sum()
     backward = issued(total.backward)
-    assert_modelled(forward, batch, cost.log_probs)
-    assert_modelled(backward, batch, lambda work: cost.recomputed_backward(work, hidden=True, weight=weight))
+    assert_modelled(forward, batch, lambda work: cost.log_probs(work, entropy=entropy))
+    assert_modelled(
+        backward, batch, lambda work: cost.token_backward(work, hidden=True, weight=weight, entropy=entropy)
+    )
+
+
+@pytest.mark.parametrize("in_one_product", [True, False])
+def test_on_cuda_a_wide_sum_is_scaled_and_narrowed_in_one_pass(in_one_product: bool) -> None:
+    work = Work(ROWS, VOCAB, WIDTH, 1 if in_one_product else 2, row_step=TORCH)
+    with FakeTensorMode():
+        hidden, weight = (
+            torch.empty(size, WIDTH, dtype=work.dtype, device="cuda", requires_grad=True) for size in (ROWS, VOCAB)
+        )
+        gradients = Gradients(
+            Leaves(hidden, weight), [True, True, False, False, False], work.dtype, None, in_one_product=in_one_product
+        )
+        upstream = torch.empty((), device="cuda")
+        meter = issued(lambda: gradients.scaled(upstream))
+    modelled = [
+        operation
+        for operation in cost.group_closed(work, hidden=True, weight=True)
+        if operation.name.startswith(("dHidden times upstream", "dW")) and not operation.is_gemm
+    ]
+    assert [x.written for x in meter.operations] == [x.written for x in modelled]
+    assert [x.read for x in meter.operations] == [x.read + upstream.element_size() for x in modelled]
+
+
+def test_only_the_triton_row_step_leaves_gradients_as_they_are_where_upstream_is_1() -> None:
+    def passes(**options: Any) -> list[str]:
+        operations = cost.group_closed(Work(ROWS, VOCAB, WIDTH, **options), hidden=True, weight=True)
+        return [operation.name for operation in operations if "upstream" in operation.name]
+
+    both = ["dHidden times upstream", "dW times upstream"]
+    assert passes(row_step=TRITON) == []
+    assert passes(row_step=TRITON, upstream=0.5) == both
+    assert passes(row_step=TORCH) == both
+    assert passes(row_step=TRITON, chunks=2) == ["dW times upstream, narrowed"]
+
+
+def test_exponentials_take_the_passes_over_logits_away() -> None:
+    def step(row_step: cost.RowStep) -> int:
+        work = Work(ROWS, VOCAB, WIDTH, row_step=row_step)
+        operations = list(work.reduced("statistics and gradients", row_step.gradients))
+        return sum(x.bytes for x in operations if "hidden" not in x.name)
+
+    work = Work(ROWS, VOCAB, WIDTH)
+    operands = (ROWS + VOCAB) * WIDTH * 2
+    # 4 bytes of a logit written and read twice, 2 of a gradient written; or those 2 and, a tile, a number twice.
+    assert step(work.row_step) == operands + ROWS * VOCAB * (4 + 2 * 4 + 2)
+    tiles = 6
+    assert step(cost.EXPONENTIALS) == operands + 2 * ROWS * WIDTH * 2 + ROWS * (VOCAB * 2 + tiles * 2 * 4)
+
+
+@pytest.mark.parametrize("buffers", [1, 2])
+@pytest.mark.parametrize("rows", [1024, 8192])
+def test_the_models_chunks_are_the_plans(rows: int, buffers: int) -> None:
+    with FakeTensorMode():
+        head = LMHead(torch.empty(50257, 768, dtype=torch.bfloat16, device="cuda"))  # a vocabulary that is padded
+    planned = plan.max_rows(
+        [head],
+        torch.bfloat16,
+        rows,
+        2**30,
+        scratch_bytes=lambda *_: 0,
+        gradients_in_place=True,
+        largest_group=1,
+        buffers=buffers,
+    )
+    assert cost.max_rows(Work(rows, 50257, 768), 2**30, buffers) == planned
 
 
 def test_an_operation_takes_the_longer_of_its_flop_and_its_bytes() -> None:
@@ -180,8 +329,22 @@ def test_the_meter_counts_what_moves(call: Callable[[Tensor, Tensor], Any], read
     assert (sum(o.read for o in kept), sum(o.written for o in kept)) == (read, written)
 
 
-def test_the_table_is_a_command() -> None:
-    arguments = ["--rows", "8192", "--vocab", "128256", "--width", "4096", "--tflops", "790", "--bandwidth", "4.3"]
+@pytest.mark.parametrize("row_step", cost.ROW_STEPS)
+def test_the_table_is_a_command(row_step: str) -> None:
+    arguments = [
+        "--row-step",
+        row_step,
+        "--rows",
+        "8192",
+        "--vocab",
+        "128256",
+        "--width",
+        "4096",
+        "--tflops",
+        "790",
+        "--bandwidth",
+        "4.3",
+    ]
     printed = subprocess.run(
         [sys.executable, "-m", "benchmarks.cost", *arguments, "--operations"],
         cwd=Path(__file__).parents[2],
