@@ -118,11 +118,13 @@ def max_rows(
     buffers: int,
     buffer_dtype: torch.dtype,
     straight: bool,
+    stacked: int,
 ) -> int:
     """How many rows fit through the head at once with every temporary within ``max_chunk_bytes``.
 
     ``buffers`` is 2 where the logits of two heads have to be there together, ``straight`` says that kernels make
-    partial results of their own. Raises ValueError when not even one row fits.
+    partial results of their own, and ``stacked`` how many times a row may stand in a buffer: the policy's and the
+    reference's, where one GEMM makes both. Raises ValueError when not even one row fits.
     """
     weights = [weight for head in heads for weight in head.weights]
     device, shard = weights[0].device, heads[0].shard
@@ -157,7 +159,7 @@ def max_rows(
         )
     if device.type == "cpu":
         rows = min(rows, max(largest_group, CPU_BUFFER_BYTES // per_row, CPU_ROWS))
-    return min(rows, max(1, num_rows))
+    return min(rows, max(1, stacked * num_rows))
 
 
 def straight_bytes(vocab_size: int) -> int:

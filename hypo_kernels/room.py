@@ -82,6 +82,7 @@ class HeadRoom:
             buffers=buffers,
             buffer_dtype=self._buffer_dtype,
             straight=self.straight,
+            stacked=2 if self._is_shared(heads) else 1,
         )
         self.pitch = chunks.pitch(weight.shape[0], weight.device)
         self.capacity = buffers * self.max_rows
@@ -298,6 +299,11 @@ class HeadRoom:
         """One matrix, there as a whole, that Triton multiplies as well as a library: 16 bits (or interpreted)."""
         fast = self.operand_dtype.itemsize == 2 or head.weight.device.type == "cpu"
         return fast and head.lora_weight is None and self.panels[id(head.weight)].whole is not None
+
+    def _is_shared(self, heads: Sequence[LMHead]) -> bool:
+        """Whether ``logits`` makes one GEMM of all the heads."""
+        first = heads[0].weight
+        return len(heads) > 1 and not self.straight and all(len(h.weights) == 1 and h.weight is first for h in heads)
 
     def _takes_epilogue(self, impl: str, with_divergence: bool) -> bool:
         device = next(iter(self.panels.values())).weight.device

@@ -30,9 +30,7 @@ def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> RowStatistics:
     for rows in blocks(raw):
         z = logits(raw[rows], head)
         target[rows] = at_targets(z, targets[rows], head)
-        top = z.amax(dim=1, keepdim=True)
-        norms[rows, :1] = top
-        norms[rows, 1] = z.sub_(top).exp_().sum(dim=1)
+        norms[rows, 0], norms[rows, 1] = _softmax_(z)
     return RowStatistics(norms, target)
 
 
@@ -50,9 +48,7 @@ def unit_gradients(
         slope = slope_of(z, head) * scale
         target = at_targets(z, targets[rows], head)
         if norms is None:
-            top = z.amax(dim=1)
-            torch.softmax(z, dim=1, out=z)
-            total = z.amax(dim=1).reciprocal_()  # the largest probability is exp(0) / total
+            top, total = _softmax_(z)
         else:
             top, total = norms[rows].unbind(1)
             z.sub_(top[:, None]).exp_().div_(total[:, None])
@@ -61,6 +57,13 @@ def unit_gradients(
         if isinstance(slope, Tensor) or slope != 1.0:
             z.mul_(slope)
     return raw.to(out_dtype), logps
+
+
+def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax in place, one pass over memory; top and total, (rows,) each."""
+    top = z.amax(dim=1)
+    torch.softmax(z, dim=1, out=z)
+    return top, z.amax(dim=1).reciprocal_()  # the largest probability is exp(0) / total
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

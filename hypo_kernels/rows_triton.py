@@ -39,6 +39,26 @@ def logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS: tl.constexpr, H
 
 
 @triton.jit
+def _target_logit(
+    raw_ptr,  # of the row
+    target_ptr,
+    bias_ptr,
+    target_logit_ptr,
+    row,
+    V,
+    factor,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    target = tl.load(target_ptr + row)
+    here = (target >= 0) & (target < V)
+    entry = tl.where(here, target, 0)
+    z, _at_target = logits(tl.load(raw_ptr + entry), bias_ptr, entry, True, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+    tl.store(target_logit_ptr + row, tl.where(here, z, 0.0))
+
+
+@triton.jit
 def _row_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
     target_ptr,  # (C,) int64; beyond [0, V): in another rank's vocabulary
@@ -61,8 +81,8 @@ def _row_kernel(
     row = tl.program_id(0).to(tl.int64)
     raw_ptr += row * raw_pitch
     grad_ptr += row * grad_pitch
-    target = tl.load(target_ptr + row)
-
+    if WITH_GRADIENTS:  # before anything overwrites the row
+        _target_logit(raw_ptr, target_ptr, bias_ptr, target_logit_ptr, row, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
     if NORMS_ARE_KNOWN:
         row_top = tl.load(norms_ptr + 2 * row)
         row_total = tl.load(norms_ptr + 2 * row + 1)
@@ -84,13 +104,8 @@ def _row_kernel(
         tl.store(norms_ptr + 2 * row, row_top)
         tl.store(norms_ptr + 2 * row + 1, row_total)
 
-    # The target's logit is read before anything overwrites the row.
-    here = (target >= 0) & (target < V)
-    at_target = tl.load(raw_ptr + target, mask=here, other=0.0)
-    z_target, _at_target = logits(at_target, bias_ptr, target, here, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-    tl.store(target_logit_ptr + row, tl.where(here, z_target, 0.0))
-
     if WITH_GRADIENTS:
+        target = tl.load(target_ptr + row)
         peak = slope / row_total
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
@@ -105,6 +120,8 @@ def _row_kernel(
             # of the program has to have read by now.
             tl.debug_barrier()
             tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    else:
+        _target_logit(raw_ptr, target_ptr, bias_ptr, target_logit_ptr, row, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
 
 
 def scratch_bytes(num_rows: int, row_bytes: int) -> int:

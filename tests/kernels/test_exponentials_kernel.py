@@ -18,7 +18,7 @@ from torch import Tensor
 from hypo_kernels.tiles import GemmTile
 
 exponentials_triton = pytest.importorskip("hypo_kernels.exponentials_triton", exc_type=ImportError)
-gemm_triton = pytest.importorskip("hypo_kernels.gemm_triton", exc_type=ImportError)
+head_triton = pytest.importorskip("hypo_kernels.head_triton", exc_type=ImportError)
 # numpy remarks on overflows, which the repair is there for, and on columns beyond the vocabulary.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

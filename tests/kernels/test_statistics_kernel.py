@@ -18,7 +18,7 @@ from head_cases import HEADS, NARROW, Case, make_case
 from hypo_kernels.tiles import GemmTile
 
 statistics_triton = pytest.importorskip("hypo_kernels.statistics_triton", exc_type=ImportError)
-gemm_triton = pytest.importorskip("hypo_kernels.gemm_triton", exc_type=ImportError)
+head_triton = pytest.importorskip("hypo_kernels.head_triton", exc_type=ImportError)
 # numpy remarks on exp(−inf − top) and the like, which are meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
