@@ -74,10 +74,10 @@ class Config(BaseModel):
     lora_alpha: PositiveInt = 32
     """LoRA scale: the update is multiplied by lora_alpha / lora_r."""
     lora_dropout: BelowOne = 0.0
-    """Dropout on the input of the LoRA layers."""
+    """Dropout on the input of the LoRA layers; must be 0 where the LM head is one of them."""
     lora_target_modules: list[str] | Text | None = None
-    """Modules to adapt: names, one regular expression, or "all-linear"; none means peft's choice for the
-    architecture."""
+    """Modules to adapt: names (the LM head's too), one regular expression, or "all-linear", which is all but the
+    head; none means peft's choice for the architecture."""
     num_layers_unfrozen: PositiveInt | None = None
     """Train only the last so many decoder layers, the final norm and an untied head; none trains all."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from hypo_kernels.head import LMHead
-from hypo_train.policy import ModelError, Policy, first_line
+from hypo_train.policy import Head, ModelError, Policy, first_line
 from hypo_train.tree import pack
 
 
@@ -21,21 +21,22 @@ def check_exactness(policy: Policy) -> None:
     """
     model = policy.base
     name = type(model).__name__
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        kind = "none" if head is None else type(head).__name__
-        raise ModelError(f"{name} has no plain linear LM head (found {kind}): adapters on the head are not served")
-    vocab, device = head.weight.shape[0], head.weight.device
+    _check_parts(policy)
+    weight = policy.head().weight
+    vocab, device = weight.shape[0], weight.device
     prompt = [(7 * i + 1) % vocab for i in range(5)]
     branches = [[(11 * i + 3) % vocab for i in range(4)], [(5 * i + 2) % vocab for i in range(6)]]
     precise = all(p.dtype == torch.float32 for p in policy.parameters())
+
+    def both(hidden: Tensor, head: Head) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        return _logits(hidden, head), [_plain_logits(policy, prompt, branch) for branch in branches]
+
     training = policy.training
     policy.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=not precise):
             tree = pack([prompt], [(0, branch) for branch in branches], pad_token_id=0).to(device)
-            in_tree = policy(tree, _logits)
-            rows = [_plain_logits(policy, prompt, branch) for branch in branches]
+            in_tree, rows = functional_call(policy, _drawn_b(policy), (tree, both))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name} cannot be trained on packed trees: {first_line(error)}") from error
     finally:
@@ -55,11 +56,40 @@ def check_exactness(policy: Policy) -> None:
         )
 
 
-def _logits(hidden: Tensor, head: LMHead) -> Tensor:
+def _check_parts(policy: Policy) -> None:
+    """Refuse a head that is no linear layer, with or without LoRA, and an adapter that does not switch off."""
+    name, head = type(policy.base).__name__, policy.base.get_output_embeddings()
+    plain = head
+    if policy.is_peft:
+        from peft.tuners.lora import Linear
+
+        plain = head.base_layer if type(head) is Linear else head
+        for config in policy.model.peft_config.values():
+            if config.bias != "none":
+                raise ModelError(f"bias={config.bias!r} of the adapter also trains the reference: use bias='none'")
+    if type(plain) is not nn.Linear:
+        kind = "none" if head is None else type(head).__name__
+        raise ModelError(f"{name} has no plain linear LM head (found {kind}), nor LoRA on one")
+
+
+def _drawn_b(policy: Policy) -> dict[str, Tensor]:
+    """Random values for the B of LoRA on the head: before training it is zero, and would hide a mistake."""
+    generator = torch.Generator().manual_seed(0)
+    of_head = {id(p) for p in policy.base.get_output_embeddings().parameters()}
+    return {
+        name: torch.randn(p.shape, generator=generator).to(p)
+        for name, p in policy.named_parameters()
+        if id(p) in of_head and ".lora_B." in name
+    }
+
+
+def _logits(hidden: Tensor, head: Head) -> Tensor:
     """The head's logits, before the temperature."""
     with torch.autocast(hidden.device.type, enabled=False):
-        raw = hidden.to(head.weight.dtype) @ head.weight.t()
-        return replace(head, temperature=1.0).logits(raw.float())
+        raw = (hidden.to(head.weight.dtype) @ head.weight.t()).float()
+        if head.lora is not None:
+            raw += head.lora.scale * (hidden.float() @ head.lora.A.float().t() @ head.lora.B.float().t())
+        return replace(head, temperature=1.0).logits(raw)
 
 
 def _plain_logits(policy: Policy, prompt: Sequence[int], branch: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hypo_kernels import HypoLoss, fused_hypo_loss, sequence_logprobs, token_logprobs
-from hypo_kernels.head import LMHead
 from hypo_train.config import Config
-from hypo_train.policy import HeadFunction
+from hypo_train.policy import Head, HeadFunction
 from hypo_train.tree import Tree
 
 
@@ -26,7 +25,7 @@ class Reference:
 def sequence_logprobs_of(tree: Tree, config: Config) -> HeadFunction[Tensor]:
     """Log-prob of each of the tree's sequences, (S,)."""
 
-    def logprobs(hidden: Tensor, head: LMHead) -> Tensor:
+    def logprobs(hidden: Tensor, head: Head) -> Tensor:
         return sequence_logprobs(
             hidden,
             head.weight,
@@ -34,6 +33,7 @@ def sequence_logprobs_of(tree: Tree, config: Config) -> HeadFunction[Tensor]:
             tree.cu_seqlens,
             max_chunk_bytes=config.max_chunk_bytes,
             impl=config.impl,
+            lora=head.lora,
             **head.constants(),
         )
 
@@ -44,7 +44,7 @@ def reference_of(tree: Tree, config: Config) -> HeadFunction[Reference]:
     """What the configured loss has to know: the exact KL needs distributions, any other loss log-probs alone."""
     logprobs = sequence_logprobs_of(tree, config)
 
-    def reference(hidden: Tensor, head: LMHead) -> Reference:
+    def reference(hidden: Tensor, head: Head) -> Reference:
         if config.kl_estimator == "exact":
             return Reference(hidden=hidden, weight=head.weight, bias=head.bias)
         return Reference(logps=logprobs(hidden, head))
@@ -55,7 +55,7 @@ def reference_of(tree: Tree, config: Config) -> HeadFunction[Reference]:
 def preference_loss(tree: Tree, reference: Reference, num_pairs: int, config: Config) -> HeadFunction[HypoLoss]:
     """The configured preference loss of a :func:`~hypo_train.batch.pair_tree`."""
 
-    def loss(hidden: Tensor, head: LMHead) -> HypoLoss:
+    def loss(hidden: Tensor, head: Head) -> HypoLoss:
         return fused_hypo_loss(
             hidden,
             head.weight,
@@ -75,6 +75,7 @@ def preference_loss(tree: Tree, reference: Reference, num_pairs: int, config: Co
             kl_estimator=config.kl_estimator,
             max_chunk_bytes=config.max_chunk_bytes,
             impl=config.impl,
+            lora=head.lora,
             **head.constants(),
         )
 
@@ -84,13 +85,14 @@ def preference_loss(tree: Tree, reference: Reference, num_pairs: int, config: Co
 def token_losses(tree: Tree, config: Config) -> HeadFunction[Tensor]:
     """Negative log-prob of each counted token, (T,): SFT's loss is their mean."""
 
-    def losses(hidden: Tensor, head: LMHead) -> Tensor:
+    def losses(hidden: Tensor, head: Head) -> Tensor:
         return -token_logprobs(
             hidden,
             head.weight,
             tree.targets,
             max_chunk_bytes=config.max_chunk_bytes,
             impl=config.impl,
+            lora=head.lora,
             **head.constants(),
         )
 

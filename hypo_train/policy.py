@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,16 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hypo_kernels.head import LMHead
+from hypo_kernels.head import LMHead, LoRA
 from hypo_train.tree import Tree
 
 T = TypeVar("T")
-# What is asked of the hidden states (T, D) that predict a tree's targets, and of the head above them.
-HeadFunction = Callable[[Tensor, LMHead], T]
 
 
 class ModelError(ValueError):
     """The model cannot be loaded, or cannot be trained exactly here."""
+
+
+@dataclass(frozen=True)
+class Head(LMHead):
+    """The model's LM head, and the update that an adapter on it makes: none while the adapter is off."""
+
+    lora: LoRA | None = None
+
+
+# What is asked of the hidden states (T, D) that predict a tree's targets, and of the head above them.
+HeadFunction = Callable[[Tensor, Head], T]
 
 
 class Policy(nn.Module):
@@ -45,16 +55,17 @@ class Policy(nn.Module):
         """The transformers model, without peft's wrapper."""
         return self.model.get_base_model() if self.is_peft else self.model
 
-    def head(self) -> LMHead:
-        """The LM head with the live weight; for use inside ``forward``."""
+    def head(self) -> Head:
+        """The LM head with the live weights; for use inside ``forward``."""
         linear, config = self.base.get_output_embeddings(), self.base.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
-        return LMHead(
-            weight=linear.weight,
+        return Head(
+            weight=linear.weight,  # an adapted layer's is its frozen base's
             bias=linear.bias,
             logit_softcap=getattr(config, "final_logit_softcapping", None),
             logit_scale=1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0),
             temperature=self.temperature,
+            lora=_active_lora(linear) if hasattr(linear, "lora_A") else None,
         )
 
     def forward(self, tree: Tree, function: HeadFunction[T]) -> T:
@@ -97,7 +108,30 @@ class Policy(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Weights (LoRA: the adapter) that ``AutoModelForCausalLM.from_pretrained(folder)`` loads."""
-        self.model.save_pretrained(folder)
+        # Beside an adapter on the head, peft would save the frozen head and embedding in full.
+        self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.is_peft else {}))
+
+
+def _active_lora(layer: Any) -> LoRA | None:
+    """What peft's ``lora.Linear`` adds to its base now. Raises ModelError where that is more than scale·B·A."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.merged:
+        raise ModelError("LoRA is merged into the LM head, whose reference is gone: call unmerge_adapter()")
+    if layer.disable_adapters or not names:
+        return None
+    name = names[0]
+    if len(names) > 1:
+        raise ModelError(f"the adapters {names} are active on the LM head: activate one with set_adapter")
+    variant = layer.lora_variant.get(name)
+    if variant is not None or layer.lora_bias[name]:
+        kind = "lora_bias" if variant is None else type(variant).__name__
+        raise ModelError(f"LoRA on the LM head is served in its plain form, not with {kind}: leave the head out")
+    if dropout := getattr(layer.lora_dropout[name], "p", 0.0):
+        raise ModelError(
+            f"lora_dropout={dropout:g} is not served on the LM head: use 0, or leave the head out of "
+            "lora_target_modules"
+        )
+    return LoRA(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
 def first_line(error: BaseException) -> str:

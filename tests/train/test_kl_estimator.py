@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_train import LAST_LAYER, LORA, OF_PAIRS, OF_SAMPLES, OF_STEPS, metrics_of, recorded, steps
+from test_train import LAST_LAYER, LORA, LORA_HEAD, OF_PAIRS, OF_SAMPLES, OF_STEPS, metrics_of, recorded, steps
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +21,7 @@ WAYS = {
     "full, tied": {},
     "full, a head with a bias": {},
     "lora": LORA,
+    "lora, head": LORA_HEAD,
     "last layer": LAST_LAYER,
 }
 

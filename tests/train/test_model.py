@@ -8,7 +8,8 @@ import json
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import (
@@ -28,11 +29,13 @@ from hypo_train.data import Pair
 from hypo_train.exactness import check_exactness
 from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
-from hypo_train.policy import ModelError
+from hypo_train.policy import ModelError, Policy
 
 # The ways to train, and what each asks of the config.
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
-WAYS = {"full": {}, "lora": LORA, "last layer": {"num_layers_unfrozen": 1}}
+# Every linear layer and the head, by the names that the architectures below have for them.
+LORA_HEAD = {**LORA, "lora_target_modules": ".*(proj|query_key_value|dense.*|fc.*|c_attn|lm_head|embed_out)"}
+WAYS = {"full": {}, "lora": LORA, "lora, head": LORA_HEAD, "last layer": {"num_layers_unfrozen": 1}}
 
 PAIRS = [
     Pair(0, (7, 20, 9), (11, 12, 13, tiny.EOS), (14, tiny.EOS)),
@@ -178,6 +181,120 @@ def _differentiable_logprob(model, prompt, completion):
         return logps.gather(1, torch.tensor(completion).unsqueeze(1)).sum()
 
 
+# LoRA on the head
+
+
+def separate_rows_loss(model, ref_logps, config):
+    """HyPO's loss of ``tree()`` by peft's own forward; its gradient is that of the formula."""
+    logps = torch.stack([_differentiable_logprob(model, *sequence) for sequence in sequences()])
+    ratios = logps - ref_logps
+    chosen, rejected, samples = ratios.split([len(PAIRS), len(PAIRS), len(SAMPLES)])
+    loss = -nn.functional.logsigmoid(config.beta * (chosen - rejected)).mean()
+    rewards = samples.detach().view(-1, 2)
+    advantages = (rewards - rewards.flip(1)).flatten()
+    return loss + config.kl_coef * samples.detach().mean(), loss + config.kl_coef * (advantages * samples).mean()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_lora_on_the_head_loss_and_gradients_are_those_of_peft_on_plain_rows(saved_model, architecture):
+    folder = saved_model(architecture.split(":")[0].split(",")[0], **ARCHITECTURES[architecture])
+    policy = policy_of(folder, **LORA_HEAD)
+    ref_logps = policy.reference(tree(), logprobs())
+    tiny.perturb(policy.trained_parameters().values())
+    plain = copy.deepcopy(policy.model)
+    config = model_config("-", kl_coef=0.1, beta=0.5)
+    loss = loss_of(policy, ref_logps)
+    loss.backward()
+    value, surrogate = separate_rows_loss(plain, ref_logps, config)
+    surrogate.backward()
+    assert_close(loss, value, atol=1e-5, rtol=1e-5)
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    found = {name.removeprefix("model."): p.grad for name, p in policy.trained_parameters().items()}
+    assert found.keys() == expected.keys()
+    assert sum("lm_head" in name or "embed_out" in name for name in found) == 2
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        assert_close(found[name], gradient, atol=1e-5 * largest.item(), rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_update_of_the_head_has_pefts_scaling(saved_model, use_rslora):
+    policy = adapted(saved_model(), lora_alpha=12, use_rslora=use_rslora)
+    tiny.perturb(policy.trained_parameters().values(), size=0.3)
+    check_exactness(policy)
+    assert policy.head().lora.scale == 12 / (4**0.5 if use_rslora else 4)
+    assert_close(policy(tree(), logprobs()), plain_logprobs(policy.model), atol=1e-4, rtol=0)
+
+
+def adapted(folder, **changes):
+    """A policy with any adapter that peft can make, on the head unless ``changes`` say otherwise."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    settings = {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", **changes}
+    return Policy(get_peft_model(model, LoraConfig(**settings)), is_peft=True).eval()
+
+
+def test_all_linear_is_all_but_the_head_as_in_peft(saved_model):
+    assert policy_of(saved_model(), **LORA).head().lora is None
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_adapter_on_the_head_is_saved_without_the_weights_below_it(saved_model, tmp_path, tied):
+    policy = train(policy_of(saved_model(tie_word_embeddings=tied), **LORA_HEAD)).eval()
+    policy.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name for name in saved if "lm_head" in name} == {
+        f"base_model.model.lm_head.lora_{factor}.weight" for factor in "AB"
+    }
+    assert all(".lora_" in name for name in saved)
+    base = AutoModelForCausalLM.from_pretrained(saved_model(tie_word_embeddings=tied))
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        assert_close(plain_logprobs(loaded), policy(tree(), logprobs()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_dropout": 0.3}, "lora_dropout=0.3 is not served on the LM head: use 0, or leave the head out"),
+        ({"use_dora": True}, "not with DoraLinearVariant"),
+        ({"bias": "all"}, "bias='all' of the adapter also trains the reference"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, r"\(found ModulesToSaveWrapper\)"),
+    ],
+    ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
+)
+def test_an_adapter_that_does_more_to_the_head_than_lora_is_refused(saved_model, changes, message):
+    with pytest.raises(ModelError, match=message):
+        check_exactness(adapted(saved_model("llama"), **changes))
+
+
+def test_a_bias_of_the_heads_update_is_refused(saved_model):
+    with pytest.raises(ModelError, match="not with lora_bias"):
+        check_exactness(adapted(saved_model("phi"), target_modules=["lm_head"], lora_bias=True))
+
+
+def test_a_second_active_adapter_on_the_head_and_a_merged_one_are_refused(saved_model):
+    policy = adapted(saved_model())
+    policy.model.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    policy.model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ModelError, match=r"the adapters \['default', 'second'\] are active on the LM head"):
+        check_exactness(policy)
+    policy.model.set_adapter("second")
+    check_exactness(policy)
+    assert policy.head().lora.A.shape[0] == 2
+    policy.model.merge_adapter()
+    with pytest.raises(ModelError, match="LoRA is merged into the LM head"):
+        check_exactness(policy)
+
+
+def test_an_update_of_the_head_that_is_not_served_as_peft_computes_it_is_found_before_training(
+    saved_model, monkeypatch
+):
+    monkeypatch.setattr("hypo_train.policy._active_lora", lambda layer: None)  # as if the adapter were ignored
+    assert "computes its logits in a way the kernels do not serve" in refusal(saved_model(), **LORA_HEAD)
+
+
 # The reference
 
 
@@ -217,9 +334,9 @@ def test_the_references_memory_is_the_trained_parameters_alone(saved_model):
     for name, way in WAYS.items():
         policy = policy_of(saved_model(), **way)
         sizes[name] = sum(p.numel() for p in policy.reference_parameters.values())
-        if name != "lora":
+        if not way.get("use_peft"):
             assert sizes[name] == sum(p.numel() for p in policy.trained_parameters().values())
-    assert sizes["lora"] == 0 < sizes["last layer"] < sizes["full"]
+    assert sizes["lora"] == sizes["lora, head"] == 0 < sizes["last layer"] < sizes["full"]
 
 
 def test_lora_dropout_is_off_in_the_reference_and_on_in_the_policy(saved_model):
@@ -434,10 +551,11 @@ def test_too_few_positions_are_refused(saved_model, architecture):
     assert policy_of(saved_model(architecture), max_prompt_length=100, max_completion_length=28)
 
 
-def test_lora_on_the_head_is_refused(saved_model):
-    message = refusal(saved_model(), use_peft=True, lora_target_modules=["q_proj", "lm_head"])
-    assert "LlamaForCausalLM has no plain linear LM head" in message
-    assert "adapters on the head are not served" in message
+def test_dropout_of_lora_on_the_head_is_refused(saved_model):
+    message = refusal(saved_model(), **LORA_HEAD, lora_dropout=0.3)
+    assert (
+        message == "lora_dropout=0.3 is not served on the LM head: use 0, or leave the head out of lora_target_modules"
+    )
 
 
 class ScaledHead(nn.Linear):

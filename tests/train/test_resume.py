@@ -24,6 +24,7 @@ from hypo_train.sampler import GenerateSampler
 from hypo_train.train import train
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.3}
+LORA_HEAD = {**LORA, "lora_target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.0}
 # Checkpoints of 3 and 9 fall between two lines of metrics, the one of 6 does not; an evaluation lies in between.
 INTERVALS = {"max_steps": 12, "save_steps": 3, "logging_steps": 2, "eval_steps": 4, "num_eval_rows": 4}
 # Everything that a checkpoint has to bring back, if it is not a function of the step.
@@ -209,6 +210,7 @@ def test_a_run_may_die_more_than_once(interrupted, uninterrupted, monkeypatch):
     "changes",
     [
         LORA,
+        LORA_HEAD,
         {"num_layers_unfrozen": 1},
         {"algorithm": "dpo"},
         {"algorithm": "sft"},

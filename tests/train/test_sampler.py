@@ -321,7 +321,7 @@ def test_a_batch_holds_at_most_max_batch_tokens(engine):
 
 def lora_model(architecture):
     """A PeftModel whose adapter matters and whose dropout would be seen at once."""
-    names = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt_neox": ["query_key_value", "dense_4h_to_h"]}
+    names = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt_neox": ["query_key_value", "embed_out"]}
     config = LoraConfig(r=4, lora_dropout=0.5, target_modules=names[architecture], task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model(architecture), config)
     generator = torch.Generator().manual_seed(1)

@@ -22,6 +22,7 @@ from hypo_train.run import prepare
 from hypo_train.train import train, train_step
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+LORA_HEAD = {**LORA, "lora_target_modules": ["q_proj", "v_proj", "lm_head"]}
 LAST_LAYER = {"num_layers_unfrozen": 1}
 
 # TRL's names, for its users' dashboards.
@@ -111,11 +112,12 @@ def steps(run, count, first=0):
     ("algorithm", "way"),
     [
         *((algorithm, way) for algorithm in ("sft", "dpo", "ipo", "hypo") for way in ("full", "lora")),
+        ("hypo", "lora, head"),
         ("hypo", "last layer"),
     ],
 )
 def test_three_steps_of_every_algorithm(settings, algorithm, way):
-    ways = {"full": {}, "lora": LORA, "last layer": LAST_LAYER}
+    ways = {"full": {}, "lora": LORA, "lora, head": LORA_HEAD, "last layer": LAST_LAYER}
     config = settings(algorithm=algorithm, tensorboard=True, num_eval_rows=4, **ways[way])
     result = train(config, progress=False)
     *steps, evaluation = metrics_of(config)
@@ -149,7 +151,7 @@ def scalars(config, name):
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
-@pytest.mark.parametrize("way", [{}, LORA, LAST_LAYER], ids=["full", "lora", "last layer"])
+@pytest.mark.parametrize("way", [{}, LORA, LORA_HEAD, LAST_LAYER], ids=["full", "lora", "lora, head", "last layer"])
 def test_the_final_model_is_the_policy_after_the_last_step(settings, way):
     config = settings(algorithm="dpo", **way)
     result = train(config, progress=False)
@@ -425,7 +427,7 @@ def test_what_the_user_should_know_is_printed_first(settings, capsys):
 # bf16
 
 
-@pytest.mark.parametrize("way", [{}, LORA, LAST_LAYER], ids=["full", "lora", "last layer"])
+@pytest.mark.parametrize("way", [{}, LORA, LORA_HEAD, LAST_LAYER], ids=["full", "lora", "lora, head", "last layer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bf16_compute_is_close_to_fp32(settings, way, dtype):
     exact = trained(settings(algorithm="dpo", **way))
