@@ -160,7 +160,7 @@ def _divergence_variants(capability: int) -> Iterator[Variant]:
         (divergence_triton._statistics_kernel, "divergence"),
         (divergence_triton._gradient_kernel, "mixed gradients"),
     )
-    for (name, kernel), ref, shaped in itertools.product(kernels.items(), (False, True), (False, True)):
+    for (kernel, name), ref, shaped in itertools.product(kernels, (False, True), (False, True)):
         constants = {
             "HAS_REF": ref,
             "HAS_BIAS": shaped,

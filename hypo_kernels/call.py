@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hypo_kernels import checks, chunks
-from hypo_kernels.chunks import Layout
+from hypo_kernels import checks
+from hypo_kernels.layout import TargetLayout, sequence_layout
 from hypo_kernels.objective import Objective
 from hypo_kernels.projection import Projection
 
@@ -37,7 +37,7 @@ class Call:
     """Everything per sequence is in group order: each pair's two sequences, then each prompt's samples."""
 
     policy: Projection
-    layout: Layout
+    layout: TargetLayout
     objective: Objective
     compute_dtype: torch.dtype
     impl: str
@@ -64,7 +64,7 @@ class Call:
 
 def prepare(
     policy: Projection,
-    targets: Tensor,
+    targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None,
     reference: Reference,
     *,
@@ -83,11 +83,8 @@ def prepare(
     """Check the arguments of ``fused_hypo_loss``, which has their meaning, and lay them out."""
     hidden = policy.hidden
     checks.inputs(policy, targets, cu_seqlens)
-    if hidden.ndim == 2:
-        if cu_seqlens is None:
-            raise ValueError("cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart")
-        checks.sequences(cu_seqlens, len(targets))
-    num_sequences = len(targets) if cu_seqlens is None else len(cu_seqlens) - 1
+    layout = sequence_layout(targets, cu_seqlens)
+    num_sequences = len(layout.lengths)
     num_prompts = checks.batch(num_sequences, num_pairs, num_generations)
     objective = Objective(
         beta=beta,
@@ -107,28 +104,30 @@ def prepare(
     impl = checks.implementation(impl, policy.head, dtype)
     if validate:
         checks.values_are_finite(hidden=hidden, ref_hidden=reference.hidden, ref_logps=reference.logps)
-    layout = chunks.layout(targets, cu_seqlens)
     checks.targets_in_vocabulary(layout, policy.head)
-    order = chunks.group_order(num_sequences, num_pairs)
-    on_device = order.to(hidden.device, non_blocking=True)
+    grouped, order = layout.in_groups(num_pairs, hidden.device)
     wide = torch.promote_types(dtype, torch.float32)
     return Call(
         policy=policy,
-        layout=layout.reordered(order),
+        layout=grouped,
         objective=objective,
         compute_dtype=dtype,
         impl=impl,
         kl_estimator=kl_estimator,
         max_chunk_bytes=max_chunk_bytes,
-        ref_logps=None if reference.logps is None else reference.logps.detach().to(wide)[on_device],
+        ref_logps=None if reference.logps is None else reference.logps.detach().to(wide)[order],
         ref=ref,
-        order=on_device,
-        lengths=layout.lengths.to(hidden.device, non_blocking=True),
+        order=order,
+        lengths=layout.on(hidden.device).lengths,
     )
 
 
 def _reference(
-    policy: Projection, targets: Tensor, cu_seqlens: Tensor | None, reference: Reference, num_sequences: int
+    policy: Projection,
+    targets: Tensor | TargetLayout,
+    cu_seqlens: Tensor | None,
+    reference: Reference,
+    num_sequences: int,
 ) -> Projection | None:
     """The reference's projection, or None where its log-probs are given."""
     checks.one_reference(policy, reference.logps, reference.hidden, reference.weight, reference.bias)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hypo_kernels.chunks import IGNORE_INDEX, Layout
 from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.objective import KL_ESTIMATORS, PREFERENCES, Objective
 
 if TYPE_CHECKING:
+    from hypo_kernels.layout import TargetLayout
     from hypo_kernels.projection import Projection
 
 IMPLEMENTATIONS = ("auto", "triton", "triton-rows", "triton-epilogue", "torch", "reference")
+IGNORE_INDEX = -100
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -65,7 +66,7 @@ def compute_dtype(hidden: Tensor, weight: Tensor, name: str = "") -> torch.dtype
     return hidden.dtype
 
 
-def inputs(projection: Projection, targets: Tensor, cu_seqlens: Tensor | None, name: str = "") -> None:
+def inputs(projection: Projection, targets: Tensor | TargetLayout, cu_seqlens: Tensor | None, name: str = "") -> None:
     """Shapes, dtypes and devices of hidden, head and targets; ``name`` prefixes the arguments' names."""
     hidden, head = projection.hidden, projection.head
     weight, bias, shard = head.weight, head.bias, head.shard
@@ -93,10 +94,13 @@ def inputs(projection: Projection, targets: Tensor, cu_seqlens: Tensor | None, n
         targets.shape == hidden.shape[:-1],
         f"targets has shape {tuple(targets.shape)} and {h} {tuple(hidden.shape)}: need one target for each row",
     )
-    _require(
-        not targets.dtype.is_floating_point and not targets.dtype.is_complex and targets.dtype != torch.bool,
-        f"targets is {targets.dtype}: must be integers",
-    )
+    if isinstance(targets, Tensor):
+        _require(
+            not targets.dtype.is_floating_point and not targets.dtype.is_complex and targets.dtype != torch.bool,
+            f"targets is {targets.dtype}: must be integers",
+        )
+    else:
+        _require(cu_seqlens is None, "cu_seqlens goes with a tensor of targets; a TargetLayout has its bounds already")
     _require(
         hidden.ndim == 2 or cu_seqlens is None,
         f"cu_seqlens goes with packed inputs, but {h} is padded: {tuple(hidden.shape)}",
@@ -154,7 +158,7 @@ def sequences(cu_seqlens: Tensor, num_rows: int) -> None:
         _require(b >= a, f"cu_seqlens falls from {a} to {b} at position {i + 1}: must not decrease")
 
 
-def targets_in_vocabulary(layout: Layout, head: LMHead) -> None:
+def targets_in_vocabulary(layout: TargetLayout, head: LMHead) -> None:
     """Every counted target is a row of the (whole) weight. Looks at the host's copy."""
     vocab_size = head.vocab_size if head.shard is None else head.shard.vocab_size
     if len(layout.targets) == 0:

@@ -1,8 +1,4 @@
-"""Which rows go through the LM head together: whole pairs and groups, within a memory budget.
-
-Everything here runs on the host and on the host's copies of ``targets`` and ``cu_seqlens``: pass those
-as CPU tensors and planning a call never waits for the GPU.
-"""
+"""Which rows go through the LM head together: whole pairs and groups, within a memory budget."""
 
 from __future__ import annotations
 
@@ -10,53 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from hypo_kernels import gemm
 from hypo_kernels.head import LMHead
-
-IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The rows that count, sequence after sequence. All tensors are on the CPU."""
-
-    rows: Tensor  # (N,) int64, index into hidden seen as (T, D)
-    targets: Tensor  # (N,) int64
-    lengths: Tensor  # (S,) int64, counted rows of each sequence
-
-    def reordered(self, order: Tensor) -> Layout:
-        """The same rows with the sequences in ``order`` (S,)."""
-        starts = self.lengths.cumsum(0) - self.lengths
-        lengths = self.lengths[order]
-        shift = starts[order] - (lengths.cumsum(0) - lengths)
-        index = torch.arange(len(self.rows)) + shift.repeat_interleave(lengths)
-        return Layout(self.rows[index], self.targets[index], lengths)
-
-
-def layout(targets: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    """Drop the ignored rows of packed (T,) + ``cu_seqlens`` (S+1,) or padded (S, L) targets.
-
-    Packed targets without ``cu_seqlens`` are one sequence.
-    """
-    flat = targets.cpu().flatten().long()
-    if cu_seqlens is None:
-        num_sequences = len(targets) if targets.ndim == 2 else 1
-        bounds = torch.arange(num_sequences + 1) * targets.shape[-1]
-    else:
-        bounds = cu_seqlens.cpu().long()
-    counted = flat != IGNORE_INDEX
-    before = torch.cat([torch.zeros(1, dtype=torch.long), counted.cumsum(0)])
-    lengths = before[bounds[1:]] - before[bounds[:-1]]
-    rows = counted.nonzero().squeeze(1)
-    return Layout(rows, flat[rows], lengths)
-
-
-def group_order(num_sequences: int, num_pairs: int) -> Tensor:
-    """Sequence indices with each pair's two sequences next to each other; samples are grouped already."""
-    pairs = torch.arange(2 * num_pairs).view(2, num_pairs).t().flatten()
-    return torch.cat([pairs, torch.arange(2 * num_pairs, num_sequences)])
 
 
 @dataclass(frozen=True)

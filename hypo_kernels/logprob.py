@@ -12,29 +12,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hypo_kernels import ops, reference
+from hypo_kernels import checks, ops, reference
 from hypo_kernels.gradients import Leaves
 from hypo_kernels.head import LMHead, LoRA
+from hypo_kernels.layout import TargetLayout, sequence_layout
 from hypo_kernels.projection import Projection
 from hypo_kernels.room import sequence_sums
 from hypo_kernels.tokens import TokenPass, token_pass
 from hypo_kernels.vocab import VocabShard
 
+Targets = Tensor | TargetLayout
+
 
 @overload
 def token_logprobs(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, return_entropy: Literal[False] = ..., **options: Any
+    hidden: Tensor, lm_head_weight: Tensor, targets: Targets, *, return_entropy: Literal[False] = ..., **options: Any
 ) -> Tensor: ...
 @overload
 def token_logprobs(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, return_entropy: Literal[True], **options: Any
+    hidden: Tensor, lm_head_weight: Tensor, targets: Targets, *, return_entropy: Literal[True], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the result's type alone
     hidden: Tensor,
     lm_head_weight: Tensor,
-    targets: Tensor,
+    targets: Tensor | TargetLayout,
     *,
     return_entropy: bool = False,
     bias: Tensor | None = None,
@@ -52,7 +55,7 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the
         hidden: (T, D) or (S, L, D), float; row t predicts ``targets[t]`` (shift before the call).
         lm_head_weight: (V, D), the dtype of ``hidden`` (any float dtype under autocast).
         targets: (T,) or (S, L), integers; -100 ignores a row, which then costs nothing. On the CPU, the
-            call never waits for the GPU.
+            call never waits for the GPU; a :class:`TargetLayout` is laid out already.
         return_entropy: also return each row's entropy ``−Σ_v p_v log p_v``, from the same pass over the logits
             and as differentiable.
         bias, logit_softcap, logit_scale, temperature: logits are
@@ -84,8 +87,8 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the
     rows = _rows(plan)
 
     def in_place(x: Tensor) -> Tensor:
-        flat = x.new_zeros(targets.numel()).index_copy(0, plan.layout.rows.to(x.device, non_blocking=True), x)
-        return flat.view(targets.shape)
+        shape = plan.layout.shape
+        return x.new_zeros(shape.numel()).index_copy(0, plan.layout.on(x.device).rows, x).view(shape)
 
     return (in_place(rows[0]), in_place(rows[1])) if return_entropy else in_place(rows[0])
 
@@ -93,7 +96,7 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the
 def sequence_logprobs(
     hidden: Tensor,
     lm_head_weight: Tensor,
-    targets: Tensor,
+    targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -112,16 +115,16 @@ def sequence_logprobs(
     Under ``torch.no_grad()`` it does no gradient work: the reference's and the evaluation's path.
     """
     head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature, shard=vocab_shard)
-    if hidden.ndim == 2 and cu_seqlens is None:
-        raise ValueError("cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart")
     if torch.compiler.is_compiling():
         logps, _ = ops.token_logprobs(hidden, head, lora, targets, max_chunk_bytes=max_chunk_bytes, impl=impl)
         if cu_seqlens is None:
             return logps.sum(dim=1)
         return sequence_sums(logps, cu_seqlens.to(logps.device).diff())
-    plan = token_pass(Projection.of(hidden, head, lora), targets, cu_seqlens, max_chunk_bytes, impl, False)
+    projection = Projection.of(hidden, head, lora)
+    checks.inputs(projection, targets, cu_seqlens)
+    plan = token_pass(projection, sequence_layout(targets, cu_seqlens), None, max_chunk_bytes, impl, False)
     (rows,) = _rows(plan)
-    return sequence_sums(rows, plan.layout.lengths.to(hidden.device, non_blocking=True))
+    return sequence_sums(rows, plan.layout.on(hidden.device).lengths)
 
 
 def _rows(plan: TokenPass) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from hypo_kernels import ops, reference, schedule
 from hypo_kernels.call import Outcome, Reference, prepare
 from hypo_kernels.gradients import Leaves
 from hypo_kernels.head import LMHead, LoRA
+from hypo_kernels.layout import TargetLayout
 from hypo_kernels.projection import Projection
 from hypo_kernels.vocab import VocabShard
 
@@ -36,7 +37,7 @@ class HypoLoss(NamedTuple):
 def fused_hypo_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,
-    targets: Tensor,
+    targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None = None,
     *,
     num_pairs: int,
@@ -83,7 +84,8 @@ def fused_hypo_loss(
         cu_seqlens: (S+1,) integers, the bounds of the packed sequences. Sequences are ``num_pairs`` chosen,
             ``num_pairs`` rejected in the same order, then online samples, ``num_generations`` consecutive
             ones a prompt. Without samples the loss is DPO's or IPO's; without pairs, pure online RLOO.
-            ``targets`` and ``cu_seqlens`` are read on the host: on the CPU, the call never waits for the GPU.
+            ``targets`` and ``cu_seqlens`` are read on the host: on the CPU, the call never waits for the GPU; a
+            :class:`TargetLayout` in their place is laid out already, for a CUDA graph to capture the call.
         num_pairs: P ≥ 0.
         num_generations: k ≥ 2, samples a prompt.
         ref_logps: (S,) reference log-probs, or

@@ -21,6 +21,7 @@ from hypo_kernels import gemm, schedule
 from hypo_kernels.call import Outcome, Reference, prepare
 from hypo_kernels.gradients import Leaves, shapes_of_sums
 from hypo_kernels.head import LMHead, LoRA
+from hypo_kernels.layout import TargetLayout
 from hypo_kernels.projection import Projection
 from hypo_kernels.tokens import TokenPass, token_pass
 
@@ -37,14 +38,14 @@ def hypo_loss(
     hidden: Tensor,
     head: LMHead,
     lora: LoRA | None,
-    targets: Tensor,
+    targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None,
     reference: Reference,
     options: dict[str, Any],
 ) -> tuple[Outcome, Tensor]:
     """The outcome in the caller's order, and the sequences' lengths (S,); ``options`` as in ``call.prepare``."""
     loss, logps, ref_logps, kl, lengths, *_ = _hypo_loss(
-        *_head_arguments(hidden, head, lora), targets, cu_seqlens, *reference, **options
+        *_head_arguments(hidden, head, lora), _traceable(targets), cu_seqlens, *reference, **options
     )
     return Outcome(loss, logps.detach(), ref_logps.detach(), kl.detach()), lengths
 
@@ -53,7 +54,7 @@ def token_logprobs(
     hidden: Tensor,
     head: LMHead,
     lora: LoRA | None,
-    targets: Tensor,
+    targets: Tensor | TargetLayout,
     *,
     max_chunk_bytes: int,
     impl: str,
@@ -61,9 +62,15 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and, if wanted, entropies, of the shape of ``targets``."""
     logps, entropies, _ = _token_logprobs(
-        *_head_arguments(hidden, head, lora), targets, max_chunk_bytes, impl, with_entropy
+        *_head_arguments(hidden, head, lora), _traceable(targets), max_chunk_bytes, impl, with_entropy
     )
     return logps, entropies
+
+
+def _traceable(targets: Tensor | TargetLayout) -> Tensor:
+    if not isinstance(targets, Tensor):
+        raise ValueError("targets is a TargetLayout: under torch.compile, pass targets and cu_seqlens as tensors")
+    return targets
 
 
 def _head_arguments(hidden: Tensor, head: LMHead, lora: LoRA | None) -> tuple[Any, ...]:
@@ -180,7 +187,7 @@ def _token_logprobs(*args: Any) -> tuple[Tensor, ...]:
     """Log-probs and entropies of the shape of the targets, 0 at ignored rows, and norms (rows, 2)."""
     plan, targets = _token_pass(args)
     found = plan.forward()
-    rows = plan.layout.rows.to(found.logps.device)
+    rows = plan.layout.on(found.logps.device).rows
 
     def in_place(x: Tensor) -> Tensor:
         return x.new_zeros(targets.numel(), *x.shape[1:]).index_copy_(0, rows, x)
@@ -210,7 +217,7 @@ def _token_logprobs_backward(*args: Any) -> tuple[Tensor, ...]:
     """The gradients' sums."""
     plan, _ = _token_pass(args)
     *_, norms, entropies, by_logps, by_entropies = args
-    rows = plan.layout.rows.to(norms.device)
+    rows = plan.layout.on(norms.device).rows
     picked = [x.flatten()[rows] if plan.with_entropy else None for x in (entropies, by_entropies)]
     needed = args[_NUM_HEAD - 1]
     gradients = plan.backward(

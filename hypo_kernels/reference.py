@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from hypo_kernels.call import Call, Outcome
-from hypo_kernels.chunks import Layout
+from hypo_kernels.layout import TargetLayout
 from hypo_kernels.projection import Projection
 
 
-def row_distributions(projection: Projection, layout: Layout, compute_dtype: torch.dtype) -> Tensor:
+def row_distributions(projection: Projection, layout: TargetLayout, compute_dtype: torch.dtype) -> Tensor:
     """log p of the whole vocabulary at each counted row, (N, V), differentiable: ``log_softmax(h·Wᵀ)``.
 
     The operands are rounded to ``compute_dtype``, as a GEMM of that dtype would take them; the product
     and everything after it is computed in fp32, or in fp64 for fp64 inputs.
     """
     wide = torch.promote_types(compute_dtype, torch.float32)
-    rows = layout.rows.to(projection.hidden.device)
+    rows = layout.on(projection.hidden.device).rows
     with torch.autocast(projection.hidden.device.type, enabled=False):
         raw = sum(
             features.flatten(0, -2)[rows].to(compute_dtype).to(wide) @ matrix.to(compute_dtype).to(wide).t()
@@ -30,7 +30,7 @@ def row_distributions(projection: Projection, layout: Layout, compute_dtype: tor
         return projection.head.logits(raw).log_softmax(dim=-1)
 
 
-def logprobs_and_entropies(log_p: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropies(log_p: Tensor, layout: TargetLayout) -> tuple[Tensor, Tensor]:
     """(N,) each of log-distributions (N, V)."""
     return _of_targets(log_p, layout), -(log_p.exp() * log_p).sum(dim=-1)
 
@@ -83,8 +83,8 @@ def _exact_hypo_loss(call: Call) -> Outcome:
     return Outcome(loss + surrogate - surrogate.detach(), logps.detach(), ref_logps, terms.kl.flatten())
 
 
-def _of_targets(log_p: Tensor, layout: Layout) -> Tensor:
-    return log_p.gather(1, layout.targets.to(log_p.device)[:, None]).squeeze(1)
+def _of_targets(log_p: Tensor, layout: TargetLayout) -> Tensor:
+    return log_p.gather(1, layout.on(log_p.device).targets[:, None]).squeeze(1)
 
 
 def _of_sequences(rows: Tensor, call: Call) -> Tensor:

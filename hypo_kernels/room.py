@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from hypo_kernels import chunks, divergence_torch, gemm, rows_torch
-from hypo_kernels.chunks import Layout, split
+from hypo_kernels.chunks import split
 from hypo_kernels.gradients import Gradients
 from hypo_kernels.head import LMHead
+from hypo_kernels.layout import TargetLayout
 from hypo_kernels.projection import Projection
 from hypo_kernels.statistics import RowStatistics, over_ranks
 from hypo_kernels.tiles import EPILOGUE_IS_FASTER
@@ -46,7 +47,7 @@ class HeadRoom:
     def __init__(
         self,
         heads: Sequence[LMHead],
-        layout: Layout,
+        layout: TargetLayout,
         compute_dtype: torch.dtype,
         impl: str,
         max_chunk_bytes: int,
@@ -65,8 +66,7 @@ class HeadRoom:
         self.panels = {key: gemm.Panels.of(matrix, compute_dtype, max_chunk_bytes) for key, matrix in matrices.items()}
         self.straight = impl != "torch" and all(self._is_served_straight(head) for head in heads)
         self.epilogue = self._takes_epilogue(impl, with_divergence)
-        self.rows = layout.rows.to(weight.device, non_blocking=True)
-        self.targets = layout.targets.to(weight.device, non_blocking=True)
+        self.rows, self.targets, _ = layout.on(weight.device)
         if self.shard is not None:
             self.targets = self.targets - self.shard.start
         self.all_rows = slice(0, len(layout.rows))

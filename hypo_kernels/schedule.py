@@ -51,7 +51,7 @@ def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> t
         in_one_product=len(plan) == 1 and len(call.layout.rows) <= room.max_rows and not sums_are_wide,
         scale_=room.steps.scale_,
     )
-    lengths = call.layout.lengths.to(room.rows.device, non_blocking=True)
+    lengths = call.layout.on(room.rows.device).lengths
     step = _exact if exact else _sampled
     parts = [step(call, room, gradients, chunk, lengths[chunk.sequences]) for chunk in plan]
     gradients.close(room.shard)

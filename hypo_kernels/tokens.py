@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hypo_kernels import checks, chunks
-from hypo_kernels.chunks import Layout, split
+from hypo_kernels import checks
+from hypo_kernels.chunks import split
 from hypo_kernels.gradients import Gradients, Leaves
+from hypo_kernels.layout import TargetLayout
 from hypo_kernels.projection import Projection
 from hypo_kernels.room import HeadRoom
 
@@ -31,7 +32,7 @@ class TokenPass:
     """One call, checked and laid out."""
 
     projection: Projection
-    layout: Layout
+    layout: TargetLayout
     compute_dtype: torch.dtype
     impl: str
     max_chunk_bytes: int
@@ -112,7 +113,7 @@ class TokenPass:
 
 def token_pass(
     projection: Projection,
-    targets: Tensor,
+    targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None,
     max_chunk_bytes: int,
     impl: str,
@@ -120,11 +121,9 @@ def token_pass(
 ) -> TokenPass:
     """Check the arguments of ``token_logprobs`` or ``sequence_logprobs``, and lay them out."""
     checks.inputs(projection, targets, cu_seqlens)
-    if cu_seqlens is not None:
-        checks.sequences(cu_seqlens, len(targets))
+    layout = targets if isinstance(targets, TargetLayout) else TargetLayout.of(targets, cu_seqlens)
     checks.chunk_budget(max_chunk_bytes)
     dtype = checks.compute_dtype(projection.hidden, projection.head.weight)
     impl = checks.implementation(impl, projection.head, dtype)
-    layout = chunks.layout(targets, cu_seqlens)
     checks.targets_in_vocabulary(layout, projection.head)
     return TokenPass(projection, layout, dtype, impl, max_chunk_bytes, with_entropy)
