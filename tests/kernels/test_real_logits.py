@@ -101,8 +101,14 @@ def test_the_models_logits_are_peaked(answers: list[tuple[Tensor, ...]], device:
     assert log_p.gather(1, targets[:, None]).mean() > -6  # the answers are likely: targets and rows are aligned
 
 
+def affordable(interpreted_dtype: torch.dtype) -> list[Any]:
+    """(impl, dtype), Triton's interpreter with ``interpreted_dtype`` alone."""
+    every = variants(torch.float32, torch.bfloat16)
+    return [v for v in every if torch.cuda.is_available() or "triton" not in v.values or interpreted_dtype in v.values]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(("impl", "dtype"), affordable(torch.float32))
 def test_log_probs_exact_kl_loss_and_every_gradient_of_a_real_model_are_within_the_contract(
     impl: str, dtype: torch.dtype, answers: list[tuple[Tensor, ...]], device: torch.device
 ) -> None:
@@ -133,7 +139,7 @@ def token_results(batch: Batch, dtype: torch.dtype, impl: str | None) -> Results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(("impl", "dtype"), affordable(torch.bfloat16))
 def test_token_log_probs_and_entropies_of_a_real_model_are_within_the_contract(
     impl: str, dtype: torch.dtype, answers: list[tuple[Tensor, ...]], device: torch.device
 ) -> None:

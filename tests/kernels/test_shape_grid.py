@@ -25,7 +25,7 @@ from contract import (
 )
 from torch import Tensor
 
-from hypo_kernels import token_logprobs
+from hypo_kernels import sequence_logprobs, token_logprobs
 
 # Columns beyond the vocabulary, where the interpreter's exp may overflow, are masked when they are stored.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -194,6 +194,23 @@ def test_log_probs_of_8192_rows_and_their_gradients_are_within_the_contract(
     rows.backward(many.exact["by_row"].to(rows.dtype))
     results = {"rows": rows, "gradient of hidden": batch.hidden.grad, "gradient of weight": batch.weight.grad}
     many.assert_close({name: value.detach().double() for name, value in results.items()}, dtype)
+
+
+@pytest.mark.parametrize(
+    "impl", ["torch", pytest.param("triton", marks=[] if torch.cuda.is_available() else pytest.mark.slow)]
+)
+def test_the_log_prob_of_a_sequence_of_8192_tokens_is_within_the_contract(impl: str, device: torch.device) -> None:
+    """Added one by one in fp32, 8192 log-probs would be rounded 8192 times at the size of their sum."""
+    batch = random_batch([8192], 7, width=WIDTH, ignored=0.0, cheap_reference=True, device=device)
+    gen = torch.Generator().manual_seed(2)
+    orders = [torch.arange(8192), *(torch.randperm(8192, generator=gen) for _ in range(EAGER_ORDERS))]
+    with torch.no_grad():
+        exact = plain_logps(batch.to(torch.float64))
+        eager = [
+            plain_logps(replace(batch, hidden=batch.hidden[t.to(device)], targets=batch.targets[t])) for t in orders
+        ]
+        found = sequence_logprobs(batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, impl=impl)
+    assert_close("logps", found, eager, exact, torch.float32)
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
