@@ -5,6 +5,7 @@ dtype a test, and 8192 rows are left to the torch implementation; a CUDA device 
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import (
+    FUSED,
     Batch,
     Results,
     assert_close,
     assert_contract,
     loss_scale,
+    plain_distributions,
     plain_logps,
     plain_objective,
     random_batch,
@@ -25,7 +28,7 @@ from contract import (
 )
 from torch import Tensor
 
-from hypo_kernels import sequence_logprobs, token_logprobs
+from hypo_kernels import fused_hypo_loss, sequence_logprobs, token_logprobs
 
 # Columns beyond the vocabulary, where the interpreter's exp may overflow, are masked when they are stored.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -196,9 +199,11 @@ def test_log_probs_of_8192_rows_and_their_gradients_are_within_the_contract(
     many.assert_close({name: value.detach().double() for name, value in results.items()}, dtype)
 
 
-@pytest.mark.parametrize(
-    "impl", ["torch", pytest.param("triton", marks=[] if torch.cuda.is_available() else pytest.mark.slow)]
-)
+# Sums over a sequence are the same torch operations for every implementation: one on a CPU shows both.
+SUMMED = FUSED if torch.cuda.is_available() else ["torch"]
+
+
+@pytest.mark.parametrize("impl", SUMMED)
 def test_the_log_prob_of_a_sequence_of_8192_tokens_is_within_the_contract(impl: str, device: torch.device) -> None:
     """Added one by one in fp32, 8192 log-probs would be rounded 8192 times at the size of their sum."""
     batch = random_batch([8192], 7, width=WIDTH, ignored=0.0, cheap_reference=True, device=device)
@@ -211,6 +216,27 @@ def test_the_log_prob_of_a_sequence_of_8192_tokens_is_within_the_contract(impl: 
         ]
         found = sequence_logprobs(batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, impl=impl)
     assert_close("logps", found, eager, exact, torch.float32)
+
+
+@pytest.mark.parametrize("impl", SUMMED)
+def test_the_exact_kl_of_samples_of_2048_tokens_is_within_the_contract(impl: str, device: torch.device) -> None:
+    batch = random_batch([2048] * 4, 7, width=WIDTH, ignored=0.0, with_ref_hidden=True, device=device)
+    batch = batch.with_options(kl_estimator="exact")
+
+    def plain(batch: Batch, orders: Sequence[Tensor]) -> Tensor:
+        """(N,), the rows of each sample added in its order."""
+        log_p, log_q = plain_distributions(batch), plain_distributions(batch, of_reference=True)
+        divergences = (log_p.exp() * (log_p - log_q)).sum(-1).view(4, 2048)
+        return torch.stack([rows[t.to(device)].sum() for rows, t in zip(divergences, orders, strict=True)])
+
+    gen = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        exact = plain(batch.to(torch.float64), [torch.arange(2048)] * 4)
+        eager = [plain(batch, [torch.randperm(2048, generator=gen) for _ in range(4)]) for _ in range(EAGER_ORDERS)]
+        found = fused_hypo_loss(
+            batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, impl=impl, **batch.options
+        ).kl
+    assert_close("kl", found, eager, exact, torch.float32)
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
