@@ -17,7 +17,7 @@ from hypo_kernels.gradients import Leaves
 from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.layout import TargetLayout, sequence_layout
 from hypo_kernels.projection import Projection
-from hypo_kernels.room import sequence_sums
+from hypo_kernels.statistics import sequence_sums
 from hypo_kernels.tokens import TokenPass, token_pass
 from hypo_kernels.vocab import VocabShard
 

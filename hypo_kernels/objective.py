@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hypo_kernels.statistics import sequence_sums
+
 PREFERENCES = ("sigmoid", "ipo")
 KL_ESTIMATORS = ("sampled", "exact")
 
@@ -84,7 +86,7 @@ class Objective:
         Nothing here waits for the device, and every sum has one order.
         """
         k, gamma = self.num_generations, self.length_penalty
-        kl = torch.segment_reduce(divergences, "sum", lengths=lengths, unsafe=True, initial=0.0).view(-1, k)
+        kl = sequence_sums(divergences, lengths).view(-1, k)
         scale = self.kl_coef / max(1, self.num_prompts * k)
         loss = scale * (kl + gamma * lengths.view(-1, k).to(kl.dtype))
         place = _Places(lengths, len(divergences))

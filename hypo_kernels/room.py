@@ -339,8 +339,3 @@ def _row_steps(impl: str) -> tuple[ModuleType, ModuleType]:
     from hypo_kernels import divergence_triton, rows_triton  # Triton is imported by the first call that needs it
 
     return rows_triton, divergence_triton
-
-
-def sequence_sums(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Deterministic sum of each sequence's rows, (N,) -> (S,); ``lengths`` (S,) on the rows' device."""
-    return torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True, initial=0.0)

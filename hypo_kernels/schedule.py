@@ -19,8 +19,8 @@ from torch import Tensor
 from hypo_kernels.call import Call, Outcome
 from hypo_kernels.chunks import Chunk, chunks
 from hypo_kernels.gradients import Gradients, Leaves
-from hypo_kernels.room import HeadRoom, sequence_sums
-from hypo_kernels.statistics import RowStatistics
+from hypo_kernels.room import HeadRoom
+from hypo_kernels.statistics import RowStatistics, sequence_sums
 
 
 def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> tuple[Outcome, Gradients]:

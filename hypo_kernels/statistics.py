@@ -69,3 +69,11 @@ def over_ranks(
     summed = shard.sum_(torch.stack(sums))
     norms = torch.stack([whole_top, summed[0]], dim=1)
     return RowStatistics(norms, summed[1], None if stats.moment is None else summed[2]), whole_ref
+
+
+def sequence_sums(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Deterministic sum of each sequence's rows, (N,) -> (S,); ``lengths`` (S,) on the rows' device.
+
+    Added in fp64: thousands of fp32 additions, one after another, would each round at the size of the sum.
+    """
+    return torch.segment_reduce(rows.double(), "sum", lengths=lengths, unsafe=True, initial=0.0).to(rows.dtype)
