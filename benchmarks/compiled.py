@@ -28,9 +28,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hypo_kernels import divergence_triton, exponentials_triton, statistics_triton
-from hypo_kernels.rows_triton import SCALE_BLOCK, _row_kernel, _scale_kernel
-from hypo_kernels.tiles import (
+from hypo_kernels.kernels import divergence as divergence_kernels
+from hypo_kernels.kernels import exponentials as exponentials_kernels
+from hypo_kernels.kernels import statistics as statistics_kernels
+from hypo_kernels.kernels.rows import SCALE_BLOCK, _row_kernel, _scale_kernel
+from hypo_kernels.kernels.tiles import (
     EPILOGUE_PARTS,
     FP32_TILE,
     POINTER_TILE,
@@ -89,7 +91,7 @@ def variants(capability: int) -> Iterator[Variant]:
     yield from _divergence_variants(capability)
     yield Variant(_scale_kernel, "scale", "bf16", {"BLOCK": SCALE_BLOCK}, 8)
     arch = (capability // 10, capability % 10)
-    statistics, exponentials = statistics_triton._statistics_kernel, exponentials_triton._exponentials_kernel
+    statistics, exponentials = statistics_kernels._statistics_kernel, exponentials_kernels._exponentials_kernel
     for bias, softcap in itertools.product((False, True), (False, True)):
         head = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
         tiles = [
@@ -109,25 +111,25 @@ def variants(capability: int) -> Iterator[Variant]:
         options = {"listed": listed, "aligned": aligned, "dtype": dtype, **everything}
         yield _gemm(statistics, tile, **options, WITH_MOMENT=not listed)
         yield _gemm(exponentials, tile, **options)
-    rows, partials = statistics_triton.MERGE_ROWS, statistics_triton.MERGE_PARTIALS
+    rows, partials = statistics_kernels.MERGE_ROWS, statistics_kernels.MERGE_PARTIALS
     for moment, listed in [(False, False), (True, False), (False, True)]:
         constants = {"WITH_MOMENT": moment, "LISTED": listed, "BLOCK_C": rows, "BLOCK_P": partials}
-        yield Variant(statistics_triton._merge_kernel, "merge", "fp32", constants, 4)
-    blocks = {"BLOCK_C": exponentials_triton.SUM_ROWS, "BLOCK_P": exponentials_triton.SUM_PARTIALS}
-    yield Variant(exponentials_triton._sum_kernel, "sum", "fp32", blocks, 4)
-    yield Variant(exponentials_triton._list_kernel, "list", "fp32", {"BLOCK_C": exponentials_triton.LIST_BLOCK}, 4)
+        yield Variant(statistics_kernels._merge_kernel, "merge", "fp32", constants, 4)
+    blocks = {"BLOCK_C": exponentials_kernels.SUM_ROWS, "BLOCK_P": exponentials_kernels.SUM_PARTIALS}
+    yield Variant(exponentials_kernels._sum_kernel, "sum", "fp32", blocks, 4)
+    yield Variant(exponentials_kernels._list_kernel, "list", "fp32", {"BLOCK_C": exponentials_kernels.LIST_BLOCK}, 4)
     yield Variant(
-        exponentials_triton._offset_kernel,
+        exponentials_kernels._offset_kernel,
         "offset",
         "bf16",
-        {**everything, "BLOCK_D": exponentials_triton.OFFSET_BLOCK},
+        {**everything, "BLOCK_D": exponentials_kernels.OFFSET_BLOCK},
         4,
     )
     yield Variant(
-        exponentials_triton._target_kernel,
+        exponentials_kernels._target_kernel,
         "target",
         "bf16",
-        {"HAS_SOFTCAP": True, "BLOCK_C": exponentials_triton.TARGET_BLOCK},
+        {"HAS_SOFTCAP": True, "BLOCK_C": exponentials_kernels.TARGET_BLOCK},
         4,
     )
 
@@ -157,8 +159,8 @@ def _divergence_variants(capability: int) -> Iterator[Variant]:
     """Against a reference, or the entropy."""
     tile = row_tile(WIDEST, (capability // 10, capability % 10))
     kernels = (
-        (divergence_triton._statistics_kernel, "divergence"),
-        (divergence_triton._gradient_kernel, "mixed gradients"),
+        (divergence_kernels._statistics_kernel, "divergence"),
+        (divergence_kernels._gradient_kernel, "mixed gradients"),
     )
     for (kernel, name), ref, shaped in itertools.product(kernels, (False, True), (False, True)):
         constants = {

@@ -78,21 +78,22 @@ class RowStep:
     leaves_upstream_one: bool  # a gradient to be multiplied by 1 is not read
 
 
-# Statistics and gradients read a row twice. The second time it comes from L2 where the resident rows fit in it:
-# counted as memory here.
+# Statistics alone come straight from hidden states, at what is here the rate of any GEMM. Gradients read a row of
+# logits twice, whether an earlier pass has left its norms or not; the second time it comes from L2 where the
+# resident rows fit in it: counted as memory here.
 TRITON = RowStep(
-    statistics=Passes(1),
+    statistics=Passes(partials=2),
     gradients=Passes(2, gradients_written=1),
-    known_norms=Passes(1, gradients_written=1),
-    entropy=Passes(1),
-    entropy_gradients=Passes(1, gradients_written=1),
+    known_norms=Passes(2, gradients_written=1),
+    entropy=Passes(partials=3),
+    entropy_gradients=Passes(2, gradients_written=1),
     divergence=Passes(2),
     divergence_gradients=Passes(2, gradients_written=1),
     leaves_upstream_one=True,
 )
 # One operator after another. A block of rows and its scratch stay in a CPU's cache.
 TORCH = RowStep(
-    statistics=Passes(5, 3),  # copy, amax, −, exp, sum
+    statistics=Passes(4, 2),  # copy, amax, softmax, amax
     gradients=Passes(3, 1, narrowed=True),  # amax, softmax, amax
     known_norms=Passes(3, 3, narrowed=True),  # −, exp, ÷
     entropy=Passes(9, 5),  # copy, amax, −, clamp; exp, sum; ·, sum
@@ -101,14 +102,12 @@ TORCH = RowStep(
     divergence_gradients=Passes(15, 13, narrowed=True),  # as for the entropy; copy, −, clamp, − of the reference's; −
     leaves_upstream_one=False,
 )
-# GEMMs with an epilogue of their own, at what is here the rate of any GEMM. bf16 exponentials are the operand of
-# the gradients' GEMMs but for a number a row; a gradient of entropy or divergence needs the logits.
+# A GEMM with an epilogue of its own, again at the rate of any GEMM. bf16 exponentials are the operand of the
+# gradients' GEMMs but for a number a row; a gradient of entropy or divergence needs the logits.
 EXPONENTIALS = replace(
     TRITON,
-    statistics=Passes(partials=2),
     gradients=Passes(gradients_written=1, partials=1),
     known_norms=Passes(gradients_written=1, partials=1),
-    entropy=Passes(partials=3),
 )
 ROW_STEPS = {"triton": TRITON, "torch": TORCH, "exponentials": EXPONENTIALS}
 
@@ -322,14 +321,15 @@ SCHEDULES = {
 
 
 def max_rows(work: Work, max_chunk_bytes: int, buffers: int) -> int:
-    """Rows of a chunk on CUDA with the Triton row step: logits, and features as operands and as results.
+    """Rows of a chunk on CUDA with the Triton row step: logits, features as operands and as results, partials.
 
     Keeping groups whole takes up to a group's rows from that. Exponentials would leave room for twice as many.
     """
     pitch = _ceil(work.vocab, ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     features = work.width * (2 * work.dtype.itemsize + 3 * WIDE)
     kept = 64 * work.rows  # bytes, of every row of the call
-    return min(work.rows, max(1, (max_chunk_bytes - kept) // (buffers * (pitch * WIDE + features))))
+    partials = 3 * WIDE * _ceil(work.vocab, 64)  # the most that a tile's width makes of a row
+    return min(work.rows, max(1, (max_chunk_bytes - kept) // (buffers * (pitch * WIDE + features) + partials)))
 
 
 def _ceil(x: int, step: int) -> int:

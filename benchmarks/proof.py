@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 # Without these, nothing that touches hypo_train can be imported, and its tests are left out.
 TRAINING = ("accelerate", "datasets", "peft", "pydantic", "transformers", "yaml")
 GRACE = 10  # seconds for a step at its limit to write what it has
-ROW_KERNEL = "_row_kernel"  # of hypo_kernels.rows_triton: the kernel whose programs share memory
+ROW_KERNEL = "_row_kernel"  # of hypo_kernels.kernels.rows: the kernel whose programs share memory
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     python -m benchmarks.tune_tiles --shapes 8192x128256x4096 --seconds 20
 
 Nothing is tuned on a user's machine: somebody runs this, reads it, and puts the lines it prints into
-``hypo_kernels/tiles.py``. Candidates take turns with the bare GEMM; one whose log-sum-exps are off is out.
+``hypo_kernels/kernels/tiles.py``. Candidates take turns with the bare GEMM; one whose log-sum-exps are off is out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.measure import Step, interleaved, median
 from hypo_kernels.head import LMHead
-from hypo_kernels.tiles import GemmTile, gemm_candidates
+from hypo_kernels.kernels.tiles import GemmTile, gemm_candidates
 
 SHAPES = ["8192x128256x4096", "4096x50304x2048", "1024x50304x2048"]  # rows x vocabulary x features
 CHECKED_ROWS = 32
@@ -98,11 +98,12 @@ def time_shape(kernel: str, shape: str, dtype: torch.dtype, device: torch.device
 def _runner(
     kernel: str, x: Tensor, weight: Tensor, targets: Tensor, head: LMHead, out: Tensor
 ) -> Callable[[GemmTile], Tensor]:
-    from hypo_kernels import exponentials_triton, statistics_triton
+    from hypo_kernels.kernels import exponentials as exponentials_kernels
+    from hypo_kernels.kernels import statistics as statistics_kernels
 
     if kernel == "statistics":
-        return lambda tile: statistics_triton.statistics(x, weight, targets, head, tile=tile)[0]
-    return lambda tile: exponentials_triton.exponentials(x, weight, targets, head, out, tile=tile)[1]
+        return lambda tile: statistics_kernels.statistics(x, weight, targets, head, tile=tile)[0]
+    return lambda tile: exponentials_kernels.exponentials(x, weight, targets, head, out, tile=tile)[1]
 
 
 def _bound(run: Callable[[GemmTile], Tensor], tile: GemmTile) -> Step:

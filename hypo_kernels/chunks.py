@@ -115,7 +115,7 @@ def max_rows(
 
 
 def straight_bytes(vocab_size: int) -> int:
-    """The most that a row's partial results take in ``statistics_triton`` and ``exponentials_triton``."""
+    """The most that a row's partial results take in ``kernels.statistics`` and ``kernels.exponentials``."""
     return 3 * 4 * -(-vocab_size // 64)
 
 

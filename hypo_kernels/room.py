@@ -1,17 +1,17 @@
 """The kernel room: one chunk of rows through the LM head, never the full-vocabulary logits.
 
 A chunk of rows passes through the head once: library GEMMs write its raw logits into one reused buffer,
-the row step (``rows_torch`` or ``rows_triton``) reduces them to softmax norms and a log-prob a row and,
+the row step (``blockwise.rows`` or ``kernels.rows``) reduces them to softmax norms and a log-prob a row and,
 where gradients are wanted, turns the buffer into unit gradients U = softmax − onehot. With the derivative
 c of the loss by each row's log-prob, two more GEMMs give ``dHidden = −c ⊙ (U·W)`` and
 ``dWeight += Uᵀ·(−c ⊙ hidden)``: coefficients never touch the (C, V) buffer.
 
-Two Triton kernels go straight from hidden states where they serve the head: ``statistics_triton``, which stores
-no logits at all, wherever statistics are all that is wanted, and ``exponentials_triton`` (the epilogue
+Two Triton kernels go straight from hidden states where they serve the head: ``kernels.statistics``, which stores
+no logits at all, wherever statistics are all that is wanted, and ``kernels.exponentials`` (the epilogue
 schedule), which writes exponentials into the buffer instead of logits: they are U but for a factor a row.
 
 A loss that also depends on each row's divergence from a reference has the reference's logits in a second
-buffer, and its row step (``divergence_torch`` or ``divergence_triton``) mixes the two derivatives.
+buffer, and its row step (``blockwise.divergence`` or ``kernels.divergence``) mixes the two derivatives.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hypo_kernels import chunks, divergence_torch, gemm, rows_torch
+from hypo_kernels import chunks, gemm
+from hypo_kernels.blockwise import divergence as divergence_blocks
+from hypo_kernels.blockwise import rows as rows_blocks
 from hypo_kernels.chunks import split
 from hypo_kernels.gradients import Gradients
 from hypo_kernels.head import LMHead
+from hypo_kernels.kernels.tiles import EPILOGUE_IS_FASTER
 from hypo_kernels.layout import TargetLayout
 from hypo_kernels.projection import Projection
 from hypo_kernels.statistics import RowStatistics, over_ranks
-from hypo_kernels.tiles import EPILOGUE_IS_FASTER
 
 # fp16 has no exponent to spare for the tail of a softmax; 2^12 keeps 1.5e-11 of it and cannot overflow.
 FP16_GRADIENT_SCALE = 2.0**12
@@ -134,11 +136,11 @@ class HeadRoom:
         return RowStatistics.cat(parts)
 
     def _straight_statistics(self, projection: Projection, rows: slice, *, with_moment: bool) -> RowStatistics:
-        from hypo_kernels import statistics_triton
+        from hypo_kernels.kernels import statistics as statistics_kernels
 
         x, weight = self._inputs(projection.hidden, rows), self._operand(projection.head.weight)
         stats = RowStatistics(
-            *statistics_triton.statistics(x, weight, self.targets[rows], projection.head, with_moment=with_moment)
+            *statistics_kernels.statistics(x, weight, self.targets[rows], projection.head, with_moment=with_moment)
         )
         return stats if self.shard is None else over_ranks(stats, None, self.shard)[0]
 
@@ -171,17 +173,17 @@ class HeadRoom:
         return unit, None, own_logps if logps is None else logps
 
     def _exponentials(self, projection: Projection, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        from hypo_kernels import exponentials_triton
+        from hypo_kernels.kernels import exponentials as exponentials_kernels
 
         head, targets, count = projection.head, self.targets[rows], rows.stop - rows.start
         x, out = self._inputs(projection.hidden, rows), self._in_buffer(count)[:, : head.vocab_size]
-        offset, norms, target_logits = exponentials_triton.exponentials(
+        offset, norms, target_logits = exponentials_kernels.exponentials(
             x, self._operand(head.weight), targets, head, out
         )
         stats = RowStatistics(norms, target_logits)
         if self.shard is not None:
             stats, _ = over_ranks(stats, None, self.shard)
-        factor = exponentials_triton.fix_targets(out, targets, stats.target, offset, stats.norms, head)
+        factor = exponentials_kernels.fix_targets(out, targets, stats.target, offset, stats.norms, head)
         return out, factor, stats.logps()
 
     def divergence_statistics(
@@ -314,7 +316,7 @@ class HeadRoom:
                 "or exact KL: use impl='triton' for this call"
             )
         if impl == "triton" and served:
-            from hypo_kernels.head_triton import capability
+            from hypo_kernels.kernels.head import capability
 
             return (capability(device), self.operand_dtype) in EPILOGUE_IS_FASTER
         return impl == "triton-epilogue"
@@ -335,7 +337,8 @@ def _only_matrix(projection: Projection) -> Tensor | None:
 def _row_steps(impl: str) -> tuple[ModuleType, ModuleType]:
     """The row step of log-probs and that of divergences."""
     if impl == "torch":
-        return rows_torch, divergence_torch
-    from hypo_kernels import divergence_triton, rows_triton  # Triton is imported by the first call that needs it
+        return rows_blocks, divergence_blocks
+    from hypo_kernels.kernels import divergence as divergence_kernels
+    from hypo_kernels.kernels import rows as rows_kernels  # Triton is imported by the first call that needs it
 
-    return rows_triton, divergence_triton
+    return rows_kernels, divergence_kernels

@@ -97,8 +97,8 @@ def test_the_quick_kit_ends_within_ten_minutes() -> None:
 
 
 def test_the_kernel_that_racecheck_picks_is_there() -> None:
-    rows_triton = pytest.importorskip("hypo_kernels.rows_triton", reason="Triton is not installed")
-    assert hasattr(rows_triton, proof.ROW_KERNEL)
+    rows_kernels = pytest.importorskip("hypo_kernels.kernels.rows", reason="Triton is not installed")
+    assert hasattr(rows_kernels, proof.ROW_KERNEL)
 
 
 def test_the_small_shapes_run_on_every_kernel(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # The functions (x, weight, …) of Triton kernels with a product in them, by module.
-TRITON_PRODUCTS = {"statistics_triton": "statistics", "exponentials_triton": "exponentials"}
+TRITON_PRODUCTS = {"statistics": "statistics", "exponentials": "exponentials"}
 
 
 class GemmMeter(TorchDispatchMode):
@@ -27,7 +27,7 @@ class GemmMeter(TorchDispatchMode):
     def __enter__(self) -> GemmMeter:
         if importlib.util.find_spec("triton") is not None:
             for module, function in TRITON_PRODUCTS.items():
-                self._count(importlib.import_module(f"hypo_kernels.{module}"), function)
+                self._count(importlib.import_module(f"hypo_kernels.kernels.{module}"), function)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -131,16 +131,16 @@ def prompt_garbage(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ite
     if device.type == "cuda" or importlib.util.find_spec("triton") is None:
         yield
         return
-    from hypo_kernels import rows_triton
+    from hypo_kernels.kernels import rows as rows_kernels
 
-    launch = rows_triton._launch
+    launch = rows_kernels._launch
 
     def launch_and_collect(*args: Any, **kwargs: Any) -> Tensor:
         logps = launch(*args, **kwargs)
         gc.collect()
         return logps
 
-    monkeypatch.setattr(rows_triton, "_launch", launch_and_collect)
+    monkeypatch.setattr(rows_kernels, "_launch", launch_and_collect)
     gc.collect()
     gc.freeze()  # what is there already need not be looked at again
     yield

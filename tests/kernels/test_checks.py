@@ -48,7 +48,7 @@ def with_one(value: float, *shape: int) -> torch.Tensor:
 # What is wrong -> (changed arguments, what the message must hold).
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     # implementations
-    "an unknown impl": ({"impl": "cuda"}, ["impl='cuda'", "'auto', 'triton', 'triton-rows', 'triton-epilogue', 'torch', 'reference'"]),
+    "an unknown impl": ({"impl": "cuda"}, ["impl='cuda'", "'triton', 'triton-rows', 'triton-epilogue', 'torch'"]),
     # shapes
     "hidden of one dimension": ({"hidden": torch.randn(T)}, ["hidden", "(10,)", "(T, D)"]),
     "a weight of one dimension": ({"lm_head_weight": torch.randn(D)}, ["lm_head_weight", "(4,)", "(V, D)"]),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from contract import NO_TRITON
 
-from hypo_kernels.tiles import GEMM_TILES, ROW_TILES, SHARED_MEMORY
+from hypo_kernels.kernels.tiles import GEMM_TILES, ROW_TILES, SHARED_MEMORY
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks" / "COMPILED.md"

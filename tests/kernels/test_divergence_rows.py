@@ -18,7 +18,8 @@ WHOLE: dict[str, Any] = {"logit_softcap": 3.0, "logit_scale": 0.5, "temperature"
 
 
 def steps_of(impl: str) -> ModuleType:
-    return importlib.import_module(f"hypo_kernels.divergence_{impl}")
+    package = {"torch": "blockwise", "triton": "kernels"}[impl]
+    return importlib.import_module(f"hypo_kernels.{package}.divergence")
 
 
 class Rows:

@@ -15,10 +15,10 @@ from contract import assert_close
 from head_cases import HEADS, NARROW, Case, make_case
 from torch import Tensor
 
-from hypo_kernels.tiles import GemmTile
+from hypo_kernels.kernels.tiles import GemmTile
 
-exponentials_triton = pytest.importorskip("hypo_kernels.exponentials_triton", exc_type=ImportError)
-head_triton = pytest.importorskip("hypo_kernels.head_triton", exc_type=ImportError)
+exponentials_kernels = pytest.importorskip("hypo_kernels.kernels.exponentials", exc_type=ImportError)
+head_kernels = pytest.importorskip("hypo_kernels.kernels.head", exc_type=ImportError)
 # numpy remarks on overflows, which the repair is there for, and on columns beyond the vocabulary.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -30,7 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(params=TILES)
 def tile(request: pytest.FixtureRequest, device: torch.device) -> GemmTile:
-    if request.param == "descriptors" and head_triton.capability(device) not in [(0, 0), (9, 0), (10, 0)]:
+    if request.param == "descriptors" and head_kernels.capability(device) not in [(0, 0), (9, 0), (10, 0)]:
         pytest.skip("no TMA on this device")
     return TILES[request.param]
 
@@ -41,10 +41,10 @@ def run(case: Case, tile: GemmTile | None) -> tuple[Tensor, Tensor, Tensor, Tens
     pitch = -(-vocab // 8) * 8 + 8
     buffer = torch.full((len(case.x), pitch), float("nan"), dtype=case.x.dtype, device=case.x.device)
     out = buffer[:, :vocab]
-    offset, norms, target_logits = exponentials_triton.exponentials(
+    offset, norms, target_logits = exponentials_kernels.exponentials(
         case.x, case.weight, case.targets, case.head, out, tile=tile
     )
-    row_factor = exponentials_triton.fix_targets(out, case.targets, target_logits, offset, norms, case.head)
+    row_factor = exponentials_kernels.fix_targets(out, case.targets, target_logits, offset, norms, case.head)
     return buffer, out, offset, norms, target_logits, row_factor
 
 
@@ -107,7 +107,7 @@ def test_rows_with_a_hopeless_target_are_repaired(dtype: torch.dtype, tile: Gemm
     z = case.head.logits(case.x.double() @ case.weight.double().t())
     assert torch.all(z.amax(1)[hopeless] - case.pick(z)[hopeless] > 190)
     torch.testing.assert_close(offset[hopeless].double(), z.amax(1)[hopeless], rtol=1e-6, atol=1e-5)
-    others = case.pick(z)[~hopeless] + exponentials_triton.OFFSET_ABOVE_TARGET
+    others = case.pick(z)[~hopeless] + exponentials_kernels.OFFSET_ABOVE_TARGET
     torch.testing.assert_close(offset[~hopeless].double(), others, rtol=1e-6, atol=1e-5)
     assert torch.all((norms[:, 1] > 0) & norms.isfinite().all(1))
 
@@ -161,7 +161,7 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(gap: float, device: torch.
         weight = case.weight[first:last]
         shard = Case(case.x, weight, case.targets - first, replace(case.head, weight=weight))
         out = torch.empty(9, 150, device=device)
-        parts.append((shard, out, *exponentials_triton.exponentials(*_operands(shard), out, tile=POINTERS)))
+        parts.append((shard, out, *exponentials_kernels.exponentials(*_operands(shard), out, tile=POINTERS)))
     target_logits = sum(part[4] for part in parts)
     tops = torch.stack([norms[:, 0] for *_, norms, _ in parts])
     # Any common reference will do: here the largest log-sum-exp.
@@ -171,7 +171,7 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(gap: float, device: torch.
     assert tops.isfinite().all()
     gradients = []
     for shard, out, offset, _, _ in parts:
-        row_factor = exponentials_triton.fix_targets(out, shard.targets, target_logits, offset, norms, shard.head)
+        row_factor = exponentials_kernels.fix_targets(out, shard.targets, target_logits, offset, norms, shard.head)
         gradients.append(out * row_factor[:, None])
     eager = case.to(torch.float32).results()["gradient"]
     assert_close("gradient", torch.cat(gradients, 1), [eager], exact["gradient"], torch.float32, case.size())
@@ -210,20 +210,20 @@ def test_no_rows_are_no_work(device: torch.device) -> None:
 def test_sums_or_the_statistics_of_repair_are_all_that_a_call_allocates() -> None:
     hopper = replace(DESCRIPTORS, BLOCK_N=256)
     # 501 tiles of 256, or top and total of 1002 tiles of 128; a list of rows and its flags and length.
-    assert exponentials_triton.scratch_bytes(4096, 128_256, hopper) == 4 * (2 * 1002 * 4096 + 2 * 4096 + 1)
+    assert exponentials_kernels.scratch_bytes(4096, 128_256, hopper) == 4 * (2 * 1002 * 4096 + 2 * 4096 + 1)
 
 
 def test_fp16_is_refused(device: torch.device) -> None:
     """It has no exponents for the tail of a softmax."""
     case = make_case(2, 50, 8, device=device, dtype=torch.float16)
     with pytest.raises(ValueError, match="float16"):
-        exponentials_triton.exponentials(*_operands(case), torch.empty(2, 50, dtype=torch.bfloat16, device=device))
+        exponentials_kernels.exponentials(*_operands(case), torch.empty(2, 50, dtype=torch.bfloat16, device=device))
     wide = case.to(torch.float32)
     with pytest.raises(ValueError, match="float16"):
-        exponentials_triton.exponentials(*_operands(wide), torch.empty(2, 50, dtype=torch.float16, device=device))
+        exponentials_kernels.exponentials(*_operands(wide), torch.empty(2, 50, dtype=torch.float16, device=device))
 
 
 def test_an_out_of_another_shape_is_refused(device: torch.device) -> None:
     case = make_case(2, 50, 8, device=device)
     with pytest.raises(ValueError, match=r"\(2, 49\)"):
-        exponentials_triton.exponentials(*_operands(case), torch.empty(2, 49, device=device))
+        exponentials_kernels.exponentials(*_operands(case), torch.empty(2, 49, device=device))

@@ -22,8 +22,11 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
+PACKAGES = {"torch": "blockwise", "triton": "kernels"}
+
+
 def row_steps(impl: str) -> ModuleType:
-    return importlib.import_module(f"hypo_kernels.rows_{impl}")
+    return importlib.import_module(f"hypo_kernels.{PACKAGES[impl]}.rows")
 
 
 def rows_of(
@@ -131,9 +134,9 @@ def test_columns_beyond_the_vocabulary_are_neither_read_nor_written(
 def test_triton_packs_narrow_gradients_into_the_memory_of_their_own_row(
     out_dtype: torch.dtype, device: torch.device
 ) -> None:
-    rows_triton = row_steps("triton")
-    assert rows_triton.GRADIENTS_IN_PLACE
-    assert rows_triton.scratch_bytes(5, 4000) == 0
+    rows_kernels = row_steps("triton")
+    assert rows_kernels.GRADIENTS_IN_PLACE
+    assert rows_kernels.scratch_bytes(5, 4000) == 0
     buffer, raw, targets, head = rows_of(5, 1000, 1024, device, {})
     unit, _ = unit_gradients("triton", raw, targets, head, out_dtype=out_dtype)
     assert unit.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
@@ -152,23 +155,23 @@ def test_no_rows_are_no_work(impl: str, device: torch.device) -> None:
 
 
 def test_torch_takes_rows_in_blocks_and_says_how_much_it_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hypo_kernels import rows_torch
+    from hypo_kernels.blockwise import rows as rows_blocks
 
     device = torch.device("cpu")
     _, raw, targets, head = rows_of(11, 1000, 1000, device, HEADS["all"])
     whole = unit_gradients("torch", raw.clone(), targets, head)
-    monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 3 * 4000)  # blocks of 3 rows, the last of 2
+    monkeypatch.setattr(rows_blocks, "BLOCK_BYTES", 3 * 4000)  # blocks of 3 rows, the last of 2
     blocks = unit_gradients("torch", raw.clone(), targets, head)
     for a, b in zip(whole, blocks, strict=True):
         torch.testing.assert_close(a, b)
-    assert rows_torch.scratch_bytes(2, 4000) == 2 * 2 * 4000
-    assert rows_torch.scratch_bytes(1000, 4000) == 2 * 3 * 4000
-    assert rows_torch.scratch_bytes(1000, 40_000) == 2 * 40_000  # a row is never split
+    assert rows_blocks.scratch_bytes(2, 4000) == 2 * 2 * 4000
+    assert rows_blocks.scratch_bytes(1000, 4000) == 2 * 3 * 4000
+    assert rows_blocks.scratch_bytes(1000, 40_000) == 2 * 40_000  # a row is never split
 
 
 FAR_ROWS = """
 import sys, torch
-from hypo_kernels import rows_triton
+from hypo_kernels.kernels import rows as rows_kernels
 from hypo_kernels.head import LMHead
 device, pitch, vocab = sys.argv[1], 2**30, 50
 try:
@@ -181,7 +184,7 @@ near = torch.randn(3, vocab, device=device)
 far.copy_(near)
 targets = torch.tensor([0, 7, vocab - 1], device=device)
 head = LMHead(torch.empty(vocab, 1, device=device))
-expected, got = (rows_triton.statistics(raw, targets, head).logps() for raw in (near, far))
+expected, got = (rows_kernels.statistics(raw, targets, head).logps() for raw in (near, far))
 assert torch.equal(got, expected), (got, expected)
 """
 

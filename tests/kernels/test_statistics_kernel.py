@@ -15,10 +15,10 @@ import torch
 from contract import assert_close
 from head_cases import HEADS, NARROW, Case, make_case
 
-from hypo_kernels.tiles import GemmTile
+from hypo_kernels.kernels.tiles import GemmTile
 
-statistics_triton = pytest.importorskip("hypo_kernels.statistics_triton", exc_type=ImportError)
-head_triton = pytest.importorskip("hypo_kernels.head_triton", exc_type=ImportError)
+statistics_kernels = pytest.importorskip("hypo_kernels.kernels.statistics", exc_type=ImportError)
+head_kernels = pytest.importorskip("hypo_kernels.kernels.head", exc_type=ImportError)
 # numpy remarks on exp(−inf − top) and the like, which are meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -29,13 +29,13 @@ TILES = {"pointers": POINTERS, "descriptors": DESCRIPTORS}
 
 @pytest.fixture(params=TILES)
 def tile(request: pytest.FixtureRequest, device: torch.device) -> GemmTile:
-    if request.param == "descriptors" and head_triton.capability(device) not in [(0, 0), (9, 0), (10, 0)]:
+    if request.param == "descriptors" and head_kernels.capability(device) not in [(0, 0), (9, 0), (10, 0)]:
         pytest.skip("no TMA on this device")
     return TILES[request.param]
 
 
 def assert_exact(case: Case, tile: GemmTile | None) -> None:
-    norms, target_logits, moment = statistics_triton.statistics(
+    norms, target_logits, moment = statistics_kernels.statistics(
         case.x, case.weight, case.targets, case.head, with_moment=True, tile=tile
     )
     top, total = norms.unbind(1)
@@ -109,7 +109,7 @@ def test_operands_of_any_strides(device: torch.device) -> None:
 def test_a_call_repeats_bitwise(tile: GemmTile, device: torch.device) -> None:
     case = make_case(37, 203, 40, device=device, head="all", aligned=tile.descriptors)
     first, second = (
-        statistics_triton.statistics(case.x, case.weight, case.targets, case.head, with_moment=True, tile=tile)
+        statistics_kernels.statistics(case.x, case.weight, case.targets, case.head, with_moment=True, tile=tile)
         for _ in range(2)
     )
     for a, b in zip(first, second, strict=True):
@@ -120,7 +120,7 @@ def test_a_call_repeats_bitwise(tile: GemmTile, device: torch.device) -> None:
 def test_every_order_of_tiles_gives_the_same_numbers(group: int, device: torch.device) -> None:
     case = make_case(37, 400, 8, device=device)
     results = [
-        statistics_triton.statistics(case.x, case.weight, case.targets, case.head, tile=replace(POINTERS, group=order))
+        statistics_kernels.statistics(case.x, case.weight, case.targets, case.head, tile=replace(POINTERS, group=order))
         for order in (2, group)
     ]
     for a, b in zip(*(result[:2] for result in results), strict=True):
@@ -129,7 +129,7 @@ def test_every_order_of_tiles_gives_the_same_numbers(group: int, device: torch.d
 
 def test_no_rows_are_no_work(device: torch.device) -> None:
     case = make_case(2, 50, 8, device=device)
-    norms, target_logits, moment = statistics_triton.statistics(
+    norms, target_logits, moment = statistics_kernels.statistics(
         case.x[:0], case.weight, case.targets[:0], case.head, with_moment=True
     )
     assert norms.shape == (0, 2)
@@ -137,22 +137,22 @@ def test_no_rows_are_no_work(device: torch.device) -> None:
 
 
 def test_partials_are_all_that_a_call_allocates() -> None:
-    assert statistics_triton.scratch_bytes(8192, 128_256, GemmTile(128, 256, 64, 8, 4)) == 4 * 2 * 501 * 8192
+    assert statistics_kernels.scratch_bytes(8192, 128_256, GemmTile(128, 256, 64, 8, 4)) == 4 * 2 * 501 * 8192
 
 
 def test_operands_of_two_dtypes_are_refused(device: torch.device) -> None:
     case = make_case(2, 50, 8, device=device)
     with pytest.raises(ValueError, match=r"bfloat16.*float32"):
-        statistics_triton.statistics(case.x.bfloat16(), case.weight, case.targets, case.head)
+        statistics_kernels.statistics(case.x.bfloat16(), case.weight, case.targets, case.head)
     with pytest.raises(ValueError, match=r"\(2, 8\).*\(50, 7\)"):
-        statistics_triton.statistics(case.x, case.weight[:, :7], case.targets, case.head)
+        statistics_kernels.statistics(case.x, case.weight[:, :7], case.targets, case.head)
 
 
 FAR_ROWS = """
 import sys, torch
 from hypo_kernels.head import LMHead
-from hypo_kernels.statistics_triton import statistics
-from hypo_kernels.tiles import GemmTile
+from hypo_kernels.kernels.statistics import statistics
+from hypo_kernels.kernels.tiles import GemmTile
 device, pitch, width = sys.argv[1], 2**30, 8
 try:
     # 8.6 GB of addresses, of which a CPU backs only the pages that are touched: three.

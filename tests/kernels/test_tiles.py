@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypo_kernels.tiles import (
+from hypo_kernels.kernels.tiles import (
     DEFAULT_ROW_TILE,
     FP32_TILE,
     GEMM_TILES,

@@ -19,8 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.head_triton import tanh
-from hypo_kernels.tiles import GemmTile
+from hypo_kernels.kernels.head import tanh
+from hypo_kernels.kernels.tiles import GemmTile
 
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base address and of all its strides but the last
 INTERPRETED_PROGRAMS = 3  # a grid that makes programs take several tiles each, without a device to fill

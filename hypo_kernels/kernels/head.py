@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.tiles import INTERPRETER
+from hypo_kernels.kernels.tiles import INTERPRETER
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The row step in torch: raw logits of a chunk -> softmax norms, target log-prob, unit gradients.
 
-The counterpart of ``rows_triton.py``, with the same functions. Rows are taken a few at a time, so that a
+The counterpart of ``kernels/rows.py``, with the same functions. Rows are taken a few at a time, so that a
 block stays in a CPU's cache and its temporaries stay within ``scratch_bytes``.
 """
 

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.head_triton import capability, head_arguments, tanh
+from hypo_kernels.kernels.head import capability, head_arguments, tanh
+from hypo_kernels.kernels.tiles import RowTile, row_tile
 from hypo_kernels.statistics import RowStatistics
-from hypo_kernels.tiles import RowTile, row_tile
 
 GRADIENTS_IN_PLACE = True
 SCALE_BLOCK = 8192  # entries a program

@@ -1,6 +1,6 @@
 """Softmax statistics straight from hidden states, in Triton: a GEMM that never stores its logits.
 
-    C rows, V vocabulary entries, D features; z (C, V) the model's logits (``gemm_triton``)
+    C rows, V vocabulary entries, D features; z (C, V) the model's logits (``kernels.product``)
     top = max_v z_v      total = Σ_v exp(z_v − top)      moment = Σ_v exp(z_v − top)·(z_v − top)
     logp = z_y − top − log total                         entropy = log total − moment / total
 
@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hypo_kernels import gemm_triton
-from hypo_kernels.gemm_triton import (
+from hypo_kernels.head import LMHead
+from hypo_kernels.kernels import product as gemm_kernels
+from hypo_kernels.kernels.head import capability, head_arguments
+from hypo_kernels.kernels.product import (
     load_targets,
     logits,
     picked,
@@ -29,9 +31,7 @@ from hypo_kernels.gemm_triton import (
     raw_tile,
     tile_position,
 )
-from hypo_kernels.head import LMHead
-from hypo_kernels.head_triton import capability, head_arguments
-from hypo_kernels.tiles import GemmTile, gemm_tile
+from hypo_kernels.kernels.tiles import GemmTile, gemm_tile
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The merge walks along a row's partials with this many rows and partials at a time.
@@ -210,7 +210,7 @@ def statistics(
     (multiplied in full precision). A target (C,) outside [0, V) belongs to another shard of the vocabulary:
     its logit is 0. ``tile`` stands in for the frozen one.
     """
-    gemm_triton.check_operands(x, weight, targets, OPERAND_DTYPES)
+    gemm_kernels.check_operands(x, weight, targets, OPERAND_DTYPES)
     norms = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
     target_logits = torch.zeros(len(x), dtype=torch.float32, device=x.device)
     moment = torch.empty_like(target_logits) if with_moment else None
@@ -220,8 +220,8 @@ def statistics(
         "statistics",
         capability(x.device),
         x.element_size(),
-        shaped=gemm_triton.shaped(head),
-        aligned=gemm_triton.aligned(x, weight),
+        shaped=gemm_kernels.shaped(head),
+        aligned=gemm_kernels.aligned(x, weight),
     )
     shape = (3 if with_moment else 2, triton.cdiv(weight.shape[0], tile.BLOCK_N), len(x))
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -250,7 +250,7 @@ def reduce_tiles(
     """
     rows, count = listed if listed is not None else (None, None)
     num_tiles = triton.cdiv(len(x), tile.BLOCK_M) * triton.cdiv(weight.shape[0], tile.BLOCK_N)
-    _statistics_kernel[(gemm_triton.num_programs(x.device, num_tiles),)](
+    _statistics_kernel[(gemm_kernels.num_programs(x.device, num_tiles),)](
         target_ptr=targets,
         partial_ptr=partials,
         target_logit_ptr=target_logits,
@@ -259,7 +259,7 @@ def reduce_tiles(
         WITH_MOMENT=with_moment,
         LISTED=listed is not None,
         **head_arguments(head),
-        **gemm_triton.operand_arguments(x, weight, tile),
+        **gemm_kernels.operand_arguments(x, weight, tile),
     )
 
 

@@ -1,6 +1,6 @@
 """The row step of a divergence in Triton: raw logits of policy and reference -> KL(p‖q) and its gradient.
 
-    z = policy's logits, w = reference's (C, V); top and total as in ``rows_triton.py``, each its own
+    z = policy's logits, w = reference's (C, V); top and total as in ``kernels/rows.py``, each its own
     moment = Σ_v exp(z_v − top_z) · ((z_v − top_z) − (w_v − top_w))
     D = KL(p‖q) = moment / total_z − log total_z + log total_w
     G = scale · (score · (p − onehot_y) + weight · p ⊙ (log p − log q − D)) · ∂z/∂raw
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.head_triton import head_arguments
-from hypo_kernels.rows_triton import logits, packed, scratch_bytes, tile_of
+from hypo_kernels.kernels.head import head_arguments
+from hypo_kernels.kernels.rows import logits, packed, scratch_bytes, tile_of
 from hypo_kernels.statistics import RowStatistics
 
 __all__ = ["gradients", "scratch_bytes", "statistics"]

@@ -2,7 +2,7 @@
 
     D = Σ_v p_v (log p_v − log q_v)        ∂D/∂z_v = p_v (log p_v − log q_v − D)
 
-The counterpart of ``divergence_triton.py``. Without reference logits, log q = 0 and D is minus the entropy.
+The counterpart of ``kernels/divergence.py``. Without reference logits, log q = 0 and D is minus the entropy.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hypo_kernels.blockwise.rows import at_targets, blocks, logits, logits_, slope_of, subtract_at_targets_
+from hypo_kernels.blockwise.rows import scratch_bytes as row_scratch_bytes
 from hypo_kernels.head import LMHead
-from hypo_kernels.rows_torch import at_targets, blocks, logits, logits_, slope_of, subtract_at_targets_
-from hypo_kernels.rows_torch import scratch_bytes as row_scratch_bytes
 from hypo_kernels.statistics import RowStatistics
 
 # Of a logit less the largest: an entry of probability 0 then adds 0 · finite, not 0 · inf.

@@ -1,6 +1,6 @@
 """Exponentials straight from hidden states, in Triton: a GEMM whose epilogue makes softmax's numerators.
 
-    C rows, V vocabulary entries, D features; z (C, V) the model's logits, fp32 in registers (``gemm_triton``)
+    C rows, V vocabulary entries, D features; z (C, V) the model's logits, fp32 in registers (``kernels.product``)
     offset = z_y + 20                a row's own, from a dot product of its own, before the GEMM
     E = exp(z − offset) · slope      (C, V), rounded to bf16: all of it that reaches memory
     total = Σ_v exp(z_v − offset)    from the fp32 exponentials, before they are rounded
@@ -25,7 +25,7 @@ its target in the vocabulary meets the lower bound always, and the upper one unl
 about 47 nats below the top.
 
 **Rows that do not** (a hopeless target, no target in this shard of the vocabulary, NaN) are put right on the
-device: they are listed there, their statistics are taken by the GEMM of ``statistics_triton``, and their
+device: they are listed there, their statistics are taken by the GEMM of ``kernels.statistics``, and their
 exponentials are made again with offset = top, by the GEMM here. Both walk the list through a count that they
 read from the device: an empty list costs a few empty launches, a row or 128 of them cost one tile's height of
 the GEMM, and the host never waits, so that a step can be captured in a CUDA graph.
@@ -42,8 +42,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hypo_kernels import gemm_triton, statistics_triton
-from hypo_kernels.gemm_triton import (
+from hypo_kernels.head import LMHead
+from hypo_kernels.kernels import product as gemm_kernels
+from hypo_kernels.kernels import statistics as statistics_kernels
+from hypo_kernels.kernels.head import capability, head_arguments
+from hypo_kernels.kernels.product import (
     load_targets,
     logits,
     picked,
@@ -52,9 +55,7 @@ from hypo_kernels.gemm_triton import (
     scaled,
     tile_position,
 )
-from hypo_kernels.head import LMHead
-from hypo_kernels.head_triton import capability, head_arguments
-from hypo_kernels.tiles import EPILOGUE_PARTS, POINTER_TILE, GemmTile, gemm_tile
+from hypo_kernels.kernels.tiles import EPILOGUE_PARTS, POINTER_TILE, GemmTile, gemm_tile
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float32)
 OFFSET_ABOVE_TARGET = 20.0  # nats
@@ -299,7 +300,7 @@ def exponentials(
     over the shards into a new tensor, while ``offset``, a view of these, stays what E was made with. A target
     (C,) outside [0, V) belongs to another shard: its logit is 0. ``tile`` stands in for the frozen ones.
     """
-    gemm_triton.check_operands(x, weight, targets, OPERAND_DTYPES)
+    gemm_kernels.check_operands(x, weight, targets, OPERAND_DTYPES)
     if out.shape != (x.shape[0], weight.shape[0]) or out.dtype not in OPERAND_DTYPES or out.stride(1) != 1:
         raise ValueError(
             f"out is {tuple(out.shape)}, {out.dtype}, strides {out.stride()}: expected "
@@ -314,8 +315,8 @@ def exponentials(
         "exponentials",
         capability(x.device),
         x.element_size(),
-        shaped=gemm_triton.shaped(head),
-        aligned=gemm_triton.aligned(x, weight, out),
+        shaped=gemm_kernels.shaped(head),
+        aligned=gemm_kernels.aligned(x, weight, out),
     )
     repair_tile = _repair_tile(tile)
     shapes = _scratch_shapes(num_rows, vocab, tile)
@@ -325,8 +326,8 @@ def exponentials(
     _choose_offsets(x, weight, targets, head, norms)
     _fill(x, weight, targets, head, out, norms, sums, target_logits, tile)
     listed = _add_up(sums, norms)
-    statistics_triton.reduce_tiles(x, weight, targets, head, statistics, target_logits, repair_tile, listed=listed)
-    statistics_triton.merge(statistics, norms, None, listed)  # their top becomes their offset
+    statistics_kernels.reduce_tiles(x, weight, targets, head, statistics, target_logits, repair_tile, listed=listed)
+    statistics_kernels.merge(statistics, norms, None, listed)  # their top becomes their offset
     _fill(x, weight, targets, head, out, norms, sums, target_logits, repair_tile, listed=listed)
     return norms[:, 0], norms, target_logits
 
@@ -397,8 +398,8 @@ def _fill(
     """E with the offsets norms[:, 0]; sums (tiles along V, C) and target logits too, unless of ``listed`` rows."""
     rows, count = listed if listed is not None else (None, None)
     num_tiles = triton.cdiv(out.shape[0], tile.BLOCK_M) * triton.cdiv(out.shape[1], tile.BLOCK_N)
-    _exponentials_kernel[(gemm_triton.num_programs(x.device, num_tiles),)](
-        out=gemm_triton.descriptor(out, [tile.BLOCK_M, tile.BLOCK_N // EPILOGUE_PARTS], tile),
+    _exponentials_kernel[(gemm_kernels.num_programs(x.device, num_tiles),)](
+        out=gemm_kernels.descriptor(out, [tile.BLOCK_M, tile.BLOCK_N // EPILOGUE_PARTS], tile),
         target_ptr=targets,
         norms_ptr=norms,
         partial_ptr=sums,
@@ -408,7 +409,7 @@ def _fill(
         out_row_stride=out.stride(0),
         LISTED=listed is not None,
         **head_arguments(head),
-        **gemm_triton.operand_arguments(x, weight, tile),
+        **gemm_kernels.operand_arguments(x, weight, tile),
     )
 
 
