@@ -93,7 +93,7 @@ def variants(capability: int) -> Iterator[Variant]:
     arch = (capability // 10, capability % 10)
     statistics, exponentials = statistics_kernels._statistics_kernel, exponentials_kernels._exponentials_kernel
     for bias, softcap in itertools.product((False, True), (False, True)):
-        head = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
+        head: dict[str, Any] = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
         tiles = [
             gemm_tile(kernel, arch, 2, shaped=bias or softcap, aligned=True)
             for kernel in ("statistics", "exponentials")
@@ -101,14 +101,14 @@ def variants(capability: int) -> Iterator[Variant]:
         for dtype, moment in [("bf16", False), ("bf16", True), ("fp16", False)]:
             yield _gemm(statistics, tiles[0], dtype=dtype, **head, WITH_MOMENT=moment)
         yield _gemm(exponentials, tiles[1], **head)
-    everything = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
+    everything: dict[str, Any] = {"HAS_BIAS": True, "HAS_SOFTCAP": True}
     for tile, listed, aligned, dtype in [
         (POINTER_TILE, True, True, "bf16"),
         (UNALIGNED_TILE, False, False, "bf16"),
         (UNALIGNED_TILE, True, False, "bf16"),
         (FP32_TILE, False, True, "fp32"),
     ]:
-        options = {"listed": listed, "aligned": aligned, "dtype": dtype, **everything}
+        options: dict[str, Any] = {"listed": listed, "aligned": aligned, "dtype": dtype, **everything}
         yield _gemm(statistics, tile, **options, WITH_MOMENT=not listed)
         yield _gemm(exponentials, tile, **options)
     rows, partials = statistics_kernels.MERGE_ROWS, statistics_kernels.MERGE_PARTIALS

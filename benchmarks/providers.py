@@ -166,7 +166,7 @@ def _token_steps(head: TokenHead, *, pick_rows: bool = False) -> Callable[[Batch
 
 def _hypo_steps(impl: str) -> Callable[[Batch, str], Callable[[], Tensor]]:
     def make_step(batch: Batch, mode: str) -> Callable[[], Tensor]:
-        if impl == "triton" and not batch.hidden.is_cuda:
+        if impl.startswith("triton") and not batch.hidden.is_cuda:
             raise Unavailable("needs CUDA")
 
         def forward() -> Tensor:
@@ -259,6 +259,7 @@ GEMMS = "bare GEMMs"
 PROVIDERS = (
     Provider(GEMMS, _gemm_steps),
     Provider("hypo_kernels triton", _hypo_steps("triton"), is_ours=True),
+    Provider("hypo_kernels triton-epilogue", _hypo_steps("triton-epilogue"), has_forward=False, is_ours=True),
     Provider("hypo_kernels torch", _hypo_steps("torch"), is_ours=True),
     Provider("hypo_kernels reference", _hypo_steps("reference"), is_ours=True),
     Provider("hypo_kernels token_logprobs", _token_steps(hypo_token_logprobs), has_forward=False, is_ours=True),

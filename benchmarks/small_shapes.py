@@ -44,10 +44,17 @@ def calls(device: torch.device) -> Iterator[str]:
             )
             if ref_hidden is not None and full:
                 reference["ref_bias"] = full["bias"].detach()
-            fused_hypo_loss(
-                hidden, weight, targets, bounds, num_pairs=2, beta=0.1, kl_coef=0.05, impl="triton", **reference, **full
-            ).loss.backward()
-        token_logprobs(hidden, weight, targets, impl="triton", **full).sum().backward()
+            # Every estimator and schedule that serves the call.
+            options: list[dict[str, Any]] = [{"impl": "triton"}]
+            options += [{"impl": "triton-epilogue"}] * (dtype == torch.bfloat16)
+            options += [{"impl": "triton", "kl_estimator": "exact"}] * (ref_hidden is not None)
+            for option in options:
+                fused_hypo_loss(
+                    hidden, weight, targets, bounds, num_pairs=2, beta=0.1, kl_coef=0.05, **option, **reference, **full
+                ).loss.backward()
+        for entropy in (False, True):
+            found = token_logprobs(hidden, weight, targets, return_entropy=entropy, impl="triton", **full)
+            torch.cat(found if isinstance(found, tuple) else (found,)).sum().backward()
         with torch.no_grad():
             sequence_logprobs(hidden, weight, targets, bounds, impl="triton", **full)
         assert hidden.grad is not None

@@ -118,7 +118,7 @@ class Recurrent(nn.Module):
         self.gru = nn.GRU(self.width, self.width, batch_first=True)
         self.head = nn.Linear(self.width, self.vocab)
         with torch.no_grad():
-            self.gru.weight_hh_l0.mul_(2)
+            self.gru.get_parameter("weight_hh_l0").mul_(2)
             self.head.weight.mul_(24)  # an entropy of 2 nats a token, as language models have
             self.head.bias.zero_()[EOS] = 4.0
 
