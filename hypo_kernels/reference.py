@@ -11,6 +11,7 @@ from torch import Tensor
 from hypo_kernels.call import Call, Outcome
 from hypo_kernels.layout import TargetLayout
 from hypo_kernels.projection import Projection
+from hypo_kernels.statistics import sequence_sums
 
 
 def row_distributions(projection: Projection, layout: TargetLayout, compute_dtype: torch.dtype) -> Tensor:
@@ -88,4 +89,4 @@ def _of_targets(log_p: Tensor, layout: TargetLayout) -> Tensor:
 
 
 def _of_sequences(rows: Tensor, call: Call) -> Tensor:
-    return torch.stack([part.sum() for part in rows.split(call.layout.lengths.tolist())])
+    return sequence_sums(rows, call.layout.on(rows.device).lengths)
