@@ -93,8 +93,8 @@ TRITON = RowStep(
 )
 # One operator after another. A block of rows and its scratch stay in a CPU's cache.
 TORCH = RowStep(
-    statistics=Passes(4, 2),  # copy, amax, softmax, amax
-    gradients=Passes(3, 1, narrowed=True),  # amax, softmax, amax
+    statistics=Passes(5, 2),  # copy, amax, softmax, sum, amax
+    gradients=Passes(4, 1, narrowed=True),  # amax, softmax, sum, amax
     known_norms=Passes(3, 3, narrowed=True),  # −, exp, ÷
     entropy=Passes(9, 5),  # copy, amax, −, clamp; exp, sum; ·, sum
     entropy_gradients=Passes(9, 8, narrowed=True),  # −, clamp; exp, ÷; −; ·, +, ·

@@ -167,10 +167,10 @@ class HeadRoom:
         if self.shard is not None and norms is None:
             stats, _ = over_ranks(self.steps.statistics(raw, targets, projection.head), None, self.shard)
             norms, logps = stats.norms, stats.logps()
-        unit, own_logps = self.steps.unit_gradients(
+        unit, factor, own_logps = self.steps.unit_gradients(
             raw, targets, projection.head, norms=norms, out_dtype=self.operand_dtype, scale=self.scale
         )
-        return unit, None, own_logps if logps is None else logps
+        return unit, factor, own_logps if logps is None else logps
 
     def _exponentials(self, projection: Projection, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         from hypo_kernels.kernels import exponentials as exponentials_kernels

@@ -30,40 +30,49 @@ def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> RowStatistics:
     for rows in blocks(raw):
         z = logits(raw[rows], head)
         target[rows] = at_targets(z, targets[rows], head)
-        norms[rows, 0], norms[rows, 1] = _softmax_(z)
+        norms[rows, 0], norms[rows, 1], _ = _softmax_(z)
     return RowStatistics(norms, target)
 
 
 def unit_gradients(
     raw: Tensor, targets: Tensor, head: LMHead, *, norms: Tensor | None, out_dtype: torch.dtype, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``, and the target's log-prob (C,).
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(U, factor, target's log-prob): ``factor ⊙ U = scale · ∂(−log p(target))/∂raw``.
 
-    ``raw`` is spent. ``norms`` (C, 2) skip the statistics when an earlier pass has them; under a vocabulary
-    shard they have to be given, and the log-prob is then that of the rank with the target.
+    U is (C, V) in ``out_dtype``, and ``raw`` is spent; factor and log-probs are (C,), and a factor of None is 1.
+    ``norms`` (C, 2) skip the statistics when an earlier pass has them; under a vocabulary shard they have to be
+    given, and the log-prob is then that of the rank with the target.
     """
-    logps = raw.new_empty(len(raw))
+    logps, factor = raw.new_empty(len(raw)), None if norms is not None else raw.new_empty(len(raw))
     for rows in blocks(raw):
         z = logits_(raw[rows], head)
         slope = slope_of(z, head) * scale
         target = at_targets(z, targets[rows], head)
+        one: Tensor | float = 1.0
         if norms is None:
-            top, total = _softmax_(z)
+            top, total, one = _softmax_(z)
+            assert factor is not None
+            factor[rows] = one.reciprocal()
         else:
             top, total = norms[rows].unbind(1)
             z.sub_(top[:, None]).exp_().div_(total[:, None])
         logps[rows] = target - top - total.log()
-        subtract_at_targets_(z, targets[rows], head, 1.0)
+        subtract_at_targets_(z, targets[rows], head, one)
         if isinstance(slope, Tensor) or slope != 1.0:
             z.mul_(slope)
-    return raw.to(out_dtype), logps
+    return raw.to(out_dtype), factor, logps
 
 
-def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax in place, one pass over memory; top and total, (rows,) each."""
+def _softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax in place, one pass over memory: top, total and what the softmax adds up to, (rows,) each.
+
+    torch's softmax adds up a row's exponentials a few lanes wide, which at 10^5 entries is off by some 1e-6.
+    The sum of what it makes, taken pairwise, says by how much.
+    """
     top = z.amax(dim=1)
     torch.softmax(z, dim=1, out=z)
-    return top, z.amax(dim=1).reciprocal_()  # the largest probability is exp(0) / total
+    one = z.sum(dim=1)
+    return top, one / z.amax(dim=1), one  # the largest entry is exp(0) over the softmax's own total
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

@@ -136,15 +136,15 @@ def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> RowStatistics:
 
 def unit_gradients(
     raw: Tensor, targets: Tensor, head: LMHead, *, norms: Tensor | None, out_dtype: torch.dtype, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``, and the target's log-prob (C,).
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(U, None, target's log-prob (C,)) with U = ``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``.
 
-    The gradients lie in the memory of ``raw``, which is spent. ``norms`` (C, 2) skip the statistics when an
+    U lies in the memory of ``raw``, which is spent. ``norms`` (C, 2) skip the statistics when an
     earlier pass has them; under a vocabulary shard they have to be given, and the log-prob is then that of
     the rank with the target.
     """
     unit = packed(raw, out_dtype)
-    return unit, _launch(raw, targets, head, norms=norms, grad=unit, scale=scale).logps()
+    return unit, None, _launch(raw, targets, head, norms=norms, grad=unit, scale=scale).logps()
 
 
 @triton.jit

@@ -54,7 +54,11 @@ def unit_gradients(
     out_dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    return row_steps(impl).unit_gradients(raw, targets, head, norms=known, out_dtype=out_dtype, scale=scale)
+    """U with its factor, and log-probs. Beside its own memory where there is a factor."""
+    unit, factor, logps = row_steps(impl).unit_gradients(
+        raw, targets, head, norms=known, out_dtype=out_dtype, scale=scale
+    )
+    return unit if factor is None else (unit.to(factor.dtype) * factor[:, None]).to(unit.dtype), logps
 
 
 def plain_unit_gradients(raw: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:

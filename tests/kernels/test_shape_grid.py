@@ -131,9 +131,12 @@ class ManyRows:
         ref_logps = self.batch.options["ref_logps"].to(logps.dtype)
         loss = plain_objective(self.batch, logps, ref_logps)
         by_row, by_weight = torch.autograd.grad(loss, [rows, leaf])
-        # log p = h·w_y − logsumexp, whose derivative by h is w_y − E_p[w].
-        mean = log_p.detach().exp().to(dtype) @ leaf.detach()
-        by_hidden = (by_row[:, None] * (leaf.detach()[shuffled] - mean[index])).to(dtype)
+        if dtype == torch.float64 or order:
+            # log p = h·w_y − logsumexp, whose derivative by h is w_y − E_p[w].
+            mean = log_p.detach().exp().to(dtype) @ leaf.detach()
+            by_hidden = (by_row[:, None] * (leaf.detach()[shuffled] - mean[index])).to(dtype)
+        else:  # as autograd has it, from d-logits: w_y is one of the terms that a product adds up
+            by_hidden = self._from_d_logits(log_p.detach().exp(), leaf.detach(), index, shuffled, by_row)
         back_v, back_d, back_t = (x.argsort().to(device) for x in (v, d, t))
         results = {
             "loss": loss,
@@ -144,6 +147,15 @@ class ManyRows:
             "gradient of weight": by_weight[back_v][:, back_d],
         }
         return {name: value.detach().double() for name, value in results.items()}
+
+    @staticmethod
+    def _from_d_logits(p: Tensor, weight: Tensor, index: Tensor, targets: Tensor, by_row: Tensor) -> Tensor:
+        parts = []
+        for i, y, by in zip(index.split(512), targets.split(512), by_row.split(512), strict=True):
+            d_logits = p[i]
+            d_logits[torch.arange(len(y), device=y.device), y] -= 1.0
+            parts.append(d_logits.mul_(-by[:, None]).to(weight.dtype) @ weight)
+        return torch.cat(parts)
 
     def _orders(self, order: int) -> tuple[Tensor, Tensor, Tensor]:
         """Permutations of the vocabulary, of the features, and of the rows of each sequence; none for 0."""
