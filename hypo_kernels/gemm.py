@@ -7,6 +7,7 @@ the compute dtype (the caller's precision) and then widened: the same numbers, e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,14 @@ from torch import Tensor
 # A head that has to be converted is converted once if the copy takes at most this share of the budget,
 # else panel by panel.
 PANEL_SHARE = 4
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Products in the operands' own dtype, and kernels launched on ``device``, whichever is current."""
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.autocast(device.type, enabled=False), current:
+        yield
 
 
 def operand_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:

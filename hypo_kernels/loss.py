@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hypo_kernels import ops, reference, schedule
+from hypo_kernels import gemm, ops, reference, schedule
 from hypo_kernels.call import Outcome, Reference, prepare
 from hypo_kernels.gradients import Leaves
 from hypo_kernels.head import LMHead, LoRA
@@ -163,7 +163,7 @@ class _FusedHypo(torch.autograd.Function):
         *leaves, call, grad_enabled = args
         # needs_input_grad says which inputs require a gradient, under no_grad too.
         needed = [grad_enabled and x for x in ctx.needs_input_grad[: len(leaves)]]
-        with torch.autocast(call.policy.hidden.device.type, enabled=False):
+        with gemm.undisturbed(call.policy.hidden.device):
             found, ctx.gradients = schedule.run(call, needed)
         ctx.mark_non_differentiable(found.logps, found.ref_logps, found.kl)
         return found.loss, found.logps, found.ref_logps, found.kl

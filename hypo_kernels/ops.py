@@ -147,7 +147,7 @@ def _hypo_loss(*args: Any, **options: Any) -> tuple[Tensor, ...]:
         call = prepare(projection, targets, cu_seqlens, Reference(*reference), **options)
         if call.impl == "reference":
             raise ValueError("impl='reference' is eager: call it outside of torch.compile, or use impl='auto'")
-        with torch.autocast(projection.hidden.device.type, enabled=False):
+        with gemm.undisturbed(projection.hidden.device):
             found, gradients = schedule.run(call, needed, sums_are_wide=True)
     sums = [_absent(projection.hidden) if x is None else x for x in gradients.sums]
     return (*call.in_call_order(found), call.lengths, *sums)

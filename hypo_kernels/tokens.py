@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hypo_kernels import checks
+from hypo_kernels import checks, gemm
 from hypo_kernels.chunks import split
 from hypo_kernels.gradients import Gradients, Leaves
 from hypo_kernels.layout import TargetLayout
@@ -39,7 +39,7 @@ class TokenPass:
     with_entropy: bool
 
     def forward(self) -> TokenResults:
-        with torch.autocast(self.projection.hidden.device.type, enabled=False):
+        with gemm.undisturbed(self.projection.hidden.device):
             room = self._room(self.projection, statistics_only=True)
             if not self.with_entropy:
                 stats = room.statistics(self.projection, room.all_rows)
@@ -63,7 +63,7 @@ class TokenPass:
         ``sums_are_wide`` asks for the same dtypes whatever the number of chunks.
         """
         projection = leaves.put_into(self.projection)
-        with torch.autocast(projection.hidden.device.type, enabled=False):
+        with gemm.undisturbed(projection.hidden.device):
             room = self._room(projection)
             gradients = Gradients(
                 leaves,
