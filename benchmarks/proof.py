@@ -82,7 +82,8 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
         Step(
             "tests",
             "kernels and losses against float64, on real Triton",
-            (*pytest, "tests", "-k", "kernel or loss", *(("-m", "not slow") if quick else ()), *_without_training()),
+            (*pytest, "tests", "-k", "kernel or loss", *(("-m", "not slow") if quick else ()), *_without_training(),
+             *_in_parallel()),
             limit=250 if quick else 1500,
             needs=("pytest",),
         ),
@@ -123,6 +124,11 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
 
 def _missing(modules: Sequence[str]) -> list[str]:
     return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def _in_parallel() -> tuple[str, ...]:
+    """A few processes, where pytest-xdist is there: most of the time goes into compiling kernels, on the host."""
+    return ("-n", "4", "--dist", "loadscope") if importlib.util.find_spec("xdist") else ()
 
 
 def _without_training() -> tuple[str, ...]:
