@@ -79,8 +79,7 @@ def max_rows(
     reference's, where one GEMM makes both. Raises ValueError when not even one row fits.
     """
     weights = [weight for head in heads for weight in head.weights]
-    device, shard = weights[0].device, heads[0].shard
-    vocab = heads[0].vocab_size if shard is None else shard.largest
+    device, vocab = weights[0].device, heads[0].largest_share
     width = max(sum(weight.shape[1] for weight in head.weights) for head in heads)
     operand = gemm.operand_dtype(device, compute_dtype)
     accumulator = gemm.accumulator_dtype(compute_dtype)
@@ -91,7 +90,7 @@ def max_rows(
     per_row += buffers * width * (2 * operand.itemsize + 3 * accumulator.itemsize)
 
     def fixed(budget: int) -> int:
-        panels = sum(gemm.Panels.copy_bytes(weight, compute_dtype, budget) for weight in weights)
+        panels = sum(gemm.Panels.copy_bytes(weight, compute_dtype, budget, vocab) for weight in weights)
         block = min(FP16_BLOCK_BYTES, 4 * vocab * width) if operand == torch.float16 else 0
         return panels + block + BYTES_PER_COUNTED_ROW * num_rows
 

@@ -63,18 +63,22 @@ class Panels:
     whole: Tensor | None  # the operand itself, when one panel serves the whole call
 
     @staticmethod
-    def copy_bytes(weight: Tensor, compute_dtype: torch.dtype, budget: int) -> int:
-        """Bytes that serving the weight takes: 0 when it is an operand as it stands."""
+    def copy_bytes(weight: Tensor, compute_dtype: torch.dtype, budget: int, largest: int) -> int:
+        """Bytes that serving the weight takes: 0 when it is an operand as it stands.
+
+        ``largest`` is its number of rows, or that of the largest share where ranks have shares of a vocabulary: all
+        of them plan alike.
+        """
         per_row = _bytes_per_row(weight, compute_dtype)
-        return min(per_row * weight.shape[0], max(2 * per_row, budget // PANEL_SHARE))
+        return min(per_row * largest, max(2 * per_row, budget // PANEL_SHARE))
 
     @classmethod
-    def of(cls, weight: Tensor, compute_dtype: torch.dtype, budget: int) -> Panels:
+    def of(cls, weight: Tensor, compute_dtype: torch.dtype, budget: int, largest: int) -> Panels:
         per_row = _bytes_per_row(weight, compute_dtype)
         if per_row == 0:
             return cls(weight, compute_dtype, weight.shape[0], weight)
-        share = cls.copy_bytes(weight, compute_dtype, budget)
-        if share >= per_row * weight.shape[0]:
+        share = cls.copy_bytes(weight, compute_dtype, budget, largest)
+        if share >= per_row * largest:
             return cls(weight, compute_dtype, weight.shape[0], convert(weight, compute_dtype))
         # Two, because the next panel is made while the loop still holds the last one.
         return cls(weight, compute_dtype, max(1, share // (2 * per_row)), None)

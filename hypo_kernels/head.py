@@ -42,6 +42,11 @@ class LMHead:
         return self.weight.shape[0]
 
     @property
+    def largest_share(self) -> int:
+        """Vocabulary entries of the rank that has most: what all ranks plan with."""
+        return self.vocab_size if self.shard is None else self.shard.largest
+
+    @property
     def weights(self) -> list[Tensor]:
         """The matrices of the raw product's terms."""
         return [self.weight] if self.lora_weight is None else [self.weight, self.lora_weight]

@@ -37,7 +37,7 @@ def token_logprobs(
 def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the result's type alone
     hidden: Tensor,
     lm_head_weight: Tensor,
-    targets: Tensor | TargetLayout,
+    targets: Targets,
     *,
     return_entropy: bool = False,
     bias: Tensor | None = None,
@@ -64,7 +64,8 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the
         vocab_shard: which part of the vocabulary this rank's weight, bias and B hold; ``hidden`` and ``targets``
             are the same on all ranks, and so are the results.
         max_chunk_bytes: bound on the temporaries of the call, in bytes, beside the gradients.
-        impl: "auto" (Triton on CUDA, blockwise torch elsewhere), "triton", "torch", or "reference".
+        impl: "auto" (Triton on CUDA, blockwise torch elsewhere), "triton", "torch", or "reference";
+            "triton-rows" and "triton-epilogue" force one of Triton's schedules (README).
 
     Returns:
         fp32 (fp64 for fp64 inputs) of the shape of ``targets``, in nats; 0 at ignored rows. With
@@ -96,7 +97,7 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the
 def sequence_logprobs(
     hidden: Tensor,
     lm_head_weight: Tensor,
-    targets: Tensor | TargetLayout,
+    targets: Targets,
     cu_seqlens: Tensor | None = None,
     *,
     bias: Tensor | None = None,

@@ -108,7 +108,8 @@ def fused_hypo_loss(
             16-bit weight's gradient is accumulated in fp32). Larger calls do not use more.
         validate: also check that hidden states and reference log-probs are finite; waits for the GPU.
         impl: "auto" (Triton on CUDA, blockwise torch elsewhere), "triton", "torch", or "reference"
-            (eager, full logits: the specification). One that cannot serve the call raises.
+            (eager, full logits: the specification); "triton-rows" and "triton-epilogue" force one of Triton's
+            schedules (README). One that cannot serve the call raises.
 
     Returns:
         :class:`HypoLoss`. Gradients of hidden, weight and bias are finished in the forward call, so its

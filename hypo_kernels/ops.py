@@ -95,6 +95,11 @@ def _parse(arguments: Sequence[Any]) -> tuple[Projection, torch.dtype | None, li
     return Projection(head, leaves.hidden, leaves.lora), autocast, needed
 
 
+def _compute_dtype(arguments: Sequence[Any]) -> torch.dtype:
+    projection, autocast, _ = _parse(arguments)
+    return projection.hidden.dtype if autocast is None else autocast
+
+
 def _as_traced(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
     """The autocast state of the traced call, which is over when the compiled one runs."""
     if autocast is None:
@@ -108,10 +113,10 @@ def _absent(like: Tensor) -> Tensor:
 
 def _sums(arguments: Sequence[Any]) -> list[Tensor]:
     """New tensors in which the needed gradients are summed, empty ones for the others."""
-    projection, autocast, needed = _parse(arguments)
-    compute_dtype = projection.hidden.dtype if autocast is None else autocast
+    projection, _, needed = _parse(arguments)
+    likes = shapes_of_sums(Leaves.of(projection), _compute_dtype(arguments), None)
     out = []
-    for like, wanted in zip(shapes_of_sums(Leaves.of(projection), compute_dtype, None), needed, strict=True):
+    for like, wanted in zip(likes, needed, strict=True):
         out.append(like.new_empty(like.shape) if wanted and like is not None else _absent(projection.hidden))
     return out
 
@@ -156,7 +161,7 @@ def _hypo_loss(*args: Any, **options: Any) -> tuple[Tensor, ...]:
 @_hypo_loss.register_fake
 def _(*args: Any, num_pairs: int, **_options: Any) -> tuple[Tensor, ...]:
     hidden, targets, cu_seqlens = args[0], args[_NUM_HEAD], args[_NUM_HEAD + 1]
-    wide = gemm.accumulator_dtype(hidden.dtype)
+    wide = gemm.accumulator_dtype(_compute_dtype(args))
     sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     loss, logps, ref_logps, kl = (
         hidden.new_empty(shape, dtype=wide) for shape in ((), (sequences,), (sequences,), (sequences - 2 * num_pairs,))
@@ -199,7 +204,7 @@ def _token_logprobs(*args: Any) -> tuple[Tensor, ...]:
 @_token_logprobs.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     hidden, targets, with_entropy = args[0], args[_NUM_HEAD], args[_NUM_HEAD + 3]
-    wide = gemm.accumulator_dtype(hidden.dtype)
+    wide = gemm.accumulator_dtype(_compute_dtype(args))
     return (
         hidden.new_empty(targets.shape, dtype=wide),
         hidden.new_empty(targets.shape if with_entropy else 0, dtype=wide),

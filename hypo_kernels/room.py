@@ -65,7 +65,10 @@ class HeadRoom:
         self.operand_dtype = gemm.operand_dtype(weight.device, compute_dtype)
         self.steps, self.divergence_steps = _row_steps(impl)
         matrices = {id(matrix): matrix for head in heads for matrix in head.weights}
-        self.panels = {key: gemm.Panels.of(matrix, compute_dtype, max_chunk_bytes) for key, matrix in matrices.items()}
+        largest = heads[0].largest_share
+        self.panels = {
+            key: gemm.Panels.of(matrix, compute_dtype, max_chunk_bytes, largest) for key, matrix in matrices.items()
+        }
         self.straight = impl != "torch" and all(self._is_served_straight(head) for head in heads)
         self.epilogue = self._takes_epilogue(impl, with_divergence)
         self.rows, self.targets, _ = layout.on(weight.device)
@@ -91,8 +94,8 @@ class HeadRoom:
         # Statistics straight from hidden states leave the buffer's memory to further rows.
         self.rows_of_statistics = self.max_rows
         if self.straight and statistics_only:
-            unused = self.max_rows * self.pitch * self._buffer_dtype.itemsize
-            per_row = chunks.straight_bytes(weight.shape[0]) + 2 * weight.shape[1] * self.operand_dtype.itemsize
+            unused = self.max_rows * chunks.pitch(largest, weight.device) * self._buffer_dtype.itemsize
+            per_row = chunks.straight_bytes(largest) + 2 * weight.shape[1] * self.operand_dtype.itemsize
             self.rows_of_statistics += unused // per_row
 
     @cached_property

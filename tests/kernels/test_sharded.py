@@ -11,7 +11,9 @@ import torch
 from contract import NO_TRITON, random_batch
 from sharded_runs import BOTH, CASES, CPU, VOCAB, Model, loss_run, token_run
 
-from hypo_kernels import VocabShard, token_logprobs
+from hypo_kernels import TargetLayout, VocabShard, token_logprobs
+from hypo_kernels.head import LMHead
+from hypo_kernels.room import HeadRoom
 
 WORLD = 2
 IMPLS = ["torch", "triton"]
@@ -94,3 +96,22 @@ def test_a_weight_that_is_not_the_ranks_share_is_refused() -> None:
     shard = VocabShard(Group(), start=34, size=33, largest=34, vocab_size=67)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"lm_head_weight has 34 .* vocab_shard 33: .* 34 to 67"):
         token_logprobs(torch.randn(2, 4), torch.randn(34, 4), torch.zeros(2, dtype=torch.long), vocab_shard=shard)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("budget", [20_000, 26_000, 34_000, 60_000, 2**20])
+def test_ranks_with_unequal_shares_plan_alike(budget: int, impl: str) -> None:
+    """Else one would wait for a reduction that the other never starts. bf16 heads are converted in budgeted panels."""
+
+    class Group:
+        pass
+
+    batch = random_batch(**BOTH, device=CPU)
+    layout = TargetLayout.of(batch.targets, batch.cu_seqlens)
+    plans = []
+    for start, size in ((0, 40), (40, 27)):
+        shard = VocabShard(Group(), start=start, size=size, largest=40, vocab_size=VOCAB)  # type: ignore[arg-type]
+        head = LMHead(batch.weight.detach()[start : start + size].bfloat16(), shard=shard)
+        room = HeadRoom([head], layout, torch.bfloat16, impl, budget, statistics_only=True)
+        plans.append((room.straight, room.max_rows, room.rows_of_statistics))
+    assert plans[0] == plans[1]
