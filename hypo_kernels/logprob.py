@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hypo_kernels import checks, ops, reference
+from hypo_kernels import ops, reference
 from hypo_kernels.gradients import Leaves
 from hypo_kernels.head import LMHead, LoRA
-from hypo_kernels.layout import TargetLayout, sequence_layout
+from hypo_kernels.layout import TargetLayout
 from hypo_kernels.projection import Projection
 from hypo_kernels.statistics import sequence_sums
 from hypo_kernels.tokens import TokenPass, token_pass
@@ -122,8 +122,7 @@ def sequence_logprobs(
             return logps.sum(dim=1)
         return sequence_sums(logps, cu_seqlens.to(logps.device).diff())
     projection = Projection.of(hidden, head, lora)
-    checks.inputs(projection, targets, cu_seqlens)
-    plan = token_pass(projection, sequence_layout(targets, cu_seqlens), None, max_chunk_bytes, impl, False)
+    plan = token_pass(projection, targets, cu_seqlens, max_chunk_bytes, impl, of_sequences=True)
     (rows,) = _rows(plan)
     return sequence_sums(rows, plan.layout.on(hidden.device).lengths)
 

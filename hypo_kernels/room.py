@@ -127,18 +127,21 @@ class HeadRoom:
             for vocab, panel in self.panels[id(matrix)]:
                 gemm.mm_(raw[:, vocab], x, panel.t(), accumulate=i > 0)
 
-    def statistics(self, projection: Projection, rows: slice) -> RowStatistics:
-        """Of ``rows``, as many as there are; no logits outlive the buffer."""
+    def statistics(self, projection: Projection, rows: slice, *, with_moment: bool = False) -> RowStatistics:
+        """Of ``rows``, as many as there are; no logits outlive the buffer. The moment is for the entropy."""
         parts = []
         for part in split(rows, self.rows_of_statistics):
             if self.straight:
-                parts.append(self._straight_statistics(projection, part, with_moment=False))
+                parts.append(self._straight_statistics(projection, part, with_moment))
                 continue
             (raw,) = self.logits([projection], part)
-            parts.append(self.statistics_of(raw, projection, part))
+            if with_moment:
+                parts.append(self.divergence_statistics(projection, raw, None, None, part)[0])
+            else:
+                parts.append(self.statistics_of(raw, projection, part))
         return RowStatistics.cat(parts)
 
-    def _straight_statistics(self, projection: Projection, rows: slice, *, with_moment: bool) -> RowStatistics:
+    def _straight_statistics(self, projection: Projection, rows: slice, with_moment: bool) -> RowStatistics:
         from hypo_kernels.kernels import statistics as statistics_kernels
 
         x, weight = self._inputs(projection.hidden, rows), self._operand(projection.head.weight)
@@ -196,17 +199,6 @@ class HeadRoom:
         ref_head = None if ref is None else ref.head
         stats, ref_stats = self.divergence_steps.statistics(raw, ref_raw, self.targets[rows], projection.head, ref_head)
         return (stats, ref_stats) if self.shard is None else over_ranks(stats, ref_stats, self.shard)
-
-    def entropy_statistics(self, projection: Projection, rows: slice) -> RowStatistics:
-        """Like :meth:`statistics`, with the moment."""
-        parts = []
-        for part in split(rows, self.rows_of_statistics):
-            if self.straight:
-                parts.append(self._straight_statistics(projection, part, with_moment=True))
-                continue
-            (raw,) = self.logits([projection], part)
-            parts.append(self.divergence_statistics(projection, raw, None, None, part)[0])
-        return RowStatistics.cat(parts)
 
     def mixed_gradients(
         self,

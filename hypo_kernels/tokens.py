@@ -16,7 +16,7 @@ from torch import Tensor
 from hypo_kernels import checks, gemm
 from hypo_kernels.chunks import split
 from hypo_kernels.gradients import Gradients, Leaves
-from hypo_kernels.layout import TargetLayout
+from hypo_kernels.layout import TargetLayout, sequence_layout
 from hypo_kernels.projection import Projection
 from hypo_kernels.room import HeadRoom
 
@@ -41,11 +41,9 @@ class TokenPass:
     def forward(self) -> TokenResults:
         with gemm.undisturbed(self.projection.hidden.device):
             room = self._room(self.projection, statistics_only=True)
-            if not self.with_entropy:
-                stats = room.statistics(self.projection, room.all_rows)
-                return TokenResults(stats.logps(), None, stats.norms)
-            stats = room.entropy_statistics(self.projection, room.all_rows)
-            return TokenResults(stats.logps(), -stats.divergence(None), stats.norms)
+            stats = room.statistics(self.projection, room.all_rows, with_moment=self.with_entropy)
+            entropies = -stats.divergence(None) if self.with_entropy else None
+            return TokenResults(stats.logps(), entropies, stats.norms)
 
     def backward(
         self,
@@ -117,11 +115,16 @@ def token_pass(
     cu_seqlens: Tensor | None,
     max_chunk_bytes: int,
     impl: str,
-    with_entropy: bool,
+    with_entropy: bool = False,
+    *,
+    of_sequences: bool = False,
 ) -> TokenPass:
     """Check the arguments of ``token_logprobs`` or ``sequence_logprobs``, and lay them out."""
     checks.inputs(projection, targets, cu_seqlens)
-    layout = targets if isinstance(targets, TargetLayout) else TargetLayout.of(targets, cu_seqlens)
+    if of_sequences or isinstance(targets, TargetLayout):
+        layout = sequence_layout(targets, cu_seqlens)
+    else:  # packed targets without bounds are as good as one sequence
+        layout = TargetLayout.of(targets, cu_seqlens)
     checks.chunk_budget(max_chunk_bytes)
     dtype = checks.compute_dtype(projection.hidden, projection.head.weight)
     impl = checks.implementation(impl, projection.head, dtype)
