@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hypo_kernels.call import Call, Outcome
-from hypo_kernels.chunks import Chunk, chunks
+from hypo_kernels.chunks import BYTES_PER_OTHER_SAMPLE, Chunk, chunks
 from hypo_kernels.gradients import Gradients, Leaves
 from hypo_kernels.room import HeadRoom
 from hypo_kernels.statistics import RowStatistics, sequence_sums
@@ -40,6 +40,7 @@ def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> t
         with_divergence=exact,
         buffers=2 if exact else 1,
         statistics_only=not any(needed) and not exact,
+        baseline_bytes=BYTES_PER_OTHER_SAMPLE * (call.objective.num_generations - 1) if exact else 0,
     )
     objective = call.objective
     plan = chunks(call.layout.lengths.tolist(), objective.num_pairs, objective.num_generations, room.max_rows)

@@ -172,6 +172,25 @@ def test_a_call_holds_no_more_than_its_budget_beside_the_gradients(
     assert peak <= max(budget + held, held + copies)
 
 
+@pytest.mark.parametrize("k", [2, 10])
+@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16))
+def test_the_exact_kl_holds_no_more_than_its_budget_beside_the_gradients(
+    impl: str, dtype: torch.dtype, k: int, device: torch.device, prompt_garbage: None
+) -> None:
+    """Many rows of few logits, so that what is kept of a row counts."""
+    grow = 8 if device.type == "cuda" else 1
+    batch = random_batch(
+        [40 * grow] * 20, 50 * grow, num_generations=k, with_ref_hidden=True, kl_estimator="exact", ignored=0.0,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    held, copies = gradient_bytes(batch)
+    budget = 2 * least_budget(batch, impl)
+    if device.type == "cuda":
+        call(batch, impl, max_chunk_bytes=budget)
+    peak = peak_bytes(device, lambda: call(batch, impl, max_chunk_bytes=budget))
+    assert peak <= budget + held + copies
+
+
 @pytest.mark.parametrize("budget", [60_000, 180_000])
 @pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16))
 def test_token_log_probs_hold_no_more_than_their_budget_beside_the_gradients(
