@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hypo_train.data import Example, Pair
-from hypo_train.tree import Tree, pack
+from hypo_train.tree import Tree, pack, separate_rows
+
+Completions = Sequence[Sequence[int]]
 
 
-def pair_tree(pairs: Sequence[Pair], completions: Sequence[Sequence[int]], pad_token_id: int) -> Tree:
-    """P chosen, P rejected, then ``completions``, as many consecutive ones a prompt as there are (0 is fine).
+@dataclass(frozen=True)
+class Batcher:
+    """Lays batches out as the model can take them: prompts shared by their completions, or separate rows."""
 
-    Every prompt is computed once, for all of its completions.
-    """
-    sequences = [(i, pair.chosen) for i, pair in enumerate(pairs)]
-    sequences += [(i, pair.rejected) for i, pair in enumerate(pairs)]
-    return pack(
-        [pair.prompt for pair in pairs],
-        [*sequences, *_samples(completions, len(pairs))],
-        pad_token_id=pad_token_id,
-    )
+    pad_token_id: int
+    shares_prompts: bool = True
+
+    def pairs(self, pairs: Sequence[Pair], completions: Completions) -> Tree:
+        """P chosen, P rejected, then ``completions``, as many consecutive ones a prompt as there are (0 is fine)."""
+        sequences = [(i, pair.chosen) for i, pair in enumerate(pairs)]
+        sequences += [(i, pair.rejected) for i, pair in enumerate(pairs)]
+        return self._tree([pair.prompt for pair in pairs], [*sequences, *_samples(completions, len(pairs))])
+
+    def samples(self, prompts: Sequence[Sequence[int]], completions: Completions) -> Tree:
+        """``completions``, as many consecutive ones a prompt as there are."""
+        return self._tree(prompts, _samples(completions, len(prompts)))
+
+    def examples(self, examples: Sequence[Example]) -> Tree:
+        """One completion a prompt."""
+        return self.samples([e.prompt for e in examples], [e.completion for e in examples])
+
+    def _tree(self, prompts: Sequence[Sequence[int]], sequences: list[tuple[int, Sequence[int]]]) -> Tree:
+        if self.shares_prompts:
+            return pack(prompts, sequences)
+        return separate_rows(prompts, sequences, pad_token_id=self.pad_token_id)
 
 
-def sample_tree(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_token_id: int) -> Tree:
-    """``completions``, as many consecutive ones a prompt as there are."""
-    return pack(prompts, _samples(completions, len(prompts)), pad_token_id=pad_token_id)
-
-
-def example_tree(examples: Sequence[Example], pad_token_id: int) -> Tree:
-    """One completion a prompt."""
-    return sample_tree([e.prompt for e in examples], [e.completion for e in examples], pad_token_id)
-
-
-def _samples(completions: Sequence[Sequence[int]], num_prompts: int) -> list[tuple[int, Sequence[int]]]:
+def _samples(completions: Completions, num_prompts: int) -> list[tuple[int, Sequence[int]]]:
     each = len(completions) // num_prompts
     return [(i // each, completion) for i, completion in enumerate(completions)]

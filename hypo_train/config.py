@@ -58,8 +58,9 @@ class Config(BaseModel):
     """Causal language model to train, also the reference: a Hub name or a local folder."""
     trust_remote_code: bool = False
     """Allow a model or tokenizer to run Python code from its repository."""
-    attn_implementation: Text = "sdpa"
-    """Attention backend, as in transformers."""
+    attn_implementation: Text = "auto"
+    """Attention backend. auto shares each prompt between all of its completions, where the model's attention can;
+    any name that transformers knows (sdpa, eager, flash_attention_2) trains on separate rows with that backend."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the frozen weights are held in. Trained ones are always float32: bfloat16 would round away most
     updates as small as 1e-6."""

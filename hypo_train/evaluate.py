@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from hypo_train.batch import example_tree, pair_tree, sample_tree
 from hypo_train.losses import preference_loss, reference_of, sequence_logprobs_of, token_losses
 from hypo_train.metrics import Meter, add_loss
 from hypo_train.run import Run
@@ -56,12 +55,12 @@ def evaluate(run: Run) -> Evaluation:
 
 def _add_rows(meter: Meter, run: Run, rows: Sequence[Any]) -> None:
     """Loss and rewards of held-out rows."""
-    pad, device = run.tokenizer.pad_token_id, run.accelerator.device
+    device = run.accelerator.device
     if run.config.algorithm == "sft":
-        tree = example_tree(rows, pad).to(device)
+        tree = run.batcher.examples(rows).to(device)
         meter.add("loss", run.policy(tree, token_losses(tree, run.config)))
         return
-    tree = pair_tree(rows, [], pad).to(device)
+    tree = run.batcher.pairs(rows, []).to(device)
     reference = run.policy.reference(tree, reference_of(tree, run.config))
     out = run.policy(tree, preference_loss(tree, reference, len(rows), run.config))
     add_loss(meter, out)
@@ -95,7 +94,7 @@ def _log_ratios(
     """log π − log π_ref of each completion; nothing for SFT, whose start is no reference."""
     if run.config.algorithm == "sft":
         return [None] * len(completions)
-    tree = sample_tree(prompts, completions, run.tokenizer.pad_token_id).to(run.accelerator.device)
+    tree = run.batcher.samples(prompts, completions).to(run.accelerator.device)
     logprobs = sequence_logprobs_of(tree, run.config)
     return (run.policy(tree, logprobs) - run.policy.reference(tree, logprobs)).tolist()
 

@@ -53,7 +53,7 @@ def reference_of(tree: Tree, config: Config) -> HeadFunction[Reference]:
 
 
 def preference_loss(tree: Tree, reference: Reference, num_pairs: int, config: Config) -> HeadFunction[HypoLoss]:
-    """The configured preference loss of a :func:`~hypo_train.batch.pair_tree`."""
+    """The configured preference loss of a tree of pairs and samples."""
 
     def loss(hidden: Tensor, head: Head) -> HypoLoss:
         return fused_hypo_loss(

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hypo_train import attention
 from hypo_train.config import Config
 from hypo_train.exactness import check_exactness
 from hypo_train.policy import ModelError, Policy, first_line
@@ -52,7 +53,7 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
         model = AutoModelForCausalLM.from_pretrained(
             config.model_name_or_path,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
+            attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
     except Exception as error:
@@ -71,7 +72,12 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     policy = Policy(model, is_peft=config.use_peft, temperature=config.temperature)
-    check_exactness(policy)
+    plain = model.config._attn_implementation
+    if config.attn_implementation == "auto":
+        policy.base.set_attn_implementation(attention.NAME)
+    policy.why_separate_rows = check_exactness(policy)
+    if not policy.shares_prompts:
+        policy.base.set_attn_implementation(plain)
     return policy
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypo_kernels.head import LMHead, LoRA
+from hypo_train.attention import NAME, KeyValues, Part, decoder_inputs
 from hypo_train.tree import Tree
+from hypo_train.trunk import frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
 
 T = TypeVar("T")
 
@@ -38,6 +40,23 @@ class Head(LMHead):
 HeadFunction = Callable[[Tensor, Head], T]
 
 
+@dataclass(frozen=True)
+class PromptPass:
+    """A tree's prompts, run through the policy with gradients: what its branches and its samples go on from."""
+
+    hidden: Tensor  # (1, N_prompts, D)
+    key_values: KeyValues
+    trunk: Any  # the last frozen layer's output, where layers are frozen
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The last frozen layer's output: for the whole tree, and for its branches where those ran alone."""
+
+    whole: Any
+    branches: Any = None
+
+
 class Policy(nn.Module):
     """A causal language model as the loss sees it: trees in, head-level results out."""
 
@@ -46,7 +65,10 @@ class Policy(nn.Module):
         self.model = model
         self.is_peft = is_peft
         self.temperature = temperature
+        self.why_separate_rows: str | None = None  # None: the model trains on trees
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        # What the reference shares with the policy and runs once for both. LoRA's reference shares no layer's output.
+        self.trunk_layers = [] if is_peft else frozen_layers(self.base.get_decoder())
         # Copies of the trained parameters alone; without an entry for LoRA, whose adapter can be switched off.
         self.reference_parameters = {} if is_peft else {name: p.detach().clone() for name, p in trained.items()}
 
@@ -54,6 +76,11 @@ class Policy(nn.Module):
     def base(self) -> Any:
         """The transformers model, without peft's wrapper."""
         return self.model.get_base_model() if self.is_peft else self.model
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for all of its completions."""
+        return self.why_separate_rows is None
 
     def head(self) -> Head:
         """The LM head with the live weights; for use inside ``forward``."""
@@ -68,33 +95,73 @@ class Policy(nn.Module):
             lora=_active_lora(linear) if hasattr(linear, "lora_A") else None,
         )
 
-    def forward(self, tree: Tree, function: HeadFunction[T]) -> T:
-        """``function(hidden (T, D), head)`` of the rows that predict the tree's targets."""
-        hidden = self.base.get_decoder()(
-            input_ids=tree.input_ids,
-            position_ids=tree.position_ids,
-            attention_mask=self._mask(tree),
-            use_cache=False,
-        ).last_hidden_state
+    def forward(
+        self,
+        tree: Tree,
+        function: HeadFunction[T],
+        *,
+        prompts: PromptPass | None = None,
+        trunk: Trunk | None = None,
+    ) -> T:
+        """``function(hidden (T, D), head)`` of the rows that predict the tree's targets.
+
+        What has run already is gone on from: ``prompts`` (:meth:`run_prompts` on the tree's prompts), ``trunk``.
+        """
+        if prompts is None:
+            hidden = self._decode(tree, Part(tree.layout) if tree.layout else None, trunk and trunk.whole)
+        else:
+            branches = self._decode(tree, _branches(tree, prompts), trunk and trunk.branches)
+            hidden = torch.cat([prompts.hidden, branches], dim=1)
         # Indexing, not index_select: its backward adds a prompt's several gradients in a fixed order on CUDA.
         return function(hidden.flatten(0, 1)[tree.rows], self.head())
 
-    def _mask(self, tree: Tree) -> Tensor:
-        """The prefix mask as the model's attention takes it: eager attention adds it to the scores."""
-        if self.base.config._attn_implementation != "eager":
-            return tree.attention_mask
-        dtype = self.base.get_input_embeddings().weight.dtype
-        scores = torch.zeros_like(tree.attention_mask, dtype=dtype)
-        return scores.masked_fill(~tree.attention_mask, torch.finfo(dtype).min)
+    def run_prompts(self, tree: Tree) -> PromptPass:
+        """The tree's prompts alone, with gradients, for :meth:`forward` to go on from."""
+        if tree.layout is None:
+            raise ValueError("separate rows have no prompts to run alone")
+        kept: KeyValues = {}
+        with kept_trunk(self.trunk_layers) as outputs:
+            hidden = self._decode(tree, Part(tree.layout, has_branches=False, kept=kept))
+        return PromptPass(hidden, kept, outputs[0] if outputs else None)
 
     @torch.no_grad()
-    def reference(self, tree: Tree, function: HeadFunction[T]) -> T:
+    def run_trunk(self, tree: Tree, prompts: PromptPass | None = None) -> Trunk | None:
+        """The frozen layers below the trained ones on the tree, for policy and reference; None if there are none."""
+        if not self.trunk_layers:
+            return None
+        if prompts is None:
+            part = Part(tree.layout) if tree.layout else None
+            return Trunk(run_trunk(self.trunk_layers, lambda: self._decode(tree, part)))
+        part = _branches(tree, prompts)
+        branches = run_trunk(self.trunk_layers, lambda: self._decode(tree, part))
+        return Trunk(joined(prompts.trunk, branches), branches)
+
+    def _decode(self, tree: Tree, part: Part | None, trunk: Any = None) -> Tensor:
+        """(R, N, D) final hidden states of a part of the tree's tokens (None: of separate rows)."""
+        device = tree.input_ids.device
+        which = slice(None)
+        if part is None:
+            attention = {"attention_mask": tree.attention_mask}
+        elif self.base.config._attn_implementation != NAME:  # which would attend to the row as to one text
+            raise ValueError(f"{self.base.config._attn_implementation} attention takes no trees: use separate rows")
+        else:
+            which, attention = part.tokens, decoder_inputs(part, device)
+        with replayed_trunk(self.trunk_layers, trunk) if trunk is not None else nullcontext():
+            return self.base.get_decoder()(
+                input_ids=tree.input_ids[:, which],
+                position_ids=tree.position_ids[:, which],
+                use_cache=False,
+                **attention,
+            ).last_hidden_state
+
+    @torch.no_grad()
+    def reference(self, tree: Tree, function: HeadFunction[T], *, trunk: Trunk | None = None) -> T:
         """The same of the reference model: frozen, without dropout."""
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             with self.model.disable_adapter() if self.is_peft else nullcontext():
-                return functional_call(self, self.reference_parameters, (tree, function))
+                return functional_call(self, self.reference_parameters, (tree, function), {"trunk": trunk})
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -110,6 +177,12 @@ class Policy(nn.Module):
         """Weights (LoRA: the adapter) that ``AutoModelForCausalLM.from_pretrained(folder)`` loads."""
         # Beside an adapter on the head, peft would save the frozen head and embedding in full.
         self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.is_peft else {}))
+
+
+def _branches(tree: Tree, prompts: PromptPass) -> Part:
+    if tree.layout is None:
+        raise ValueError("separate rows cannot go on from their prompts")
+    return Part(tree.layout, has_prompts=False, prompt=prompts.key_values)
 
 
 def _active_lora(layer: Any) -> LoRA | None:

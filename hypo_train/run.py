@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
+from hypo_train.batch import Batcher
 from hypo_train.config import Config, ConfigError
 from hypo_train.data import Example, Pair, batches_per_epoch, load_examples, load_pairs
 from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
@@ -29,6 +30,7 @@ class Run:
     tokenizer: Any
     policy: Policy  # bare, for parameters, sampling and the reference
     model: Any  # the policy as accelerate wraps it, for the forward pass that trains
+    batcher: Batcher
     sampler: Sampler
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -87,6 +89,8 @@ def prepare(config: Config) -> Run:
     everything = sum(p.numel() for p in policy.parameters())
     report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
     report.append(f"training {trained:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}")
+    if policy.why_separate_rows is not None:
+        report.append(f"each completion is trained on in a row of its own: {policy.why_separate_rows}")
     report += [f"warning: {line}" for line in config.warnings()]
     return Run(
         config=config,
@@ -94,6 +98,7 @@ def prepare(config: Config) -> Run:
         tokenizer=tokenizer,
         policy=policy,
         model=model,
+        batcher=Batcher(tokenizer.pad_token_id, shares_prompts=policy.shares_prompts),
         sampler=sampler,
         optimizer=optimizer,
         scheduler=scheduler,

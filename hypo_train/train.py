@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypo_train.batch import example_tree, pair_tree
 from hypo_train.config import Config
 from hypo_train.data import Example, Pair, batch_indices
 from hypo_train.evaluate import Evaluation, evaluate
@@ -136,7 +135,7 @@ def _preference_loss(
     run: Run, pairs: Sequence[Pair], completions: Sequence[list[int]], meter: Meter
 ) -> tuple[Tensor, int]:
     """The loss of a micro-batch's pairs and samples, and its tokens."""
-    tree = pair_tree(pairs, completions, run.tokenizer.pad_token_id).to(run.accelerator.device)
+    tree = run.batcher.pairs(pairs, completions).to(run.accelerator.device)
     with run.accelerator.autocast():
         reference = run.policy.reference(tree, reference_of(tree, run.config))
     out = run.model(tree, preference_loss(tree, reference, len(pairs), run.config))
@@ -146,7 +145,7 @@ def _preference_loss(
 
 def _sft_loss(run: Run, examples: Sequence[Example], meter: Meter) -> tuple[Tensor, int]:
     """Mean negative log-prob of a micro-batch's completion tokens, and its tokens."""
-    tree = example_tree(examples, run.tokenizer.pad_token_id).to(run.accelerator.device)
+    tree = run.batcher.examples(examples).to(run.accelerator.device)
     losses = run.model(tree, token_losses(tree, run.config))
     meter.add("loss", losses)
     return losses.mean(), tree.num_tokens

@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hypo_train.batch import pair_tree
+from hypo_train.batch import Batcher
 from hypo_train.config import load_config
 from hypo_train.convert_gguf import find_gguf, main
 from hypo_train.data import load_pairs
@@ -118,7 +118,7 @@ def test_log_probs_of_real_rows_before_training_equal_transformers_own(smollm2, 
     expected = torch.cat([tiny.plain_token_logprobs(model, *sequence) for sequence in sequences])
     del model
     policy = load_policy(config, autocast=False).eval()
-    tree = pair_tree(pairs, [], tokenizer.pad_token_id)
+    tree = Batcher(tokenizer.pad_token_id).pairs(pairs, [])
     with torch.no_grad():
         found = -policy(tree, token_losses(tree, config))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

@@ -23,7 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hypo_train.batch import pair_tree
+from hypo_train.attention import NAME
+from hypo_train.batch import Batcher
 from hypo_train.config import Config
 from hypo_train.data import Pair
 from hypo_train.exactness import check_exactness
@@ -58,8 +59,8 @@ def policy_of(folder, *, autocast=False, **changes):
     return load_policy(model_config(folder, **changes), autocast=autocast)
 
 
-def tree():
-    return pair_tree(PAIRS, SAMPLES, tiny.PAD)
+def tree(*, shares_prompts=True):
+    return Batcher(tiny.PAD, shares_prompts=shares_prompts).pairs(PAIRS, SAMPLES)
 
 
 def logprobs():
@@ -126,19 +127,28 @@ def test_log_probs_equal_those_of_transformers_own_logits(folder, way):
 
 
 @torch.no_grad()
-def test_a_final_softcap_is_served_exactly(saved_model, way):
-    folder = saved_model("gemma2")
-    policy = policy_of(folder, attn_implementation="eager", **way)
+def test_softcaps_are_served_exactly(saved_model, way):
+    folder = saved_model("gemma2", attn_logit_softcapping=2.0)
+    policy = policy_of(folder, **way)
+    assert policy.shares_prompts
     original = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     assert tiny.plain_logits(original, [5, 6, 7]).abs().max() > 2, "the cap of 3 must bend the logits"
     assert_close(policy(tree(), logprobs()), plain_logprobs(original), atol=1e-4, rtol=0)
 
 
-@torch.no_grad()
-def test_eager_attention_keeps_to_the_prefix_mask(saved_model):
-    policy = policy_of(saved_model(), attn_implementation="eager")
-    original = AutoModelForCausalLM.from_pretrained(saved_model()).eval()
-    assert_close(policy(tree(), logprobs()), plain_logprobs(original), atol=1e-4, rtol=0)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_another_attention_trains_on_separate_rows_alike(saved_model, attention):
+    policy, apart = policy_of(saved_model()), policy_of(saved_model(), attn_implementation=attention)
+    assert policy.shares_prompts
+    assert not apart.shares_prompts
+    results = []
+    for one in (policy, apart):
+        batch = tree(shares_prompts=one.shares_prompts)
+        loss = one(batch, preference_loss(batch, Reference(logps=torch.zeros(8)), 2, model_config("-", kl_coef=0.1)))
+        loss.loss.backward()
+        results.append([loss.loss, *(p.grad for p in one.trained_parameters().values())])
+    for together, separate in zip(*results, strict=True):
+        assert_close(separate, together, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -230,7 +240,7 @@ def test_the_update_of_the_head_has_pefts_scaling(saved_model, use_rslora):
 
 def adapted(folder, **changes):
     """A policy with any adapter that peft can make, on the head unless ``changes`` say otherwise."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=NAME)
     settings = {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", **changes}
     return Policy(get_peft_model(model, LoraConfig(**settings)), is_peft=True).eval()
 
@@ -593,14 +603,43 @@ def test_logits_that_are_not_the_heads_are_refused(saved_model, monkeypatch, cha
     assert "LlamaForCausalLM computes its logits in a way the kernels do not serve: they differ by" in message
 
 
-def test_a_decoder_that_ignores_the_prefix_mask_is_refused(saved_model, monkeypatch):
+def test_a_decoder_that_loses_the_tree_trains_on_separate_rows(saved_model, monkeypatch):
     original = LlamaModel.forward
 
-    def forward(self, *arguments, attention_mask=None, **keywords):
+    def forward(self, *arguments, tree=None, **keywords):
         return original(self, *arguments, **keywords)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
-    assert "LlamaForCausalLM (sdpa attention) does not honour the prefix mask" in refusal(saved_model())
+    policy = policy_of(saved_model())
+    assert "does not keep to trees: logits differ by" in policy.why_separate_rows
+    assert policy.base.config._attn_implementation == "sdpa"
+
+
+def test_a_decoder_that_cannot_take_a_tree_trains_on_separate_rows(saved_model, monkeypatch):
+    original = LlamaModel.forward
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None, **known):
+        if unknown := known.keys() - {"past_key_values", "inputs_embeds"}:
+            raise TypeError(f"forward() got an unexpected keyword argument {unknown.pop()!r}")
+        return original(
+            self, input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **known
+        )
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    assert "cannot take trees" in policy_of(saved_model()).why_separate_rows
+
+
+def test_a_decoder_that_ignores_padding_too_is_refused(saved_model, monkeypatch):
+    # Its hidden states depend on what stands in the row after them.
+    original = LlamaModel.forward
+
+    def forward(self, input_ids, **keywords):
+        out = original(self, input_ids, **keywords)
+        out.last_hidden_state = out.last_hidden_state + 0.1 * out.last_hidden_state.mean(1, keepdim=True)
+        return out
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    assert "does not honour padding" in refusal(saved_model())
 
 
 def test_checking_a_model_leaves_its_mode_and_the_random_state(saved_model):

@@ -5,7 +5,8 @@ import tiny
 import torch
 from torch.testing import assert_close
 
-from hypo_train.tree import pack
+from hypo_train.attention import NAME, Layout, Part, decoder_inputs
+from hypo_train.tree import pack, separate_rows
 
 VOCAB, PAD = 61, 0
 
@@ -13,7 +14,10 @@ VOCAB, PAD = 61, 0
 # GPT-2's learned positions are wrong at once when a branch does not restart them.
 @pytest.fixture(params=["llama", "gpt_neox", "qwen2", "qwen3", "gpt2"])
 def model(request):
-    return tiny.new_model(request.param, vocab_size=VOCAB)
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if request.param == "gpt2" else {}
+    model = tiny.new_model(request.param, vocab_size=VOCAB, **dropout)
+    model.set_attn_implementation(NAME)
+    return model
 
 
 def random_tokens(*lengths, seed=0):
@@ -29,19 +33,42 @@ def ragged_batch():
     return prompts, list(zip(owners, completions, strict=True))
 
 
-def tree_hidden(model, tree):
-    """(T, D) the hidden states that predict the counted tokens."""
-    hidden = model.get_decoder()(
-        input_ids=tree.input_ids,
-        attention_mask=tree.attention_mask,
-        position_ids=tree.position_ids,
+def decode(model, tree, part):
+    """(R, N, D) hidden states of a part of the tree's tokens."""
+    tokens = part.tokens if part else slice(None)
+    attention = decoder_inputs(part, "cpu") if part else {"attention_mask": tree.attention_mask}
+    return model.get_decoder()(
+        input_ids=tree.input_ids[:, tokens],
+        position_ids=tree.position_ids[:, tokens],
         use_cache=False,
+        **attention,
     ).last_hidden_state
+
+
+def in_one_call(model, tree):
+    return decode(model, tree, Part(tree.layout))
+
+
+def prompts_first(model, tree):
+    """The prompts, then the branches from their keys and values."""
+    kept = {}
+    prompts = decode(model, tree, Part(tree.layout, has_branches=False, kept=kept))
+    return torch.cat([prompts, decode(model, tree, Part(tree.layout, has_prompts=False, prompt=kept))], dim=1)
+
+
+def hidden_of(model, prompts, sequences, way):
+    """(T, D) the hidden states that predict the counted tokens."""
+    if way == "separate rows":
+        tree = separate_rows(prompts, sequences, pad_token_id=PAD)
+        hidden = decode(model, tree, None)
+    else:
+        tree = pack(prompts, sequences)
+        hidden = {"in one call": in_one_call, "prompts first": prompts_first}[way](model, tree)
     return hidden.flatten(0, 1)[tree.rows]
 
 
-def separate_hidden(model, prompts, sequences):
-    """The same from one plain row a sequence, without padding or mask."""
+def one_by_one(model, prompts, sequences):
+    """The same from one plain row a sequence, without padding, by SDPA as it is."""
     parts = []
     for prompt, completion in sequences:
         row = torch.tensor([prompts[prompt] + completion])
@@ -59,18 +86,63 @@ def gradients(model, hidden):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("budget", [None, 20, 64], ids=["longest tree", "below the longest", "one row"])
-def test_hidden_states_and_gradients_equal_those_of_separate_rows(model, budget):
+WAYS = ["in one call", "prompts first", "separate rows"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("way", WAYS)
+def test_hidden_states_and_gradients_equal_those_of_plain_rows(model, way, checkpointing):
+    batch = ragged_batch()
+    expected = one_by_one(model, *batch)
+    expected_gradients = gradients(model, expected)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    found = hidden_of(model, *batch, way)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    found_gradients = gradients(model, found)
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        scale = max(1.0, gradient.abs().max().item())
+        assert_close(found_gradients[name], gradient, atol=1e-5 * scale, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_softcapped_scores_are_capped_in_trees_too(way):
+    model = tiny.new_model("gemma2", vocab_size=VOCAB, attn_logit_softcapping=2.0)
+    batch = ragged_batch()
+    model.set_attn_implementation("eager")
+    expected = one_by_one(model, *batch)
+    if way != "separate rows":
+        model.set_attn_implementation(NAME)
+    assert_close(hidden_of(model, *batch, way), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_computed_twice_or_padded(model):
+    tokens = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     prompts, sequences = ragged_batch()
-    tree = pack(prompts, sequences, pad_token_id=PAD, max_tokens_per_row=budget)
-    packed = tree_hidden(model, tree)
-    separate = separate_hidden(model, prompts, sequences)
-    assert_close(packed, separate, atol=1e-5, rtol=1e-5)
-    packed_gradients, separate_gradients = gradients(model, packed), gradients(model, separate)
-    assert packed_gradients.keys() == separate_gradients.keys()
-    for name, expected in separate_gradients.items():
-        scale = max(1.0, expected.abs().max().item())
-        assert_close(packed_gradients[name], expected, atol=1e-5 * scale, rtol=0, msg=name)
+    tree = pack(prompts, sequences)
+    in_one_call(model, tree)
+    prompts_first(model, tree)
+    branches = sum(max(0, len(completion) - 1) for _, completion in sequences)
+    assert tokens == [sum(map(len, prompts)) + branches, sum(map(len, prompts)), branches]
+    assert tree.num_tokens == tree.layout.num_tokens == tokens[0]
+
+
+def test_without_a_tree_the_model_attends_as_under_sdpa(model):
+    ids = torch.tensor([[PAD, PAD, 5, 7], [3, 4, 5, 6]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    found = model(input_ids=ids, attention_mask=mask).logits
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(found[mask.bool()], model(input_ids=ids, attention_mask=mask).logits[mask.bool()])
+
+
+def test_the_attention_of_a_run_is_not_saved_with_the_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
 
 
 def test_every_index_of_a_hand_written_batch():
@@ -82,109 +154,77 @@ def test_every_index_of_a_hand_written_batch():
         (1, []),  # rejected of prompt 1: nothing to count
         (2, [33, 34, 35]),
     ]
-    tree = pack(prompts, sequences, pad_token_id=PAD)
-    # Prompt 0's tree is 3 + 2 + 1 = 6 tokens, prompt 2's 2 + 2 = 4, prompt 1's 1: they fill two rows of 6.
-    assert tree.input_ids.tolist() == [[11, 12, 13, 14, 15, 17], [31, 32, 33, 34, 21, PAD]]
-    assert tree.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 3, 0, 0]]
-    #                              s0       s1  s2    s4
-    assert tree.rows.tolist() == [2, 3, 4, 10, 2, 5, 7, 8, 9]
+    tree = pack(prompts, sequences)
+    #                                 prompt 0    1   prompt 2 | s0      s2  s4
+    assert tree.input_ids.tolist() == [[11, 12, 13, 21, 31, 32, 14, 15, 17, 33, 34]]
+    assert tree.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 3, 4, 3, 2, 3]]
+    assert tree.layout == Layout(prompts=(3, 1, 2), branches=((2, 1), (0, 0), (2,)))
+    #                              s0       s1 s2    s4
+    assert tree.rows.tolist() == [2, 6, 7, 3, 2, 8, 5, 9, 10]
     assert tree.targets.tolist() == [14, 15, 16, 22, 17, 18, 33, 34, 35]
     assert tree.cu_seqlens.tolist() == [0, 3, 4, 6, 6, 9]
-    mask = ["".join(".x"[seen] for seen in query) for query in tree.attention_mask[:, 0].flatten(0, 1)]
-    assert mask == [
-        "x.....",
-        "xx....",
-        "xxx...",
-        "xxxx..",
-        "xxxxx.",
-        "xxx..x",  # the second branch sees the prompt and not the first branch
-        "x.....",
-        "xx....",
-        "xxx...",
-        "xxxx..",
-        "....x.",  # another tree of the same row
-        ".....x",  # padding
-    ]
-    assert tree.attention_mask.shape == (2, 1, 6, 6)
     assert tree.num_tokens == 11
-    assert tree.attention_mask.dtype == torch.bool
+    masks = [["".join(".x"[seen] for seen in query) for query in mask] for mask in tree.layout.branch_masks("cpu")]
+    assert masks == [["xxxx..", "xxxxx.", "xxx..x"], [], ["xxx.", "xxxx"]]
     for name in ("input_ids", "position_ids", "rows", "targets", "cu_seqlens"):
         assert getattr(tree, name).dtype == torch.int64
+
+    apart = separate_rows(prompts, sequences, pad_token_id=PAD)
+    assert apart.input_ids.tolist() == [
+        [11, 12, 13, 14, 15],
+        [21, PAD, PAD, PAD, PAD],
+        [11, 12, 13, 17, PAD],
+        [21, PAD, PAD, PAD, PAD],
+        [31, 32, 33, 34, PAD],
+    ]
+    assert apart.position_ids.tolist()[2] == [0, 1, 2, 3, 0]
+    assert apart.attention_mask.sum(1).tolist() == [5, 1, 4, 1, 4]
+    assert apart.rows.tolist() == [2, 3, 4, 5, 12, 13, 21, 22, 23]
+    assert apart.targets.tolist() == tree.targets.tolist()
+    assert apart.cu_seqlens.tolist() == tree.cu_seqlens.tolist()
+    assert apart.num_tokens == 15
 
 
 def test_the_order_of_sequences_is_the_callers():
     prompts, sequences = ragged_batch()
-    backwards = pack(prompts, sequences[::-1], pad_token_id=PAD)
+    backwards = pack(prompts, sequences[::-1])
     spans = backwards.cu_seqlens.tolist()
     found = [backwards.targets[a:b].tolist() for a, b in pairwise(spans)]
     assert found == [completion for _, completion in sequences[::-1]]
 
 
-def test_padding_neither_changes_a_result_nor_makes_it_nan(model):
-    prompts, sequences = ragged_batch()
-    results = []
-    for pad_token_id in (PAD, 7):
-        tree = pack(prompts, sequences, pad_token_id=pad_token_id)
-        assert (tree.attention_mask.sum(-1) == 1).sum() > len(prompts), "no padding in this batch"
-        hidden = tree_hidden(model, tree)
-        results.append({"hidden": hidden.detach(), **gradients(model, hidden)})
-    for name, value in results[0].items():
-        assert value.isfinite().all(), name
-        assert torch.equal(value, results[1][name]), name
-
-
-def test_every_token_attends_to_itself():
-    tree = pack(*ragged_batch(), pad_token_id=PAD, max_tokens_per_row=40)
-    assert tree.attention_mask[:, 0].diagonal(dim1=1, dim2=2).all()
-
-
-@pytest.mark.parametrize(
-    ("budget", "shape"),
-    [
-        (None, (3, 8)),  # 8 | 5 3 | 4 2
-        (8, (3, 8)),
-        (13, (2, 13)),  # 8 5 | 4 3 2, as wide as the fuller row
-        (22, (1, 22)),
-        (1000, (1, 22)),  # no wider than what is there
-        (3, (3, 8)),  # a tree above the budget sets the width
-    ],
-)
-def test_trees_share_rows_first_fit_decreasing(budget, shape):
-    prompts = random_tokens(3, 8, 2, 5, 4)
-    tree = pack(prompts, [(p, [9]) for p in range(5)], pad_token_id=PAD, max_tokens_per_row=budget)
-    assert tuple(tree.input_ids.shape) == shape
-    assert (tree.input_ids != PAD).sum() == 22
-
-
 def test_a_prompt_without_sequences_takes_no_room():
-    tree = pack(random_tokens(3, 30), [(0, [5, 6])], pad_token_id=PAD)
+    tree = pack(random_tokens(3, 30), [(0, [5, 6])])
     assert tree.input_ids.shape == (1, 4)
 
 
 def test_completions_of_no_tokens_alone_leave_nothing_to_count():
-    tree = pack([[1, 2]], [(0, []), (0, [])], pad_token_id=PAD)
+    tree = pack([[1, 2]], [(0, []), (0, [])])
     assert tree.rows.numel() == tree.targets.numel() == 0
     assert tree.cu_seqlens.tolist() == [0, 0, 0]
     assert tree.input_ids.tolist() == [[1, 2]]
 
 
 def test_moving_a_tree_leaves_what_the_loss_plans_with_on_the_host():
-    tree = pack([[1, 2]], [(0, [3, 4])], pad_token_id=PAD).to("meta")
-    assert tree.targets.device.type == tree.cu_seqlens.device.type == "cpu"
-    for name in ("input_ids", "position_ids", "attention_mask", "rows"):
-        assert getattr(tree, name).device.type == "meta"
+    for tree in (pack([[1, 2]], [(0, [3, 4])]), separate_rows([[1, 2]], [(0, [3, 4])], pad_token_id=PAD)):
+        moved = tree.to("meta")
+        assert moved.targets.device.type == moved.cu_seqlens.device.type == "cpu"
+        for name in ("input_ids", "position_ids", "rows"):
+            assert getattr(moved, name).device.type == "meta"
+    assert moved.attention_mask.device.type == "meta"
 
 
 @pytest.mark.parametrize(
-    ("prompts", "sequences", "budget", "message"),
+    ("prompts", "sequences", "message"),
     [
-        ([[1], []], [(0, [2])], None, "prompt 1 is empty"),
-        ([[1]], [(0, [2]), (1, [2])], None, "sequence 1 names prompt 1 of 1 prompts"),
-        ([[1]], [(-1, [2])], None, "sequence 0 names prompt -1"),
-        ([[1]], [], None, "no sequences to pack"),
-        ([[1]], [(0, [2])], 0, "max_tokens_per_row is 0"),
+        ([[1], []], [(0, [2])], "prompt 1 is empty"),
+        ([[1]], [(0, [2]), (1, [2])], "sequence 1 names prompt 1 of 1 prompts"),
+        ([[1]], [(-1, [2])], "sequence 0 names prompt -1"),
+        ([[1]], [], "no sequences to pack"),
     ],
 )
-def test_what_cannot_be_packed_is_named(prompts, sequences, budget, message):
+def test_what_cannot_be_packed_is_named(prompts, sequences, message):
     with pytest.raises(ValueError, match=message):
-        pack(prompts, sequences, pad_token_id=PAD, max_tokens_per_row=budget)
+        pack(prompts, sequences)
+    with pytest.raises(ValueError, match=message):
+        separate_rows(prompts, sequences, pad_token_id=PAD)
