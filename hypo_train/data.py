@@ -46,6 +46,11 @@ class Pair:
     chosen: Ids
     rejected: Ids
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, once, and both completions."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -54,6 +59,11 @@ class Example:
     row: int  # index in the source split
     prompt: Ids
     completion: Ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and completion."""
+        return len(self.prompt) + len(self.completion)
 
 
 @dataclass(frozen=True)

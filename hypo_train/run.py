@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import GenerationConfig
 
 from hypo_train.config import Config, ConfigError
@@ -16,6 +17,7 @@ from hypo_train.data import Example, Pair, batches_per_epoch, load_examples, loa
 from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.policy import Policy
+from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import RewardFunction, load_reward
 from hypo_train.sampler import GenerateSampler, Sampler
 
@@ -37,6 +39,9 @@ class Run:
     reward: RewardFunction | None
     total_steps: int
     report: list[str]  # what the user should know about the data, the model and the settings
+    # The reference's log-probs of each row's chosen and rejected, fp32 (rows, 2); None = asked for in the step.
+    train_ref_logps: Tensor | None = None
+    eval_ref_logps: Tensor | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -45,6 +50,12 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         return batches_per_epoch(len(self.train_rows), self.batch_size)
+
+    @property
+    def steps_ask_reference(self) -> bool:
+        """Whether a training step passes anything through the reference."""
+        samples = self.config.algorithm == "hypo"
+        return self.config.algorithm != "sft" and (samples or self.train_ref_logps is None)
 
     @property
     def batch_size(self) -> int:
@@ -60,6 +71,8 @@ def prepare(config: Config) -> Run:
     load = load_examples if config.algorithm == "sft" else load_pairs
     train_rows, eval_rows, reports = load(config, tokenizer, ends)
     total_steps = _total_steps(config, len(train_rows))
+    if splits_to_precompute(config, train_rows, eval_rows, total_steps):
+        require_writable(cache_folder(config))
     torch.manual_seed(config.seed)  # the adapter's first weights
     policy = load_policy(config, autocast=accelerator.mixed_precision == "bf16").to(accelerator.device)
     parameters = policy.trained_parameters()
@@ -103,6 +116,36 @@ def prepare(config: Config) -> Run:
         total_steps=total_steps,
         report=report,
     )
+
+
+def with_reference_logps(run: Run, *, progress: bool) -> Run:
+    """The run with the reference's log-probs of its pairs, where they pay, and without the weights that only they
+    needed: an evaluation's samples still ask the reference, whose weights wait for it on the CPU."""
+    config = run.config
+    splits = splits_to_precompute(config, run.train_rows, run.eval_rows, run.total_steps)
+
+    def known(split: str, rows: Sequence[Any]) -> Tensor | None:
+        if split not in splits:
+            return None
+        return pair_reference_logps(
+            run.policy,
+            rows,
+            config,
+            pad_token_id=run.tokenizer.pad_token_id,
+            device=run.accelerator.device,
+            autocast=run.accelerator.mixed_precision == "bf16",
+            folder=cache_folder(config),
+            split=split,
+            progress=progress,
+        )
+
+    train_ref_logps, eval_ref_logps = known("train", run.train_rows), known("eval", run.eval_rows)
+    run = replace(run, train_ref_logps=train_ref_logps, eval_ref_logps=eval_ref_logps)
+    if config.algorithm == "sft" or not (run.steps_ask_reference or run.eval_rows):
+        run.policy.drop_reference()
+    elif not run.steps_ask_reference:
+        run.policy.reference_to(torch.device("cpu"))
+    return run
 
 
 def _generation_config(config: Config) -> GenerationConfig | None:
