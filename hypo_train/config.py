@@ -154,6 +154,9 @@ class Config(BaseModel):
     """Preference pairs (prompts) in one micro-batch on one device."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches in one optimizer step."""
+    group_by_length: bool = False
+    """Draw the rows of a step from rows of like length: less padding, for batches that are less random. The
+    micro-batches within a step are ordered by length in any case."""
 
     eval_steps: NonNegativeInt = 0
     """Evaluate every so many steps; 0 means only at the end."""

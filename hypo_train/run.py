@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.data import Example, Pair, batches_per_epoch, load_examples, load_pairs
+from hypo_train.data import Example, Pair, batch_indices, batches_per_epoch, load_examples, load_pairs, longest_first
 from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.policy import Policy
@@ -60,6 +61,16 @@ class Run:
     @property
     def batch_size(self) -> int:
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Which training rows an optimizer step trains on, longest first: micro-batches are cut in this order."""
+        grouped = self._row_lengths if self.config.group_by_length else None
+        indices = batch_indices(len(self.train_rows), self.batch_size, step, self.config.seed, grouped)
+        return longest_first(indices, self._row_lengths)
+
+    @cached_property
+    def _row_lengths(self) -> tuple[int, ...]:
+        return tuple(row.num_tokens for row in self.train_rows)
 
 
 def prepare(config: Config) -> Run:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hypo_train.batch import example_tree, pair_tree, sample_tree
 from hypo_train.config import Config
-from hypo_train.data import Example, Pair, batch_indices
+from hypo_train.data import Example, Pair
 from hypo_train.evaluate import Evaluation, evaluate
 from hypo_train.log import RunLog
 from hypo_train.losses import Reference, preference_loss, reference_of, sequence_logprobs_of, token_losses
@@ -93,7 +93,7 @@ def train_step(run: Run, step: int, meter: Meter) -> int:
     """One optimizer step; its statistics go to ``meter``. Returns the tokens that went through the model."""
     config = run.config
     torch.manual_seed(_step_seed(config, step))
-    indices = batch_indices(len(run.train_rows), run.batch_size, step, config.seed)
+    indices = run.rows_of_step(step)
     rows: list[Any] = [run.train_rows[i] for i in indices]
     # One draw serves the whole step: the weights do not move between its micro-batches.
     completions = _sample(run, rows, step) if config.algorithm == "hypo" else []
