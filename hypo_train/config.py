@@ -101,6 +101,12 @@ class Config(BaseModel):
     """Tokens a prompt may have; a longer one keeps its BOS and its end."""
     max_completion_length: Annotated[int, Field(ge=2)] = 512
     """Tokens a completion may have, EOS included; a longer one keeps its start and its EOS."""
+    precompute_ref_log_probs: bool | None = None
+    """Compute the reference's log-probs of the pairs once, before the first step, and keep them on the disk for
+    other runs; none means where that costs no more than asking the reference in the steps."""
+    ref_logps_cache_dir: Text | None = None
+    """Folder for the reference's log-probs; none means hypo_train/reference_logps in $XDG_CACHE_HOME or
+    ~/.cache."""
 
     beta: PositiveFloat = 0.1
     """DPO's and IPO's beta: the larger, the nearer the policy stays to the reference."""
@@ -149,6 +155,9 @@ class Config(BaseModel):
     """Preference pairs (prompts) in one micro-batch on one device."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches in one optimizer step."""
+    group_by_length: bool = False
+    """Draw the rows of a step from rows of like length: less padding, for batches that are less random. The
+    micro-batches within a step are ordered by length in any case."""
 
     eval_steps: NonNegativeInt = 0
     """Evaluate every so many steps; 0 means only at the end."""
@@ -212,6 +221,15 @@ def _conflicts(c: Config) -> list[str]:
         (
             c.algorithm != "hypo" and c.kl_estimator != "sampled",
             f"kl_estimator={c.kl_estimator} with algorithm={c.algorithm}: it estimates no KL, use algorithm: hypo",
+        ),
+        (
+            c.precompute_ref_log_probs is True and c.algorithm == "sft",
+            "precompute_ref_log_probs=true with algorithm=sft: it has no reference, leave it out",
+        ),
+        (
+            c.precompute_ref_log_probs is True and c.kl_estimator == "exact",
+            "precompute_ref_log_probs=true with kl_estimator=exact: that needs the reference's whole distributions in "
+            "every step, leave it out (or use kl_estimator: sampled)",
         ),
         (
             c.algorithm == "ipo" and c.label_smoothing > 0,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hypo_train.losses import preference_loss, reference_of, sequence_logprobs_of, token_losses
+from hypo_train.losses import Reference, preference_loss, reference_of, sequence_logprobs_of, token_losses
 from hypo_train.metrics import Meter, add_loss
 from hypo_train.run import Run
 
@@ -39,7 +39,7 @@ def evaluate(run: Run) -> Evaluation:
         meter = Meter()
         size = config.per_device_eval_batch_size
         for start in range(0, len(run.eval_rows), size):
-            _add_rows(meter, run, run.eval_rows[start : start + size])
+            _add_rows(meter, run, start, start + size)
         metrics = meter.read()
         samples = _samples(run)
     finally:
@@ -53,15 +53,19 @@ def evaluate(run: Run) -> Evaluation:
     return Evaluation({f"eval_{name}": value for name, value in metrics.items()}, samples)
 
 
-def _add_rows(meter: Meter, run: Run, rows: Sequence[Any]) -> None:
-    """Loss and rewards of held-out rows."""
+def _add_rows(meter: Meter, run: Run, start: int, stop: int) -> None:
+    """Loss and rewards of held-out rows ``start`` to ``stop``."""
+    rows: Sequence[Any] = run.eval_rows[start:stop]
     device = run.accelerator.device
     if run.config.algorithm == "sft":
         tree = run.batcher.examples(rows).to(device)
         meter.add("loss", run.policy(tree, token_losses(tree, run.config)))
         return
     tree = run.batcher.pairs(rows, []).to(device)
-    reference = run.policy.reference(tree, reference_of(tree, run.config))
+    if run.eval_ref_logps is None:
+        reference = run.policy.reference(tree, reference_of(tree, run.config))
+    else:
+        reference = Reference(logps=run.eval_ref_logps[start:stop].T.flatten())
     out = run.policy(tree, preference_loss(tree, reference, len(rows), run.config))
     add_loss(meter, out)
 

@@ -71,6 +71,7 @@ class Policy(nn.Module):
         self.trunk_layers = [] if is_peft else frozen_layers(self.base.get_decoder())
         # Copies of the trained parameters alone; without an entry for LoRA, whose adapter can be switched off.
         self.reference_parameters = {} if is_peft else {name: p.detach().clone() for name, p in trained.items()}
+        self._reference_dropped = False
 
     @property
     def base(self) -> Any:
@@ -157,6 +158,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def reference(self, tree: Tree, function: HeadFunction[T], *, trunk: Trunk | None = None) -> T:
         """The same of the reference model: frozen, without dropout."""
+        if self._reference_dropped:
+            raise RuntimeError("the reference was dropped, and is asked for")
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
@@ -169,6 +172,11 @@ class Policy(nn.Module):
     def reference_to(self, device: torch.device) -> None:
         """Move the reference's parameters, which are no module's own, to ``device``."""
         self.reference_parameters = {name: p.to(device) for name, p in self.reference_parameters.items()}
+
+    def drop_reference(self) -> None:
+        """Free the reference's parameters, when nothing asks for them any more."""
+        self.reference_parameters = {}
+        self._reference_dropped = True
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import GenerationConfig
 
 from hypo_train.batch import Batcher
 from hypo_train.config import Config, ConfigError
-from hypo_train.data import Example, Pair, batches_per_epoch, load_examples, load_pairs
+from hypo_train.data import Example, Pair, batch_indices, batches_per_epoch, load_examples, load_pairs, longest_first
 from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.policy import Policy
+from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import RewardFunction, load_reward
 from hypo_train.sampler import GenerateSampler, Sampler
 
@@ -39,6 +42,9 @@ class Run:
     reward: RewardFunction | None
     total_steps: int
     report: list[str]  # what the user should know about the data, the model and the settings
+    # The reference's log-probs of each row's chosen and rejected, fp32 (rows, 2); None = asked for in the step.
+    train_ref_logps: Tensor | None = None
+    eval_ref_logps: Tensor | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -49,8 +55,24 @@ class Run:
         return batches_per_epoch(len(self.train_rows), self.batch_size)
 
     @property
+    def steps_ask_reference(self) -> bool:
+        """Whether a training step passes anything through the reference."""
+        samples = self.config.algorithm == "hypo"
+        return self.config.algorithm != "sft" and (samples or self.train_ref_logps is None)
+
+    @property
     def batch_size(self) -> int:
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Which training rows an optimizer step trains on, longest first: micro-batches are cut in this order."""
+        grouped = self._row_lengths if self.config.group_by_length else None
+        indices = batch_indices(len(self.train_rows), self.batch_size, step, self.config.seed, grouped)
+        return longest_first(indices, self._row_lengths)
+
+    @cached_property
+    def _row_lengths(self) -> tuple[int, ...]:
+        return tuple(row.num_tokens for row in self.train_rows)
 
 
 def prepare(config: Config) -> Run:
@@ -62,6 +84,8 @@ def prepare(config: Config) -> Run:
     load = load_examples if config.algorithm == "sft" else load_pairs
     train_rows, eval_rows, reports = load(config, tokenizer, ends)
     total_steps = _total_steps(config, len(train_rows))
+    if splits_to_precompute(config, train_rows, eval_rows, total_steps):
+        require_writable(cache_folder(config))
     torch.manual_seed(config.seed)  # the adapter's first weights
     policy = load_policy(config, autocast=accelerator.mixed_precision == "bf16").to(accelerator.device)
     parameters = policy.trained_parameters()
@@ -108,6 +132,36 @@ def prepare(config: Config) -> Run:
         total_steps=total_steps,
         report=report,
     )
+
+
+def with_reference_logps(run: Run, *, progress: bool) -> Run:
+    """The run with the reference's log-probs of its pairs, where they pay, and without the weights that only they
+    needed: an evaluation's samples still ask the reference, whose weights wait for it on the CPU."""
+    config = run.config
+    splits = splits_to_precompute(config, run.train_rows, run.eval_rows, run.total_steps)
+
+    def known(split: str, rows: Sequence[Any]) -> Tensor | None:
+        if split not in splits:
+            return None
+        return pair_reference_logps(
+            run.policy,
+            rows,
+            config,
+            batcher=run.batcher,
+            device=run.accelerator.device,
+            autocast=run.accelerator.mixed_precision == "bf16",
+            folder=cache_folder(config),
+            split=split,
+            progress=progress,
+        )
+
+    train_ref_logps, eval_ref_logps = known("train", run.train_rows), known("eval", run.eval_rows)
+    run = replace(run, train_ref_logps=train_ref_logps, eval_ref_logps=eval_ref_logps)
+    if config.algorithm == "sft" or not (run.steps_ask_reference or run.eval_rows):
+        run.policy.drop_reference()
+    elif not run.steps_ask_reference:
+        run.policy.reference_to(torch.device("cpu"))
+    return run
 
 
 def _generation_config(config: Config) -> GenerationConfig | None:

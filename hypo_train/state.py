@@ -26,6 +26,7 @@ FREE_TO_CHANGE = {
     "num_eval_samples",
     "per_device_eval_batch_size",
     "reward",
+    "ref_logps_cache_dir",
 }
 
 

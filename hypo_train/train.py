@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from hypo_train.config import Config
-from hypo_train.data import Example, Pair, batch_indices
+from hypo_train.data import Example, Pair
 from hypo_train.evaluate import Evaluation, evaluate
 from hypo_train.log import RunLog
-from hypo_train.losses import preference_loss, reference_of, token_losses
+from hypo_train.losses import Reference, preference_loss, reference_of, sequence_logprobs_of, token_losses
 from hypo_train.metrics import Meter, add_loss
-from hypo_train.run import Run, prepare
+from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
 
 # A run's steps draw from seeds of their own, above the small ones that evaluations use.
@@ -43,6 +43,9 @@ def train(config: Config, *, progress: bool = True) -> Result:
     refuse_to_overwrite(config)
     run, meter = prepare(config), Meter()
     first_step = resume(run, meter)
+    for line in run.report:
+        print(line, flush=True)
+    run = with_reference_logps(run, progress=progress)
     log = RunLog(
         run.output_dir,
         run.total_steps,
@@ -51,8 +54,6 @@ def train(config: Config, *, progress: bool = True) -> Result:
         progress=progress,
     )
     with log:
-        for line in run.report:
-            log.message(line)
         (run.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         evaluation = _train_from(run, log, meter, first_step)
     return Result(save_model(run), evaluation)
@@ -91,7 +92,8 @@ def train_step(run: Run, step: int, meter: Meter) -> int:
     """One optimizer step; its statistics go to ``meter``. Returns the tokens that went through the model."""
     config = run.config
     torch.manual_seed(_step_seed(config, step))
-    rows: list[Any] = [run.train_rows[i] for i in batch_indices(len(run.train_rows), run.batch_size, step, config.seed)]
+    indices = run.rows_of_step(step)
+    rows: list[Any] = [run.train_rows[i] for i in indices]
     # One draw serves the whole step: the weights do not move between its micro-batches.
     completions = _sample(run, rows, step) if config.algorithm == "hypo" else []
     k = len(completions) // len(rows)
@@ -102,7 +104,8 @@ def train_step(run: Run, step: int, meter: Meter) -> int:
         if config.algorithm == "sft":
             loss, seen = _sft_loss(run, micro, meter)
         else:
-            loss, seen = _preference_loss(run, micro, completions[start * k : (start + len(micro)) * k], meter)
+            drawn = completions[start * k : (start + len(micro)) * k]
+            loss, seen = _preference_loss(run, micro, drawn, indices[start : start + size], meter)
         run.accelerator.backward(loss * (_weight(micro) / _weight(rows)))
         tokens += seen
     if config.max_grad_norm > 0:
@@ -132,15 +135,32 @@ def _sample(run: Run, rows: Sequence[Any], step: int) -> list[list[int]]:
 
 
 def _preference_loss(
-    run: Run, pairs: Sequence[Pair], completions: Sequence[list[int]], meter: Meter
+    run: Run, pairs: Sequence[Pair], completions: Sequence[list[int]], indices: Sequence[int], meter: Meter
 ) -> tuple[Tensor, int]:
-    """The loss of a micro-batch's pairs and samples, and its tokens."""
+    """The loss of a micro-batch's pairs, rows ``indices`` of the data, and their samples; and its tokens."""
     tree = run.batcher.pairs(pairs, completions).to(run.accelerator.device)
     with run.accelerator.autocast():
-        reference = run.policy.reference(tree, reference_of(tree, run.config))
+        if run.train_ref_logps is None:
+            reference = run.policy.reference(tree, reference_of(tree, run.config))
+        else:
+            reference = _with_known_pairs(run, run.train_ref_logps, pairs, completions, indices)
     out = run.model(tree, preference_loss(tree, reference, len(pairs), run.config))
     add_loss(meter, out)
     return out.loss, tree.num_tokens
+
+
+def _with_known_pairs(
+    run: Run, known: Tensor, pairs: Sequence[Pair], completions: Sequence[list[int]], indices: Sequence[int]
+) -> Reference:
+    """The reference's log-probs of the pairs, looked up in ``known`` (rows, 2), and of their samples."""
+    # Not blocking: an index on the host would wait for the device.
+    rows = torch.tensor(indices).to(known.device, non_blocking=True)
+    of_pairs = known[rows].T.flatten()
+    if not completions:
+        return Reference(logps=of_pairs)
+    tree = run.batcher.samples([pair.prompt for pair in pairs], completions).to(known.device)
+    of_samples = run.policy.reference(tree, sequence_logprobs_of(tree, run.config))
+    return Reference(logps=torch.cat([of_pairs, of_samples]))
 
 
 def _sft_loss(run: Run, examples: Sequence[Example], meter: Meter) -> tuple[Tensor, int]:
@@ -160,8 +180,11 @@ def _clip_gradients(run: Run) -> Tensor:
 def _evaluate(run: Run, log: RunLog, step: int) -> Evaluation | None:
     if not run.eval_rows:
         return None
+    run.policy.reference_to(run.accelerator.device)
     with run.accelerator.autocast():
         evaluation = evaluate(run)
+    if not run.steps_ask_reference:
+        run.policy.reference_to(torch.device("cpu"))
     log.log(step, evaluation.metrics)
     folder = run.output_dir / "samples"
     folder.mkdir(exist_ok=True)

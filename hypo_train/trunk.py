@@ -74,14 +74,14 @@ def replayed_trunk(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
     """Calls of the decoder skip ``layers`` and go on from ``output``, what the last of them gave."""
     own = [vars(layer).get("forward") for layer in layers]  # a library may have wrapped a layer's
     for layer in layers:
-        layer.forward = lambda *args, **keywords: output  # type: ignore[method-assign]
+        layer.forward = lambda *args, **keywords: output
     try:
         yield
     finally:
         for layer, forward in zip(layers, own, strict=True):
             del layer.forward
             if forward is not None:
-                layer.forward = forward  # type: ignore[method-assign]
+                layer.forward = forward
 
 
 def joined(first: Any, second: Any) -> Any:

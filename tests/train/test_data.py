@@ -19,11 +19,13 @@ from hypo_train.data import (
     DataError,
     Example,
     Pair,
+    _epoch_order,
     batch_indices,
     batches_per_epoch,
     load_examples,
     load_pairs,
     load_rows,
+    longest_first,
     tokenize_examples,
     tokenize_pairs,
 )
@@ -737,6 +739,88 @@ def test_a_batch_depends_on_its_step_alone():
 
 def test_the_order_is_the_same_in_every_version_so_that_old_runs_can_be_resumed():
     assert batch_indices(10, 4, 3, seed=42) == [9, 6, 3, 8]
+
+
+# Batches of rows of like length
+
+
+def ragged(num_rows, seed=0):
+    """Lengths as data has them: most are short, a few are many times longer."""
+    rng = random.Random(seed)
+    return tuple(round(rng.lognormvariate(5, 0.7)) for _ in range(num_rows))
+
+
+def epoch_of(num_rows, batch_size, lengths, *, epoch=0, seed=0):
+    steps = batches_per_epoch(num_rows, batch_size)
+    return [batch_indices(num_rows, batch_size, epoch * steps + i, seed, lengths) for i in range(steps)]
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(12, 4), (400, 8), (10, 3), (1003, 16), (3, 8)])
+def test_batches_by_length_visit_every_row_of_whole_batches_once_an_epoch(num_rows, batch_size):
+    lengths = ragged(num_rows)
+    for epoch in range(3):
+        batches = epoch_of(num_rows, batch_size, lengths, epoch=epoch)
+        seen = [index for batch in batches for index in batch]
+        assert len(set(seen)) == len(seen) == min(num_rows, num_rows // batch_size * batch_size or num_rows)
+        assert {len(batch) for batch in batches} == {min(batch_size, num_rows)}
+
+
+def test_batches_by_length_hold_rows_of_like_length_in_random_order():
+    lengths = ragged(2000)
+
+    def padding(batches):
+        return sum(max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch) for batch in batches)
+
+    grouped = epoch_of(2000, 8, lengths)
+    assert padding(grouped) < 0.1 * padding(epoch_of(2000, 8, None))
+    longest = [max(lengths[i] for i in batch) for batch in grouped]
+    assert longest != sorted(longest, reverse=True)
+    first, second = longest[:125], longest[125:]  # a course from long to short would bias the training
+    assert sum(first) / len(first) == pytest.approx(sum(second) / len(second), rel=0.25)
+
+
+def test_who_shares_a_batch_by_length_changes_with_the_epoch_and_the_seed():
+    lengths = ragged(400)
+    together = [
+        {frozenset(batch) for batch in epoch_of(400, 8, lengths, epoch=epoch, seed=seed)}
+        for epoch in range(2)
+        for seed in range(2)
+    ]
+    assert not set.intersection(*together)
+
+
+def test_a_batch_by_length_depends_on_its_step_and_the_lengths_alone():
+    lengths = ragged(50)
+    forward = [batch_indices(50, 3, step, 1, lengths) for step in range(40)]
+    _epoch_order.cache_clear()
+    assert [batch_indices(50, 3, step, 1, ragged(50)) for step in reversed(range(40))] == forward[::-1]
+    assert [batch_indices(50, 3, step, 1, lengths[::-1]) for step in range(40)] != forward
+
+
+def test_what_batches_by_length_leave_out_is_not_always_the_shortest():
+    lengths = ragged(11)
+    left_out = {
+        lengths[index]
+        for epoch in range(100)
+        for index in set(range(11)) - {i for batch in epoch_of(11, 5, lengths, epoch=epoch) for i in batch}
+    }
+    assert left_out == set(lengths)
+
+
+def test_the_order_of_batches_by_length_is_the_same_in_every_version():
+    assert batch_indices(10, 4, 3, seed=42, lengths=(5, 9, 2, 7, 1, 8, 3, 6, 4, 10)) == [9, 3, 8, 6]
+
+
+def test_an_epoch_is_put_in_order_once(monkeypatch):
+    lengths, sorts = ragged(100), []
+    monkeypatch.setattr(data, "longest_first", lambda *arguments: sorts.append(1) or longest_first(*arguments))
+    _epoch_order.cache_clear()
+    epoch_of(100, 4, lengths, seed=9)
+    assert len(sorts) == 5, "a sort a mega-batch: of 25 batches, 6, 6, 6, 6 and 1"
+
+
+def test_the_longest_row_comes_first_and_equal_ones_keep_their_order():
+    assert longest_first([4, 2, 0, 1], [5, 7, 5, 1, 9]) == [4, 1, 2, 0]
 
 
 def test_no_rows_make_no_batch():

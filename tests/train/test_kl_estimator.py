@@ -13,7 +13,6 @@ from test_train import LAST_LAYER, LORA, LORA_HEAD, OF_PAIRS, OF_SAMPLES, OF_STE
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from hypo_train.data import batch_indices
 from hypo_train.train import train
 
 WAYS = {
@@ -106,7 +105,7 @@ def test_the_gradients_of_a_step_are_those_of_the_formula_on_separate_rows(exact
         for name, parameter in parameters.items():
             parameter.copy_(before[name])
     initial = AutoModelForCausalLM.from_pretrained(config.model_name_or_path).to(run.accelerator.device).eval()
-    pairs = [run.train_rows[i] for i in batch_indices(len(run.train_rows), run.batch_size, 2, config.seed)]
+    pairs = [run.train_rows[i] for i in run.rows_of_step(2)]
     samples = run.sampler.drawn[2].completions()
     assert len({len(sample) for sample in samples}) > 1, "ragged samples"
     loss = plain_loss(run.policy.model, initial, pairs, samples, config)

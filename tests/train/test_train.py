@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hypo_train.batch import Batcher
 from hypo_train.config import load_config
 from hypo_train.data import batch_indices
 from hypo_train.log import read_metrics
@@ -239,7 +240,7 @@ def test_the_gradients_of_a_step_are_the_papers_on_separate_padded_rows(settings
     model.load_state_dict({name: value.clone() for name, value in run.policy.model.state_dict().items()})
     steps(run, 1, first=2)
 
-    pairs = [run.train_rows[i] for i in batch_indices(len(run.train_rows), run.batch_size, 2, config.seed)]
+    pairs = [run.train_rows[i] for i in run.rows_of_step(2)]
     samples = run.sampler.drawn[2].completions()
     assert len({len(pair.prompt) for pair in pairs}) > 1, "ragged prompts"
     assert len({len(sample) for sample in samples}) > 1, "ragged samples"
@@ -280,13 +281,65 @@ def test_gradient_accumulation_is_one_large_batch(settings, algorithm):
             assert_close(others[name], weight, atol=1e-6, rtol=0)
 
 
+def padded_tokens(monkeypatch):
+    """The sizes of the rows that are laid out from now on, padding included."""
+    sizes = []
+    for name in ("pairs", "examples"):
+        original = getattr(Batcher, name)
+
+        def counted(*arguments, original=original):
+            tree = original(*arguments)
+            sizes.append(tree.input_ids.numel())
+            return tree
+
+        monkeypatch.setattr(Batcher, name, counted)
+    return sizes
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "sft"])
+def test_rows_of_a_step_are_ordered_by_length_for_the_same_loss_with_less_padding(settings, monkeypatch, algorithm):
+    shape = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "adam_epsilon": 1e-2}
+    results = []
+    for ordered in (True, False):
+        with monkeypatch.context() as patch:
+            if not ordered:
+                patch.setattr("hypo_train.run.longest_first", lambda indices, lengths: indices)
+            sizes = padded_tokens(patch)
+            run = recorded(settings(algorithm=algorithm, attn_implementation="sdpa", **shape))
+            metrics = [steps(run, 1), steps(run, 1, first=1)]
+            lengths = [[run.train_rows[i].num_tokens for i in run.rows_of_step(step)] for step in range(2)]
+            assert all(length == sorted(length, reverse=True) for length in lengths) is ordered
+            results.append((metrics, run.optimizer.gradients, sum(sizes)))
+    (metrics, gradients, size), (others, other_gradients, other_size) = results
+    for found, expected in zip(metrics, others, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for found, expected in zip(gradients, other_gradients, strict=True):
+        for name, gradient in expected.items():
+            assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+    assert size < other_size
+
+
+def test_a_run_by_length_trains_on_every_row_once_an_epoch_with_less_padding(settings, monkeypatch):
+    sizes = padded_tokens(monkeypatch)
+    spent = []
+    for grouped in (True, False):
+        del sizes[:]
+        rows = tiny.pair_rows(64)
+        run = recorded(settings(algorithm="dpo", group_by_length=grouped, rows=rows, max_steps=-1))
+        assert sorted(i for step in range(16) for i in run.rows_of_step(step)) == list(range(64))
+        steps(run, 16)
+        spent.append(sum(sizes))
+    assert spent[0] < spent[1]
+
+
 def test_one_call_of_the_sampler_serves_an_optimizer_step(settings):
     config = settings(per_device_train_batch_size=3, gradient_accumulation_steps=2, num_generations=3)
     run = recorded(config)
     steps(run, 3)
     assert len(run.sampler.prompts) == 3
     for step, (prompts, samples) in enumerate(zip(run.sampler.prompts, run.sampler.drawn, strict=True)):
-        rows = batch_indices(len(run.train_rows), 6, step, config.seed)
+        rows = run.rows_of_step(step)
+        assert sorted(rows) == sorted(batch_indices(len(run.train_rows), 6, step, config.seed))
         assert prompts == [list(run.train_rows[i].prompt) for i in rows]
         assert len(samples.completions()) == 18
         assert samples.version == step, "drawn from the weights of this step"
