@@ -17,7 +17,7 @@ from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.policy import Policy
 from hypo_train.reward import RewardFunction, load_reward
-from hypo_train.sampler import GenerateSampler, Sampler
+from hypo_train.sampling import GenerateSampler, Sampler
 
 
 @dataclass(frozen=True)
