@@ -40,6 +40,16 @@ class Tree:
     cu_seqlens: Tensor  # int64 (S + 1,) where each sequence starts in rows and targets, on the CPU
     num_tokens: int  # tokens in the rows, padding left out
 
+    def sequences_from(self, first: int) -> Tree:
+        """The same rows, where only the tokens of sequences ``first`` and later count."""
+        start = int(self.cu_seqlens[first])
+        return replace(
+            self,
+            rows=self.rows[start:],
+            targets=self.targets[start:],
+            cu_seqlens=self.cu_seqlens[first:] - start,
+        )
+
     def to(self, device: torch.device | str) -> Tree:
         """The tree on `device`; `targets` and `cu_seqlens` stay, because the loss plans on the host."""
         mask = self.attention_mask
