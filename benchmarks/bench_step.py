@@ -7,10 +7,12 @@ table of who takes part.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 
@@ -43,9 +45,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def step_session(pytestconfig: pytest.Config) -> StepSession:
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is fetched, told (TRL's trainers report home) or left in the user's cache of data sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        datasets.disable_progress_bars()
+        yield
+
+
+@pytest.fixture(scope="session")
+def step_session(pytestconfig: pytest.Config, offline: None) -> StepSession:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    datasets.disable_progress_bars()
     path, quick = results_file(pytestconfig, device), pytestconfig.getoption("quick")
     rounds = pytestconfig.getoption("rounds") or (2 if quick else 5)
     heads = [f"{hardware(device)}; {state(device)}", versions(), *report.legend(device), ""]

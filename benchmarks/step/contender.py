@@ -6,6 +6,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -126,6 +127,7 @@ def caught_gradients(contender: Contender) -> Iterator[dict[str, Tensor]]:
     optimizer = contender.optimizer
     step = optimizer.step
 
+    @wraps(step)  # a scheduler looks for its mark on the method
     def catch(*args: Any, **kwargs: Any) -> Any:
         for name, parameter in contender.trained().items():
             if parameter.grad is not None:

@@ -19,7 +19,7 @@ from hypo_train.run import prepare
 from hypo_train.sampler import Samples
 from hypo_train.train import train_step
 
-BETA, KL_COEF = 0.1, 0.05
+BETA, KL_COEF = 0.1, 1.0  # so that both terms weigh in the gradients that are compared
 
 
 class Ours(Contender):

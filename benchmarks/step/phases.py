@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ def timed_phases(hooks: Sequence[Hook], device: torch.device) -> Iterator[dict[s
     active = False
 
     def wrapped(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal active
             if active:

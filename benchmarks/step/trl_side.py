@@ -42,13 +42,16 @@ class HyPOTrainer(RLOOTrainer):
 
 
 class _Trl(Contender):
-    """Drives a trainer of TRL as its own loop does, without callbacks and logs."""
+    """Drives a trainer of TRL as its own ``train`` does, without callbacks and logs."""
 
     trainer: Any
     dpo: DPOTrainer  # the trainer that sees the pairs
     num_batches: int  # micro-batches in an optimizer step
 
     def start(self) -> None:
+        args = self.trainer.args
+        if args.gradient_checkpointing:  # ``train`` switches it on, not the constructor
+            self.trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         loader = self.trainer.get_train_dataloader()
         self.model, loader = self.trainer._prepare_for_training(1_000_000, loader, None)
         self.batches = list(itertools.islice(loader, self.num_batches))
@@ -170,6 +173,7 @@ def _arguments(case: Case, output_dir: Path) -> dict[str, Any]:
         "bf16": case.autocast,
         "use_cpu": not torch.cuda.is_available(),
         "report_to": "none",
+        "disable_tqdm": True,
     }
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")
+from matplotlib import patheffects
 from matplotlib import pyplot as plt
 
 from benchmarks.plots import GEMMS_COLOUR, OURS_COLOUR, PEER_COLOURS, STYLE
@@ -71,9 +72,11 @@ def draw(measured: MeasuredCase, where: str, path: Path) -> Path | None:
             colour = (PEER_COLOURS[0] if i == 0 else OURS_COLOUR) if bar.is_total else _colour(bar.change)
             axes.bar(i, abs(bar.change), bottom=min(bar.start, bar.end), color=colour, width=0.68)
             text = f"{bar.end:.3g} s" if bar.is_total else _signed(bar.change)
-            axes.annotate(
+            label = axes.annotate(
                 text, (i, max(bar.start, bar.end)), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=12
             )
+            label.set_path_effects([patheffects.withStroke(linewidth=4, foreground="white")])  # a line may cross it
+            label.set_zorder(4)
             if i + 1 < len(found):
                 axes.plot([i + 0.34, i + 0.66], [bar.end, bar.end], color=GEMMS_COLOUR, linewidth=1)
         dpo, right = measured.seconds(TRL_DPO), len(found) - 0.4
