@@ -15,8 +15,8 @@ from benchmarks.step.phases import Hook
 from benchmarks.step.variants import Variant
 from hypo_train.config import Config
 from hypo_train.metrics import Meter
-from hypo_train.run import prepare
-from hypo_train.sampler import Samples
+from hypo_train.run import prepare, with_reference_logps
+from hypo_train.sampling import Samples
 from hypo_train.train import train_step
 
 BETA, KL_COEF = 0.1, 1.0  # so that both terms weigh in the gradients that are compared
@@ -25,7 +25,7 @@ BETA, KL_COEF = 0.1, 1.0  # so that both terms weigh in the gradients that are c
 class Ours(Contender):
     def __init__(self, variant: Variant, material: Material, output_dir: Path) -> None:
         super().__init__(material)
-        self.run = prepare(config(variant, material, output_dir))
+        self.run = with_reference_logps(prepare(config(variant, material, output_dir)), progress=False)
         self.run.model.train()
         self.optimizer = self.run.optimizer
         self._steps = 0
@@ -91,6 +91,8 @@ def config(variant: Variant, material: Material, output_dir: Path) -> Config:
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "max_steps": 1_000_000,
+        "precompute_ref_log_probs": True,
+        "ref_logps_cache_dir": str(output_dir / "reference"),
         "per_device_train_batch_size": case.micro_pairs,
         "gradient_accumulation_steps": case.pairs // case.micro_pairs,
         **tuning_settings(case),

@@ -39,11 +39,11 @@ class Saving:
 
 # The table to edit: a field of Config here makes a variant, a row of the table and a bar of the waterfall.
 SAVINGS = (
-    Saving("tree rows", off=None),
-    Saving("cached pair reference", off=None),
-    Saving("shared trunk", off=None, tunings=("last-k",)),
-    Saving("fast sampler", off=None),
-    Saving("prompt KV reuse", off=None),
+    Saving("tree rows", off={"attn_implementation": "sdpa"}),
+    Saving("cached pair reference", off={"precompute_ref_log_probs": False}),
+    Saving("shared trunk", off={"share_trunk": False}, tunings=("last-k",)),
+    Saving("fast sampler", off={"sampler": "generate"}),
+    Saving("prompt KV reuse", off={"reuse_prompt_kv": False}),
 )
 
 _TRL = (
