@@ -116,9 +116,10 @@ class Branches:
         """Put prompts `first`, `first` + 1, ... in their rows, against the right end of the prompt's slots."""
         rows = slice(first, first + len(kv.mask))
         slots = slice(self.L - kv.mask.shape[1], self.L)
+        own = kv.mask[:, None, :, None]  # padding may hold anything, and 0 times a NaN is none
         for layer, keys, values in zip(self.layers, kv.keys, kv.values, strict=True):
-            layer.keys[rows, :, slots] = keys
-            layer.values[rows, :, slots] = values
+            layer.keys[rows, :, slots] = keys.where(own, 0)
+            layer.values[rows, :, slots] = values.where(own, 0)
         self.mask[rows, :, :, slots].masked_fill_(kv.mask[:, None, None], 0.0)
         self.lengths[rows] = kv.mask.sum(1, keepdim=True)
         if self.logits is None:

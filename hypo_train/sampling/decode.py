@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from hypo_train.sampling.branches import Branches, KVShape, Rules, attention, nu
 from hypo_train.sampling.capture import CapturedBranches, bucket, fingerprint
 from hypo_train.sampling.prefill import prefill
 from hypo_train.sampling.protocol import Distribution, PromptKV, Samples, check_request, eval_mode
-from hypo_train.sampling.shadow import Shadow, is_adapted, linear_layers
+from hypo_train.sampling.shadow import Shadow, is_adapted, linear_layers, unmergeable
 from hypo_train.sampling.support import (
     attention_window,
     base_model,
@@ -32,6 +32,21 @@ _PREFILL_TOKENS = 16384  # a pass; large enough to keep an accelerator busy, sma
 _PREFILL_TOKENS_CPU = 1024  # large products already, and rows of one pass differ little in length
 
 
+class _Draws(NamedTuple):
+    """Of all prompts of a call."""
+
+    tokens: Tensor  # int64 (N, n, T)
+    mask: Tensor  # bool (N, n, T)
+    logprobs: Tensor  # fp32 (N, n, T)
+    ended: Tensor  # bool (N, n)
+
+    def put(self, batch: list[int], branches: Branches) -> None:
+        """What was drawn for the prompts of `batch`; rows beyond them only filled up a graph."""
+        rows, count = torch.tensor(batch, device=self.tokens.device), len(batch)
+        self.tokens[rows], self.mask[rows] = branches.tokens[:count], branches.drawn[:count]
+        self.logprobs[rows], self.ended[rows] = branches.logprobs[:count], branches.ended()[:count]
+
+
 class DecodeSampler:
     """Draws by decoding all branches of all prompts together; prompts are prefilled, and their KV held, once.
 
@@ -47,8 +62,9 @@ class DecodeSampler:
         temperature, top_k, top_p: the sampling distribution. Under the defaults it is the model's own, the
             only one for which HyPO's KL estimate is unbiased. top_k = 0 and top_p = 1 do not truncate.
         merge_lora: decode from a copy with LoRA merged into it, made anew after `weights_changed`, instead of
-            adding the adapter's products at every step. None = for 128 new tokens and more. Under autocast on
-            CUDA, weights of another dtype are copied, cast and merged in any case: a step would cast them all.
+            adding the adapter's products at every step. None = for 128 new tokens and more, where the
+            adapter is plain LoRA. Under autocast on CUDA, weights of another dtype are copied, cast and merged
+            in any case: a step would cast them all.
         capture: run the step as a CUDA graph; None = on CUDA. Its KV buffers stay from call to call, until
             `release`; prompts fill them up to the next of 128, 256, 512, ... tokens. A step that cannot be
             captured raises.
@@ -125,32 +141,32 @@ class DecodeSampler:
         # On the host: the same numbers whatever the device.
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(prompts), n, max_new_tokens, dtype=torch.float64, generator=generator)
-        tokens = torch.full(uniforms.shape, self.pad_token_id, device=device)
-        drawn = torch.zeros(uniforms.shape, dtype=torch.bool, device=device)
-        logprobs = torch.zeros(uniforms.shape, device=device)
-        ended = torch.zeros(uniforms.shape[:2], dtype=torch.bool, device=device)
-        length = 0
+        draws = _Draws(
+            tokens=torch.full(uniforms.shape, self.pad_token_id, device=device),
+            mask=torch.zeros(uniforms.shape, dtype=torch.bool, device=device),
+            logprobs=torch.zeros(uniforms.shape, device=device),
+            ended=torch.zeros(uniforms.shape[:2], dtype=torch.bool, device=device),
+        )
         capture = device.type == "cuda" if self.capture is None else self.capture
         widths = _prompt_slots(prompts, prompt_kv, capture)
         with torch.no_grad(), eval_mode(self.model):
             model = self._up_to_date(max_new_tokens)
             batches = self._batches(widths, n * max_new_tokens, shape, device)
+            lengths = []
             for batch in batches:
                 # A graph has as many rows each time: the last prompt fills up the last batch's.
-                missing = len(batches[0]) - len(batch) if capture else 0
-                rows = batch + batch[-1:] * missing
-                own = uniforms[rows].to(device)
-                branches, step = self._branches(model, shape, own, widths[batch[-1]], capture)
+                rows = batch + batch[-1:] * (len(batches[0]) - len(batch) if capture else 0)
+                branches, step = self._branches(model, shape, uniforms[rows].to(device), widths[batch[-1]], capture)
                 self._plant(branches, rows, prompts, prompt_kv)
-                length = max(length, self._decode(branches, step))
-                where, kept = torch.tensor(batch, device=device), slice(len(batch))
-                tokens[where], drawn[where] = branches.tokens[kept], branches.drawn[kept]
-                logprobs[where], ended[where] = branches.logprobs[kept], branches.ended()[kept]
+                lengths.append(self._decode(branches, step))
+                draws.put(batch, branches)
+                del branches, step  # before the next batch takes memory
+        length = max(lengths)
         return Samples(
-            tokens=tokens[..., :length].flatten(0, 1),
-            mask=drawn[..., :length].flatten(0, 1),
-            logprobs=logprobs[..., :length].flatten(0, 1) if self.score else None,
-            ended=ended.flatten(),
+            tokens=draws.tokens[..., :length].flatten(0, 1),
+            mask=draws.mask[..., :length].flatten(0, 1),
+            logprobs=draws.logprobs[..., :length].flatten(0, 1) if self.score else None,
+            ended=draws.ended.flatten(),
             version=self.version,
         )
 
@@ -173,12 +189,13 @@ class DecodeSampler:
 
     def _up_to_date(self, max_new_tokens: int) -> Any:
         """The model to decode from: the live one, or a copy of its weights as they are now."""
-        layers = linear_layers(base_model(self.model))
-        adapted = any(is_adapted(layer) for _, layer in layers)
-        merge = max_new_tokens >= _MERGE_FROM_TOKENS if self.merge_lora is None else self.merge_lora
-        weight, dtype = layers[0][1].weight, compute_dtype(self.model)
-        cast = weight.device.type == "cuda" and any(layer.weight.dtype != dtype for _, layer in layers)
-        if not (cast or (merge and adapted)):
+        layers = [layer for _, layer in linear_layers(base_model(self.model))]
+        dtype, device = compute_dtype(self.model), next(self.model.parameters()).device
+        cast = device.type == "cuda" and any(layer.weight.dtype != dtype for layer in layers)
+        mergeable = unmergeable(self.model) is None
+        long = max_new_tokens >= _MERGE_FROM_TOKENS
+        merge = any(map(is_adapted, layers)) and (long and mergeable if self.merge_lora is None else self.merge_lora)
+        if not (merge or (cast and mergeable)):
             self._shadow = None
             return self.model
         wanted = dtype if cast else None

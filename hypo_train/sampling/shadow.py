@@ -23,10 +23,12 @@ class Shadow:
     that are held in another one. Everything else is the live model's own tensors.
 
     Raises:
-        ValueError: an adapter that is more than LoRA on a linear layer.
+        ValueError: see `unmergeable`.
     """
 
     def __init__(self, live: Any, dtype: torch.dtype | None) -> None:
+        if reason := unmergeable(live):
+            raise ValueError(reason)
         base = live.get_base_model() if hasattr(live, "get_base_model") else live
         self.dtype = dtype
         shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
@@ -35,7 +37,6 @@ class Shadow:
         for name, layer in linear_layers(base):
             own, adapted = self.model.get_submodule(name), is_adapted(layer)
             if adapted:
-                check_mergeable(name, layer)
                 own = own.base_layer
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, own)
@@ -75,11 +76,16 @@ class Shadow:
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model by its name without adapters, one at a time, LoRA merged into it."""
+    """Every weight of the model by its name without adapters, one at a time, LoRA merged into it.
+
+    Raises:
+        ValueError: see `unmergeable`.
+    """
+    if reason := unmergeable(model):
+        raise ValueError(reason)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapted = [(name, layer) for name, layer in linear_layers(base) if is_adapted(layer)]
     for name, layer in adapted:
-        check_mergeable(name, layer)
         yield f"{name}.weight", merged_weight(layer)
         bias = layer_bias(layer)
         if bias is not None:
@@ -108,13 +114,18 @@ def merged_weight(layer: Any) -> Tensor:
     return sum(deltas, layer.weight.float()).to(layer.weight.dtype)
 
 
-def check_mergeable(name: str, layer: Any) -> None:
-    """Raises ValueError: DoRA and its like, a bias of the adapter's, layers other than linear, merged in place."""
-    plain = isinstance(layer.base_layer, nn.Linear) and not layer.merged
-    for adapter in layer.lora_A:
-        plain = plain and layer.lora_variant.get(adapter) is None and not layer.lora_bias[adapter]
-    if not plain:
-        raise ValueError(f"the adapter on {name} is not plain LoRA on a linear layer, so it cannot be merged")
+def unmergeable(model: Any) -> str | None:
+    """Why adapters cannot be merged: DoRA and its like, a bias of the adapter's, layers that are not linear."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, layer in linear_layers(base):
+        if not is_adapted(layer):
+            continue
+        plain = isinstance(layer.base_layer, nn.Linear) and not layer.merged
+        for adapter in layer.lora_A:
+            plain = plain and layer.lora_variant.get(adapter) is None and not layer.lora_bias[adapter]
+        if not plain:
+            return f"the adapter on {name} is not plain LoRA on a linear layer, so it cannot be merged"
+    return None
 
 
 def linear_layers(base: nn.Module) -> list[tuple[str, Any]]:

@@ -88,19 +88,15 @@ def test_merging_and_not_merging_draw_the_same():
 
 
 def test_only_long_responses_are_worth_a_copy():
-    model = lora_model()
-    sampler = sampler_of(model)
-    sampler.sample(PROMPTS, 1, 2, seed=1)
-    assert sampler.live
-    sampler.sample([[4]], 1, decode._MERGE_FROM_TOKENS - 2, seed=1)
-    assert sampler.live
+    sampler = sampler_of(lora_model())
+    sampler.eos_token_ids = list(range(12))  # every response ends with its first token
     limit = decode._MERGE_FROM_TOKENS
-    samples = sampler_of(lora_model(), merge_lora=None)
-    samples.eos_token_ids = list(range(12))
-    samples.sample([[4]], 1, limit, seed=1)
-    assert not samples.live
-    samples.release()
-    assert samples.live
+    for max_new_tokens, live in [(limit - 1, True), (limit, False), (limit - 1, True)]:
+        sampler.sample(PROMPTS, 1, max_new_tokens, seed=1)
+        assert sampler.live == live
+    sampler.sample(PROMPTS, 1, limit, seed=1)
+    sampler.release()
+    assert sampler.live
 
 
 def test_a_copy_leaves_the_live_model_alone_and_shares_what_it_does_not_change():
@@ -137,7 +133,10 @@ def test_adapters_that_are_more_than_plain_lora_are_refused():
     model = lora_model(use_dora=True)
     with pytest.raises(ValueError, match="is not plain LoRA on a linear layer"):
         sampler_of(model, merge_lora=True).sample(PROMPTS, 1, 2, seed=1)
-    assert_drawn_from(model, sampler_of(model, merge_lora=False).sample(PROMPTS, 1, 4, seed=1), 1)
+    sampler = sampler_of(model)
+    sampler.eos_token_ids = list(range(12))  # long responses are asked for, none is drawn
+    assert_drawn_from(model, sampler.sample(PROMPTS, 1, decode._MERGE_FROM_TOKENS, seed=1), 1)
+    assert sampler.live, "left to itself, the sampler decodes from what cannot be merged as it is"
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
