@@ -4,5 +4,6 @@ from hypo_train.sampling.decode import DecodeSampler
 from hypo_train.sampling.generate import GenerateSampler
 from hypo_train.sampling.protocol import PromptKV, Sampler, Samples
 from hypo_train.sampling.support import serves
+from hypo_train.sampling.vllm import VLLMSampler
 
-__all__ = ["DecodeSampler", "GenerateSampler", "PromptKV", "Sampler", "Samples", "serves"]
+__all__ = ["DecodeSampler", "GenerateSampler", "PromptKV", "Sampler", "Samples", "VLLMSampler", "serves"]

@@ -50,6 +50,11 @@ class Rules:
     pad_token_id: int
 
 
+def num_slots(prompt: int, new: int) -> int:
+    """KV slots for a prompt and its new tokens, rounded up: attention with a mask wants aligned rows on CUDA."""
+    return -(-(prompt + new) // 16) * 16
+
+
 class Branches:
     """P prompts with n branches each, of up to T tokens. `load` the prompts, `start`, then `step` T - 1 times.
 
@@ -65,12 +70,12 @@ class Branches:
         device = uniforms.device
         self.model, self.rules, self.n, self.T, self.L = model, rules, n, T, max_prompt_length
         self.uniforms = uniforms
+        self.slots = num_slots(self.L, n * T)
         # Zeros, not empty: a weight of 0 times what was never written must be 0.
-        slots = self.L + n * T
         self.layers = [
             _BranchLayer(
-                torch.zeros(P, heads, slots, key, dtype=shape.dtype, device=device),
-                torch.zeros(P, heads, slots, value, dtype=shape.dtype, device=device),
+                torch.zeros(P, heads, self.slots, key, dtype=shape.dtype, device=device),
+                torch.zeros(P, heads, self.slots, value, dtype=shape.dtype, device=device),
             )
             for heads, key, value in shape.layers
         ]
@@ -79,12 +84,12 @@ class Branches:
         # attention takes a row of it for each query head of a group.
         groups = shape.query_groups if packed else 1
         self.hidden = torch.finfo(shape.dtype).min
-        self.mask = torch.full((P, 1, groups * n, slots), self.hidden, dtype=shape.dtype, device=device)
+        self.mask = torch.full((P, 1, groups * n, self.slots), self.hidden, dtype=shape.dtype, device=device)
         own = torch.full((n, n), self.hidden, dtype=shape.dtype, device=device).fill_diagonal_(0.0)
         self.own = own.repeat(groups, 1).expand(P, 1, -1, -1).contiguous()  # what a token's slot shows to whom
         self.lengths = torch.zeros(P, 1, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None  # (P, V) of the prompts' last tokens
-        # The newest tokens, and where they stand.
+        # The newest tokens, and which they are.
         self.token = torch.zeros(P, n, dtype=torch.int64, device=device)
         self.done = torch.zeros(P, n, dtype=torch.bool, device=device)
         self.newest = torch.zeros(1, dtype=torch.int64, device=device)
@@ -95,13 +100,26 @@ class Branches:
         self.drawn = torch.zeros(P, n, T, dtype=torch.bool, device=device)
         self.logprobs = torch.zeros(P, n, T, dtype=torch.float32, device=device)
 
+    def reset(self, uniforms: Tensor) -> None:
+        """Back to before `load`, in place. KV that nobody wrote over stays hidden."""
+        self.uniforms.copy_(uniforms)
+        self.mask.fill_(self.hidden)
+        self.tokens.fill_(self.rules.pad_token_id)
+        for state in (self.newest, self.done, self.drawn, self.logprobs):
+            state.zero_()
+
+    def nbytes(self) -> int:
+        """Of the KV buffers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
     def load(self, first: int, kv: PromptKV) -> None:
         """Put prompts `first`, `first` + 1, ... in their rows, against the right end of the prompt's slots."""
         rows = slice(first, first + len(kv.mask))
         slots = slice(self.L - kv.mask.shape[1], self.L)
+        own = kv.mask[:, None, :, None]  # padding may hold anything, and 0 times a NaN is none
         for layer, keys, values in zip(self.layers, kv.keys, kv.values, strict=True):
-            layer.keys[rows, :, slots] = keys
-            layer.values[rows, :, slots] = values
+            layer.keys[rows, :, slots] = keys.where(own, 0)
+            layer.values[rows, :, slots] = values.where(own, 0)
         self.mask[rows, :, :, slots].masked_fill_(kv.mask[:, None, None], 0.0)
         self.lengths[rows] = kv.mask.sum(1, keepdim=True)
         if self.logits is None:

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hypo_train.sampling.branches import Branches, KVShape, Rules, attention, takes_packed
+from hypo_train.sampling.branches import Branches, KVShape, Rules, attention, num_slots, takes_packed
+from hypo_train.sampling.capture import CapturedBranches, bucket, fingerprint
 from hypo_train.sampling.prefill import prefill
 from hypo_train.sampling.protocol import Distribution, PromptKV, Samples, check_request, eval_mode
-from hypo_train.sampling.support import attention_window, compute_dtype, kv_shape, serves, text_config
+from hypo_train.sampling.shadow import Shadow, is_adapted, linear_layers, unmergeable
+from hypo_train.sampling.support import (
+    attention_window,
+    base_model,
+    compute_dtype,
+    kv_shape,
+    serves,
+    text_config,
+)
 
 _FREE_MEMORY_SHARE = 0.6  # of what a device has free goes to KV; the rest is for activations and logits
 _STEPS_BETWEEN_CHECKS = 16  # of `done`, which an accelerator must be waited for
+# LoRA's two small products a layer add an estimated 2 ms to a step of an 8B model on an H200; merging takes an
+# estimated 20 ms an optimizer step and a second copy of the adapted weights. Short responses are not worth that.
+_MERGE_FROM_TOKENS = 128
 _PREFILL_TOKENS = 16384  # a pass; large enough to keep an accelerator busy, small enough for its memory
 _PREFILL_TOKENS_CPU = 1024  # large products already, and rows of one pass differ little in length
+
+
+class _Draws(NamedTuple):
+    """Of all prompts of a call."""
+
+    tokens: Tensor  # int64 (N, n, T)
+    mask: Tensor  # bool (N, n, T)
+    logprobs: Tensor  # fp32 (N, n, T)
+    ended: Tensor  # bool (N, n)
+
+    def put(self, batch: list[int], branches: Branches) -> None:
+        """What was drawn for the prompts of `batch`; rows beyond them only filled up a graph."""
+        rows, count = torch.tensor(batch, device=self.tokens.device), len(batch)
+        self.tokens[rows], self.mask[rows] = branches.tokens[:count], branches.drawn[:count]
+        self.logprobs[rows], self.ended[rows] = branches.logprobs[:count], branches.ended()[:count]
 
 
 class DecodeSampler:
@@ -34,6 +61,13 @@ class DecodeSampler:
         pad_token_id: what fills a row after its EOS; may be an EOS itself.
         temperature, top_k, top_p: the sampling distribution. Under the defaults it is the model's own, the
             only one for which HyPO's KL estimate is unbiased. top_k = 0 and top_p = 1 do not truncate.
+        merge_lora: decode from a copy with LoRA merged into it, made anew after `weights_changed`, instead of
+            adding the adapter's products at every step. None = for 128 new tokens and more, where the
+            adapter is plain LoRA. Under autocast on CUDA, weights of another dtype are copied, cast and merged
+            in any case: a step would cast them all.
+        capture: run the step as a CUDA graph; None = on CUDA. Its KV buffers stay from call to call, until
+            `release`; prompts fill them up to the next of 128, 256, 512, ... tokens. A step that cannot be
+            captured raises.
         max_kv_bytes: prompts are decoded in batches whose KV takes at most this much, at least a prompt each.
             None = all at once on the CPU, and as many as fit 0.6 of the free memory elsewhere.
         score: also give `logprobs`; they cost nothing.
@@ -43,7 +77,6 @@ class DecodeSampler:
             max_kv_bytes below 1.
     """
 
-    live = True
     takes_prompt_kv = True
 
     def __init__(
@@ -55,6 +88,8 @@ class DecodeSampler:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        merge_lora: bool | None = None,
+        capture: bool | None = None,
         max_kv_bytes: int | None = None,
         score: bool = False,
     ) -> None:
@@ -64,12 +99,23 @@ class DecodeSampler:
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.distribution = Distribution(temperature, top_k, top_p)
+        self.merge_lora = merge_lora
+        self.capture = capture
         self.max_kv_bytes = max_kv_bytes
         self.score = score
         self.version = 0
         if reason := serves(model):
             raise ValueError(f"{reason}: sample with GenerateSampler")
         self._kv_shape = kv_shape(model)
+        self._shadow: Shadow | None = None
+        self._outdated = False
+        self._captured: CapturedBranches | None = None
+        self._captured_key: Any = None
+
+    @property
+    def live(self) -> bool:
+        """False while there is a copy of the weights to decode from."""
+        return self._shadow is None
 
     def sample(
         self,
@@ -95,32 +141,43 @@ class DecodeSampler:
         # On the host: the same numbers whatever the device.
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(prompts), n, max_new_tokens, dtype=torch.float64, generator=generator)
-        tokens = torch.full(uniforms.shape, self.pad_token_id, device=device)
-        drawn = torch.zeros(uniforms.shape, dtype=torch.bool, device=device)
-        logprobs = torch.zeros(uniforms.shape, device=device)
-        ended = torch.zeros(uniforms.shape[:2], dtype=torch.bool, device=device)
-        length = 0
+        draws = _Draws(
+            tokens=torch.full(uniforms.shape, self.pad_token_id, device=device),
+            mask=torch.zeros(uniforms.shape, dtype=torch.bool, device=device),
+            logprobs=torch.zeros(uniforms.shape, device=device),
+            ended=torch.zeros(uniforms.shape[:2], dtype=torch.bool, device=device),
+        )
+        capture = device.type == "cuda" if self.capture is None else self.capture
+        widths = _prompt_slots(prompts, prompt_kv, capture)
         with torch.no_grad(), eval_mode(self.model):
-            for batch in self._batches(prompts, n, max_new_tokens, shape, device):
-                branches = self._planted(batch, prompts, uniforms[batch].to(device), shape, prompt_kv)
-                length = max(length, self._decode(branches))
-                rows = torch.tensor(batch, device=device)
-                tokens[rows], drawn[rows], logprobs[rows] = branches.tokens, branches.drawn, branches.logprobs
-                ended[rows] = branches.ended()
+            model = self._up_to_date(max_new_tokens)
+            batches = self._batches(widths, n * max_new_tokens, shape, device)
+            lengths = []
+            for batch in batches:
+                # A graph has as many rows each time: the last prompt fills up the last batch's.
+                rows = batch + batch[-1:] * (len(batches[0]) - len(batch) if capture else 0)
+                branches, step = self._branches(model, shape, uniforms[rows].to(device), widths[batch[-1]], capture)
+                self._plant(branches, rows, prompts, prompt_kv)
+                lengths.append(self._decode(branches, step))
+                draws.put(batch, branches)
+                del branches, step  # before the next batch takes memory
+        length = max(lengths)
         return Samples(
-            tokens=tokens[..., :length].flatten(0, 1),
-            mask=drawn[..., :length].flatten(0, 1),
-            logprobs=logprobs[..., :length].flatten(0, 1) if self.score else None,
-            ended=ended.flatten(),
+            tokens=draws.tokens[..., :length].flatten(0, 1),
+            mask=draws.mask[..., :length].flatten(0, 1),
+            logprobs=draws.logprobs[..., :length].flatten(0, 1) if self.score else None,
+            ended=draws.ended.flatten(),
             version=self.version,
         )
 
     def weights_changed(self, step: int) -> None:
-        """The weights are read live; only `Samples.version` follows."""
+        """Live weights need nothing; a copy is made anew when the next `sample` reads it."""
         self.version = step
+        self._outdated = True
 
     def release(self) -> None:
-        """Nothing is held between calls."""
+        """Drop captured graphs with their KV buffers, and the copy of the weights."""
+        self._captured = self._shadow = None
 
     def _check_window(self, longest: int) -> None:
         window = attention_window(self.model)
@@ -130,63 +187,99 @@ class DecodeSampler:
                 "window shows: sample with GenerateSampler, or lower max_new_tokens"
             )
 
-    def _batches(
-        self, prompts: list[list[int]], n: int, max_new_tokens: int, shape: KVShape, device: torch.device
-    ) -> Iterator[list[int]]:
+    def _up_to_date(self, max_new_tokens: int) -> Any:
+        """The model to decode from: the live one, or a copy of its weights as they are now."""
+        layers = [layer for _, layer in linear_layers(base_model(self.model))]
+        dtype, device = compute_dtype(self.model), next(self.model.parameters()).device
+        cast = device.type == "cuda" and any(layer.weight.dtype != dtype for layer in layers)
+        mergeable = unmergeable(self.model) is None
+        long = max_new_tokens >= _MERGE_FROM_TOKENS
+        merge = any(map(is_adapted, layers)) and (long and mergeable if self.merge_lora is None else self.merge_lora)
+        if not (merge or (cast and mergeable)):
+            self._shadow = None
+            return self.model
+        wanted = dtype if cast else None
+        if self._shadow is None or self._shadow.dtype != wanted:
+            self.release()  # so that there are never two
+            self._shadow = Shadow(self.model, wanted)
+        elif self._outdated or self._shadow.is_stale():
+            self._shadow.refresh()
+        self._outdated = False
+        return self._shadow.model
+
+    def _batches(self, widths: list[int], new_slots: int, shape: KVShape, device: torch.device) -> list[list[int]]:
         """Prompts by number, from the shortest to the longest, in batches whose KV fits."""
         limit = self.max_kv_bytes
         if limit is None and device.type != "cpu":
-            limit = int(_FREE_MEMORY_SHARE * _free_bytes(device))
-        batch: list[int] = []
-        for p in sorted(range(len(prompts)), key=lambda p: len(prompts[p])):
-            slots = len(prompts[p]) + n * max_new_tokens  # the longest so far sets the width of all
-            if batch and limit is not None and (len(batch) + 1) * slots * shape.bytes_per_token() > limit:
-                yield batch
-                batch = []
-            batch.append(p)
-        yield batch
+            held = self._captured.branches.nbytes() if self._captured else 0
+            limit = int(_FREE_MEMORY_SHARE * (_free_bytes(device) + held))
+        batches: list[list[int]] = [[]]
+        for p in sorted(range(len(widths)), key=widths.__getitem__):
+            # The longest so far sets the width of all.
+            needed = (len(batches[-1]) + 1) * num_slots(widths[p], new_slots) * shape.bytes_per_token()
+            if batches[-1] and limit is not None and needed > limit:
+                batches.append([])
+            batches[-1].append(p)
+        return batches
 
-    def _planted(
-        self,
-        batch: list[int],
-        prompts: list[list[int]],
-        uniforms: Tensor,
-        shape: KVShape,
-        prompt_kv: PromptKV | None,
-    ) -> Branches:
-        """Branches on the prompts of `batch`, computed here or taken from `prompt_kv`."""
-        config = text_config(self.model)
-        rules = Rules(
-            self.distribution,
-            torch.tensor(self.eos_token_ids, dtype=torch.int64, device=uniforms.device),
-            self.pad_token_id,
-        )
-        length = len(prompts[batch[-1]]) if prompt_kv is None else prompt_kv.mask.shape[1]
-        branches = Branches(self.model, shape, rules, uniforms, length, packed=takes_packed(config))
+    def _branches(
+        self, model: Any, shape: KVShape, uniforms: Tensor, width: int, capture: bool
+    ) -> tuple[Branches, Callable[[int], None]]:
+        """Buffers for as many prompts and draws as `uniforms` has, and how to take a step in them."""
+        config = text_config(model)
+        packed = takes_packed(config)
+        key = (tuple(uniforms.shape), width, shape, packed)
+        held = self._captured
+        if held and self._captured_key == key and held.fingerprint == fingerprint(model):
+            held.branches.reset(uniforms)
+            return held.branches, held.step
+        held = self._captured = None  # before its successor takes memory
+        eos_token_ids = torch.tensor(self.eos_token_ids, dtype=torch.int64, device=uniforms.device)
+        rules = Rules(self.distribution, eos_token_ids, self.pad_token_id)
+        branches = Branches(model, shape, rules, uniforms, width, packed=packed)
+        if not capture:
+            return branches, branches.step
+        with attention(config, packed=packed):
+            self._captured, self._captured_key = CapturedBranches(branches), key
+        branches.reset(uniforms)
+        return branches, self._captured.step
+
+    def _plant(
+        self, branches: Branches, batch: list[int], prompts: list[list[int]], prompt_kv: PromptKV | None
+    ) -> None:
+        """Load the prompts of `batch`, computed here or taken from `prompt_kv`."""
         if prompt_kv is not None:
             branches.load(0, prompt_kv.rows(batch))
-            return branches
-        with attention(config, packed=False):
-            for part in _prefill_parts(batch, prompts, uniforms.device):
+            return
+        with attention(text_config(branches.model), packed=False):
+            for part in _prefill_parts(batch, prompts, branches.token.device):
                 rows = [prompts[batch[i]] for i in part]
-                branches.load(part.start, prefill(self.model, rows, pad_token_id=self.pad_token_id))
-        return branches
+                branches.load(part.start, prefill(branches.model, rows, pad_token_id=self.pad_token_id))
 
-    def _decode(self, branches: Branches) -> int:
+    def _decode(self, branches: Branches, step: Callable[[int], None]) -> int:
         """Grow every branch to its end; how many tokens the longest may have."""
-        on_cpu = branches.token.device.type == "cpu"
+        config = text_config(branches.model)
+        drops_rows = branches.token.device.type == "cpu" and self._captured is None
         branches.start()
-        with attention(text_config(self.model), packed=takes_packed(text_config(self.model))):
+        with attention(config, packed=takes_packed(config)):
             for count in range(1, branches.T):  # tokens drawn so far
-                if on_cpu:
+                if drops_rows:
                     for row in reversed(branches.done.all(1).nonzero().flatten().tolist()):
                         branches.drop(row)
                     if not len(branches.token):
                         return count
                 elif count % _STEPS_BETWEEN_CHECKS == 0 and branches.done.all():
                     return count
-                branches.step(branches.L + branches.n * count)
+                step(branches.L + branches.n * count)
         return branches.T
+
+
+def _prompt_slots(prompts: list[list[int]], prompt_kv: PromptKV | None, capture: bool) -> list[int]:
+    """How many KV slots each prompt takes, before its own are padded to its batch's."""
+    widths = [len(prompt) for prompt in prompts]
+    if prompt_kv is not None:
+        widths = [prompt_kv.mask.shape[1]] * len(prompts)
+    return [bucket(max(widths))] * len(prompts) if capture else widths
 
 
 def _check_prompt_kv(kv: PromptKV, prompts: list[list[int]]) -> None:

@@ -55,8 +55,11 @@ class PromptKV:
 class Sampler(Protocol):
     """An engine that draws completions from the policy."""
 
-    live: bool  # True: reads the trainer's parameters; False: holds a copy, brought up to date on demand
     takes_prompt_kv: bool  # True: `prompt_kv` saves the prefill; False: it is ignored
+
+    @property
+    def live(self) -> bool:
+        """True: reads the trainer's parameters. False: holds a copy, brought up to date when it is drawn from."""
 
     def sample(
         self,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypo_train.policy import first_line
 from hypo_train.sampling.branches import Branches, KVShape, Rules, attention, takes_packed
 from hypo_train.sampling.prefill import prefill
 from hypo_train.sampling.protocol import Distribution, eval_mode
@@ -98,7 +97,8 @@ def _proof(model: Any) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # every model refuses in its own way
-        return f"{name} cannot decode branches of a prompt: {first_line(failure)}"
+        words = str(failure).strip().splitlines() or [type(failure).__name__]
+        return f"{name} cannot decode branches of a prompt: {words[0]}"
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
     error = (found - expected).square().mean().sqrt()
     if not error <= torch.finfo(dtype).eps ** 0.5 * spread:
@@ -130,9 +130,10 @@ def _decoded_and_plain_logits(model: Any) -> tuple[Tensor, Tensor]:
             branches.step(width)
     found = torch.stack(decoded, dim=2).flatten(0, 1)  # (2 * n, _STEPS + 1, V)
     plain = []
-    for row, tokens in enumerate(branches.tokens.flatten(0, 1).tolist()):
-        ids = torch.tensor([prompts[row // n] + tokens[:-1]], device=device)
-        plain.append(model(input_ids=ids, use_cache=False).logits[0, -_STEPS - 1 :])
+    with attention(text_config(model), packed=False):
+        for row, tokens in enumerate(branches.tokens.flatten(0, 1).tolist()):
+            ids = torch.tensor([prompts[row // n] + tokens[:-1]], device=device)
+            plain.append(model(input_ids=ids, use_cache=False).logits[0, -_STEPS - 1 :])
     return found.float().flatten(0, 1), torch.cat(plain).float()
 
 

@@ -22,7 +22,9 @@ def new_model(architecture="llama", **changes):
 
 
 def sampler_of(model, **options):
-    return DecodeSampler(model, **{"eos_token_ids": (EOS,), "pad_token_id": PAD, "score": True, **options})
+    """Step by step on every device: what is counted here does not run when a graph is replayed."""
+    settings = {"eos_token_ids": (EOS,), "pad_token_id": PAD, "score": True, "capture": False}
+    return DecodeSampler(model, **{**settings, **options})
 
 
 def assert_same_draws(found, expected):
@@ -136,7 +138,7 @@ def test_prompts_of_like_length_are_computed_together(monkeypatch):
     monkeypatch.setattr(decode, "_PREFILL_TOKENS" if DEVICE == "cuda" else "_PREFILL_TOKENS_CPU", 8)
     counts = counted_tokens(model)
     assert_same_draws(sampler.sample(PROMPTS, 2, 3, seed=1), expected)
-    assert counts == [4, 8 // 2, 7, 8, 8] or counts == [2 * 2, 4, 7, 8, 8]
+    assert counts == [2 * 2, 4, 7, 2 * 4, 2 * 4]  # prompts of 1 and 2 tokens, of 4, of 7, then two steps
 
 
 @torch.no_grad()
@@ -172,6 +174,8 @@ def test_prompt_kv_of_the_callers_gives_the_same_draws_without_a_prefill(archite
     sampler = sampler_of(model, max_kv_bytes=max_kv_bytes)
     expected = sampler.sample(PROMPTS, 3, 8, seed=1)
     kv = own_prefill(model, PROMPTS, side)
+    for tensor in [*kv.keys, *kv.values]:  # what an attention kernel may leave in the padding
+        tensor.masked_fill_(~kv.mask[:, None, :, None], float("nan"))
     counts = counted_tokens(model)
     assert_same_draws(sampler.sample(PROMPTS, 3, 8, seed=1, prompt_kv=kv), expected)
     assert max(counts) <= 3 * len(PROMPTS)
@@ -207,8 +211,8 @@ def test_dropping_rows_that_have_ended_changes_nothing(architecture, monkeypatch
     assert_same_draws(found, sampler_of(model, eos_token_ids=(EOS, 7, 3)).sample(prompts, 2, 16, seed=1))
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 60])
-def test_batches_that_fit_a_budget_of_kv_change_nothing(tokens, monkeypatch):
+@pytest.mark.parametrize(("tokens", "batches"), [(1, 4), (32, 4), (64, 2), (128, 1)])
+def test_batches_that_fit_a_budget_of_kv_change_nothing(tokens, batches, monkeypatch):
     model = new_model()
     expected = sampler_of(model).sample(PROMPTS, 2, 8, seed=1)
     taken = []
@@ -216,15 +220,15 @@ def test_batches_that_fit_a_budget_of_kv_change_nothing(tokens, monkeypatch):
 
     def counting(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        taken.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers))
+        taken.append(self.nbytes())
 
     token_bytes = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * 8 * 4
     sampler = sampler_of(model, max_kv_bytes=tokens * token_bytes)
     monkeypatch.setattr(branches.Branches, "__init__", counting)
     assert_same_draws(sampler.sample(PROMPTS, 2, 8, seed=1), expected)
-    single = max(map(len, PROMPTS)) + 2 * 8
+    single = branches.num_slots(max(map(len, PROMPTS)), 2 * 8)
     assert max(taken) <= max(tokens, single) * token_bytes
-    assert len(taken) == {1: 4, 40: 3, 60: 2}[tokens]
+    assert len(taken) == batches
 
 
 def test_a_row_draws_the_same_whatever_its_company():

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import partial
 
 import pytest
 import tiny
@@ -28,6 +29,8 @@ def decode_sampler(model, *, max_batch_tokens=None, **options):
 # A factory takes (model, *, eos_token_ids, pad_token_id, temperature, top_k, top_p, max_batch_tokens, score).
 ENGINES = {"generate": GenerateSampler, "decode": decode_sampler}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cuda":  # where "decode" replays graphs
+    ENGINES["decode, step by step"] = partial(decode_sampler, capture=False)
 EOS, PAD = 1, 0
 # Of different lengths, one of a single token, one that holds the pad and the EOS token.
 PROMPTS = [[5, 3, 8, 2], [4], [7, PAD, EOS, 6, 9, 2, 5], [3, 3]]
@@ -477,8 +480,9 @@ def test_what_cannot_be_sampled_is_named(engine, prompts, n, max_new_tokens, mes
     ids=str,
 )
 def test_settings_that_are_no_distribution_are_refused(engine, options):
-    limit = {GenerateSampler: "max_batch_tokens", decode_sampler: "max_kv_bytes"}[engine]
-    name = next(iter(options)).replace("max_batch_tokens", limit)
+    name = next(iter(options))
+    if name == "max_batch_tokens" and engine is not GenerateSampler:
+        name = "max_kv_bytes"
     with pytest.raises(ValueError, match=f"{name} is"):
         build(engine, tiny_model("llama"), **options)
 

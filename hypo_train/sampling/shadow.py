@@ -1,0 +1,139 @@
+"""A copy of the model to sample from: adapters merged into its weights, and those in the dtype they are read in.
+
+Decoding reads every weight for every token. LoRA adds two small products to each large one, and fp32 weights
+under autocast are cast anew at every step. A copy, made again after each optimizer step, costs memory once and
+neither. The live weights are never merged into: rounding would add up.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Shadow:
+    """`model`, sharing what it can with the live one; `refresh` after the live one has changed.
+
+    Linear layers with LoRA get weights of their own, base and adapters in one. With a `dtype`, so do all others
+    that are held in another one. Everything else is the live model's own tensors.
+
+    Raises:
+        ValueError: see `unmergeable`.
+    """
+
+    def __init__(self, live: Any, dtype: torch.dtype | None) -> None:
+        if reason := unmergeable(live):
+            raise ValueError(reason)
+        base = live.get_base_model() if hasattr(live, "get_base_model") else live
+        self.dtype = dtype
+        shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+        self.model = copy.deepcopy(base, shared)
+        self._copies: list[tuple[Tensor, Any, str]] = []  # own tensor, live layer, "weight" or "bias"
+        for name, layer in linear_layers(base):
+            own, adapted = self.model.get_submodule(name), is_adapted(layer)
+            if adapted:
+                own = own.base_layer
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, own)
+            if adapted or dtype not in (None, layer.weight.dtype):
+                self._own(own, layer, "weight", dtype)
+            bias = layer_bias(layer)
+            if bias is not None and dtype not in (None, bias.dtype):
+                self._own(own, layer, "bias", dtype)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the live weights as they are now."""
+        self._made_from = self._state()
+        for own, layer, kind in self._copies:
+            live = merged_weight(layer) if kind == "weight" else layer_bias(layer)
+            assert live is not None
+            own.copy_(live)
+
+    def is_stale(self) -> bool:
+        """Whether a weight was replaced, or written to in a way that autograd counts, or adapters were switched."""
+        return self._state() != self._made_from
+
+    def _own(self, layer: nn.Module, live: Any, kind: str, dtype: torch.dtype | None) -> None:
+        """Give `layer` a weight or bias of its own, in `dtype` or in the live one's."""
+        tensor = torch.empty_like(getattr(layer, kind), dtype=dtype)
+        setattr(layer, kind, nn.Parameter(tensor, requires_grad=False))
+        self._copies.append((tensor, live, kind))
+
+    def _state(self) -> list[Any]:
+        state: list[Any] = []
+        for _, layer, _ in self._copies:
+            state += [(p.data_ptr(), p._version) for p in layer.parameters()]
+            if is_adapted(layer):
+                state.append((layer.disable_adapters, tuple(layer.active_adapters)))
+        return state
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the model by its name without adapters, one at a time, LoRA merged into it.
+
+    Raises:
+        ValueError: see `unmergeable`.
+    """
+    if reason := unmergeable(model):
+        raise ValueError(reason)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapted = [(name, layer) for name, layer in linear_layers(base) if is_adapted(layer)]
+    for name, layer in adapted:
+        yield f"{name}.weight", merged_weight(layer)
+        bias = layer_bias(layer)
+        if bias is not None:
+            yield f"{name}.bias", bias.detach()
+    inside = tuple(f"{name}." for name, _ in adapted)
+    for name, parameter in base.named_parameters():
+        if not name.startswith(inside):
+            yield name, parameter.detach()
+
+
+def is_adapted(layer: Any) -> bool:
+    return hasattr(layer, "lora_A")
+
+
+def layer_bias(layer: Any) -> Tensor | None:
+    return (layer.base_layer if is_adapted(layer) else layer).bias
+
+
+@torch.no_grad()
+def merged_weight(layer: Any) -> Tensor:
+    """(out, in) in the base weight's dtype; the adapters are added in fp32."""
+    if not is_adapted(layer) or layer.disable_adapters:
+        return layer.weight
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    deltas = (layer.get_delta_weight(name).float() for name in names)
+    return sum(deltas, layer.weight.float()).to(layer.weight.dtype)
+
+
+def unmergeable(model: Any) -> str | None:
+    """Why adapters cannot be merged: DoRA and its like, a bias of the adapter's, layers that are not linear."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, layer in linear_layers(base):
+        if not is_adapted(layer):
+            continue
+        plain = isinstance(layer.base_layer, nn.Linear) and not layer.merged
+        for adapter in layer.lora_A:
+            plain = plain and layer.lora_variant.get(adapter) is None and not layer.lora_bias[adapter]
+        if not plain:
+            return f"the adapter on {name} is not plain LoRA on a linear layer, so it cannot be merged"
+    return None
+
+
+def linear_layers(base: nn.Module) -> list[tuple[str, Any]]:
+    """Every adapted layer, and every linear one that is no part of an adapted one."""
+    adapted = [(name, layer) for name, layer in base.named_modules() if is_adapted(layer)]
+    inside = tuple(f"{name}." for name, _ in adapted)
+    return adapted + [
+        (name, layer)
+        for name, layer in base.named_modules()
+        if type(layer) is nn.Linear and not name.startswith(inside)
+    ]

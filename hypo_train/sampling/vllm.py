@@ -1,0 +1,155 @@
+"""vLLM as an engine: in this process, on the same GPU, with a copy of the weights that is brought up to date."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hypo_train.sampling.protocol import Distribution, PromptKV, Samples, check_request
+from hypo_train.sampling.shadow import merged_weights
+
+
+class VLLMSampler:
+    """Draws with vLLM, which reads its own copy of the model: twice the memory of the weights, and a KV pool.
+
+    Args:
+        model: what is trained, or a PeftModel around it; its weights are pushed, LoRA merged into them.
+        name_or_path: the checkpoint that vLLM builds its model from, of the same architecture.
+        eos_token_ids, pad_token_id, temperature, top_k, top_p, score: as for the other engines.
+        dtype: what vLLM computes in.
+        gpu_memory_utilization: the share of the GPU that vLLM takes for its weights and KV.
+        max_model_len: the longest row, prompt and completion; None = the model's own limit.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError: a temperature, top_k or top_p that is no distribution.
+    """
+
+    live = False
+    takes_prompt_kv = False
+
+    def __init__(
+        self,
+        model: Any,
+        name_or_path: str,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        score: bool = False,
+        dtype: str = "bfloat16",
+        gpu_memory_utilization: float = 0.3,
+        max_model_len: int | None = None,
+    ) -> None:
+        self.distribution = Distribution(temperature, top_k, top_p)
+        # The engine's core would otherwise be another process, which cannot read our tensors.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        try:
+            import vllm
+        except ImportError as error:
+            raise ImportError("VLLMSampler needs vLLM: pip install 'hypo-kernels[vllm]'") from error
+        self._vllm = vllm
+        self._engine = vllm.LLM(
+            model=name_or_path,
+            dtype=dtype,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_model_len=max_model_len,
+            generation_config="vllm",  # not the checkpoint's, which would temper and truncate
+            logprobs_mode="processed_logprobs",  # of the distribution that is drawn from
+            enable_sleep_mode=True,
+        )
+        self.model = model
+        self.eos_token_ids = list(eos_token_ids)
+        self.pad_token_id = pad_token_id
+        self.score = score
+        self.version = 0
+        self._outdated = True  # what is trained may differ from the checkpoint from the start
+        self._asleep = False
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        *,
+        seed: int,
+        prompt_kv: PromptKV | None = None,
+    ) -> Samples:
+        """See `Sampler.sample`. Raises ValueError: no prompts, an empty one, n or max_new_tokens below 1."""
+        check_request(prompts, n, max_new_tokens)
+        self._bring_up_to_date()
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [self._params(n, max_new_tokens, seed, p) for p in range(len(prompts))],
+            use_tqdm=False,
+        )
+        completions = [c for out in outputs for c in sorted(out.outputs, key=lambda c: c.index)]
+        return self._samples(completions)
+
+    def weights_changed(self, step: int) -> None:
+        """The new weights are pushed when the next `sample` needs them."""
+        self.version = step
+        self._outdated = True
+
+    def release(self) -> None:
+        """Put the engine to sleep: its weights go to the host's memory, its KV pool is freed."""
+        if not self._asleep:
+            self._engine.sleep(level=1)
+            self._asleep = True
+
+    def _bring_up_to_date(self) -> None:
+        if self._asleep:
+            self._engine.wake_up()
+            self._asleep = False
+            self._outdated = True  # whatever came back, it is what it was
+        if self._outdated:
+            self._engine.apply_model(
+                lambda engine_model: engine_model.load_weights(merged_weights(self.model)) and None
+            )
+            self._engine.reset_prefix_cache()  # its KV is of the old weights
+            self._outdated = False
+
+    def _push(self, engine_model: Any) -> None:
+        engine_model.load_weights(merged_weights(self.model))
+
+    def _params(self, n: int, max_new_tokens: int, seed: int, prompt: int) -> Any:
+        """A seed for each prompt: with one for all, equal prompts would get equal completions."""
+        return self._vllm.SamplingParams(
+            n=n,
+            temperature=float(self.distribution.temperature),
+            top_p=float(self.distribution.top_p),
+            top_k=self.distribution.top_k,
+            max_tokens=max_new_tokens,
+            ignore_eos=True,  # the tokenizer's EOS ends a completion only if it is one of ours
+            stop_token_ids=self.eos_token_ids,
+            logprobs=0 if self.score else None,  # of the drawn token alone
+            seed=random.Random(f"{seed}/{prompt}").getrandbits(62),
+            detokenize=False,
+        )
+
+    def _samples(self, completions: Sequence[Any]) -> Samples:
+        device = next(self.model.parameters()).device
+        rows = [list(completion.token_ids) for completion in completions]
+        length = max(map(len, rows))
+        tokens = torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in rows])
+        mask = torch.arange(length) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+        logprobs = None
+        if self.score:
+            scores = [
+                [step[token].logprob for token, step in zip(row, completion.logprobs, strict=True)]
+                for row, completion in zip(rows, completions, strict=True)
+            ]
+            logprobs = torch.tensor([row + [0.0] * (length - len(row)) for row in scores]).to(device)
+        return Samples(
+            tokens=tokens.to(device),
+            mask=mask.to(device),
+            logprobs=logprobs,
+            ended=torch.tensor([row[-1] in self.eos_token_ids for row in rows]).to(device),
+            version=self.version,
+        )
