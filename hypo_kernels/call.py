@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypo_kernels import checks
 from hypo_kernels.layout import TargetLayout, sequence_layout
-from hypo_kernels.objective import Objective
+from hypo_kernels.objective import Importance, Objective
 from hypo_kernels.projection import Projection
 
 
@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     logps: Tensor  # (S,)
     ref_logps: Tensor  # (S,)
     kl: Tensor  # (N,), of each online sample, as the call's estimator has it
+    importance: Importance | None = None  # (N,) each, where the samples' behaviour log-probs are given
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Call:
     max_chunk_bytes: int
     ref_logps: Tensor | None  # (S,)
     ref: Projection | None
+    behavior_logps: Tensor | None  # (N,) of the counted rows; those of pairs mean nothing
     order: Tensor  # (S,), each sequence's place in the caller's order, on the device
     lengths: Tensor  # (S,), counted tokens in the caller's order, on the device
 
@@ -67,6 +69,7 @@ def prepare(
     targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None,
     reference: Reference,
+    behavior_logps: Tensor | None,
     *,
     num_pairs: int,
     num_generations: int,
@@ -76,6 +79,7 @@ def prepare(
     preference: str,
     label_smoothing: float,
     kl_estimator: str,
+    importance_cap: float,
     max_chunk_bytes: int,
     validate: bool,
     impl: str,
@@ -95,18 +99,28 @@ def prepare(
         num_pairs=num_pairs,
         num_generations=num_generations,
         num_prompts=num_prompts,
+        importance_cap=importance_cap,
     )
     checks.objective(objective)
     checks.chunk_budget(max_chunk_bytes)
     ref = _reference(policy, targets, cu_seqlens, reference, num_sequences)
     checks.kl_estimator(kl_estimator, reference.hidden)
+    if behavior_logps is not None:
+        checks.behavior_logps(behavior_logps, targets, hidden.device, kl_estimator)
     dtype = checks.compute_dtype(hidden, policy.head.weight)
     impl = checks.implementation(impl, policy.head, dtype)
-    if validate:
-        checks.values_are_finite(hidden=hidden, ref_hidden=reference.hidden, ref_logps=reference.logps)
     checks.targets_in_vocabulary(layout, policy.head)
     grouped, order = layout.in_groups(num_pairs, hidden.device)
     wide = torch.promote_types(dtype, torch.float32)
+    if behavior_logps is not None:
+        behavior_logps = behavior_logps.flatten()[grouped.on(hidden.device).rows].to(wide)
+    if validate:
+        checks.values_are_finite(
+            hidden=hidden,
+            ref_hidden=reference.hidden,
+            ref_logps=reference.logps,
+            behavior_logps=None if behavior_logps is None else behavior_logps[grouped.num_rows(2 * num_pairs) :],
+        )
     return Call(
         policy=policy,
         layout=grouped,
@@ -117,6 +131,7 @@ def prepare(
         max_chunk_bytes=max_chunk_bytes,
         ref_logps=None if reference.logps is None else reference.logps.detach().to(wide)[order],
         ref=ref,
+        behavior_logps=behavior_logps,
         order=order,
         lengths=layout.on(hidden.device).lengths,
     )

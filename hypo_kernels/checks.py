@@ -174,6 +174,7 @@ def targets_in_vocabulary(layout: TargetLayout, head: LMHead) -> None:
 def objective(objective: Objective) -> None:
     beta, kl_coef, length_penalty = objective.beta, objective.kl_coef, objective.length_penalty
     preference, label_smoothing = objective.preference, objective.label_smoothing
+    importance_cap = objective.importance_cap
     _require(preference in PREFERENCES, f"preference={preference!r}: must be one of {PREFERENCES}")
     _require(math.isfinite(beta) and beta > 0, f"beta={beta}: must be positive")
     _require(math.isfinite(kl_coef) and kl_coef >= 0, f"kl_coef={kl_coef}: must be 0 or more")
@@ -183,6 +184,7 @@ def objective(objective: Objective) -> None:
         preference == "sigmoid" or label_smoothing == 0,
         f"label_smoothing={label_smoothing} goes with preference='sigmoid', got {preference!r}",
     )
+    _require(importance_cap > 0, f"importance_cap={importance_cap}: must be positive (inf truncates nothing)")
 
 
 def batch(num_sequences: int, num_pairs: int, num_generations: int) -> int:
@@ -207,6 +209,30 @@ def reference_logps(ref_logps: Tensor, num_sequences: int, device: torch.device)
     )
     _require(ref_logps.dtype in FLOATS, f"ref_logps is {ref_logps.dtype}: must be floating point")
     _require(ref_logps.device == device, f"ref_logps is on {ref_logps.device} and hidden on {device}")
+
+
+def behavior_logps(behavior_logps: Tensor, targets: Tensor | TargetLayout, device: torch.device, kl: str) -> None:
+    """Log-probs of the tokens under the policy that drew them: constants, as exact as the policy's own."""
+    shape = tuple(behavior_logps.shape)
+    _require(
+        shape == tuple(targets.shape),
+        f"behavior_logps has shape {shape} and targets {tuple(targets.shape)}: need one for each row (those of "
+        "pairs and of ignored rows are not read)",
+    )
+    _require(
+        behavior_logps.dtype in (torch.float32, torch.float64),
+        f"behavior_logps is {behavior_logps.dtype}: must be float32 or float64, as a ratio of probabilities is the "
+        "exponential of its error",
+    )
+    _require(behavior_logps.device == device, f"behavior_logps is on {behavior_logps.device} and hidden on {device}")
+    _require(
+        not behavior_logps.requires_grad,
+        "behavior_logps requires a gradient, but importance weights are constants: pass behavior_logps.detach()",
+    )
+    _require(
+        kl == "sampled",
+        f"behavior_logps corrects kl_estimator='sampled', not {kl!r}: use 'sampled', or samples of the current policy",
+    )
 
 
 def one_reference(

@@ -60,6 +60,9 @@ BYTES_PER_COUNTED_ROW = 64
 # Of each other sample of its group, an online row's place, index and value in the exact estimator's baseline.
 BYTES_PER_OTHER_SAMPLE = 32
 
+# An online row's log-prob under the policy that drew it, its weight, and what a sample sums up of them, in fp64 too.
+BYTES_PER_WEIGHTED_ROW = 128
+
 
 def max_rows(
     heads: Sequence[LMHead],
@@ -74,13 +77,13 @@ def max_rows(
     buffer_dtype: torch.dtype,
     straight: bool,
     stacked: int,
-    baseline_bytes: int = 0,
+    objective_bytes: int = 0,
 ) -> int:
     """How many rows fit through the head at once with every temporary within ``max_chunk_bytes``.
 
     ``buffers`` is 2 where the logits of two heads have to be there together, ``straight`` says that kernels make
     partial results of their own, and ``stacked`` how many times a row may stand in a buffer: the policy's and the
-    reference's, where one GEMM makes both. ``baseline_bytes`` of every counted row are the objective's. Raises
+    reference's, where one GEMM makes both. ``objective_bytes`` of every counted row are the objective's. Raises
     ValueError when not even one row fits.
     """
     weights = [weight for head in heads for weight in head.weights]
@@ -97,7 +100,7 @@ def max_rows(
     def fixed(budget: int) -> int:
         panels = sum(gemm.Panels.copy_bytes(weight, compute_dtype, budget, vocab) for weight in weights)
         block = min(FP16_BLOCK_BYTES, 4 * vocab * width) if operand == torch.float16 else 0
-        return panels + block + (BYTES_PER_COUNTED_ROW + baseline_bytes) * num_rows
+        return panels + block + (BYTES_PER_COUNTED_ROW + objective_bytes) * num_rows
 
     logits_bytes = vocab * accumulator.itemsize
     scratch_per_row = scratch_bytes(1, logits_bytes)  # grows with the rows up to a plateau

@@ -65,6 +65,10 @@ class TargetLayout:
             )
         return self._copies[device]
 
+    def num_rows(self, num_sequences: int) -> int:
+        """Counted rows of the first ``num_sequences``."""
+        return int(self.lengths[:num_sequences].sum())
+
     def in_groups(self, num_pairs: int, device: torch.device) -> tuple[TargetLayout, Tensor]:
         """The same rows in group order, each pair's two sequences side by side, and that order (S,) on ``device``."""
         key = (num_pairs, device)

@@ -13,6 +13,7 @@ from hypo_kernels.call import Outcome, Reference, prepare
 from hypo_kernels.gradients import Leaves
 from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.layout import TargetLayout
+from hypo_kernels.objective import Importance
 from hypo_kernels.projection import Projection
 from hypo_kernels.vocab import VocabShard
 
@@ -32,6 +33,7 @@ class HypoLoss(NamedTuple):
     kl: Tensor  # (N,) of each sample, its mean estimates the trajectory's KL(π‖π_ref): log π − log π_ref where the
     # estimator is "sampled", the sum of its positions' KL(π‖π_ref) where it is "exact"
     lengths: Tensor  # (S,) int64, counted tokens
+    importance: Importance | None = None  # of each sample (N,), where ``behavior_logps`` are given
 
 
 def fused_hypo_loss(
@@ -51,6 +53,8 @@ def fused_hypo_loss(
     preference: str = "sigmoid",
     label_smoothing: float = 0.0,
     kl_estimator: str = "sampled",
+    behavior_logps: Tensor | None = None,
+    importance_cap: float = 2.0,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     logit_softcap: float | None = None,
@@ -77,6 +81,20 @@ def fused_hypo_loss(
     samples of ``Σ_t (D_t + length_penalty)``, and the gradient its unbiased estimate: ``∇D_t`` and the
     score-function term of the costs that follow a token (:meth:`.objective.Objective.exact_online`).
 
+    ``behavior_logps`` say that another policy μ drew the samples, such as that of some optimizer steps ago. Each
+    token's part of the online gradient then takes a truncated importance weight, a constant:
+
+        w_t = min(π(y_t)/μ(y_t), C)        kl_coef · mean_i (r_i − mean_{j≠i} r_j) Σ_t w_{i,t} ∇log π(y_{i,t})
+
+    with r_i under the *current* policy and C = ``importance_cap`` (Ionides 2008; for language models TIS, Yao et al.
+    2025). Where μ is π, every weight is 1 and the gradient is the one without them. Elsewhere it is an
+    approximation. On samples of one token, untruncated weights give an unbiased gradient of the reverse KL. On
+    longer ones no: a weight corrects the choice of its own token, not how often μ comes to the state it is made in,
+    nor what μ does after it, which is in r_i. The weight of the whole sample, Π_t π(y_t)/μ(y_t), would, but its
+    variance grows exponentially with the length. Truncation bounds the variance, and gives too little weight to
+    the tokens that the policy has come to prefer most. The values take no weights: ``loss`` and ``kl`` are those of
+    the same samples without ``behavior_logps``, hence means under μ. ``importance`` says how far μ is from π.
+
     Args:
         hidden: (T, D) packed or (S, L, D) padded, float: final hidden states; row t predicts ``targets[t]``.
         lm_head_weight: (V, D), the dtype of ``hidden`` (any float dtype under autocast).
@@ -98,6 +116,11 @@ def fused_hypo_loss(
         label_smoothing: in [0, 0.5), the assumed share of flipped preferences ("sigmoid" only).
         kl_estimator: "sampled", from the log-probs of the samples, or "exact", from the full distributions along
             them, which needs ``ref_hidden``.
+        behavior_logps: fp32 or fp64 of the shape of ``targets``, log μ of each target token under the policy that
+            drew it (its temperature included). Only the counted rows of online samples are read. It goes with
+            ``kl_estimator="sampled"``.
+        importance_cap: C > 0, the largest importance weight; inf truncates nothing, and below 1 samples of the
+            current policy are truncated too.
         bias, logit_softcap, logit_scale, temperature: logits are
             ``softcap(logit_scale · (hidden·Wᵀ + bias)) / temperature``, for policy and reference.
         lora: a low-rank update of the policy's head, ``W + scale·B·A``, which is never multiplied out; the
@@ -128,16 +151,19 @@ def fused_hypo_loss(
         "preference": preference,
         "label_smoothing": label_smoothing,
         "kl_estimator": kl_estimator,
+        "importance_cap": importance_cap,
         "max_chunk_bytes": max_chunk_bytes,
         "validate": validate,
         "impl": impl,
     }
     reference_of_call = Reference(ref_logps, ref_hidden, ref_lm_head_weight, ref_bias)
     if torch.compiler.is_compiling():
-        found, lengths = ops.hypo_loss(hidden, head, lora, targets, cu_seqlens, reference_of_call, options)
+        found, lengths = ops.hypo_loss(
+            hidden, head, lora, targets, cu_seqlens, reference_of_call, behavior_logps, options
+        )
     else:
         policy = Projection.of(hidden, head, lora)
-        call = prepare(policy, targets, cu_seqlens, reference_of_call, **options)
+        call = prepare(policy, targets, cu_seqlens, reference_of_call, behavior_logps, **options)
         if call.impl == "reference":
             found = reference.hypo_loss(call)
         else:
@@ -153,6 +179,7 @@ def fused_hypo_loss(
         margins=beta * (chosen - rejected),
         kl=found.kl,
         lengths=lengths,
+        importance=found.importance,
     )
 
 
@@ -160,14 +187,14 @@ class _FusedHypo(torch.autograd.Function):
     """An :class:`Outcome` with the gradients finished in forward; backward hands them out, scaled."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | Importance | None, ...]:
         *leaves, call, grad_enabled = args
         # needs_input_grad says which inputs require a gradient, under no_grad too.
         needed = [grad_enabled and x for x in ctx.needs_input_grad[: len(leaves)]]
         with gemm.undisturbed(call.policy.hidden.device):
             found, ctx.gradients = schedule.run(call, needed)
         ctx.mark_non_differentiable(found.logps, found.ref_logps, found.kl)
-        return found.loss, found.logps, found.ref_logps, found.kl
+        return tuple(found)
 
     @staticmethod
     @once_differentiable

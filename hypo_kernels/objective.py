@@ -3,7 +3,8 @@
 Notation (arXiv 2406.01462): ``ratio`` is ρ(x, y) = log π(y|x) − log π_ref(y|x), summed over the tokens
 that count. Each term returns its value and the derivative of the loss by each sequence's log π(y|x);
 a kernel needs nothing else to finish the gradients. The exact estimator of the online term works on rows:
-it returns the derivatives by each row's log-prob and by its divergence.
+it returns the derivatives by each row's log-prob and by its divergence. Samples of another policy than the
+current one have a weight a row, which multiplies their sequence's derivative.
 """
 
 from __future__ import annotations
@@ -19,6 +20,22 @@ from hypo_kernels.statistics import sequence_sums
 
 PREFERENCES = ("sigmoid", "ipo")
 KL_ESTIMATORS = ("sampled", "exact")
+
+
+class Importance(NamedTuple):
+    """How far the N online samples are from samples of the current policy π: sums over each one's counted tokens.
+
+    Of the policy μ that drew them, ``π(y_t)/μ(y_t)`` is a token's ratio and ``w_t = min(ratio, C)`` its weight; all
+    are 1 where μ is π. Over the n counted tokens of a batch, the mean ratio is ``ratio.sum() / n``, the share of
+    truncated tokens ``truncated.sum() / n``, and the effective sample size, as a share of the n tokens,
+    ``weight.sum()² / (n · squared_weight.sum())``.
+    """
+
+    log_ratio: Tensor  # (N,) log π(y|x) − log μ(y|x), of the sample as a whole
+    ratio: Tensor  # (N,) Σ_t π(y_t)/μ(y_t), before truncation
+    weight: Tensor  # (N,) Σ_t w_t
+    squared_weight: Tensor  # (N,) Σ_t w_t²
+    truncated: Tensor  # (N,) tokens whose ratio is above C
 
 
 class ExactOnline(NamedTuple):
@@ -42,6 +59,7 @@ class Objective:
     num_pairs: int
     num_generations: int
     num_prompts: int  # groups of `num_generations` online samples
+    importance_cap: float = 2.0  # C, of the weights of samples that another policy drew
 
     def pairs(self, chosen_ratio: Tensor, rejected_ratio: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of each pair, already divided by ``num_pairs``, and its derivative by ``chosen_ratio``.
@@ -70,6 +88,19 @@ class Objective:
         baseline = (penalty.sum(dim=1, keepdim=True) - penalty) / (k - 1)
         scale = self.kl_coef / max(1, self.num_prompts * k)  # a batch without samples has nothing to divide
         return scale * penalty, scale * (penalty - baseline)
+
+    def importance(self, logps: Tensor, behavior_logps: Tensor, lengths: Tensor) -> tuple[Tensor, Importance]:
+        """The weight ``w_t = min(π(y_t)/μ(y_t), C)`` of each row of some samples (n,), and the samples' sums.
+
+        ``logps`` and ``behavior_logps`` (n,) are log π and log μ of the rows' tokens, sample after sample;
+        ``lengths`` (N,) are the samples' rows. A weight multiplies its sample's derivative by log π(y|x).
+        """
+        log_ratio = logps - behavior_logps
+        ratio = log_ratio.exp()
+        weight = ratio.clamp(max=self.importance_cap)  # keeps NaN, and takes an overflow
+        truncated = (ratio > self.importance_cap).to(ratio.dtype)
+        rows = torch.stack([log_ratio, ratio, weight, weight.square(), truncated], dim=1)
+        return weight, Importance(*sequence_sums(rows, lengths).unbind(1))
 
     def exact_online(self, divergences: Tensor, lengths: Tensor, longest: int) -> ExactOnline:
         """λ · estimate of KL(π‖π_ref) of each sample from the full distributions along it, and its derivatives.

@@ -22,6 +22,7 @@ from hypo_kernels.call import Outcome, Reference, prepare
 from hypo_kernels.gradients import Leaves, shapes_of_sums
 from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.layout import TargetLayout
+from hypo_kernels.objective import Importance
 from hypo_kernels.projection import Projection
 from hypo_kernels.tokens import TokenPass, token_pass
 
@@ -32,6 +33,7 @@ _HEAD = (
     "float? logit_softcap, float logit_scale, float temperature, ScalarType? autocast, bool[] needed"
 )
 _NUM_HEAD = NUM_LEAVES + 5
+_NUM_FOUND = len(Outcome._fields) + 1  # of the loss operator's results, which the gradients' sums follow
 
 
 def hypo_loss(
@@ -41,13 +43,16 @@ def hypo_loss(
     targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None,
     reference: Reference,
+    behavior_logps: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Outcome, Tensor]:
     """The outcome in the caller's order, and the sequences' lengths (S,); ``options`` as in ``call.prepare``."""
-    loss, logps, ref_logps, kl, lengths, *_ = _hypo_loss(
-        *_head_arguments(hidden, head, lora), _traceable(targets), cu_seqlens, *reference, **options
-    )
-    return Outcome(loss, logps.detach(), ref_logps.detach(), kl.detach()), lengths
+    loss, *seen, lengths = _hypo_loss(
+        *_head_arguments(hidden, head, lora), _traceable(targets), cu_seqlens, *reference, behavior_logps, **options
+    )[:_NUM_FOUND]
+    logps, ref_logps, kl, sums = (x.detach() for x in seen)
+    importance = None if behavior_logps is None else Importance(*sums.unbind(1))
+    return Outcome(loss, logps, ref_logps, kl, importance), lengths
 
 
 def token_logprobs(
@@ -139,23 +144,28 @@ def _shapes(arguments: Sequence[Any]) -> list[tuple[bool, Any, Any]]:
     "hypo_kernels::hypo_loss",
     mutates_args=(),
     schema=f"({_HEAD}, Tensor targets, Tensor? cu_seqlens, "
-    "Tensor? ref_logps, Tensor? ref_hidden, Tensor? ref_lm_head_weight, Tensor? ref_bias, *, "
+    "Tensor? ref_logps, Tensor? ref_hidden, Tensor? ref_lm_head_weight, Tensor? ref_bias, Tensor? behavior_logps, *, "
     "int num_pairs, int num_generations, float beta, float kl_coef, float length_penalty, str preference, "
-    "float label_smoothing, str kl_estimator, int max_chunk_bytes, bool validate, str impl) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float label_smoothing, str kl_estimator, float importance_cap, int max_chunk_bytes, bool validate, str impl) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _hypo_loss(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    """An outcome in the caller's order, lengths, and the gradients' sums: all that autograd needs later."""
+    """An outcome in the caller's order, lengths, and the gradients' sums: all that autograd needs later.
+
+    The statistics of importance are one tensor, a column each, and an empty one where there are none.
+    """
     projection, autocast, needed = _parse(args)
-    targets, cu_seqlens, *reference = args[_NUM_HEAD:]
+    targets, cu_seqlens, *reference, behavior_logps = args[_NUM_HEAD:]
     with _as_traced(projection.hidden.device, autocast):
-        call = prepare(projection, targets, cu_seqlens, Reference(*reference), **options)
+        call = prepare(projection, targets, cu_seqlens, Reference(*reference), behavior_logps, **options)
         if call.impl == "reference":
             raise ValueError("impl='reference' is eager: call it outside of torch.compile, or use impl='auto'")
         with gemm.undisturbed(projection.hidden.device):
             found, gradients = schedule.run(call, needed, sums_are_wide=True)
     sums = [_absent(projection.hidden) if x is None else x for x in gradients.sums]
-    return (*call.in_call_order(found), call.lengths, *sums)
+    loss, logps, ref_logps, kl, importance = call.in_call_order(found)
+    of_samples = _absent(loss) if importance is None else torch.stack(importance, dim=1)
+    return loss, logps, ref_logps, kl, of_samples, call.lengths, *sums
 
 
 @_hypo_loss.register_fake
@@ -163,14 +173,16 @@ def _(*args: Any, num_pairs: int, **_options: Any) -> tuple[Tensor, ...]:
     hidden, targets, cu_seqlens = args[0], args[_NUM_HEAD], args[_NUM_HEAD + 1]
     wide = gemm.accumulator_dtype(_compute_dtype(args))
     sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    loss, logps, ref_logps, kl = (
-        hidden.new_empty(shape, dtype=wide) for shape in ((), (sequences,), (sequences,), (sequences - 2 * num_pairs,))
+    samples, behavior_logps = sequences - 2 * num_pairs, args[_NUM_HEAD + 2 + len(Reference._fields)]
+    of_samples = (0,) if behavior_logps is None else (samples, len(Importance._fields))
+    loss, logps, ref_logps, kl, importance = (
+        hidden.new_empty(shape, dtype=wide) for shape in ((), (sequences,), (sequences,), (samples,), of_samples)
     )
-    return loss, logps, ref_logps, kl, hidden.new_empty(sequences, dtype=torch.long), *_sums(args)
+    return loss, logps, ref_logps, kl, importance, hidden.new_empty(sequences, dtype=torch.long), *_sums(args)
 
 
 def _keep_gradients(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: Any, output: Sequence[Tensor]) -> None:
-    ctx.save_for_backward(*output[5:])
+    ctx.save_for_backward(*output[_NUM_FOUND:])
     ctx.leaves, ctx.num_inputs = _shapes(inputs), len(inputs)
 
 

@@ -39,12 +39,14 @@ def logprobs_and_entropies(log_p: Tensor, layout: TargetLayout) -> tuple[Tensor,
 def hypo_loss(call: Call) -> Outcome:
     """The loss (), differentiable, and what it saw, in group order.
 
-    The value is the objective's; the gradient is Σ coefficient · ∇log π, the coefficients held fixed.
+    The value is the objective's; the gradient is Σ coefficient · ∇log π, the coefficients held fixed, each token's
+    part times its importance weight where another policy drew the samples.
     """
     if call.kl_estimator == "exact":
         return _exact_hypo_loss(call)
     log_p = row_distributions(call.policy, call.layout, call.compute_dtype)
-    logps = _of_sequences(_of_targets(log_p, call.layout), call)
+    rows = _of_targets(log_p, call.layout)
+    logps = _of_sequences(rows, call)
     ref_logps = call.ref_logps
     if call.ref is not None:
         log_q = row_distributions(call.ref, call.layout, call.compute_dtype).detach()
@@ -52,9 +54,17 @@ def hypo_loss(call: Call) -> Outcome:
     assert ref_logps is not None
     num_pairs, lengths = call.objective.num_pairs, call.layout.lengths.to(log_p.device)
     loss, coefficients = call.objective(logps.detach(), ref_logps, lengths, num_pairs)
-    surrogate = (coefficients * logps).sum()
+    importance, weighted = None, logps
+    if call.behavior_logps is not None:
+        online = slice(call.layout.num_rows(2 * num_pairs), None)
+        weights, importance = call.objective.importance(
+            rows[online].detach(), call.behavior_logps[online], lengths[2 * num_pairs :]
+        )
+        weighted = _of_sequences(torch.cat([rows[: online.start], weights * rows[online]]), call)
+    surrogate = (coefficients * weighted).sum()
     logps = logps.detach()
-    return Outcome(loss + surrogate - surrogate.detach(), logps, ref_logps, (logps - ref_logps)[2 * num_pairs :])
+    kl = (logps - ref_logps)[2 * num_pairs :]
+    return Outcome(loss + surrogate - surrogate.detach(), logps, ref_logps, kl, importance)
 
 
 def _exact_hypo_loss(call: Call) -> Outcome:
@@ -69,7 +79,7 @@ def _exact_hypo_loss(call: Call) -> Outcome:
     rows, ref_rows = _of_targets(log_p, call.layout), _of_targets(log_q, call.layout)
     logps, ref_logps = _of_sequences(rows, call), _of_sequences(ref_rows, call)
     num_pairs, lengths = call.objective.num_pairs, call.layout.lengths
-    online = slice(int(lengths[: 2 * num_pairs].sum()), None)
+    online = slice(call.layout.num_rows(2 * num_pairs), None)
     divergences = (log_p[online].exp() * (log_p[online] - log_q[online])).sum(dim=-1)
     loss, of_pairs, terms = call.objective.exact(
         logps.detach(),

@@ -58,7 +58,7 @@ class HeadRoom:
         with_divergence: bool = False,
         buffers: int = 1,
         statistics_only: bool = False,
-        baseline_bytes: int = 0,
+        objective_bytes: int = 0,
     ) -> None:
         weight, self.shard = heads[0].weight, heads[0].shard
         self.compute_dtype = compute_dtype
@@ -89,7 +89,7 @@ class HeadRoom:
             buffer_dtype=self._buffer_dtype,
             straight=self.straight,
             stacked=2 if self._is_shared(heads) else 1,
-            baseline_bytes=baseline_bytes,
+            objective_bytes=objective_bytes,
         )
         self.pitch = chunks.pitch(weight.shape[0], weight.device)
         self.capacity = buffers * self.max_rows

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from hypo_kernels.call import Call, Outcome
-from hypo_kernels.chunks import BYTES_PER_OTHER_SAMPLE, Chunk, chunks
+from hypo_kernels.chunks import BYTES_PER_OTHER_SAMPLE, BYTES_PER_WEIGHTED_ROW, Chunk, chunks
 from hypo_kernels.gradients import Gradients, Leaves
+from hypo_kernels.objective import Importance
 from hypo_kernels.room import HeadRoom
 from hypo_kernels.statistics import RowStatistics, sequence_sums
 
@@ -40,7 +41,7 @@ def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> t
         with_divergence=exact,
         buffers=2 if exact else 1,
         statistics_only=not any(needed) and not exact,
-        baseline_bytes=BYTES_PER_OTHER_SAMPLE * (call.objective.num_generations - 1) if exact else 0,
+        objective_bytes=_objective_bytes(call),
     )
     objective = call.objective
     plan = chunks(call.layout.lengths.tolist(), objective.num_pairs, objective.num_generations, room.max_rows)
@@ -62,13 +63,26 @@ def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> t
             logps=torch.cat([part.logps for part in parts]),
             ref_logps=torch.cat([part.ref_logps for part in parts]),
             kl=torch.cat([part.kl for part in parts]),
+            importance=_importance_of(parts),
         ),
         gradients,
     )
 
 
+def _objective_bytes(call: Call) -> int:
+    """What the objective holds of a counted row, beside what every call does."""
+    if call.kl_estimator == "exact":
+        return BYTES_PER_OTHER_SAMPLE * (call.objective.num_generations - 1)
+    return 0 if call.behavior_logps is None else BYTES_PER_WEIGHTED_ROW
+
+
+def _importance_of(parts: Sequence[Outcome]) -> Importance | None:
+    found = [part.importance for part in parts if part.importance is not None]
+    return Importance(*(torch.cat(sums) for sums in zip(*found, strict=True))) if found else None
+
+
 def _sampled(call: Call, room: HeadRoom, gradients: Gradients, chunk: Chunk, lengths: Tensor) -> Outcome:
-    """A chunk whose coefficients are a number a sequence."""
+    """A chunk whose coefficients are a number a sequence, times a weight a row where another policy drew it."""
     rows, count = chunk.rows, chunk.rows.stop - chunk.rows.start
     # Closed: the unit gradients of the whole chunk stay in the buffer until the coefficients are known.
     closed = count <= room.max_rows and gradients.any
@@ -86,16 +100,24 @@ def _sampled(call: Call, room: HeadRoom, gradients: Gradients, chunk: Chunk, len
         logps = stats.logps()
     sums = sequence_sums(logps, lengths)
     loss, coefficients = call.objective(sums, ref_logps, lengths, chunk.num_pairs)
+    pairs, importance = 2 * chunk.num_pairs, None
+    if call.behavior_logps is not None:
+        offline = int(call.layout.lengths[chunk.sequences][:pairs].sum())  # rows of the pairs, which come first
+        weights, importance = call.objective.importance(
+            logps[offline:], call.behavior_logps[rows][offline:], lengths[pairs:]
+        )
     if gradients.any:
         # U is the derivative of −log p.
         factor = -coefficients.repeat_interleave(lengths, output_size=count)
+        if importance is not None:
+            factor[offline:] *= weights
         if closed:
             room.finish(gradients, unit, call.policy, rows, factor, own)
         else:
             for block, local in chunk.blocks(room.max_rows):
                 unit, own, _ = room.unit_gradients(call.policy, block, stats.norms[local])
                 room.finish(gradients, unit, call.policy, block, factor[local], own)
-    return Outcome(loss, sums, ref_logps, (sums - ref_logps)[2 * chunk.num_pairs :])
+    return Outcome(loss, sums, ref_logps, (sums - ref_logps)[pairs:], importance)
 
 
 def _ref_logps(call: Call, room: HeadRoom, chunk: Chunk, lengths: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def over_ranks(
 
 
 def sequence_sums(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Deterministic sum of each sequence's rows, (N,) -> (S,); ``lengths`` (S,) on the rows' device.
+    """Deterministic sum of each sequence's rows, (N, ...) -> (S, ...); ``lengths`` (S,) on the rows' device.
 
     Added in fp64: thousands of fp32 additions, one after another, would each round at the size of the sum.
     """

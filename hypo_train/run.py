@@ -21,7 +21,7 @@ from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.policy import Policy
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import RewardFunction, load_reward
-from hypo_train.sampler import GenerateSampler, Sampler
+from hypo_train.sampling import GenerateSampler, Sampler
 
 
 @dataclass(frozen=True)

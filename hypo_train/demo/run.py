@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hypo_train.config import Config
 from hypo_train.demo import report, world
-from hypo_train.sampler import GenerateSampler
+from hypo_train.sampling import GenerateSampler
 from hypo_train.train import train
 
 NUM_REVIEWS = 6000

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from hypo_kernels import fused_hypo_loss
 
+Results = dict[str, Tensor]
+
 NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 TRITON = pytest.param("triton", marks=NO_TRITON)
 IMPLS = ["torch", TRITON, "reference"]
@@ -71,7 +73,8 @@ class Batch:
 
         leaves = [None if x is None else convert(x).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
         wide = torch.promote_types(dtype, torch.float32)
-        options = {key: value.to(wide) if key == "ref_logps" else convert(value) for key, value in self.options.items()}
+        log_probs = ("ref_logps", "behavior_logps")
+        options = {key: value.to(wide) if key in log_probs else convert(value) for key, value in self.options.items()}
         return replace(self, hidden=leaves[0], weight=leaves[1], bias=leaves[2], options=options)
 
     def with_options(self, **options: Any) -> Batch:
@@ -92,13 +95,16 @@ def random_batch(
     with_bias: bool = False,
     with_ref_hidden: bool = False,
     cheap_reference: bool = False,
+    staleness: float | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Batch:
     """Sequences of ``lengths`` rows, logits ~ N(offset, spread²), a share ``ignored`` of the rows at -100.
 
     The reference log-probs are the policy's plus noise, so that no coefficient saturates; a
-    ``cheap_reference`` is noise alone and spares a batch with large logits the pass over them.
+    ``cheap_reference`` is noise alone and spares a batch with large logits the pass over them. With a ``staleness``
+    the samples are another policy's, whose log-probs of tokens are this one's plus noise of that size; what no one
+    may read of them is NaN.
     """
     gen = torch.Generator().manual_seed(seed)
     num_rows = sum(lengths)
@@ -117,6 +123,11 @@ def random_batch(
     bias = randn(vocab).to(device, dtype) if with_bias else None
     options = {"beta": 0.1, "kl_coef": 0.05, "num_pairs": 0, **options}
     batch = Batch(hidden.to(device, dtype), weight.to(device, dtype), targets, cu_seqlens, bias, options)
+    if staleness is not None:
+        logps = plain_token_logps(batch.to(torch.float64)).detach() + staleness * randn(num_rows).to(device)
+        logps[: cu_seqlens[2 * batch.options["num_pairs"]]] = float("nan")
+        logps[(targets == -100).to(device)] = float("nan")
+        batch = batch.with_options(behavior_logps=logps.to(torch.promote_types(dtype, torch.float32)))
     if with_ref_hidden:
         ref = {
             "ref_hidden": hidden + 0.1 * randn(num_rows, width),
@@ -132,9 +143,17 @@ def random_batch(
 
 def plain_logps(batch: Batch, *, of_reference: bool = False) -> Tensor:
     """(S,) sequence log-probs over full logits."""
+    return _sums(batch, plain_token_logps(batch, of_reference=of_reference))
+
+
+def plain_token_logps(batch: Batch, *, of_reference: bool = False) -> Tensor:
+    """(T,), 0 at ignored rows."""
     logp = plain_distributions(batch, of_reference=of_reference)
     targets = batch.targets.to(logp.device)
-    rows = logp.gather(1, targets.clamp_min(0)[:, None]).squeeze(1).masked_fill(targets == -100, 0.0)
+    return logp.gather(1, targets.clamp_min(0)[:, None]).squeeze(1).masked_fill(targets == -100, 0.0)
+
+
+def _sums(batch: Batch, rows: Tensor) -> Tensor:
     return torch.stack([part.sum() for part in rows.split(batch.cu_seqlens.diff().tolist())])
 
 
@@ -152,8 +171,11 @@ def plain_distributions(batch: Batch, *, of_reference: bool = False) -> Tensor:
     return (logits / options.get("temperature", 1.0)).log_softmax(-1)
 
 
-def plain_objective(batch: Batch, logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The loss () of sequence log-probs, as the paper writes it, with Algorithm 1's surrogate for the gradient."""
+def plain_objective(batch: Batch, logps: Tensor, ref_logps: Tensor, weighted: Tensor | None = None) -> Tensor:
+    """The loss () of sequence log-probs, as the paper writes it, with Algorithm 1's surrogate for the gradient.
+
+    ``weighted`` (N,) log-probs of the samples take their own's place in the surrogate.
+    """
     options = batch.options
     beta, pairs, k = options["beta"], options["num_pairs"], options.get("num_generations", 2)
     ratio = logps - ref_logps
@@ -168,9 +190,26 @@ def plain_objective(batch: Batch, logps: Tensor, ref_logps: Tensor) -> Tensor:
         lengths = batch.lengths[2 * pairs :].to(samples)
         r = (samples.detach() + options.get("length_penalty", 0.0) * lengths).view(-1, k)
         others = torch.stack([r[:, [j for j in range(k) if j != i]].mean(1) for i in range(k)], dim=1)
-        surrogate = ((r - others) * samples.view(-1, k)).mean()
+        surrogate = ((r - others) * (samples if weighted is None else weighted).view(-1, k)).mean()
         loss = loss + options["kl_coef"] * (r.mean() + surrogate - surrogate.detach())
     return loss
+
+
+def plain_importance(batch: Batch, rows: Tensor) -> tuple[Tensor, Results]:
+    """Σ_t w_t log π(y_t) of each sample (N,), the weights held fixed, and its statistics, row by row; ``rows`` (T,)."""
+    behavior, cap = batch.options["behavior_logps"], batch.options.get("importance_cap", 2.0)
+    weighted, found = [], []
+    for a, b in list(itertools.pairwise(batch.cu_seqlens.tolist()))[2 * batch.options["num_pairs"] :]:
+        counted = [t for t in range(a, b) if batch.targets[t] != -100]
+        log_ratio = rows[counted].detach() - behavior[counted]
+        ratio = log_ratio.exp()
+        weight = torch.where(ratio > cap, cap, ratio)
+        weighted.append((weight * rows[counted]).sum())
+        found.append([x.sum() for x in (log_ratio, ratio, weight, weight**2, (ratio > cap).to(ratio))])
+    names = ("log_ratio", "ratio", "weight", "squared_weight", "truncated")
+    return torch.stack(weighted), {
+        name: torch.stack(sums) for name, sums in zip(names, zip(*found, strict=True), strict=True)
+    }
 
 
 def plain_exact_online(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -200,20 +239,19 @@ def plain_exact_online(batch: Batch) -> tuple[Tensor, Tensor]:
     return options["kl_coef"] * ((kl + penalty * lengths).mean() + surrogate - surrogate.detach()), kl
 
 
-Results = dict[str, Tensor]
-
-
 def run_eager(batch: Batch, upstream: float = 1.0) -> Results:
-    logps = plain_logps(batch)
-    ref_logps = batch.options.get("ref_logps")
+    rows = plain_token_logps(batch)
+    logps, ref_logps = _sums(batch, rows), batch.options.get("ref_logps")
     if ref_logps is None:
         ref_logps = plain_logps(batch, of_reference=True)
-    loss, kl = plain_objective(batch, logps, ref_logps.detach()), (logps - ref_logps)[2 * batch.options["num_pairs"] :]
+    weighted, importance = plain_importance(batch, rows) if "behavior_logps" in batch.options else (None, {})
+    loss = plain_objective(batch, logps, ref_logps.detach(), weighted)
+    kl = (logps - ref_logps)[2 * batch.options["num_pairs"] :]
     if batch.options.get("kl_estimator") == "exact" and len(kl):
         online, kl = plain_exact_online(batch)
         loss = loss + online
     (loss * upstream).backward()
-    return _results(batch, loss, logps, ref_logps, kl)
+    return _results(batch, loss, logps, ref_logps, kl, importance)
 
 
 def eager_runs(batch: Batch, upstream: float = 1.0) -> list[Results]:
@@ -232,7 +270,7 @@ def _run_eager_reordered(batch: Batch, upstream: float, seed: int) -> Results:
     v, d = torch.randperm(vocab, generator=gen), torch.randperm(width, generator=gen)
     targets = torch.where(batch.targets == -100, -100, v.argsort()[batch.targets.clamp_min(0)])[t]
     axes = {"hidden": (t, d), "weight": (v, d), "bias": (v,)}
-    axes |= {"ref_hidden": (t, d), "ref_lm_head_weight": (v, d), "ref_bias": (v,)}
+    axes |= {"ref_hidden": (t, d), "ref_lm_head_weight": (v, d), "ref_bias": (v,), "behavior_logps": (t,)}
     shuffled = replace(
         batch,
         hidden=_take(batch.hidden, axes["hidden"]),
@@ -259,13 +297,17 @@ def run_fused(batch: Batch, impl: str, upstream: float = 1.0) -> Results:
     out = fused_hypo_loss(
         batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, bias=batch.bias, impl=impl, **batch.options
     )
-    assert {x.dtype for x in out[:-1]} == {torch.promote_types(batch.hidden.dtype, torch.float32)}
+    importance = {} if out.importance is None else out.importance._asdict()
+    statistics = [x for name, x in out._asdict().items() if name not in ("lengths", "importance")]
+    assert {x.dtype for x in [*statistics, *importance.values()]} == {
+        torch.promote_types(batch.hidden.dtype, torch.float32)
+    }
     (out.loss * upstream).backward()
-    return _results(batch, out.loss, out.logps, out.ref_logps, out.kl)
+    return _results(batch, out.loss, out.logps, out.ref_logps, out.kl, importance)
 
 
-def _results(batch: Batch, loss: Tensor, logps: Tensor, ref_logps: Tensor, kl: Tensor) -> Results:
-    results = {"loss": loss, "logps": logps, "ref_logps": ref_logps}
+def _results(batch: Batch, loss: Tensor, logps: Tensor, ref_logps: Tensor, kl: Tensor, importance: Results) -> Results:
+    results = {"loss": loss, "logps": logps, "ref_logps": ref_logps, **importance}
     if batch.options.get("kl_estimator") == "exact":  # the sampled one is a difference of log-probs, no more
         results["kl"] = kl
     for name in ("hidden", "weight", "bias"):

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
         "with_ref_hidden": True, "kl_estimator": "exact", "max_chunk_bytes": 13_000,
     },
     "logits far apart": {"spread": 60.0},
+    "samples of another policy": {"staleness": 1.0, **FULL_HEAD},
 }  # fmt: skip
 TENSORS_OF_THE_VOCABULARY = ("ref_lm_head_weight", "ref_bias")
 

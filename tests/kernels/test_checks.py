@@ -107,6 +107,27 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"kl_estimator": "exact"}, ["kl_estimator='exact'", "ref_logps", "pass ref_hidden and ref_lm_head_weight"],
     ),
     "label smoothing of IPO": ({"label_smoothing": 0.1, "preference": "ipo"}, ["label_smoothing=0.1", "'ipo'"]),
+    # samples of another policy
+    "behaviour log-probs a sequence": (
+        {"behavior_logps": torch.zeros(4)}, ["behavior_logps has shape (4,)", "targets (10,)", "one for each row"],
+    ),
+    "behaviour log-probs of 16 bits": (
+        {"behavior_logps": torch.zeros(T).bfloat16()}, ["behavior_logps is torch.bfloat16", "float32 or float64"],
+    ),
+    "behaviour log-probs elsewhere": (
+        {"behavior_logps": torch.zeros(T, device=META)}, ["behavior_logps is on meta and hidden on cpu"],
+    ),
+    "behaviour log-probs that are not constant": (
+        {"behavior_logps": torch.zeros(T, requires_grad=True)},
+        ["behavior_logps requires a gradient", "behavior_logps.detach()"],
+    ),
+    "behaviour log-probs and the exact estimator": (
+        from_hidden(behavior_logps=torch.zeros(T), kl_estimator="exact"),
+        ["behavior_logps corrects kl_estimator='sampled', not 'exact'"],
+    ),
+    "an importance cap of 0": ({"importance_cap": 0.0}, ["importance_cap=0.0", "positive"]),
+    "a negative importance cap": ({"importance_cap": -2.0}, ["importance_cap=-2.0"]),
+    "an importance cap of NaN": ({"importance_cap": math.nan}, ["importance_cap=nan"]),
     # the head
     "a softcap of 0": ({"logit_softcap": 0.0}, ["logit_softcap=0.0"]),
     "an infinite softcap": ({"logit_softcap": math.inf}, ["logit_softcap=inf"]),
@@ -150,6 +171,9 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "NaN in hidden": ({"hidden": with_one(math.nan, T, D), "validate": True}, ["hidden holds 1"]),
     "an infinity in hidden": ({"hidden": with_one(math.inf, T, D), "validate": True}, ["hidden holds 1"]),
     "NaN in reference log-probs": ({"ref_logps": with_one(math.nan, 4), "validate": True}, ["ref_logps holds 1"]),
+    "NaN in behaviour log-probs": (
+        {"behavior_logps": torch.full((T,), math.nan), "validate": True}, ["behavior_logps holds 5"],
+    ),
     "NaN in reference hidden states": (
         from_hidden(ref_hidden=with_one(math.nan, T, D), validate=True), ["ref_hidden holds 1"],
     ),
@@ -172,7 +196,14 @@ def moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_arguments_that_the_bad_ones_start_from_are_good(impl: str, device: torch.device) -> None:
-    for changes in ({}, from_hidden(), padded(), {"validate": True}):
+    of_samples = torch.cat([torch.full((5,), math.nan), torch.zeros(5)])  # those of the pair are not read
+    for changes in (
+        {},
+        from_hidden(),
+        padded(),
+        {"validate": True},
+        {"behavior_logps": of_samples, "validate": True, "importance_cap": math.inf},
+    ):
         assert fused_hypo_loss(**moved({**good(), **changes}, device), impl=impl).loss.isfinite()
 
 

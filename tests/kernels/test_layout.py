@@ -125,12 +125,13 @@ def test_a_layout_that_does_not_fit_is_named() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("staleness", [None, 1.0], ids=["own samples", "another policy's"])
 @pytest.mark.parametrize("impl", ["triton-rows", "triton-epilogue"])
-def test_a_cuda_graph_captures_loss_and_gradients(impl: str) -> None:
+def test_a_cuda_graph_captures_loss_and_gradients(impl: str, staleness: float | None) -> None:
     """Replayed on other hidden states, it gives what a call on them gives."""
     device = torch.device("cuda")
     batch = random_batch([40, 72, 24, 56, 48, 8, 64, 32], 1000, width=64, num_pairs=2, dtype=torch.bfloat16,
-                         device=device)  # fmt: skip
+                         staleness=staleness, device=device)  # fmt: skip
     laid_out = TargetLayout.of(batch.targets, batch.cu_seqlens)
     hidden = batch.hidden.detach().clone().requires_grad_()
 

@@ -17,7 +17,8 @@ VOCAB, WIDTH, RANK = 67, 16, 3
 FULL_HEAD: dict[str, Any] = {"logit_softcap": 5.0, "logit_scale": 1.5, "temperature": 0.8}
 LOSS: dict[str, Any] = {
     "num_pairs": 1, "num_generations": 2, "beta": 0.1, "kl_coef": 0.05, "length_penalty": 0.1, "preference": "sigmoid",
-    "label_smoothing": 0.0, "kl_estimator": "sampled", "max_chunk_bytes": 2**20, "validate": False, "impl": "torch",
+    "label_smoothing": 0.0, "kl_estimator": "sampled", "importance_cap": 2.0, "max_chunk_bytes": 2**20,
+    "validate": False, "impl": "torch",
 }  # fmt: skip
 
 # An operator's own checks: schema, gradient registration, fake kernel, and dispatch with dynamic shapes.
@@ -44,17 +45,21 @@ def heads(dtype: torch.dtype) -> dict[str, tuple[Tensor, LMHead, LoRA | None, Te
     }
 
 
-@pytest.mark.parametrize("reference", ["log-probs", "hidden states", "exact KL"])
+@pytest.mark.parametrize("reference", ["log-probs", "hidden states", "exact KL", "log-probs of stale samples"])
 @pytest.mark.parametrize("head", ["plain", "whole", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_opcheck_of_the_loss(dtype: torch.dtype, head: str, reference: str) -> None:
     hidden, lm_head, lora, targets, cu_seqlens = heads(dtype)[head]
     ref = Reference(torch.full((4,), -12.0), None, None, None)
-    if reference != "log-probs":
+    behavior_logps = torch.full((len(targets),), -4.0) if "stale" in reference else None
+    if "log-probs" not in reference:
         ref = Reference(None, hidden.detach() + 0.1, lm_head.weight.detach().clone(), None)
     options = {**LOSS, "kl_estimator": "exact" if reference == "exact KL" else "sampled"}
     torch.library.opcheck(
-        ops._hypo_loss, (*arguments(hidden, lm_head, lora), targets, cu_seqlens, *ref), options, test_utils=CHECKS
+        ops._hypo_loss,
+        (*arguments(hidden, lm_head, lora), targets, cu_seqlens, *ref, behavior_logps),
+        options,
+        test_utils=CHECKS,
     )
 
 
@@ -93,6 +98,14 @@ def hypo(model: Model, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, ref_
     return out.loss * 1.7 + out.margins.sum().detach()
 
 
+def stale(model: Model, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, ref_logps: Tensor) -> Tensor:
+    out = fused_hypo_loss(
+        hidden, model.lm_head.weight, targets, cu_seqlens, num_pairs=1, ref_logps=ref_logps, beta=0.1, kl_coef=0.05,
+        behavior_logps=-4.0 - 0.1 * (targets % 5).float(),
+    )  # fmt: skip
+    return out.loss + sum(x.sum() for x in out.importance)
+
+
 def exact(model: Model, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, ref_logps: Tensor) -> Tensor:
     return fused_hypo_loss(
         hidden, model.lm_head.weight, targets, cu_seqlens, num_pairs=1, ref_hidden=hidden.detach() + 0.1,
@@ -121,7 +134,7 @@ def padded(model: Model, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, re
     return out.loss + sequence_logprobs(hidden, model.lm_head.weight, targets).sum()
 
 
-LOSSES = [hypo, exact, tokens, sequences, padded]
+LOSSES = [hypo, stale, exact, tokens, sequences, padded]
 
 
 def batch_of(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

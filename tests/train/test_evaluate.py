@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from hypo_train.evaluate import evaluate
 from hypo_train.metrics import Meter
 from hypo_train.run import prepare
-from hypo_train.sampler import Samples
+from hypo_train.sampling import Samples
 from hypo_train.train import train, train_step
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.3}

@@ -93,6 +93,15 @@ def test_they_are_the_steps_own_in_the_order_of_the_rows(cached, folder, way):
     assert_close(found[:, 0].cpu(), torch.stack(plain), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_on_one_batch_they_are_the_steps_own_bit_for_bit(cached, folder, bf16):
+    run = prepare(cached(bf16=bf16, per_device_eval_batch_size=24))
+    rows = sorted(run.train_rows, key=lambda row: -row.num_tokens)
+    with run.accelerator.autocast():
+        expected = in_step(run, rows)
+    assert torch.equal(logps_of(run, folder, rows=rows, autocast=bf16), expected)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo", "hypo"])
 def test_a_step_has_the_same_loss_and_gradients_with_and_without_them(cached, algorithm, way):
@@ -132,6 +141,7 @@ def test_an_evaluation_has_the_same_metrics_with_and_without_them(cached):
 def test_dpo_and_ipo_ask_the_reference_nothing_while_they_train(cached, passes, algorithm, way):
     run = with_reference_logps(recorded(cached(algorithm=algorithm, **WAYS[way])), progress=False)
     assert len(passes) == 6, "24 rows, 4 at a time"
+    assert passes[0] == max(passes), "the longest first"
     steps(run, 3)
     assert len(passes) == 6
 
@@ -497,24 +507,32 @@ def resumed(config):
     return config
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "nth"),
+    [(Policy, "reference", 3), (os, "fsync", 1), (os, "replace", 1), (Policy, "reference", 6), (os, "replace", 2)],
+    ids=["in the pass", "in the write", "before the rename", "in the second pass", "before the second rename"],
+)
 @pytest.mark.parametrize("way", ["full", "lora"])
-def test_a_run_killed_in_the_pass_starts_again_as_if_it_had_not_been(cached, folder, monkeypatch, way):
+def test_a_run_killed_before_its_first_step_starts_again_as_if_it_had_not_been(
+    cached, folder, monkeypatch, way, owner, name, nth
+):
     whole, killed = (cached(**RUN, **WAYS[way], output_dir=f"{cached().output_dir}-{n}") for n in ("whole", "killed"))
     train(whole, progress=False)
     for file in folder.iterdir():
         file.unlink()
     with monkeypatch.context() as patch:
-        die(patch, Policy, "reference", 3)
+        die(patch, owner, name, nth)
         with pytest.raises(Killed):
             train(killed, progress=False)
     assert not Path(killed.output_dir).exists(), "nothing that keeps the command from being given again"
+    assert len(list(folder.iterdir())) == (1 if nth in (2, 6) else 0)
     train(killed, progress=False)
     assert_same_run(killed, whole)
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["the file read", "the file lost"])
+@pytest.mark.parametrize("keep", [True, False], ids=["the files read", "another folder"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_killed_later_goes_on_with_the_same_bits(cached, folder, passes, monkeypatch, way, keep):
+def test_a_run_killed_later_goes_on_with_the_same_bits(cached, folder, monkeypatch, way, keep):
     whole, killed = (cached(**RUN, **WAYS[way], output_dir=f"{cached().output_dir}-{n}") for n in ("whole", "killed"))
     train(whole, progress=False)
     with monkeypatch.context() as patch:
@@ -523,9 +541,8 @@ def test_a_run_killed_later_goes_on_with_the_same_bits(cached, folder, passes, m
             train(killed, progress=False)
     assert metrics_of(killed)
     if not keep:
-        for file in folder.iterdir():
-            file.unlink()
-    resumed(killed)
+        folder = folder.with_name("another")
+    resumed(killed.model_copy(update={"ref_logps_cache_dir": str(folder)}))
     assert len(list(folder.iterdir())) == 2, "one of each split: the weights that moved made no other key"
     assert_same_run(killed, whole)
 

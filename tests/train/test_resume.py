@@ -20,7 +20,7 @@ import hypo_train.train as loop
 from hypo_train.config import ConfigError
 from hypo_train.log import read_metrics
 from hypo_train.policy import Policy
-from hypo_train.sampler import GenerateSampler
+from hypo_train.sampling import GenerateSampler
 from hypo_train.train import train
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.3}

@@ -10,10 +10,23 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
-from hypo_train.sampler import GenerateSampler, Samples
+from hypo_train.sampling import DecodeSampler, GenerateSampler, Samples
+
+
+def kv_bytes(model, tokens):
+    """What the keys and values of so many tokens take."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    return tokens * 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads) * 4
+
+
+def decode_sampler(model, *, max_batch_tokens=None, **options):
+    limit = None if max_batch_tokens is None else kv_bytes(model, max_batch_tokens)
+    return DecodeSampler(model, max_kv_bytes=limit, **options)
+
 
 # A factory takes (model, *, eos_token_ids, pad_token_id, temperature, top_k, top_p, max_batch_tokens, score).
-ENGINES = {"generate": GenerateSampler}
+ENGINES = {"generate": GenerateSampler, "decode": decode_sampler}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS, PAD = 1, 0
 # Of different lengths, one of a single token, one that holds the pad and the EOS token.
@@ -116,7 +129,7 @@ def test_logprobs_are_absent_unless_asked_for(engine):
 def test_logprobs_do_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch):
     sampler = build(GenerateSampler, tiny_model("llama"), score=True)
     together = sampler.sample(PROMPTS, 2, 6, seed=1)
-    monkeypatch.setattr("hypo_train.sampler._SCORE_BYTES", 1)  # a row at a time
+    monkeypatch.setattr("hypo_train.sampling.generate._SCORE_BYTES", 1)  # a row at a time
     apart = sampler.sample(PROMPTS, 2, 6, seed=1)
     assert_close(apart.logprobs, together.logprobs, atol=1e-6, rtol=1e-6)
 
@@ -305,13 +318,13 @@ def test_ragged_prompts_decode_as_they_do_alone(engine, architecture, max_batch_
     assert completions == [greedy(model, prompt, 10) for prompt in PROMPTS for _ in range(2)]
 
 
-def test_a_batch_holds_at_most_max_batch_tokens(engine):
+def test_a_batch_of_generate_holds_at_most_max_batch_tokens():
     model = tiny_model("llama")
     sizes = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
     )
-    samples = build(engine, model, max_batch_tokens=40).sample(PROMPTS, 3, 6, seed=1)
+    samples = build(GenerateSampler, model, max_batch_tokens=40).sample(PROMPTS, 3, 6, seed=1)
     assert max(sizes) == 40 // (7 + 6)
     assert len(samples.tokens) == 12
 
@@ -352,7 +365,8 @@ def test_a_caller_in_train_mode_with_checkpointing_and_lora_dropout_gets_the_rig
 
 def test_the_model_is_put_back_when_sampling_fails(engine):
     model = tiny_model("llama").train()
-    config = model.generation_config
+    sampler, config = build(engine, model), model.generation_config
+    attention = model.config._attn_implementation
     random_state = torch.get_rng_state()
 
     def fail(*_):
@@ -360,9 +374,10 @@ def test_the_model_is_put_back_when_sampling_fails(engine):
 
     model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        build(engine, model).sample(PROMPTS, 1, 2, seed=1)
+        sampler.sample(PROMPTS, 1, 2, seed=1)
     assert all(module.training for module in model.modules())
     assert model.generation_config is config
+    assert model.config._attn_implementation == attention
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
@@ -462,7 +477,9 @@ def test_what_cannot_be_sampled_is_named(engine, prompts, n, max_new_tokens, mes
     ids=str,
 )
 def test_settings_that_are_no_distribution_are_refused(engine, options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
+    limit = {GenerateSampler: "max_batch_tokens", decode_sampler: "max_kv_bytes"}[engine]
+    name = next(iter(options)).replace("max_batch_tokens", limit)
+    with pytest.raises(ValueError, match=f"{name} is"):
         build(engine, tiny_model("llama"), **options)
 
 

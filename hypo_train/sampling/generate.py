@@ -1,8 +1,4 @@
-"""On-policy completions, drawn from the weights as they are now.
-
-An engine is anything that keeps the `Sampler` protocol; `tests/train/test_sampler.py` is the suite that every
-engine passes. `GenerateSampler` is the reference engine: transformers' own `generate` over the live module.
-"""
+"""The reference engine: transformers' own `generate` over the live module."""
 
 from __future__ import annotations
 
@@ -10,53 +6,24 @@ import inspect
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
+from transformers import GenerationConfig
+
+from hypo_train.sampling.protocol import (
+    Distribution,
+    PromptKV,
+    Samples,
+    check_request,
+    eval_mode,
+    left_padded,
+    positions,
 )
 
 _SCORE_BYTES = 64 * 2**20  # fp32 logits that scoring holds at a time
-
-
-@dataclass(frozen=True)
-class Samples:
-    """`n` completions of each of N prompts, on the model's device; row r belongs to prompt r // n."""
-
-    tokens: Tensor  # int64 (N * n, L), right-padded with pad_token_id
-    mask: Tensor  # bool (N * n, L), True up to and including EOS
-    logprobs: Tensor | None  # float32 (N * n, L), under the sampling distribution, 0 where masked
-    ended: Tensor  # bool (N * n,), EOS seen; False = cut at max_new_tokens
-    version: int  # optimizer step of the weights used
-
-    def completions(self) -> list[list[int]]:
-        """The token ids of each row, EOS included, read from the device in one go."""
-        lengths = self.mask.sum(1, keepdim=True)
-        return [row[1 : 1 + row[0]] for row in torch.cat([lengths, self.tokens], dim=1).tolist()]
-
-
-class Sampler(Protocol):
-    """An engine that draws completions from the policy."""
-
-    live: bool  # True: reads the trainer's parameters; False: holds a copy, brought up to date on demand
-
-    def sample(self, prompts: list[list[int]], n: int, max_new_tokens: int, *, seed: int) -> Samples:
-        """Draw `n` completions of each prompt; the same weights, arguments and seed give the same ones."""
-
-    def weights_changed(self, step: int) -> None:
-        """The optimizer made step `step`: what is drawn from now on comes from the new weights."""
-
-    def release(self) -> None:
-        """Give back the memory that only sampling needs; the next `sample` takes it again."""
 
 
 class GenerateSampler:
@@ -79,6 +46,7 @@ class GenerateSampler:
     """
 
     live = True
+    takes_prompt_kv = False
 
     def __init__(
         self,
@@ -92,27 +60,27 @@ class GenerateSampler:
         max_batch_tokens: int | None = None,
         score: bool = False,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}: it must be above 0")
-        if top_k < 0:
-            raise ValueError(f"top_k is {top_k}: it must be 0 (no truncation) or more")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}: it must be above 0 and at most 1 (no truncation)")
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}: it must be at least 1, or None")
         self.model = model
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
-        self.temperature = float(temperature)
-        self.top_k = top_k
-        self.top_p = float(top_p)
+        self.distribution = Distribution(temperature, top_k, top_p)
         self.max_batch_tokens = max_batch_tokens
         self.score = score
         self.version = 0
 
-    def sample(self, prompts: list[list[int]], n: int, max_new_tokens: int, *, seed: int) -> Samples:
+    def sample(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        *,
+        seed: int,
+        prompt_kv: PromptKV | None = None,
+    ) -> Samples:
         """See `Sampler.sample`. Raises ValueError: no prompts, an empty one, n or max_new_tokens below 1."""
-        _check(prompts, n, max_new_tokens)
+        check_request(prompts, n, max_new_tokens)
         rows = [prompt for prompt in prompts for _ in range(n)]
         size = self._rows_per_batch(prompts, len(rows), max_new_tokens)
         with torch.no_grad(), _sampling_mode(self.model):
@@ -146,7 +114,7 @@ class GenerateSampler:
     def _sample_batch(self, rows: list[list[int]], max_new_tokens: int, seed: int) -> _Batch:
         """One completion of each row."""
         device = next(self.model.parameters()).device
-        input_ids, attention_mask = _left_padded(rows, self.pad_token_id, device)
+        input_ids, attention_mask = left_padded(rows, self.pad_token_id, device)
         with _seeded(device, seed):
             output = self.model.generate(
                 input_ids=input_ids,
@@ -165,9 +133,9 @@ class GenerateSampler:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=True,
-            temperature=self.temperature,
-            top_k=self.top_k,  # left out, transformers would cut at 50
-            top_p=self.top_p,
+            temperature=float(self.distribution.temperature),
+            top_k=self.distribution.top_k,  # left out, transformers would cut at 50
+            top_p=float(self.distribution.top_p),
             eos_token_id=self.eos_token_ids or None,
             pad_token_id=self.pad_token_id,
             use_cache=True,
@@ -191,17 +159,10 @@ class GenerateSampler:
         return torch.cat(parts).masked_fill(~mask, 0.0)
 
     def _warped(self, logits: Tensor, drawn: Tensor) -> Tensor:
-        """(T, V) logits of the sampling distribution, by the warpers that generate applies, in its order."""
-        warpers = LogitsProcessorList()
-        if self.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        warped = warpers(drawn, logits)  # type: ignore[arg-type]
+        """(T, V) logits of the sampling distribution, whatever was drawn kept."""
+        warped = self.distribution.scores(logits)
         # A drawn token was inside the truncation; the rounding of another forward must not put it outside.
-        return warped.scatter(1, drawn, logits.gather(1, drawn) / self.temperature)
+        return warped.scatter(1, drawn, logits.gather(1, drawn) / self.distribution.temperature)
 
 
 class _Batch(NamedTuple):
@@ -219,7 +180,7 @@ def _stacked(parts: Sequence[Tensor], value: float) -> Tensor:
 def _completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
     """(B, length, V) the logits that predict the last `length` tokens of left-padded rows."""
     inputs = {
-        "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),  # as generate counts them
+        "position_ids": positions(attention_mask),
         "logits_to_keep": length + 1,
         "use_cache": False,
     }
@@ -234,22 +195,18 @@ def _completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, le
 def _sampling_mode(model: nn.Module) -> Iterator[None]:
     """eval() and a blank generation config, both put back afterwards.
 
-    In train mode, gradient checkpointing drops the KV cache and LoRA applies its dropout: wrong tokens, and
-    no error. And generate takes from the model's own generation config whatever its caller's leaves at None:
-    a repetition penalty, banned words, forced tokens.
+    generate takes from the model's own generation config whatever its caller's leaves at None: a repetition
+    penalty, banned words, forced tokens.
     """
-    modes = {module: module.training for module in model.modules()}
-    configs = {m: m.generation_config for m in modes if "generation_config" in vars(m)}
+    configs = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
     try:
-        model.eval()
         for module in configs:
             module.generation_config = GenerationConfig()  # type: ignore[assignment]
-        yield
+        with eval_mode(model):
+            yield
     finally:
         for module, config in configs.items():
             module.generation_config = config
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
@@ -269,25 +226,3 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 def _batch_seed(seed: int, batch: int) -> int:
     """Mixed, not added: batch 1 of seed 0 must differ from batch 0 of seed 1."""
     return random.Random(f"{seed}/{batch}").getrandbits(63)
-
-
-def _left_padded(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, P) token ids and 0/1 attention mask."""
-    length = max(map(len, rows))
-    padding = [length - len(row) for row in rows]
-    flat = chain.from_iterable([pad_token_id] * gap + row for gap, row in zip(padding, rows, strict=True))
-    input_ids = torch.tensor(list(flat)).view(len(rows), length)
-    attention_mask = torch.arange(length) >= torch.tensor(padding).unsqueeze(1)
-    return input_ids.to(device), attention_mask.long().to(device)
-
-
-def _check(prompts: list[list[int]], n: int, max_new_tokens: int) -> None:
-    if not prompts:
-        raise ValueError("there are no prompts to sample from: pass at least one")
-    for p, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {p} is empty, so nothing predicts what follows it: give it at least a BOS")
-    if n < 1:
-        raise ValueError(f"n is {n}: ask for at least 1 completion a prompt")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: a completion has at least 1 token")

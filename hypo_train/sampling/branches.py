@@ -1,0 +1,244 @@
+"""Completions as they grow: n branches from each prompt, whose KV is kept once.
+
+One row a prompt. Its KV slots read
+
+    prompt tokens (L, padding included) | token 0 of samples 0 .. n-1 | token 1 of samples 0 .. n-1 | ...
+
+A step feeds the n newest tokens of every prompt as n queries of its row, and a mask shows sample j the
+prompt's real tokens and its own earlier slots. So samples share their prompt's KV with plain attention.
+
+Everything that changes from step to step is a tensor on the device, changed in place: a step waits for
+nothing, and runs as well inside a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, Cache
+from transformers.cache_utils import StaticLayer
+
+from hypo_train.sampling.protocol import Distribution, PromptKV
+
+_PACKED = "hypo_packed_sdpa"
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What the model keeps of a token, and how its queries share it."""
+
+    layers: tuple[tuple[int, int, int], ...]  # (H_kv, D_head of the keys, of the values) of each layer
+    dtype: torch.dtype
+    query_groups: int  # query heads that share a key head
+
+    def bytes_per_token(self) -> int:
+        return sum(heads * (key + value) for heads, key, value in self.layers) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How tokens are drawn and when a completion ends."""
+
+    distribution: Distribution
+    eos_token_ids: Tensor  # int64 (E,)
+    pad_token_id: int
+
+
+class Branches:
+    """P prompts with n branches each, of up to T tokens. `load` the prompts, `start`, then `step` T - 1 times.
+
+    Args:
+        uniforms: float64 (P, n, T) in [0, 1): the random number behind each token. Fixed in advance, so that
+            no plan of batches or order of rows changes what is drawn.
+    """
+
+    def __init__(
+        self, model: Any, shape: KVShape, rules: Rules, uniforms: Tensor, max_prompt_length: int, *, packed: bool
+    ) -> None:
+        P, n, T = uniforms.shape
+        device = uniforms.device
+        self.model, self.rules, self.n, self.T, self.L = model, rules, n, T, max_prompt_length
+        self.uniforms = uniforms
+        # Zeros, not empty: a weight of 0 times what was never written must be 0.
+        slots = self.L + n * T
+        self.layers = [
+            _BranchLayer(
+                torch.zeros(P, heads, slots, key, dtype=shape.dtype, device=device),
+                torch.zeros(P, heads, slots, value, dtype=shape.dtype, device=device),
+            )
+            for heads, key, value in shape.layers
+        ]
+        self.cache = Cache(layers=list(self.layers))
+        # Added to the attention scores: one conversion a call, where a bool mask would need one a layer. Packed
+        # attention takes a row of it for each query head of a group.
+        groups = shape.query_groups if packed else 1
+        self.hidden = torch.finfo(shape.dtype).min
+        self.mask = torch.full((P, 1, groups * n, slots), self.hidden, dtype=shape.dtype, device=device)
+        own = torch.full((n, n), self.hidden, dtype=shape.dtype, device=device).fill_diagonal_(0.0)
+        self.own = own.repeat(groups, 1).expand(P, 1, -1, -1).contiguous()  # what a token's slot shows to whom
+        self.lengths = torch.zeros(P, 1, dtype=torch.int64, device=device)
+        self.logits: Tensor | None = None  # (P, V) of the prompts' last tokens
+        # The newest tokens, and where they stand.
+        self.token = torch.zeros(P, n, dtype=torch.int64, device=device)
+        self.done = torch.zeros(P, n, dtype=torch.bool, device=device)
+        self.newest = torch.zeros(1, dtype=torch.int64, device=device)
+        self.branch = torch.arange(n, device=device)
+        # What was drawn. Row r of the state above belongs to prompt `prompt[r]` of these.
+        self.prompt = torch.arange(P, device=device).unsqueeze(1)
+        self.tokens = torch.full((P, n, T), rules.pad_token_id, dtype=torch.int64, device=device)
+        self.drawn = torch.zeros(P, n, T, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(P, n, T, dtype=torch.float32, device=device)
+
+    def load(self, first: int, kv: PromptKV) -> None:
+        """Put prompts `first`, `first` + 1, ... in their rows, against the right end of the prompt's slots."""
+        rows = slice(first, first + len(kv.mask))
+        slots = slice(self.L - kv.mask.shape[1], self.L)
+        for layer, keys, values in zip(self.layers, kv.keys, kv.values, strict=True):
+            layer.keys[rows, :, slots] = keys
+            layer.values[rows, :, slots] = values
+        self.mask[rows, :, :, slots].masked_fill_(kv.mask[:, None, None], 0.0)
+        self.lengths[rows] = kv.mask.sum(1, keepdim=True)
+        if self.logits is None:
+            self.logits = kv.logits.new_empty(len(self.lengths), kv.logits.shape[1])
+        self.logits[rows] = kv.logits
+
+    def start(self) -> None:
+        """Draw every branch's first token from its prompt's logits."""
+        assert self.logits is not None
+        self._draw(self.logits.unsqueeze(1), self.uniforms[..., 0].unsqueeze(1))
+        self.logits = None
+
+    def step(self, width: int) -> None:
+        """One more token for every branch. `width`: how many slots to attend to, the new ones among them."""
+        logits = self.forward(width)
+        self.newest += 1
+        self._draw(logits, self.uniforms[self.prompt, self.branch, self.newest].unsqueeze(-1))
+
+    def forward(self, width: int) -> Tensor:
+        """(P, n, V) logits after each branch's newest token, whose KV goes to its slot."""
+        slots = self.L + self.newest * self.n + self.branch
+        self.mask.index_copy_(3, slots, self.own)
+        for layer in self.layers:
+            layer.slots, layer.width = slots, width
+        return self.model(
+            input_ids=self.token,
+            position_ids=(self.lengths + self.newest).expand(-1, self.n),
+            attention_mask=self.mask[..., :width],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+
+    def _draw(self, logits: Tensor, uniforms: Tensor) -> None:
+        """`logits` (P, 1 or n, V) and `uniforms` (P, 1 or n, draws from each) -> the next n tokens a prompt."""
+        probabilities = self.rules.distribution.scores(logits).softmax(-1)
+        token = draw(probabilities, uniforms)
+        logprob = probabilities.gather(-1, token).log()
+        token, logprob = token.view_as(self.token), logprob.view_as(self.token)
+        live = ~self.done
+        token = token.where(live, self.rules.pad_token_id)
+        where = (self.prompt, self.branch, self.newest)
+        self.tokens.index_put_(where, token)
+        self.drawn.index_put_(where, live)
+        self.logprobs.index_put_(where, logprob.where(live, 0.0))
+        # Rows that have ended emit padding; whether that is an EOS changes nothing.
+        self.done |= (token.unsqueeze(-1) == self.rules.eos_token_ids).any(-1)
+        self.token.copy_(token)
+
+    def ended(self) -> Tensor:
+        """bool (P, n): which branches have drawn an EOS."""
+        is_eos = (self.tokens.unsqueeze(-1) == self.rules.eos_token_ids).any(-1)
+        return (is_eos & self.drawn).any(-1)
+
+    def drop(self, row: int) -> None:
+        """Decode a row no further: the last one takes its place."""
+        last = len(self.token) - 1
+        state = ("mask", "own", "lengths", "token", "done", "prompt")
+        if row != last:
+            for layer in self.layers:
+                layer.keys[row].copy_(layer.keys[last])
+                layer.values[row].copy_(layer.values[last])
+            for name in state:
+                getattr(self, name)[row] = getattr(self, name)[last]
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[:last], layer.values[:last]
+        for name in state:
+            setattr(self, name, getattr(self, name)[:last])
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The inverse distribution function of `probabilities` (..., V) fp32 at `uniforms` (..., m) fp64 in [0, 1).
+
+    The sums are fp64: in fp32 a large vocabulary's tail would be lost in the rounding of a sum that is almost 1.
+    A token of probability 0 is never drawn.
+    """
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    below_one = uniforms.clamp(max=1 - 2**-52)  # so that the product stays below the last sum
+    return torch.searchsorted(cumulative, below_one * cumulative[..., -1:], right=True)
+
+
+class _BranchLayer(StaticLayer):
+    """A layer's KV buffers, (P, H_kv, slots, D_head) each."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor  # int64 (n,), where a step writes
+    width: int  # how many slots it attends to
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__(max_cache_len=keys.shape[2])
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.slots, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.slots, value_states.to(self.values.dtype))
+        return self.keys[:, :, : self.width], self.values[:, :, : self.width]
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of (P, H, n, D_head) queries; the heads that share a key head become rows of one product.
+
+    transformers' own would copy the whole KV buffers, once for each query head of a group, at every step.
+    """
+    if softcap is not None:
+        raise ValueError("attention with a softcap needs attn_implementation='eager'")
+    batch, heads, length, _ = query.shape
+    kv_heads = key.shape[1]
+    packed = query.reshape(batch, kv_heads, heads // kv_heads * length, -1)
+    out = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_PACKED, _packed_attention)
+
+
+def takes_packed(config: Any) -> bool:
+    """Whether decoding may use packed attention: a model on eager attention (for a softcap, say) stays on it."""
+    return config._attn_implementation != "eager"
+
+
+@contextmanager
+def attention(config: Any, *, packed: bool) -> Iterator[None]:
+    """SDPA, packed for the steps or plain for the prefill, unless the model is on eager attention."""
+    chosen = config._attn_implementation
+    if chosen != "eager":
+        config._attn_implementation = _PACKED if packed else "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen

@@ -1,0 +1,32 @@
+"""One forward pass over prompts, for their KV and the logits of their last tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from hypo_train.sampling.protocol import PromptKV, left_padded, positions
+
+
+def prefill(model: Any, prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> PromptKV:
+    """Under the caller's `no_grad`, eval mode and autocast."""
+    device = next(model.parameters()).device
+    input_ids, attention_mask = left_padded(prompts, pad_token_id, device)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Without it, the head runs over every token of every prompt.
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions(attention_mask),
+        use_cache=True,
+        **last_only,
+    )
+    layers = output.past_key_values.layers
+    return PromptKV(
+        keys=[layer.keys for layer in layers],
+        values=[layer.values for layer in layers],
+        mask=attention_mask.bool(),
+        logits=output.logits[:, -1],
+    )
