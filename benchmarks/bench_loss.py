@@ -1,10 +1,7 @@
 """The loss against its peers: time, peak memory and error of forward, frozen-head and trained-head work.
 
-pytest-benchmark times one function after another, but only providers that take turns see the same
-machine. So the first test of a group measures all of the group's providers, interleaved, and every test
-then replays its own samples to pytest-benchmark: the timer is a clock that stands still but for the
-target, which moves it by the next recorded sample. Its statistics, ``--benchmark-json`` and
-``--benchmark-compare`` work on interleaved samples that way, through documented options alone.
+The first test of a group measures all of the group's providers, interleaved; every test then replays its own samples
+to pytest-benchmark (``replay.py``).
 """
 
 from __future__ import annotations
@@ -15,26 +12,9 @@ import pytest
 import torch
 
 from benchmarks.providers import GEMMS, OURS, PROVIDERS, Provider
+from benchmarks.replay import CLOCK
 from benchmarks.session import Session
 from benchmarks.workloads import Group, groups
-
-
-class ReplayClock:
-    """Shows the sum of the samples that have been replayed, in seconds."""
-
-    __name__ = "interleaved_samples"
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
-CLOCK = ReplayClock()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,8 +53,7 @@ def bench_loss(
         hot_seconds=result.hot_median,
         **{f"error_{quantity}": error for quantity, error in result.errors.items()},
     )
-    samples = iter(result.samples)
-    benchmark.pedantic(lambda: CLOCK.advance(next(samples)), rounds=len(result.samples), iterations=1)
+    CLOCK.replay(result.samples, benchmark)
 
 
 def _selected(group: Group, request: pytest.FixtureRequest) -> list[str]:
@@ -82,4 +61,4 @@ def _selected(group: Group, request: pytest.FixtureRequest) -> list[str]:
     cases: list[dict[str, Any]] = [
         item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)
     ]
-    return [case["provider"].name for case in cases if case["group"] == group]
+    return [case["provider"].name for case in cases if case.get("group") == group]

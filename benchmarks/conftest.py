@@ -13,31 +13,46 @@ from benchmarks import report
 from benchmarks.session import Measured, Session
 
 SESSION = pytest.StashKey[Session]()
+OPENED = pytest.StashKey[bool]()
+SECTIONS = pytest.StashKey[list[tuple[str, str]]]()  # title and text of what else the terminal shows at the end
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hypo-kernels benchmarks")
     group.addoption("--quick", action="store_true", help="small shapes, few rounds, nothing that compiles")
     group.addoption("--results", type=Path, metavar="PATH", help="append the tables to PATH as a dated section")
+    group.addoption("--rounds", type=int, metavar="N", help="of optimizer steps (default: 5, --quick: 2)")
     group.addoption("--same-section", action="store_true", help="the section of --results is open already")
+
+
+def results_file(config: pytest.Config, device: torch.device) -> Path | None:
+    """Where tables are appended, with its dated section open; None without ``--results``."""
+    path: Path | None = config.getoption("results")
+    if path is not None and not config.getoption("same_section") and not config.stash.get(OPENED, False):
+        report.open_section(path, device, f"pytest {shlex.join(sys.argv[1:])}")
+        config.stash[OPENED] = True
+    return path
+
+
+def say(config: pytest.Config, line: str) -> None:
+    """Show a line at once, past the capture of a test's output."""
+    plugins = config.pluginmanager
+    terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+    if terminal is not None and capture is not None:
+        with capture.global_and_fixture_disabled():
+            terminal.ensure_newline()
+            terminal.write_line(line)
 
 
 @pytest.fixture(scope="session")
 def session(pytestconfig: pytest.Config) -> Session:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plugins = pytestconfig.pluginmanager
-    terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
-    path = pytestconfig.getoption("results")
-    if path is not None and not pytestconfig.getoption("same_section"):
-        report.open_section(path, device, f"pytest {shlex.join(sys.argv[1:])}")
+    path = results_file(pytestconfig, device)
 
     def keep(measured: Measured, seconds: float) -> None:
         if path is not None:
             report.append_group(path, measured, device)
-        if terminal is not None and capture is not None:
-            with capture.global_and_fixture_disabled():  # a test's output is captured
-                terminal.ensure_newline()
-                terminal.write_line(f"measured {measured.group} in {seconds:.0f} s")
+        say(pytestconfig, f"measured {measured.group} in {seconds:.0f} s")
 
     measuring = Session(device, quick=pytestconfig.getoption("quick"), on_measured=keep)
     pytestconfig.stash[SESSION] = measuring
@@ -45,6 +60,9 @@ def session(pytestconfig: pytest.Config) -> Session:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for title, text in config.stash.get(SECTIONS, []):
+        terminalreporter.section(title)
+        terminalreporter.write_line(text)
     done = config.stash.get(SESSION, None)
     if done is None or not done.measured:
         return

@@ -33,7 +33,7 @@ def _table(measured: Measured, device: torch.device) -> list[str]:
     done = sorted((r for r in measured.results.values() if r.samples), key=lambda result: result.median)
     ranked = [result for result in done if not result.wrong]
     rows = [_cells(measured, result, device) for result in ranked]
-    lines = [_title(measured, device), *_aligned([_header(device), *rows])]
+    lines = [_title(measured, device), *aligned([_header(device), *rows])]
     lines += [f"  WRONG    {r.provider.name}: {r.wrong} ({r.median * 1e3:.4g} ms)" for r in done if r.wrong]
     if measured.rounded:
         errors = ", ".join(f"err {'dX' if name == 'hidden' else 'dW'} {e:.1e}" for name, e in measured.rounded.items())
@@ -87,7 +87,7 @@ def _ratio(times: float | None) -> str:
     return "-" if times is None else f"{times:.2f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:

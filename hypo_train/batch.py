@@ -32,6 +32,10 @@ class Batcher:
         """One completion a prompt."""
         return self.samples([e.prompt for e in examples], [e.completion for e in examples])
 
+    def prompts(self, prompts: Sequence[Sequence[int]]) -> Tree:
+        """The prompts alone; a token that nothing is asked of stands for what may follow each."""
+        return self._tree(prompts, [(p, [self.pad_token_id]) for p in range(len(prompts))])
+
     def _tree(self, prompts: Sequence[Sequence[int]], sequences: list[tuple[int, Sequence[int]]]) -> Tree:
         if self.shares_prompts:
             return pack(prompts, sequences)

@@ -81,6 +81,8 @@ class Config(BaseModel):
     head; none means peft's choice for the architecture."""
     num_layers_unfrozen: PositiveInt | None = None
     """Train only the last so many decoder layers, the final norm and an untied head; none trains all."""
+    share_trunk: bool = True
+    """Run the frozen layers below num_layers_unfrozen once for policy and reference."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Implementation of the loss; auto means Triton on CUDA and blockwise torch on a CPU."""
     max_chunk_bytes: PositiveInt = 2**30
@@ -122,6 +124,17 @@ class Config(BaseModel):
     length_penalty: NonNegativeFloat = 0.0
     """Added to a sample's log-ratio for each of its tokens, so that length costs as KL does; hypo only."""
 
+    sampler: Literal["auto", "decode", "generate"] = "auto"
+    """Engine that draws the samples from the live weights: decode is ours, generate transformers' own; auto means
+    decode where it serves the model."""
+    reuse_prompt_kv: bool = True
+    """Sample from the keys and values of the training pass's own run of the prompts, where a step is one
+    micro-batch: no prompt is computed twice."""
+    rollout_steps: PositiveInt = 1
+    """Optimizer steps that one draw of samples serves; above 1, later steps learn from samples of an earlier policy,
+    corrected by truncated importance weights. hypo only."""
+    importance_cap: PositiveFloat = 2.0
+    """Largest importance weight of a token, with rollout_steps above 1."""
     temperature: PositiveFloat = 1.0
     """Temperature of policy and reference: of their samples and of every log-probability of the loss."""
     top_k: NonNegativeInt = 0
@@ -230,6 +243,11 @@ def _conflicts(c: Config) -> list[str]:
             c.precompute_ref_log_probs is True and c.kl_estimator == "exact",
             "precompute_ref_log_probs=true with kl_estimator=exact: that needs the reference's whole distributions in "
             "every step, leave it out (or use kl_estimator: sampled)",
+        ),
+        (
+            c.kl_estimator == "exact" and c.rollout_steps > 1,
+            f"rollout_steps={c.rollout_steps} with kl_estimator=exact: only the sampled estimator is corrected for "
+            "samples of an earlier policy, use rollout_steps: 1",
         ),
         (
             c.algorithm == "ipo" and c.label_smoothing > 0,
@@ -380,7 +398,7 @@ _GROUPS = {  # the first field of each group of ``--help``
     "model_name_or_path": "model",
     "dataset_name": "data",
     "beta": "objective",
-    "temperature": "sampling",
+    "sampler": "sampling",
     "learning_rate": "optimisation",
     "eval_steps": "evaluation",
     "logging_steps": "logging and saving",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -43,7 +42,7 @@ def check_exactness(policy: Policy) -> str | None:
 
     def every(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
         own, by_head = zip(*(_plain_logits(policy, prompts[p], branch) for p, branch in branches), strict=True)
-        return _logits(hidden, head), torch.cat(own), torch.cat(by_head)
+        return head.next_token_logits(hidden), torch.cat(own), torch.cat(by_head)
 
     training = policy.training
     policy.eval()
@@ -59,7 +58,14 @@ def check_exactness(policy: Policy) -> str | None:
                 f"{name} ({policy.base.config._attn_implementation} attention) does not honour padding: logits "
                 f"differ by {(in_rows - alone).abs().max():.2g} from those of a row alone"
             )
-        return _why_no_trees(policy, lambda tree: run(tree, _logits), prompts, branches, alone, precise)
+        return _why_no_trees(
+            policy,
+            lambda tree: run(tree, lambda hidden, head: head.next_token_logits(hidden)),
+            prompts,
+            branches,
+            alone,
+            precise,
+        )
     except (TypeError, RuntimeError) as error:
         raise ModelError(f"{name} cannot be trained here: {first_line(error)}") from error
     finally:
@@ -115,15 +121,6 @@ def _drawn_b(policy: Policy) -> dict[str, Tensor]:
     }
 
 
-def _logits(hidden: Tensor, head: Head) -> Tensor:
-    """The head's logits, before the temperature."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        raw = (hidden.to(head.weight.dtype) @ head.weight.t()).float()
-        if head.lora is not None:
-            raw += head.lora.scale * (hidden.float() @ head.lora.A.float().t() @ head.lora.B.float().t())
-        return replace(head, temperature=1.0).logits(raw)
-
-
 def _plain_logits(policy: Policy, prompt: Sequence[int], branch: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Logits (len(branch), V) of a plain row: the model's own, and the head's of the last hidden state."""
     head = policy.head()
@@ -131,7 +128,7 @@ def _plain_logits(policy: Policy, prompt: Sequence[int], branch: Sequence[int]) 
     own = policy.base(input_ids=ids, use_cache=False).logits
     hidden = policy.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     predicting = slice(len(prompt) - 1, -1)
-    return own[0, predicting].float(), _logits(hidden[0, predicting], head)
+    return own[0, predicting].float(), head.next_token_logits(hidden[0, predicting])
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

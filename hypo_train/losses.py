@@ -52,8 +52,10 @@ def reference_of(tree: Tree, config: Config) -> HeadFunction[Reference]:
     return reference
 
 
-def preference_loss(tree: Tree, reference: Reference, num_pairs: int, config: Config) -> HeadFunction[HypoLoss]:
-    """The configured preference loss of a tree of pairs and samples."""
+def preference_loss(
+    tree: Tree, reference: Reference, num_pairs: int, config: Config, behavior_logps: Tensor | None = None
+) -> HeadFunction[HypoLoss]:
+    """The configured preference loss of a tree of pairs and samples; ``behavior_logps`` (T,) of an earlier policy."""
 
     def loss(hidden: Tensor, head: Head) -> HypoLoss:
         return fused_hypo_loss(
@@ -73,6 +75,8 @@ def preference_loss(tree: Tree, reference: Reference, num_pairs: int, config: Co
             preference="ipo" if config.algorithm == "ipo" else "sigmoid",
             label_smoothing=config.label_smoothing,
             kl_estimator=config.kl_estimator,
+            behavior_logps=behavior_logps,
+            importance_cap=config.importance_cap,
             max_chunk_bytes=config.max_chunk_bytes,
             impl=config.impl,
             lora=head.lora,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,14 @@ class Head(LMHead):
 
     lora: LoRA | None = None
 
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """fp32 (T, V) of hidden states (T, D), before the temperature."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            raw = (hidden.to(self.weight.dtype) @ self.weight.t()).float()
+            if self.lora is not None:
+                raw += self.lora.scale * (hidden.float() @ self.lora.A.float().t() @ self.lora.B.float().t())
+            return replace(self, temperature=1.0).logits(raw)
+
 
 # What is asked of the hidden states (T, D) that predict a tree's targets, and of the head above them.
 HeadFunction = Callable[[Tensor, Head], T]
@@ -44,9 +52,30 @@ HeadFunction = Callable[[Tensor, Head], T]
 class PromptPass:
     """A tree's prompts, run through the policy with gradients: what its branches and its samples go on from."""
 
-    hidden: Tensor  # (1, N_prompts, D)
+    hidden: Tensor  # (1, N, D)
     key_values: KeyValues
     trunk: Any  # the last frozen layer's output, where layers are frozen
+    lengths: tuple[int, ...]  # of the P prompts
+
+    def last_hidden(self) -> Tensor:
+        """(P, D) of each prompt's last token."""
+        ends = torch.tensor(self.lengths).cumsum(0) - 1
+        return self.hidden[0][ends.to(self.hidden.device, non_blocking=True)]
+
+    def mask(self) -> Tensor:
+        """bool (P, L), True at a prompt's own tokens, which come first in its row."""
+        mask = torch.arange(max(self.lengths)) < torch.tensor(self.lengths).unsqueeze(1)
+        return mask.to(self.hidden.device, non_blocking=True)
+
+    def padded_key_values(self) -> list[tuple[Tensor, Tensor]]:
+        """A layer's keys and values, (P, H_kv, L, D_head) each, a row a prompt; layers in their order."""
+        lengths = torch.tensor(self.lengths)
+        within = torch.arange(max(self.lengths)).minimum(lengths.unsqueeze(1) - 1)  # padding repeats the last token
+        place = ((lengths.cumsum(0) - lengths).unsqueeze(1) + within).to(self.hidden.device, non_blocking=True)
+        return [
+            (keys[0][:, place].transpose(0, 1), values[0][:, place].transpose(0, 1))
+            for _, (keys, values) in sorted(self.key_values.items())
+        ]
 
 
 @dataclass(frozen=True)
@@ -123,7 +152,7 @@ class Policy(nn.Module):
         kept: KeyValues = {}
         with kept_trunk(self.trunk_layers) as outputs:
             hidden = self._decode(tree, Part(tree.layout, has_branches=False, kept=kept))
-        return PromptPass(hidden, kept, outputs[0] if outputs else None)
+        return PromptPass(hidden, kept, outputs[0] if outputs else None, tree.layout.prompts)
 
     @torch.no_grad()
     def run_trunk(self, tree: Tree, prompts: PromptPass | None = None) -> Trunk | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hypo_kernels import HypoLoss
 from hypo_train.metrics import Meter
-from hypo_train.sampler import Sampler
+from hypo_train.sampling import PromptKV, Sampler
 from hypo_train.tree import Tree
 
 
@@ -95,15 +95,17 @@ class Rollouts:
         self.seed_of = seed_of
         self._ahead: dict[int, StepSamples] = {}  # of the steps of this window that are still to come
 
-    def of_step(self, step: int) -> StepSamples:
+    def of_step(self, step: int, prompt_kv: PromptKV | None = None) -> StepSamples:
         """The samples of ``step``, handed out once; draws its window where the step begins one.
+
+        ``prompt_kv`` saves the prefill of the step's prompts, where a draw serves one step.
 
         Raises:
             ValueError: the window began earlier and its samples are not here, or the sampler gives no log-probs.
         """
         first = step - step % self.num_steps
         if step == first:
-            self._ahead = self._draw(range(first, min(first + self.num_steps, self.total_steps)))
+            self._ahead = self._draw(range(first, min(first + self.num_steps, self.total_steps)), prompt_kv)
         if step not in self._ahead:
             raise ValueError(
                 f"the samples of step {step} were drawn at step {first} and are gone: the weights that drew them have "
@@ -112,7 +114,7 @@ class Rollouts:
             )
         return self._ahead.pop(step)
 
-    def _draw(self, steps: range) -> dict[int, StepSamples]:
+    def _draw(self, steps: range, prompt_kv: PromptKV | None) -> dict[int, StepSamples]:
         """One call of the sampler for the prompts of all ``steps``."""
         prompts = [self.prompts_of(step) for step in steps]
         samples = self.sampler.sample(
@@ -120,6 +122,7 @@ class Rollouts:
             self.num_generations,
             self.max_new_tokens,
             seed=self.seed_of(steps[0]),
+            prompt_kv=prompt_kv,
         )
         completions = samples.completions()
         bounds = [0, *accumulate(len(of_step) for of_step in prompts)]

@@ -18,10 +18,14 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.data import Example, Pair, batch_indices, batches_per_epoch, load_examples, load_pairs, longest_first
 from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
 from hypo_train.optim import build_optimizer, build_scheduler
-from hypo_train.policy import Policy
+from hypo_train.policy import ModelError, Policy
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import RewardFunction, load_reward
-from hypo_train.sampling import GenerateSampler, Sampler
+from hypo_train.rollouts import Rollouts
+from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, serves
+
+# A run's steps draw from seeds of their own, above the small ones that evaluations use.
+SEEDS_PER_RUN = 2**31
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,37 @@ class Run:
     def batch_size(self) -> int:
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
 
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the frozen layers below the trained ones run once for policy and reference, where both run."""
+        return self.config.share_trunk and self.steps_ask_reference and bool(self.policy.trunk_layers)
+
+    @property
+    def prompts_run_first(self) -> bool:
+        """Whether sampling goes on from the training pass's own run of the prompts."""
+        c = self.config
+        # Several micro-batches would have to hold their graphs until all of them are sampled.
+        alone = c.gradient_accumulation_steps == 1 and c.rollout_steps == 1
+        exact = self.policy.shares_prompts and self.sampler.takes_prompt_kv and c.lora_dropout == 0
+        return c.algorithm == "hypo" and c.reuse_prompt_kv and alone and exact
+
+    @cached_property
+    def rollouts(self) -> Rollouts:
+        """The samples of each step."""
+        return Rollouts(
+            self.sampler,
+            num_steps=self.config.rollout_steps,
+            total_steps=self.total_steps,
+            num_generations=self.config.num_generations,
+            max_new_tokens=self.config.max_new_tokens or self.config.max_completion_length,
+            prompts_of=lambda step: [list(self.train_rows[i].prompt) for i in self.rows_of_step(step)],
+            seed_of=self.step_seed,
+        )
+
+    def step_seed(self, step: int) -> int:
+        """The seed of everything random in a step."""
+        return (self.config.seed + 1) * SEEDS_PER_RUN + step
+
     def rows_of_step(self, step: int) -> list[int]:
         """Which training rows an optimizer step trains on, longest first: micro-batches are cut in this order."""
         grouped = self._row_lengths if self.config.group_by_length else None
@@ -101,20 +136,15 @@ def prepare(config: Config) -> Run:
     )
     model, optimizer = accelerator.prepare(policy, optimizer)
     policy.reference_to(accelerator.device)
-    sampler = GenerateSampler(
-        policy.model,
-        eos_token_ids=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
+    sampler, why_generate = _sampler(config, policy, ends, tokenizer.pad_token_id)
     trained = sum(p.numel() for p in parameters.values())
     everything = sum(p.numel() for p in policy.parameters())
     report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
     report.append(f"training {trained:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}")
     if policy.why_separate_rows is not None:
         report.append(f"each completion is trained on in a row of its own: {policy.why_separate_rows}")
+    if why_generate is not None:
+        report.append(f"samples come from transformers' generate: {why_generate}")
     report += [f"warning: {line}" for line in config.warnings()]
     return Run(
         config=config,
@@ -132,6 +162,24 @@ def prepare(config: Config) -> Run:
         total_steps=total_steps,
         report=report,
     )
+
+
+def _sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: int) -> tuple[Sampler, str | None]:
+    """The configured engine, and why it is not the fast one where that was left to us."""
+    why = serves(policy.model) if config.sampler in ("auto", "decode") else None
+    if config.sampler == "decode" and why is not None:
+        raise ModelError(f"sampler=decode: {why}; use sampler: generate")
+    engine: Any = GenerateSampler if config.sampler == "generate" or why is not None else DecodeSampler
+    sampler: Sampler = engine(
+        policy.model,
+        eos_token_ids=ends,
+        pad_token_id=pad_token_id,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        score=config.rollout_steps > 1,
+    )
+    return sampler, why
 
 
 def with_reference_logps(run: Run, *, progress: bool) -> Run:

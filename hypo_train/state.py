@@ -37,7 +37,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
         model_state=run.policy.trained_parameters(),
         optimizer=run.optimizer,
         scheduler=run.scheduler,
-        extra={"config": run.config.model_dump(), "meter": meter.state()},
+        extra={"config": run.config.model_dump(), "meter": meter.state(), "rollouts": run.rollouts.state()},
     )
     prune(run.output_dir, run.config.save_total_limit)
 
@@ -74,6 +74,7 @@ def resume(run: Run, meter: Meter) -> int:
         for name, saved in checkpoint.model_state.items():
             parameters[name].copy_(saved)
     meter.load(checkpoint.extra["meter"])
+    run.rollouts.load(checkpoint.extra["rollouts"])
     run.sampler.weights_changed(checkpoint.step)
     run.report.append(f"continuing from {folder}, step {checkpoint.step}")
     return checkpoint.step

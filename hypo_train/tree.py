@@ -41,6 +41,16 @@ class Tree:
     num_tokens: int  # tokens in the rows, padding left out
     num_attended: int  # pairs of a token and one that it attends to, itself included
 
+    def sequences_from(self, first: int) -> Tree:
+        """The same rows, where only the tokens of sequences ``first`` and later count."""
+        start = int(self.cu_seqlens[first])
+        return replace(
+            self,
+            rows=self.rows[start:],
+            targets=self.targets[start:],
+            cu_seqlens=self.cu_seqlens[first:] - start,
+        )
+
     def to(self, device: torch.device | str) -> Tree:
         """The tree on `device`; `targets` and `cu_seqlens` stay, because the loss plans on the host."""
         mask = self.attention_mask

@@ -9,12 +9,13 @@ import tiny
 import torch
 
 from hypo_kernels import Importance, fused_hypo_loss, token_logprobs
-from hypo_train.batch import pair_tree
+from hypo_train.attention import NAME
+from hypo_train.batch import Batcher
 from hypo_train.data import Pair
 from hypo_train.metrics import Meter
 from hypo_train.policy import Policy
 from hypo_train.rollouts import Rollouts, StepSamples, add_importance
-from hypo_train.sampler import GenerateSampler, Samples
+from hypo_train.sampling import GenerateSampler, Samples
 
 K, LONGEST = 2, 5
 
@@ -27,7 +28,7 @@ class Recorder:
     def __init__(self, weights=0, *, score=True):
         self.weights, self.score, self.calls = weights, score, []
 
-    def sample(self, prompts, n, max_new_tokens, *, seed):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None):
         self.calls.append((prompts, n, max_new_tokens, seed))
         rng = random.Random(f"{seed},{self.weights}")
         lengths = torch.tensor([rng.randint(1, max_new_tokens) for _ in range(n * len(prompts))])
@@ -46,7 +47,7 @@ class Recorder:
 class Untouched(Recorder):
     """A sampler that no one may call."""
 
-    def sample(self, prompts, n, max_new_tokens, *, seed):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None):
         raise AssertionError("drawn again")
 
 
@@ -171,7 +172,7 @@ PAIRS = [
 
 
 def loss_of(policy, samples):
-    tree = pair_tree(PAIRS, samples.completions, tiny.PAD)
+    tree = Batcher(tiny.PAD).pairs(PAIRS, samples.completions)
 
     def loss(hidden, head):
         return fused_hypo_loss(
@@ -183,7 +184,9 @@ def loss_of(policy, samples):
 
 
 def test_samples_of_the_policy_have_ratios_of_one_and_older_ones_the_ratios_of_their_tokens():
-    policy = Policy(tiny.new_model("llama"), is_peft=False)
+    model = tiny.new_model("llama")
+    model.set_attn_implementation(NAME)
+    policy = Policy(model, is_peft=False)
     sampler = GenerateSampler(policy.model, eos_token_ids=[tiny.EOS], pad_token_id=tiny.PAD, score=True)
     ahead = Rollouts(
         sampler, num_steps=2, total_steps=4, num_generations=K, max_new_tokens=6,
@@ -201,7 +204,7 @@ def test_samples_of_the_policy_have_ratios_of_one_and_older_ones_the_ratios_of_t
 
 
 def test_a_step_that_drew_its_own_samples_has_no_behavior_log_probs():
-    tree = pair_tree(PAIRS, [[5, 1]] * 4, tiny.PAD)
+    tree = Batcher(tiny.PAD).pairs(PAIRS, [[5, 1]] * 4)
     assert StepSamples([[5, 1]] * 4, K, None).behavior_logps(tree) is None
 
 

@@ -59,11 +59,11 @@ class RecordedSampler:
 
     def __init__(self, sampler):
         self.sampler = sampler
-        self.live = sampler.live
+        self.live, self.takes_prompt_kv = sampler.live, sampler.takes_prompt_kv
         self.prompts, self.drawn, self.seeds = [], [], []
 
-    def sample(self, prompts, n, max_new_tokens, *, seed):
-        samples = self.sampler.sample(prompts, n, max_new_tokens, seed=seed)
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None):
+        samples = self.sampler.sample(prompts, n, max_new_tokens, seed=seed, prompt_kv=prompt_kv)
         self.prompts.append(prompts)
         self.drawn.append(samples)
         self.seeds.append(seed)
@@ -325,7 +325,8 @@ def test_a_run_by_length_trains_on_every_row_once_an_epoch_with_less_padding(set
     for grouped in (True, False):
         del sizes[:]
         rows = tiny.pair_rows(64)
-        run = recorded(settings(algorithm="dpo", group_by_length=grouped, rows=rows, max_steps=-1))
+        changes = {"attn_implementation": "sdpa", "group_by_length": grouped, "rows": rows, "max_steps": -1}
+        run = recorded(settings(algorithm="dpo", **changes))
         assert sorted(i for step in range(16) for i in run.rows_of_step(step)) == list(range(64))
         steps(run, 16)
         spent.append(sum(sizes))

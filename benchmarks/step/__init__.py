@@ -1,0 +1,1 @@
+"""One optimizer step: what is measured, by whom, and how it is told."""

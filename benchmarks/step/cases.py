@@ -1,0 +1,160 @@
+"""What a step is measured on: a model, what of it is trained, and the lengths of prompts and responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import GPTNeoXConfig, LlamaConfig
+
+TUNINGS = ("full", "LoRA", "last-k")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a prompt or response: a normal distribution, cut off at both ends."""
+
+    mean: int
+    spread: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """``pairs`` pairs an optimizer step, ``micro_pairs`` at a time, two samples of ``new_tokens`` tokens a prompt.
+
+    Every sample has exactly ``new_tokens`` tokens, because no token ends one: the same work for everyone, and the
+    most for an engine that stops early or drops rows that ended.
+    """
+
+    model: str
+    tuning: str  # one of TUNINGS
+    pairs: int
+    micro_pairs: int
+    prompt: Lengths
+    response: Lengths
+    new_tokens: int
+    autocast: bool  # compute in bf16; what is trained is held in fp32 either way
+    frozen_dtype: str = "float32"  # of the weights that are not trained
+    last_layers: int = 4
+    num_generations: int = 2
+
+    def __str__(self) -> str:
+        tuning = f"last-{self.last_layers}" if self.tuning == "last-k" else self.tuning
+        return f"{self.model}-{tuning}"
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self}, {self.pairs} pairs a step, prompts ~{self.prompt.mean}, responses ~{self.response.mean}, "
+            f"{self.num_generations} samples of {self.new_tokens}, {'bf16' if self.autocast else 'fp32'}"
+        )
+
+
+# Random weights in the shapes of published models: the time of a step does not depend on their values.
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "tiny Llama": (
+        LlamaConfig,
+        {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Pythia-1.4B": (
+        GPTNeoXConfig,
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 2048,
+        },
+    ),
+    "Pythia-2.8B": (
+        GPTNeoXConfig,
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+        },
+    ),
+    "Llama-3-8B": (
+        LlamaConfig,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+SMOLLM = "SmolLM2-135M"  # real weights, from a folder (see material.py)
+
+_SMALL = Case(
+    model=SMOLLM,
+    tuning="full",
+    pairs=8,
+    micro_pairs=8,
+    prompt=Lengths(256, 40, 160, 320),
+    response=Lengths(48, 10, 24, 64),
+    new_tokens=48,
+    autocast=False,
+)
+_QUICK = replace(
+    _SMALL,
+    model="tiny Llama",
+    pairs=4,
+    micro_pairs=2,  # two micro-batches: the sums over them are checked too
+    prompt=Lengths(32, 8, 16, 48),
+    response=Lengths(12, 4, 4, 16),
+    new_tokens=8,
+)
+# TL;DR: the paper's 512 tokens of context and 53 new ones; a median post has about 340.
+_TLDR = Case(
+    model="Pythia-2.8B",
+    tuning="full",
+    pairs=64,
+    micro_pairs=8,
+    prompt=Lengths(340, 100, 96, 512),
+    response=Lengths(38, 10, 12, 53),
+    new_tokens=53,
+    autocast=True,
+)
+_ULTRAFEEDBACK = Case(
+    model="Llama-3-8B",
+    tuning="last-k",
+    pairs=64,
+    micro_pairs=8,
+    prompt=Lengths(300, 150, 32, 1024),
+    response=Lengths(270, 130, 32, 1024),
+    new_tokens=1024,
+    autocast=True,
+    frozen_dtype="bfloat16",
+)
+
+
+def cases(device: torch.device, *, quick: bool) -> list[Case]:
+    """The cases of a device, the most telling first."""
+    if quick:
+        return [replace(_QUICK, tuning=tuning) for tuning in TUNINGS]
+    if device.type == "cuda":
+        small = replace(_TLDR, model="Pythia-1.4B")
+        return [_TLDR, replace(_TLDR, tuning="LoRA"), _ULTRAFEEDBACK, small, replace(small, tuning="LoRA")]
+    return [replace(_SMALL, tuning=tuning) for tuning in TUNINGS]

@@ -1,0 +1,151 @@
+"""What every trainer under test can be asked to do, whichever side it is from."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.step.material import Ids, Material
+from benchmarks.step.phases import Hook
+
+# Small enough to leave every weight where it is, to fp32's precision, while AdamW does all of its work:
+# each step of each round then starts from the same weights.
+LEARNING_RATE = 1e-12
+
+
+class Tap:
+    """Between a trainer and its engine: counts what is drawn, or answers with completions given beforehand."""
+
+    def __init__(self, material: Material) -> None:
+        self.given: dict[Ids, list[list[int]]] | None = None
+        self.tokens = 0
+        self.prompts: set[Ids] = set()
+        self.material = material
+
+    def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """One given completion for each prompt, in order where a prompt comes several times."""
+        assert self.given is not None
+        left = {prompt: iter(completions) for prompt, completions in self.given.items()}
+        return [next(left[tuple(prompt)]) for prompt in prompts]
+
+    def note(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> None:
+        self.prompts |= {tuple(prompt) for prompt in prompts}
+        self.tokens += sum(map(len, completions))
+
+
+class Contender(ABC):
+    """A trainer with its model, optimizer and batch, ready for its next optimizer step."""
+
+    optimizer: Any
+    hooks: list[Hook]
+
+    def __init__(self, material: Material) -> None:
+        self.tap = Tap(material)
+
+    @abstractmethod
+    def step(self) -> float | None:
+        """One optimizer step, sampling included; everything but loading and tokenising. DPO: its loss."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The policy's, named as in the transformers model; trained or frozen."""
+
+    @abstractmethod
+    def references(self) -> dict[str, Tensor]:
+        """The reference's own weights, by the same names; empty where it has none."""
+
+    @abstractmethod
+    def seen_pairs(self) -> set[tuple[Ids, Ids, Ids]]:
+        """(prompt, chosen, rejected) ids as they go into the model."""
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.parameters().items() if p.requires_grad}
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's state, after a first step."""
+        state = getattr(self.optimizer, "optimizer", self.optimizer).state  # accelerate wraps it
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.trained().items()
+            for key, value in state[parameter].items()
+            if isinstance(value, Tensor) and value.ndim > 0
+        }
+
+    def held_bytes(self) -> int:
+        """Policy, reference and AdamW's state: what lies in memory between two steps."""
+        tensors = [*self.parameters().values(), *self.references().values(), *self.moments().values()]
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def move_from_reference(contender: Contender) -> None:
+    """The same noise on the trained weights of every contender, drawn by name.
+
+    Where policy and reference are equal every log-ratio is 0, so that DPO's loss is log 2 and the KL's gradient 0
+    whatever the code does.
+    """
+    with torch.no_grad():
+        for name, parameter in contender.trained().items():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            if "lora_" in name:  # A comes random from each library, and B is zero
+                parameter.copy_(0.02 * noise)
+            else:
+                parameter.add_(0.02 * parameter.square().mean().sqrt() * noise)
+
+
+class Pool:
+    """One copy of what all contenders hold alike, so that they fit into memory together.
+
+    Weights do not move (see LEARNING_RATE), so that any contender's are everyone's. AdamW's moments do, but what
+    they are makes no difference to a step's work.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[str, str], Tensor] = {}
+
+    def share(self, contender: Contender) -> None:
+        for kind, named in (
+            ("policy", contender.parameters()),
+            ("reference", contender.references()),
+            ("moment", contender.moments()),
+        ):
+            for name, tensor in named.items():
+                tensor.data = self._tensors.setdefault((kind, name), tensor.data)
+
+
+@contextmanager
+def caught_gradients(contender: Contender) -> Iterator[dict[str, Tensor]]:
+    """The gradients, after clipping, that the optimizer steps with inside the block, on the host in fp32."""
+    found: dict[str, Tensor] = {}
+    optimizer = contender.optimizer
+    step = optimizer.step
+
+    @wraps(step)  # a scheduler looks for its mark on the method
+    def catch(*args: Any, **kwargs: Any) -> Any:
+        for name, parameter in contender.trained().items():
+            if parameter.grad is not None:
+                found[name] = parameter.grad.detach().to("cpu", torch.float32, copy=True)
+        return step(*args, **kwargs)
+
+    optimizer.step = catch
+    try:
+        yield found
+    finally:
+        del optimizer.step
+
+
+def distance(gradients: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """|g - truth| / |truth| over all parameters; infinite where one of them is missing or is not a number."""
+    if gradients.keys() != truth.keys():
+        return float("inf")
+    error = sum(float((gradients[name] - truth[name]).double().square().sum()) for name in truth)
+    size = sum(float(value.double().square().sum()) for value in truth.values())
+    found = (error / size) ** 0.5
+    return found if found == found else float("inf")

@@ -1,0 +1,110 @@
+"""This project's trainer, as ``hypo-train`` builds it from a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.step.cases import Case
+from benchmarks.step.contender import LEARNING_RATE, Contender
+from benchmarks.step.material import SEED, Ids, Material
+from benchmarks.step.phases import Hook
+from benchmarks.step.variants import Variant
+from hypo_train.config import Config
+from hypo_train.metrics import Meter
+from hypo_train.run import prepare, with_reference_logps
+from hypo_train.sampling import Samples
+from hypo_train.train import train_step
+
+BETA, KL_COEF = 0.1, 1.0  # so that both terms weigh in the gradients that are compared
+
+
+class Ours(Contender):
+    def __init__(self, variant: Variant, material: Material, output_dir: Path) -> None:
+        super().__init__(material)
+        self.run = with_reference_logps(prepare(config(variant, material, output_dir)), progress=False)
+        self.run.model.train()
+        self.optimizer = self.run.optimizer
+        self._steps = 0
+        sampler: Any = self.run.sampler
+        sampler.eos_token_ids = []  # no token ends a sample
+        self._sample = sampler.sample
+        sampler.sample = self._tapped
+        # The loop's phases. Loss and gradient of the logits are one call, within the forward pass.
+        self.hooks = [
+            Hook("sample", sampler, "sample"),
+            Hook("reference", self.run.policy, "reference"),
+            Hook("forward", self.run.policy, "forward"),
+            Hook("backward", self.run.accelerator, "backward"),
+            Hook("optimizer", self.run.accelerator, "clip_grad_norm_"),
+            Hook("optimizer", self.run.optimizer, "step"),
+        ]
+
+    def step(self) -> float | None:
+        meter = Meter()
+        train_step(self.run, self._steps, meter)
+        self._steps += 1
+        return meter.read()["loss"] if self.run.config.algorithm == "dpo" else None
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name.removeprefix("model."): p for name, p in self.run.policy.named_parameters()}
+
+    def references(self) -> dict[str, Tensor]:
+        return {name.removeprefix("model."): p for name, p in self.run.policy.reference_parameters.items()}
+
+    def seen_pairs(self) -> set[tuple[Ids, Ids, Ids]]:
+        rows: Any = self.run.train_rows
+        return {(pair.prompt, pair.chosen, pair.rejected) for pair in rows}
+
+    def _tapped(self, prompts: list[list[int]], n: int, *args: Any, **kwargs: Any) -> Samples:
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        if self.tap.given is None:
+            samples = self._sample(prompts, n, *args, **kwargs)
+        else:
+            tokens = torch.tensor(self.tap.answer(repeated), device=self.run.accelerator.device)
+            ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+            samples = Samples(tokens, torch.ones_like(tokens, dtype=torch.bool), None, ended, version=0)
+        self.tap.note(repeated, samples.completions())
+        return samples
+
+
+def config(variant: Variant, material: Material, output_dir: Path) -> Config:
+    """A user's configuration for the case, with the variant's settings on top."""
+    case = material.case
+    settings: dict[str, Any] = {
+        "algorithm": variant.algorithm,
+        "output_dir": str(output_dir),
+        "seed": SEED,
+        "model_name_or_path": str(material.folder),
+        "dataset_name": str(material.data),
+        "dtype": case.frozen_dtype,
+        "bf16": case.autocast,
+        "max_prompt_length": case.prompt.high,
+        "max_completion_length": max(case.response.high, case.new_tokens),
+        "max_new_tokens": case.new_tokens,
+        "num_generations": case.num_generations,
+        "beta": BETA,
+        "kl_coef": KL_COEF,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_steps": 1_000_000,
+        "precompute_ref_log_probs": True,
+        "ref_logps_cache_dir": str(output_dir / "reference"),
+        "per_device_train_batch_size": case.micro_pairs,
+        "gradient_accumulation_steps": case.pairs // case.micro_pairs,
+        **tuning_settings(case),
+    }
+    return Config(**{**settings, **variant.settings})
+
+
+def tuning_settings(case: Case) -> dict[str, Any]:
+    """The Config fields that say what is trained."""
+    settings: dict[str, dict[str, Any]] = {
+        "full": {},
+        "LoRA": {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear"},
+        "last-k": {"num_layers_unfrozen": case.last_layers},
+    }
+    return settings[case.tuning]

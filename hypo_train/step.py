@@ -1,0 +1,145 @@
+"""One optimizer step: ``batch → sample → tree → reference → loss of the policy → backward → clip → step``.
+
+Everything random in a step is a function of (seed, step), and so is its batch: a resumed run needs no state
+but the weights, the optimizer's, the step's number and what was sampled ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypo_train.data import Example, Pair
+from hypo_train.losses import Reference, preference_loss, reference_of, sequence_logprobs_of, token_losses
+from hypo_train.metrics import Meter, add_loss
+from hypo_train.policy import PromptPass, Trunk
+from hypo_train.rollouts import StepSamples, add_importance
+from hypo_train.run import Run
+from hypo_train.sampling import PromptKV
+from hypo_train.tree import Tree
+
+
+def train_step(run: Run, step: int, meter: Meter) -> int:
+    """One optimizer step; its statistics go to ``meter``. Returns the tokens that went through the policy."""
+    torch.manual_seed(run.step_seed(step))
+    indices = run.rows_of_step(step)
+    rows: list[Any] = [run.train_rows[i] for i in indices]
+    prompts = _run_prompts(run, rows) if run.prompts_run_first else None
+    samples = _samples(run, step, prompts) if run.config.algorithm == "hypo" else None
+    size = run.config.per_device_train_batch_size
+    tokens = 0
+    for start in range(0, len(rows), size):
+        micro = rows[start : start + size]
+        if run.config.algorithm == "sft":
+            loss, seen = _sft_loss(run, micro, meter)
+        else:
+            drawn = samples.of_prompts(start, start + len(micro)) if samples else None
+            known = _known_logps(run, indices[start : start + size])
+            loss, seen = _preference_loss(run, micro, drawn, known, prompts, meter)
+        run.accelerator.backward(loss * (_weight(micro) / _weight(rows)))
+        tokens += seen
+    if run.config.max_grad_norm > 0:
+        meter.add("grad_norm", _clip_gradients(run))
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    run.sampler.weights_changed(step + 1)
+    return tokens
+
+
+def _weight(rows: Sequence[Any]) -> int:
+    """How many values the mean loss of ``rows`` is taken over: SFT's tokens, else pairs."""
+    return sum(len(row.completion) if isinstance(row, Example) else 1 for row in rows)
+
+
+def _run_prompts(run: Run, pairs: Sequence[Pair]) -> PromptPass:
+    """The step's prompts through the policy, with gradients: sampling and training both go on from them."""
+    tree = run.batcher.prompts([pair.prompt for pair in pairs]).to(run.accelerator.device)
+    with run.accelerator.autocast():
+        return run.policy.run_prompts(tree)
+
+
+def _samples(run: Run, step: int, prompts: PromptPass | None) -> StepSamples:
+    """``num_generations`` completions of each of the step's prompts, in one draw: the weights do not move within it."""
+    with run.accelerator.autocast():
+        return run.rollouts.of_step(step, None if prompts is None else _prompt_kv(run, prompts))
+
+
+@torch.no_grad()
+def _prompt_kv(run: Run, prompts: PromptPass) -> PromptKV:
+    keys_values = prompts.padded_key_values()
+    return PromptKV(
+        keys=[keys for keys, _ in keys_values],
+        values=[values for _, values in keys_values],
+        mask=prompts.mask(),
+        logits=run.policy.head().next_token_logits(prompts.last_hidden()),
+    )
+
+
+def _known_logps(run: Run, indices: Sequence[int]) -> Tensor | None:
+    """The reference's log-probs of these rows' chosen, then their rejected, (2 P,), where they were precomputed."""
+    known = run.train_ref_logps
+    if known is None:
+        return None
+    # Not blocking: an index on the host would wait for the device.
+    return known[torch.tensor(indices).to(known.device, non_blocking=True)].T.flatten()
+
+
+def _preference_loss(
+    run: Run,
+    pairs: Sequence[Pair],
+    samples: StepSamples | None,
+    known: Tensor | None,
+    prompts: PromptPass | None,
+    meter: Meter,
+) -> tuple[Tensor, int]:
+    """The loss of a micro-batch's pairs and samples; and its tokens."""
+    device = run.accelerator.device
+    tree = run.batcher.pairs(pairs, samples.completions if samples else []).to(device)
+    with run.accelerator.autocast():
+        trunk = run.policy.run_trunk(tree, prompts) if run.shares_trunk else None
+        reference = _reference(run, pairs, samples, known, tree, trunk)
+    behavior_logps = samples.behavior_logps(tree) if samples else None
+    loss = preference_loss(tree, reference, len(pairs), run.config, behavior_logps)
+    out = run.model(tree, loss, prompts=prompts, trunk=trunk)
+    add_loss(meter, out)
+    add_importance(meter, out)
+    return out.loss, tree.num_tokens
+
+
+def _reference(
+    run: Run,
+    pairs: Sequence[Pair],
+    samples: StepSamples | None,
+    known: Tensor | None,
+    tree: Tree,
+    trunk: Trunk | None,
+) -> Reference:
+    """What the loss has to know of the reference, asked for no more than is not ``known``."""
+    if known is None:
+        return run.policy.reference(tree, reference_of(tree, run.config), trunk=trunk)
+    if samples is None:
+        return Reference(logps=known)
+    if trunk is not None:  # the layers above it are few: what the pairs cost there is not worth another trunk
+        sampled = tree.sequences_from(len(known))
+    else:
+        sampled = run.batcher.samples([pair.prompt for pair in pairs], samples.completions).to(known.device)
+    of_samples = run.policy.reference(sampled, sequence_logprobs_of(sampled, run.config), trunk=trunk)
+    return Reference(logps=torch.cat([known, of_samples]))
+
+
+def _sft_loss(run: Run, examples: Sequence[Example], meter: Meter) -> tuple[Tensor, int]:
+    """Mean negative log-prob of a micro-batch's completion tokens, and its tokens."""
+    tree = run.batcher.examples(examples).to(run.accelerator.device)
+    losses = run.model(tree, token_losses(tree, run.config))
+    meter.add("loss", losses)
+    return losses.mean(), tree.num_tokens
+
+
+def _clip_gradients(run: Run) -> Tensor:
+    """Global norm before clipping, ()."""
+    norm = run.accelerator.clip_grad_norm_(run.policy.trained_parameters().values(), run.config.max_grad_norm)
+    return torch.as_tensor(norm)

@@ -1,0 +1,247 @@
+"""The step benchmark compares like with like: the same ids, weights, samples and gradients on either side."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+pytest.importorskip("trl", reason="needs trl: pip install -e '.[bench]'")
+
+from benchmarks.step import material as material_module
+from benchmarks.step import report, session, variants, waterfall
+from benchmarks.step.cases import TUNINGS, Case, cases
+from benchmarks.step.contender import Contender, Pool, caught_gradients, distance, move_from_reference
+from benchmarks.step.material import EOS, PAD, Material, Missing, id_tokenizer, prepare_material
+from benchmarks.step.phases import REST, Hook, timed_phases
+from benchmarks.step.session import MeasuredCase, StepResult, StepSession, build
+from benchmarks.step.variants import DPO, HYPO, HYPO_PLAIN, TRL_DPO, TRL_HYPO, Saving, Variant, without
+
+CPU = torch.device("cpu")
+BY_TUNING = {case.tuning: case for case in cases(CPU, quick=True)}
+FULL = BY_TUNING["full"]
+BY_NAME = {variant.name: variant for variant in variants.variants(FULL)}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is fetched, told or left in the user's cache of data sets, and accelerate's precision is a test's own."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path):
+    return lambda case=FULL: prepare_material(case, tmp_path / "material", CPU)
+
+
+def gradients(variant: Variant, material: Material, folder: Path) -> dict[str, torch.Tensor]:
+    """Of a step on given samples, from weights away from the reference's."""
+    contender = build(variant, material, folder / variant.name)
+    move_from_reference(contender)
+    contender.tap.given = material.given_samples()
+    with caught_gradients(contender) as found:
+        contender.step()
+    return found
+
+
+def test_a_text_of_id_words_comes_back_as_the_ids_it_was_written_from() -> None:
+    tokenizer = id_tokenizer(100)
+    assert tokenizer("t17 t4").input_ids == [17, 4]
+    assert tokenizer("t17 t99 <eos>").input_ids == [17, 99, EOS]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, PAD)
+
+
+@pytest.mark.parametrize("name", [TRL_DPO, TRL_HYPO, DPO, HYPO])
+def test_the_ids_of_every_pair_reach_the_model_unchanged(name: str, prepared, tmp_path: Path) -> None:
+    material = prepared()
+    contender = build(BY_NAME[name], material, tmp_path)
+    assert contender.seen_pairs() == {(pair.prompt, pair.chosen, pair.rejected) for pair in material.pairs}
+    assert len(contender.seen_pairs()) == FULL.pairs
+
+
+@pytest.mark.parametrize("name", [TRL_HYPO, HYPO])
+def test_a_step_draws_every_token_it_is_asked_for_from_the_prompts_it_was_given(
+    name: str, prepared, tmp_path: Path
+) -> None:
+    material = prepared()
+    contender = build(BY_NAME[name], material, tmp_path)
+    contender.step()
+    assert contender.tap.tokens == FULL.pairs * FULL.num_generations * FULL.new_tokens
+    assert contender.tap.prompts == {pair.prompt for pair in material.pairs}
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_hypo_put_together_on_trl_has_the_gradient_of_this_projects_hypo(tuning: str, prepared, tmp_path: Path) -> None:
+    material = prepared(BY_TUNING[tuning])
+    theirs = gradients(BY_NAME[TRL_HYPO], material, tmp_path)
+    assert distance(gradients(BY_NAME[HYPO], material, tmp_path), theirs) < session.TOLERANCE[False].gradient
+    without_kl = gradients(BY_NAME[TRL_DPO], material, tmp_path)
+    assert distance(without_kl, theirs) > 0.1  # the KL term is a part of it that shows
+
+
+def test_trls_default_recomputes_activations_and_the_variant_without_does_not(prepared, tmp_path: Path) -> None:
+    material = prepared()
+    default = build(BY_NAME[TRL_DPO], material, tmp_path / "default")
+    other = build(BY_NAME["TRL DPO, no checkpointing"], material, tmp_path / "other")
+    assert layer_forwards(default) == 2 * layer_forwards(other)
+
+
+def layer_forwards(contender: Contender) -> int:
+    """Calls into the policy's first layer in a step; a recomputation leaves it before its end."""
+    calls: list[int] = []
+    layer = contender.trainer.model.model.layers[0].self_attn  # type: ignore[attr-defined]
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    contender.step()
+    return len(calls)
+
+
+def test_a_step_leaves_the_weights_where_they_are_and_contenders_can_share_them(prepared, tmp_path: Path) -> None:
+    material, pool = prepared(), Pool()
+    contenders = [build(BY_NAME[name], material, tmp_path / name) for name in (TRL_HYPO, HYPO, DPO)]
+    for contender in contenders:
+        move_from_reference(contender)
+        contender.step()
+        pool.share(contender)
+    before = {name: p.detach().clone() for name, p in contenders[0].parameters().items()}
+    for contender in contenders:
+        contender.step()
+    for contender in contenders:
+        assert contender.parameters().keys() == before.keys()
+        for name, parameter in contender.parameters().items():
+            assert parameter.data_ptr() == contenders[0].parameters()[name].data_ptr()
+            torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=1e-9)
+        assert {t.data_ptr() for t in contender.moments().values()} == {
+            t.data_ptr() for t in contenders[0].moments().values()
+        }
+        assert {t.data_ptr() for t in contender.references().values()} == {
+            t.data_ptr() for t in contenders[0].references().values()
+        }
+
+
+def measure(monkeypatch: pytest.MonkeyPatch, *taking_part: Variant) -> MeasuredCase:
+    everyone = [BY_NAME[TRL_DPO], BY_NAME[TRL_HYPO], *taking_part]
+    monkeypatch.setattr(session, "variants", lambda case: everyone)
+    measuring = StepSession(CPU, rounds=1, on_measured=lambda measured, seconds: None)
+    return measuring.measure(FULL, [variant.name for variant in everyone])
+
+
+def test_a_right_variant_is_timed_and_one_with_another_gradient_is_named_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrong = Variant("HyPO with another KL", "ours", "hypo", {"kl_coef": 0.5})
+    broken = Variant("HyPO that cannot start", "ours", "hypo", {"num_layers_unfrozen": 99})
+    measured = measure(monkeypatch, BY_NAME[HYPO], wrong, broken)
+    right = measured.results[HYPO]
+    assert not right.wrong
+    assert right.median == pytest.approx(sum(right.phases[0].values()), rel=0.05)
+    assert {"sample", "reference", "forward", "backward", "optimizer"} <= right.phases[0].keys()
+    assert right.peak_bytes > right.held_bytes > 0
+    assert "gradient is off" in measured.results[wrong.name].wrong
+    assert measured.seconds(wrong.name) is None
+    assert "num_layers_unfrozen=99" in measured.results[broken.name].failed
+    text = "\n".join(report.table(measured, CPU))
+    assert f"WRONG    {wrong.name}" in text
+    assert f"FAILED   {broken.name}" in text
+
+
+def test_a_variant_whose_samples_end_early_is_named_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = Variant("HyPO with short samples", "ours", "hypo", {"max_new_tokens": 3})
+    [result] = [r for r in measure(monkeypatch, short).results.values() if r.variant is short]
+    assert result.wrong == f"drew {FULL.pairs * FULL.num_generations * 3} tokens a step, not " + str(
+        FULL.pairs * FULL.num_generations * FULL.new_tokens
+    )
+
+
+def test_real_weights_that_are_not_there_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(material_module, "SMOLLM_FOLDERS", (tmp_path / "nowhere",))
+    real = cases(CPU, quick=False)[0]
+    with pytest.raises(Missing, match="models/SmolLM2-135M-Instruct"):
+        prepare_material(real, tmp_path / "material", CPU)
+
+
+class Clocked:
+    def outer(self) -> None:
+        time.sleep(0.02)
+        self.inner()
+
+    def inner(self) -> None:
+        time.sleep(0.03)
+
+
+def test_a_phase_inside_another_counts_once_and_all_phases_add_up_to_the_whole() -> None:
+    work = Clocked()
+    hooks = [Hook("outer", work, "outer"), Hook("inner", work, "inner")]
+    start = time.perf_counter()
+    with timed_phases(hooks, CPU) as seconds:
+        work.outer()
+        work.inner()
+        time.sleep(0.01)
+    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - start, abs=5e-3)
+    assert seconds["outer"] >= 0.05
+    assert 0.03 <= seconds["inner"] < seconds["outer"]
+    assert seconds[REST] >= 0.01
+    assert not vars(work)  # the hooks are gone
+
+
+def results(case: Case = FULL, **seconds: float) -> MeasuredCase:
+    names = {"trl_dpo": TRL_DPO, "trl_hypo": TRL_HYPO, "plain": HYPO_PLAIN, "hypo": HYPO, "dpo": DPO}
+    found = {names.get(key, without(key)): value for key, value in seconds.items()}
+    return MeasuredCase(
+        case,
+        {
+            name: StepResult(Variant(name, "ours", "hypo"), samples=[value], held_bytes=1)
+            for name, value in found.items()
+        },
+    )
+
+
+def test_the_waterfall_falls_from_trl_to_ours_and_says_what_savings_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, shared = Saving("rows", off={}), Saving("trunk", off={}, tunings=("last-k",))
+    monkeypatch.setattr(variants, "SAVINGS", (rows, shared))
+    measured = results(trl_hypo=100.0, plain=80.0, rows=45.0, trunk=70.0, hypo=30.0)
+    found = waterfall.bars(measured)
+    assert [(bar.start, bar.end) for bar in found] == [(0, 100), (100, 80), (80, 65), (65, 30), (0, 30)]
+    assert [bar.is_total for bar in found] == [True, False, False, False, True]
+    last_k = waterfall.bars(replace(measured, case=BY_TUNING["last-k"]))
+    assert [(bar.start, bar.end) for bar in last_k][3:] == [(65, 25), (25, 30), (0, 30)]
+    assert all(before.end == after.start for before, after in pairwise(last_k[:-1]))
+
+
+def test_without_a_switched_off_variant_the_waterfall_is_one_fall(tmp_path: Path) -> None:
+    measured = results(trl_dpo=60.0, trl_hypo=100.0, hypo=30.0)
+    assert [(bar.start, bar.end) for bar in waterfall.bars(measured)] == [(0, 100), (100, 30), (0, 30)]
+    assert waterfall.draw(measured, "here", tmp_path / "plots" / "picture.png") == tmp_path / "plots" / "picture.png"
+    assert (tmp_path / "plots" / "picture.png").stat().st_size > 0
+    assert waterfall.draw(results(hypo=30.0), "here", tmp_path / "none.png") is None
+
+
+def test_every_saving_with_a_switch_takes_part_alone_and_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = (Saving("rows", off={"a": 1}), Saving("trunk", off={"b": 2}, tunings=("last-k",)), Saving("later", None))
+    monkeypatch.setattr(variants, "SAVINGS", table)
+    settings = {v.name: dict(v.settings) for v in variants.variants(BY_TUNING["last-k"])}
+    assert settings[without("rows")] == {"a": 1}
+    assert settings[without("trunk")] == {"b": 2}
+    assert settings[HYPO_PLAIN] == {"a": 1, "b": 2}
+    assert without("later") not in settings
+    assert without("trunk") not in {v.name for v in variants.variants(FULL)}
+
+
+def test_a_target_is_met_or_missed_by_the_ratio_to_trl() -> None:
+    real = cases(CPU, quick=False)[0]
+    lines = report.target_lines(results(real, trl_dpo=50.0, trl_hypo=120.0, dpo=21.0, hypo=29.0))
+    assert any(line.endswith("HyPO <= 0.6 x TRL DPO -- measured 0.58: met") for line in lines)
+    assert any(line.endswith("HyPO <= 0.3 x HyPO on TRL -- measured 0.24: met") for line in lines)
+    assert any(line.endswith("DPO <= 0.4 x TRL DPO -- measured 0.42: MISSED") for line in lines)
+    wrong = results(real, trl_dpo=50.0, hypo=1.0)
+    wrong.results[HYPO].wrong = "far off"
+    assert "  target   HyPO <= 0.6 x TRL DPO -- not measured" in report.target_lines(wrong)

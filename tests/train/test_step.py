@@ -1,0 +1,123 @@
+"""Every saving of a step gives what the step gives without it: the same samples, loss and gradients."""
+
+import pytest
+import tiny
+import torch
+from test_train import recorded
+from torch.testing import assert_close
+
+from hypo_train.metrics import Meter
+from hypo_train.run import prepare, with_reference_logps
+from hypo_train.train import train_step
+
+OFF = {
+    "trees": {"attn_implementation": "sdpa"},
+    "cached reference": {"precompute_ref_log_probs": False},
+    "shared trunk": {"share_trunk": False},
+    "prompt keys and values": {"reuse_prompt_kv": False},
+}
+ALL_OFF = {name: value for one in OFF.values() for name, value in one.items()}
+WAYS = {
+    "full": {},
+    "lora": {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"},
+    "last layer": {"num_layers_unfrozen": 1},
+    "checkpointed": {"gradient_checkpointing": True},
+    "of three micro-batches": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+    "exact": {"kl_estimator": "exact"},
+}
+
+
+@pytest.fixture
+def step_of(settings):
+    """``step_of(**changes)``: the second step's samples, metrics and gradients, on weights that left the reference."""
+
+    def make(**changes):
+        run = with_reference_logps(prepare(settings(**changes)), progress=False)
+        tiny.perturb(run.policy.trained_parameters().values(), size=0.02)
+        run.model.train()
+        gradients = {}
+
+        def keep():  # before the optimizer's own
+            gradients.update({name: p.grad.clone() for name, p in run.policy.trained_parameters().items()})
+
+        run.optimizer.step = keep
+        meter = Meter()
+        draws = []
+        draw = run.sampler.sample
+        run.sampler.sample = lambda *a, **k: draws.append(draw(*a, **k)) or draws[-1]
+        train_step(run, 1, meter)
+        return [d.completions() for d in draws], meter.read(), gradients
+
+    return make
+
+
+@pytest.mark.parametrize("off", [*OFF, "all"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_without_a_saving_is_the_step_with_all(step_of, way, off):
+    exact = WAYS[way].get("kl_estimator") == "exact"
+    changes = {**WAYS[way], "precompute_ref_log_probs": None if exact else True}
+    samples, metrics, gradients = step_of(**changes)
+    others = step_of(**{**changes, **(ALL_OFF if off == "all" else OFF[off])})
+    assert others[0] == samples
+    for name, value in metrics.items():
+        assert others[1][name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
+    assert gradients.keys() == others[2].keys()
+    for name, gradient in gradients.items():
+        scale = max(1.0, gradient.abs().max().item())
+        assert_close(others[2][name], gradient, atol=1e-5 * scale, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "hypo"])
+def test_a_step_runs_each_prompt_once_and_the_reference_only_on_what_is_not_known(settings, algorithm):
+    run = with_reference_logps(prepare(settings(algorithm=algorithm, precompute_ref_log_probs=True)), progress=False)
+    tokens = []
+    run.policy.base.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    run.model.train()
+    seen = train_step(run, 0, Meter())
+    rows = [run.train_rows[i] for i in run.rows_of_step(0)]
+    prompts = sum(len(row.prompt) for row in rows)
+    if algorithm == "dpo":
+        assert tokens == [seen]
+    else:
+        first, *decoded, reference, branches = tokens
+        assert first == prompts
+        assert first + branches == seen
+        assert prompts < reference < seen
+        assert len(decoded) <= run.rollouts.max_new_tokens  # the prompts are not run again to sample
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"attn_implementation": "sdpa"},
+        {"sampler": "generate"},
+        {"rollout_steps": 2},
+        {"use_peft": True, "lora_dropout": 0.1},
+        {"reuse_prompt_kv": False},
+        {"algorithm": "dpo"},
+    ],
+    ids=str,
+)
+def test_prompts_run_first_only_where_that_is_exact_and_fits(settings, changes):
+    assert prepare(settings()).prompts_run_first
+    assert not prepare(settings(**changes)).prompts_run_first
+
+
+def test_samples_of_an_earlier_policy_are_corrected_and_reported(settings):
+    run = recorded(settings(rollout_steps=2, learning_rate=1e-2))
+    run.model.train()
+    ratios = []
+    for step in range(3):
+        meter = Meter()
+        train_step(run, step, meter)
+        ratios.append(meter.read())
+    name = "sampling/importance_sampling_ratio/mean"
+    assert ratios[0][name] == pytest.approx(1, abs=1e-5)  # drawn in this step
+    assert ratios[1][name] != pytest.approx(1, abs=1e-3)  # the weights have moved since
+    assert ratios[2][name] == pytest.approx(1, abs=1e-5)
+    assert ratios[1]["sampling/effective_sample_size"] < 1 - 1e-4
+    assert len(run.sampler.drawn) == 2
+    assert torch.isfinite(torch.tensor(list(ratios[1].values()))).all()
