@@ -69,8 +69,9 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             # One update of 3e-6 changes 4 % of bf16 weights: what is trained is held in fp32.
             parameter.data = parameter.data.float()
     if config.gradient_checkpointing:
-        # Not reentrant, so the embeddings' gradient is not asked for: it would pass through every frozen layer.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Only the reentrant kind needs the embeddings' gradient, which would pass through every frozen layer.
+        model.disable_input_require_grads()
     policy = Policy(model, is_peft=config.use_peft, temperature=config.temperature)
     plain = model.config._attn_implementation
     if config.attn_implementation == "auto":
