@@ -64,6 +64,11 @@ class PhaseTimer:
         finally:
             self._leave()
 
+    @property
+    def steps(self) -> int:
+        """How many steps have ended since the last reading."""
+        return self._steps + len(self._ended)
+
     def read(self) -> dict[str, float]:
         """Mean seconds a step: ``time/step`` in all, ``time/<phase>`` of the phases that ran, ``time/other`` of the
         rest. Waits for the last step to finish; the timer starts anew. Empty where no step has ended."""

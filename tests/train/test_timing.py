@@ -51,7 +51,9 @@ def test_times_are_means_over_steps_and_what_no_phase_covers_is_other(clock):
                     clock(seconds)
     with timer.step():
         pass
+    assert timer.steps == 3
     times = timer.read()
+    assert timer.steps == 0
     assert times == {"time/backward": 2, "time/other": 2, "time/step": 4}
     assert list(times) == ["time/backward", "time/other", "time/step"]
 
@@ -149,7 +151,7 @@ def test_a_device_is_waited_for_when_its_times_are_read_and_not_before(monkeypat
             device.launch(1.0)
             with timer.phase("loss"):
                 device.launch(0.5)
-    assert device.waits == 0
+    assert (device.waits, timer.steps) == (0, 3)
     assert timer.read() == {"time/forward": 1.0, "time/loss": 0.5, "time/other": 0.0, "time/step": 1.5}
     assert device.waits == 1
 
