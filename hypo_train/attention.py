@@ -40,6 +40,12 @@ class Layout:
     def num_tokens(self) -> int:
         return self.num_prompt_tokens + sum(map(sum, self.branches))
 
+    @property
+    def num_attended(self) -> int:
+        """Pairs of a token and one that it attends to, itself included."""
+        trees = zip(self.prompts, self.branches, strict=True)
+        return sum(causal(prompt) + sum(prompt * b + causal(b) for b in branches) for prompt, branches in trees)
+
     def branch_masks(self, device: torch.device) -> list[Tensor]:
         """Of each tree, (B, P + B) bool: True where a token of its branches sees one of its prompt or branches."""
         if device not in self._masks:
@@ -48,6 +54,11 @@ class Layout:
                 for prompt, branches in zip(self.prompts, self.branches, strict=True)
             ]
         return self._masks[device]
+
+
+def causal(length: int) -> int:
+    """Pairs of a token and one that it attends to, itself included, in a text of ``length`` tokens."""
+    return length * (length + 1) // 2
 
 
 def _branch_mask(prompt: int, branches: Sequence[int]) -> Tensor:

@@ -186,6 +186,9 @@ class Config(BaseModel):
 
     logging_steps: PositiveInt = 10
     """Write metrics every so many steps."""
+    peak_tflops: PositiveFloat | None = None
+    """What the device can do, in 10^12 FLOP a second, for the logged mfu; none means the data sheet's figure under
+    bf16 on a GPU that is known, and no mfu elsewhere."""
     save_steps: NonNegativeInt = 0
     """Save a checkpoint every so many steps; 0 means only at the end."""
     save_total_limit: PositiveInt = 2

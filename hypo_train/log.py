@@ -19,7 +19,14 @@ from typing import Any
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
-SHOWN = {"loss": "loss", "kl": "kl", "rewards/margins": "margin", "tokens_per_second": "tokens/s"}
+SHOWN = {
+    "loss": "loss",
+    "kl": "kl",
+    "rewards/margins": "margin",
+    "time/step": "s/step",
+    "time/sample": "s/sampling",
+    "tokens_per_second": "tokens/s",
+}
 
 
 class RunLog:

@@ -70,7 +70,8 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             parameter.data = parameter.data.float()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        # Only the reentrant kind needs the embeddings' gradient, which would pass through every frozen layer.
+        model.disable_input_require_grads()
     policy = Policy(model, is_peft=config.use_peft, temperature=config.temperature)
     plain = model.config._attn_implementation
     if config.attn_implementation == "auto":

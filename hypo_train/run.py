@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from hypo_train.batch import Batcher
 from hypo_train.config import Config, ConfigError
 from hypo_train.data import Example, Pair, batch_indices, batches_per_epoch, load_examples, load_pairs, longest_first
+from hypo_train.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.policy import ModelError, Policy
@@ -23,6 +24,8 @@ from hypo_train.reference_cache import cache_folder, pair_reference_logps, requi
 from hypo_train.reward import RewardFunction, load_reward
 from hypo_train.rollouts import Rollouts
 from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, serves
+from hypo_train.throughput import Throughput
+from hypo_train.timing import PhaseTimer
 
 # A run's steps draw from seeds of their own, above the small ones that evaluations use.
 SEEDS_PER_RUN = 2**31
@@ -46,6 +49,8 @@ class Run:
     reward: RewardFunction | None
     total_steps: int
     report: list[str]  # what the user should know about the data, the model and the settings
+    timer: PhaseTimer
+    throughput: Throughput
     # The reference's log-probs of each row's chosen and rejected, fp32 (rows, 2); None = asked for in the step.
     train_ref_logps: Tensor | None = None
     eval_ref_logps: Tensor | None = None
@@ -137,6 +142,7 @@ def prepare(config: Config) -> Run:
     model, optimizer = accelerator.prepare(policy, optimizer)
     policy.reference_to(accelerator.device)
     sampler, why_generate = _sampler(config, policy, ends, tokenizer.pad_token_id)
+    throughput, why_uncounted = _throughput(config, policy, accelerator)
     trained = sum(p.numel() for p in parameters.values())
     everything = sum(p.numel() for p in policy.parameters())
     report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
@@ -145,6 +151,8 @@ def prepare(config: Config) -> Run:
         report.append(f"each completion is trained on in a row of its own: {policy.why_separate_rows}")
     if why_generate is not None:
         report.append(f"samples come from transformers' generate: {why_generate}")
+    if why_uncounted is not None:
+        report.append(f"FLOPs are not logged: {why_uncounted}")
     report += [f"warning: {line}" for line in config.warnings()]
     return Run(
         config=config,
@@ -161,6 +169,8 @@ def prepare(config: Config) -> Run:
         reward=reward,
         total_steps=total_steps,
         report=report,
+        timer=PhaseTimer(accelerator.device),
+        throughput=throughput,
     )
 
 
@@ -180,6 +190,20 @@ def _sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: 
         score=config.rollout_steps > 1,
     )
     return sampler, why
+
+
+def _throughput(config: Config, policy: Policy, accelerator: Accelerator) -> tuple[Throughput, str | None]:
+    """What counts the steps' work, and why it counts no FLOPs where it does not."""
+    device, peak = accelerator.device, None
+    if config.peak_tflops is not None:
+        peak = config.peak_tflops * 1e12
+    elif device.type == "cuda" and accelerator.mixed_precision == "bf16":
+        peak = peak_bf16(torch.cuda.get_device_name(device))
+    try:
+        with accelerator.autocast():
+            return Throughput(ModelFlops.of(policy), peak), None
+    except UncountedError as error:
+        return Throughput(None, peak), str(error)
 
 
 def with_reference_logps(run: Run, *, progress: bool) -> Run:

@@ -18,6 +18,7 @@ FREE_TO_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
     "logging_steps",
+    "peak_tflops",
     "save_steps",
     "save_total_limit",
     "tensorboard",

@@ -7,7 +7,7 @@ but the weights, the optimizer's, the step's number and what was sampled ahead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,39 +15,41 @@ from torch import Tensor
 from hypo_train.data import Example, Pair
 from hypo_train.losses import Reference, preference_loss, reference_of, sequence_logprobs_of, token_losses
 from hypo_train.metrics import Meter, add_loss
-from hypo_train.policy import PromptPass, Trunk
+from hypo_train.policy import Head, HeadFunction, PromptPass, Trunk
 from hypo_train.rollouts import StepSamples, add_importance
 from hypo_train.run import Run
 from hypo_train.sampling import PromptKV
 from hypo_train.tree import Tree
 
+T = TypeVar("T")
 
-def train_step(run: Run, step: int, meter: Meter) -> int:
-    """One optimizer step; its statistics go to ``meter``. Returns the tokens that went through the policy."""
+
+def train_step(run: Run, step: int, meter: Meter) -> None:
+    """One optimizer step; its statistics go to ``meter``, its time and work to the run's timer and throughput."""
     torch.manual_seed(run.step_seed(step))
-    indices = run.rows_of_step(step)
-    rows: list[Any] = [run.train_rows[i] for i in indices]
+    with run.timer.phase("data"):
+        indices = run.rows_of_step(step)
+        rows: list[Any] = [run.train_rows[i] for i in indices]
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
     samples = _samples(run, step, prompts) if run.config.algorithm == "hypo" else None
     size = run.config.per_device_train_batch_size
-    tokens = 0
     for start in range(0, len(rows), size):
         micro = rows[start : start + size]
         if run.config.algorithm == "sft":
-            loss, seen = _sft_loss(run, micro, meter)
+            loss = _sft_loss(run, micro, meter)
         else:
             drawn = samples.of_prompts(start, start + len(micro)) if samples else None
             known = _known_logps(run, indices[start : start + size])
-            loss, seen = _preference_loss(run, micro, drawn, known, prompts, meter)
-        run.accelerator.backward(loss * (_weight(micro) / _weight(rows)))
-        tokens += seen
-    if run.config.max_grad_norm > 0:
-        meter.add("grad_norm", _clip_gradients(run))
-    run.optimizer.step()
-    run.scheduler.step()
-    run.optimizer.zero_grad()
+            loss = _preference_loss(run, micro, drawn, known, prompts, meter)
+        with run.timer.phase("backward"):
+            run.accelerator.backward(loss * (_weight(micro) / _weight(rows)))
+    with run.timer.phase("optimizer"):
+        if run.config.max_grad_norm > 0:
+            meter.add("grad_norm", _clip_gradients(run))
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
     run.sampler.weights_changed(step + 1)
-    return tokens
 
 
 def _weight(rows: Sequence[Any]) -> int:
@@ -57,15 +59,19 @@ def _weight(rows: Sequence[Any]) -> int:
 
 def _run_prompts(run: Run, pairs: Sequence[Pair]) -> PromptPass:
     """The step's prompts through the policy, with gradients: sampling and training both go on from them."""
-    tree = run.batcher.prompts([pair.prompt for pair in pairs]).to(run.accelerator.device)
-    with run.accelerator.autocast():
+    with run.timer.phase("data"):
+        tree = run.batcher.prompts([pair.prompt for pair in pairs]).to(run.accelerator.device)
+    with run.timer.phase("forward"), run.accelerator.autocast():
         return run.policy.run_prompts(tree)
 
 
 def _samples(run: Run, step: int, prompts: PromptPass | None) -> StepSamples:
     """``num_generations`` completions of each of the step's prompts, in one draw: the weights do not move within it."""
-    with run.accelerator.autocast():
-        return run.rollouts.of_step(step, None if prompts is None else _prompt_kv(run, prompts))
+    with run.timer.phase("sample"), run.accelerator.autocast():
+        samples = run.rollouts.of_step(step, None if prompts is None else _prompt_kv(run, prompts))
+    texts = [run.train_rows[i].prompt for i in run.rows_of_step(step)]
+    run.throughput.sample(texts, samples.completions, prompts_known=prompts is not None)
+    return samples
 
 
 @torch.no_grad()
@@ -95,19 +101,23 @@ def _preference_loss(
     known: Tensor | None,
     prompts: PromptPass | None,
     meter: Meter,
-) -> tuple[Tensor, int]:
-    """The loss of a micro-batch's pairs and samples; and its tokens."""
-    device = run.accelerator.device
-    tree = run.batcher.pairs(pairs, samples.completions if samples else []).to(device)
+) -> Tensor:
+    """The loss of a micro-batch's pairs and samples, ()."""
+    with run.timer.phase("data"):
+        tree = run.batcher.pairs(pairs, samples.completions if samples else []).to(run.accelerator.device)
+        behavior_logps = samples.behavior_logps(tree) if samples else None
     with run.accelerator.autocast():
-        trunk = run.policy.run_trunk(tree, prompts) if run.shares_trunk else None
-        reference = _reference(run, pairs, samples, known, tree, trunk)
-    behavior_logps = samples.behavior_logps(tree) if samples else None
+        with run.timer.phase("forward"):
+            trunk = run.policy.run_trunk(tree, prompts) if run.shares_trunk else None
+        with run.timer.phase("reference"):
+            reference = _reference(run, pairs, samples, known, tree, trunk)
     loss = preference_loss(tree, reference, len(pairs), run.config, behavior_logps)
-    out = run.model(tree, loss, prompts=prompts, trunk=trunk)
+    with run.timer.phase("forward"):
+        out = run.model(tree, _timed(run, loss), prompts=prompts, trunk=trunk)
+    run.throughput.policy(tree, len(pairs))
     add_loss(meter, out)
     add_importance(meter, out)
-    return out.loss, tree.num_tokens
+    return out.loss
 
 
 def _reference(
@@ -120,6 +130,7 @@ def _reference(
 ) -> Reference:
     """What the loss has to know of the reference, asked for no more than is not ``known``."""
     if known is None:
+        run.throughput.reference(tree, trunk_known=trunk is not None)
         return run.policy.reference(tree, reference_of(tree, run.config), trunk=trunk)
     if samples is None:
         return Reference(logps=known)
@@ -127,16 +138,30 @@ def _reference(
         sampled = tree.sequences_from(len(known))
     else:
         sampled = run.batcher.samples([pair.prompt for pair in pairs], samples.completions).to(known.device)
+    run.throughput.reference(sampled, trunk_known=trunk is not None)
     of_samples = run.policy.reference(sampled, sequence_logprobs_of(sampled, run.config), trunk=trunk)
     return Reference(logps=torch.cat([known, of_samples]))
 
 
-def _sft_loss(run: Run, examples: Sequence[Example], meter: Meter) -> tuple[Tensor, int]:
-    """Mean negative log-prob of a micro-batch's completion tokens, and its tokens."""
-    tree = run.batcher.examples(examples).to(run.accelerator.device)
-    losses = run.model(tree, token_losses(tree, run.config))
+def _sft_loss(run: Run, examples: Sequence[Example], meter: Meter) -> Tensor:
+    """Mean negative log-prob of a micro-batch's completion tokens, ()."""
+    with run.timer.phase("data"):
+        tree = run.batcher.examples(examples).to(run.accelerator.device)
+    with run.timer.phase("forward"):
+        losses = run.model(tree, _timed(run, token_losses(tree, run.config)))
+    run.throughput.policy(tree, len(examples))
     meter.add("loss", losses)
-    return losses.mean(), tree.num_tokens
+    return losses.mean()
+
+
+def _timed(run: Run, loss: HeadFunction[T]) -> HeadFunction[T]:
+    """``loss`` as a phase of its own, though it is computed inside of the model's forward."""
+
+    def timed(hidden: Tensor, head: Head) -> T:
+        with run.timer.phase("loss"):
+            return loss(hidden, head)
+
+    return timed
 
 
 def _clip_gradients(run: Run) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from hypo_train.config import Config
 from hypo_train.evaluate import Evaluation, evaluate
 from hypo_train.log import RunLog
+from hypo_train.memory import peak_memory
 from hypo_train.metrics import Meter
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
@@ -54,9 +54,9 @@ def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int) -> Evaluat
     run.model.train()
     if first_step == 0 and config.eval_steps:
         evaluation = _evaluate(run, log, 0)
-    tokens, since = 0, time.perf_counter()
     for step in range(first_step, run.total_steps):
-        tokens += train_step(run, step, meter)
+        with run.timer.step():
+            train_step(run, step, meter)
         done = step + 1
         last = done == run.total_steps
         log.advance(done)
@@ -64,16 +64,19 @@ def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int) -> Evaluat
             metrics = meter.read()  # metrics wait for the device here alone
             metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
             metrics["epoch"] = done / run.steps_per_epoch
-            metrics["tokens_per_second"] = tokens / (time.perf_counter() - since)
-            log.log(done, metrics)
-            tokens, since = 0, time.perf_counter()
+            log.log(done, metrics | _costs(run))
         if last or (config.eval_steps and done % config.eval_steps == 0):
-            paused = time.perf_counter()
             evaluation = _evaluate(run, log, done)
-            since += time.perf_counter() - paused
         if last or (config.save_steps and done % config.save_steps == 0):
             save(run, meter, done)
     return evaluation
+
+
+def _costs(run: Run) -> dict[str, float]:
+    """What the steps since the last call took: time by phases, work and its rates, memory."""
+    steps = run.timer.steps
+    times = run.timer.read()
+    return times | run.throughput.read(steps, steps * times["time/step"]) | peak_memory(run.accelerator.device)
 
 
 def _evaluate(run: Run, log: RunLog, step: int) -> Evaluation | None:

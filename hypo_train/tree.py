@@ -21,7 +21,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hypo_train.attention import Layout
+from hypo_train.attention import Layout, causal
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Tree:
     targets: Tensor  # int64 (T,) the counted tokens, on the CPU
     cu_seqlens: Tensor  # int64 (S + 1,) where each sequence starts in rows and targets, on the CPU
     num_tokens: int  # tokens in the rows, padding left out
+    num_attended: int  # pairs of a token and one that it attends to, itself included
 
     def sequences_from(self, first: int) -> Tree:
         """The same rows, where only the tokens of sequences ``first`` and later count."""
@@ -89,15 +90,16 @@ def pack(prompts: Sequence[Sequence[int]], sequences: Sequence[tuple[int, Sequen
     offsets = torch.tensor([len(prompts[sequences[s][0]]) for s in order])  # a branch's first position
     counted = torch.tensor([len(completion) for _, completion in sequences])
     input_ids = _flat([*(prompts[p] for p in children), *(inputs[s] for s in order)])
+    layout = Layout(
+        prompts=tuple(prompt_lengths.tolist()),
+        branches=tuple(tuple(len(inputs[s]) for s in members) for members in children.values()),
+    )
     return Tree(
         input_ids=input_ids.unsqueeze(0),
         position_ids=torch.cat(
             [_ramps(prompt_lengths), offsets.repeat_interleave(branch_lengths) + _ramps(branch_lengths)]
         ).unsqueeze(0),
-        layout=Layout(
-            prompts=tuple(prompt_lengths.tolist()),
-            branches=tuple(tuple(len(inputs[s]) for s in members) for members in children.values()),
-        ),
+        layout=layout,
         attention_mask=None,
         rows=_predicting_rows(
             counted,
@@ -107,6 +109,7 @@ def pack(prompts: Sequence[Sequence[int]], sequences: Sequence[tuple[int, Sequen
         targets=_flat([completion for _, completion in sequences]),
         cu_seqlens=torch.cat([counted.new_zeros(1), counted.cumsum(0)]),
         num_tokens=len(input_ids),
+        num_attended=layout.num_attended,
     )
 
 
@@ -131,6 +134,7 @@ def separate_rows(
         targets=_flat([completion for _, completion in sequences]),
         cu_seqlens=torch.cat([counted.new_zeros(1), counted.cumsum(0)]),
         num_tokens=int(lengths.sum()),
+        num_attended=sum(causal(len(row)) for row in inputs),
     )
 
 

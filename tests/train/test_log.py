@@ -200,11 +200,22 @@ def test_the_bar_shows_progress_time_left_and_the_metrics_that_matter(tmp_path, 
         for step in range(1, 6):
             log.advance(step)
         metrics = {"loss": 0.693147, "kl": 12.3456, "rewards/margins": -0.5, "tokens_per_second": 98765.4}
+        metrics |= {"time/step": 2.0, "time/sample": 0.5, "time/forward": 1.2345}
         log.log(5, {**metrics, "grad_norm": 77.0})
     shown = screen.getvalue().split("\r")[-1]
-    for part in ("5/10", "loss=0.6931", "kl=12.35", "margin=-0.5", "tokens/s=98,765", "<"):
+    for part in (
+        "5/10",
+        "loss=0.6931",
+        "kl=12.35",
+        "margin=-0.5",
+        "s/step=2",
+        "s/sampling=0.5",
+        "tokens/s=98,765",
+        "<",
+    ):
         assert part in shown, part
     assert "grad_norm" not in shown
+    assert "1.23" not in shown
 
 
 def test_a_resumed_bar_starts_where_the_run_goes_on(tmp_path, monkeypatch):

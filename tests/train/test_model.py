@@ -460,6 +460,16 @@ def test_the_checkpoints_dropout_is_off_in_training(saved_model, way, architectu
     assert_close(policy.train()(tree(), logprobs()), quiet, atol=1e-5, rtol=0)
 
 
+def test_gradient_checkpointing_passes_no_gradient_through_frozen_layers(saved_model):
+    policy = policy_of(saved_model(), gradient_checkpointing=True, num_layers_unfrozen=1).train()
+    frozen, trained = policy.base.get_decoder().layers
+    needed = {}
+    for layer in (frozen, trained):
+        layer.register_forward_hook(lambda module, args, out: needed.update({module: out.requires_grad}))
+    policy(tree(), lambda hidden, head: None)
+    assert needed == {frozen: False, trained: True}
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(saved_model, way):
     gradients = []
     for checkpointing in (False, True):

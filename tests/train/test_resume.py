@@ -55,7 +55,7 @@ def interrupted(settings):
 def metrics_of(config):
     """Every line of metrics.jsonl, timings aside."""
     lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [tiny.without_costs(line) for line in lines]
 
 
 def final_weights(config):

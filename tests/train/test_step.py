@@ -75,7 +75,8 @@ def test_a_step_runs_each_prompt_once_and_the_reference_only_on_what_is_not_know
         lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     run.model.train()
-    seen = train_step(run, 0, Meter())
+    train_step(run, 0, Meter())
+    seen = run.throughput.read(steps=1, seconds=1)["tokens_per_second"]
     rows = [run.train_rows[i] for i in run.rows_of_step(0)]
     prompts = sum(len(row.prompt) for row in rows)
     if algorithm == "dpo":

@@ -1,0 +1,66 @@
+"""How much the steps of a log interval computed, and how fast that is. Counted on the host, from lengths alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from hypo_train.flops import ModelFlops, Size
+from hypo_train.tree import Tree
+
+
+class Throughput:
+    """Rows, tokens and model FLOPs (see :mod:`hypo_train.flops`) since the last reading.
+
+    ``mfu``, model FLOP utilisation, is all of a step's model FLOPs over its whole time and the device's peak:
+    policy forward and backward, reference and sampling. Each part is logged too, so that other definitions can be
+    had: the policy's alone over the time of its own phases is what pre-training calls MFU. Two cautions: decoding
+    reads weights rather than computes, so a step that samples has a lower ``mfu`` at the same quality of code; and
+    work that is saved (a shared prompt, a cached reference) leaves it, so compare ways to run a step by ``time/step``.
+    """
+
+    def __init__(self, flops: ModelFlops | None, peak_flops: float | None) -> None:
+        """``flops``: None where the model's are not known; ``peak_flops``: the device's, a second, where known."""
+        self._flops = flops
+        self._peak_flops = peak_flops
+        self._rows = 0
+        self._tokens = 0
+        self._computed: defaultdict[str, float] = defaultdict(float)
+
+    def policy(self, tree: Tree, num_rows: int) -> None:
+        """A tree of ``num_rows`` rows of the data went through the policy, forward and backward."""
+        self._rows += num_rows
+        self._tokens += tree.num_tokens
+        if self._flops is not None:
+            size = Size.of(tree)
+            self._computed["policy"] += self._flops.policy.of(size) + self._flops.backward.of(size)
+
+    def reference(self, tree: Tree, *, trunk_known: bool) -> None:
+        """A tree went through the reference; ``trunk_known``: only the layers above the frozen ones, run already."""
+        if self._flops is not None:
+            rates = self._flops.above_trunk if trunk_known else self._flops.reference
+            self._computed["reference"] += rates.of(Size.of(tree))
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, prompts_known: bool
+    ) -> None:
+        """``completions`` were drawn, as many consecutive ones a prompt; ``prompts_known``: from the training pass."""
+        if self._flops is not None:
+            size = Size.of_samples(prompts, completions, prefill=not prompts_known)
+            self._computed["sample"] += self._flops.policy.of(size)
+
+    def read(self, steps: int, seconds: float) -> dict[str, float]:
+        """Of ``steps`` steps that took ``seconds``: rates, and the mean FLOPs of a step's parts. Starts anew."""
+        metrics = {
+            "tokens_per_second": self._tokens / seconds,
+            "train_samples_per_second": self._rows / seconds,
+        }
+        if self._flops is not None:
+            per_second = sum(self._computed.values()) / seconds
+            metrics |= {f"flops/{part}": computed / steps for part, computed in self._computed.items()}
+            metrics["tflops_per_second"] = per_second / 1e12
+            if self._peak_flops is not None:
+                metrics["mfu"] = per_second / self._peak_flops
+        self._rows, self._tokens = 0, 0
+        self._computed.clear()
+        return metrics

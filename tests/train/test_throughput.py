@@ -1,0 +1,172 @@
+"""What a run says that its steps cost: time by phase, work and its rates, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from hypo_train.batch import Batcher
+from hypo_train.flops import ModelFlops, Rates
+from hypo_train.log import read_metrics
+from hypo_train.memory import peak_memory
+from hypo_train.run import prepare
+from hypo_train.throughput import Throughput
+from hypo_train.train import train
+
+FLOPS = ModelFlops(
+    policy=Rates(10.0, 1.0, 100.0),
+    backward=Rates(20.0, 2.0, 200.0),
+    reference=Rates(7.0, 0.0, 70.0),
+    above_trunk=Rates(3.0, 0.0, 70.0),
+)
+PROMPTS, COMPLETIONS = [[5, 20, 6]], [[7, 8, 1], [9, 1]]
+TREE = Batcher(tiny.PAD).samples(PROMPTS, COMPLETIONS)  # 3 + 2 + 1 tokens, 6 + 9 + 4 pairs, 5 counted
+FORWARD = 60.0 + 19.0 + 500.0
+
+
+def test_rates_are_of_all_work_and_the_parts_are_means_over_steps():
+    throughput = Throughput(FLOPS, peak_flops=1e4)
+    for _ in range(2):
+        throughput.policy(TREE, num_rows=4)
+        throughput.reference(TREE, trunk_known=False)
+        throughput.sample(PROMPTS, COMPLETIONS, prompts_known=False)
+    found = throughput.read(steps=2, seconds=4.0)
+    parts = {"policy": 3 * FORWARD, "reference": 6 * 7.0 + 350.0, "sample": FORWARD}
+    per_second = sum(parts.values()) * 2 / 4.0
+    assert found == {
+        "tokens_per_second": 3.0,
+        "train_samples_per_second": 2.0,
+        **{f"flops/{part}": value for part, value in parts.items()},
+        "tflops_per_second": pytest.approx(per_second / 1e12),
+        "mfu": pytest.approx(per_second / 1e4),
+    }
+
+
+def test_what_another_pass_has_computed_is_not_counted_again():
+    throughput = Throughput(FLOPS, peak_flops=None)
+    throughput.reference(TREE, trunk_known=True)
+    throughput.sample(PROMPTS, COMPLETIONS, prompts_known=True)
+    found = throughput.read(steps=1, seconds=1.0)
+    assert found["flops/reference"] == 6 * 3.0 + 350.0
+    assert found["flops/sample"] == FORWARD - (3 * 10.0 + 6.0)
+
+
+def test_reading_starts_anew():
+    throughput = Throughput(FLOPS, peak_flops=None)
+    throughput.policy(TREE, num_rows=1)
+    throughput.read(steps=1, seconds=1.0)
+    assert throughput.read(steps=1, seconds=1.0) == {
+        "tokens_per_second": 0,
+        "train_samples_per_second": 0,
+        "tflops_per_second": 0,
+    }
+
+
+def test_where_flops_are_not_known_none_are_logged():
+    throughput = Throughput(None, peak_flops=1e12)
+    throughput.policy(TREE, num_rows=1)
+    throughput.reference(TREE, trunk_known=False)
+    throughput.sample(PROMPTS, COMPLETIONS, prompts_known=False)
+    assert throughput.read(steps=1, seconds=2.0) == {"tokens_per_second": 3.0, "train_samples_per_second": 0.5}
+
+
+# In a run
+
+
+RATES = {"tokens_per_second", "train_samples_per_second", "tflops_per_second", "flops/policy", "memory/peak_gb"}
+PHASES = {f"time/{name}" for name in ("data", "forward", "loss", "backward", "optimizer", "other", "step")}
+
+
+def costs_of(config):
+    """The costs of each line that is no evaluation's."""
+    train(config, progress=False)
+    lines = [line for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
+    return [{name: line[name] for name in line.keys() - tiny.without_costs(line).keys()} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("sft", set()),
+        ("dpo", {"time/reference"}),
+        ("hypo", {"time/reference", "time/sample", "flops/reference", "flops/sample"}),
+    ],
+)
+def test_every_log_line_says_what_its_steps_cost(settings, algorithm, more):
+    precomputed = True if algorithm == "dpo" else None
+    device = {"memory/reserved_gb"} if torch.cuda.is_available() else set()
+    for line in costs_of(settings(algorithm=algorithm, precompute_ref_log_probs=precomputed)):
+        assert set(line) == RATES | PHASES | more | device
+        phases = sum(value for name, value in line.items() if name.startswith("time/") and name != "time/step")
+        assert phases == pytest.approx(line["time/step"])
+        for name in RATES | PHASES - {"time/data", "time/other"}:
+            assert line[name] > 0, name
+        computed = sum(value for name, value in line.items() if name.startswith("flops/"))
+        assert line["tflops_per_second"] == pytest.approx(computed / line["time/step"] / 1e12)
+        assert line["train_samples_per_second"] == pytest.approx(4 / line["time/step"])
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(settings):
+    for line in costs_of(settings(algorithm="dpo", peak_tflops=0.5)):
+        assert line["mfu"] == pytest.approx(line["tflops_per_second"] / 0.5)
+
+
+def test_evaluations_and_checkpoints_take_no_time_of_a_step(settings, monkeypatch):
+    now = 0.0
+
+    def slow(*_):
+        nonlocal now
+        now += 1000.0
+
+    monkeypatch.setattr("hypo_train.timing.time.perf_counter", lambda: now)
+    monkeypatch.setattr("hypo_train.train._evaluate", slow)
+    monkeypatch.setattr("hypo_train.train.save", slow)
+
+    def step(run, number, meter):
+        nonlocal now
+        now += 2.0
+
+    monkeypatch.setattr("hypo_train.train.train_step", step)
+    config = settings(eval_steps=1, save_steps=1, num_eval_rows=4)
+    train(config, progress=False)
+    assert [line["time/step"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl")] == [2.0] * 3
+
+
+def test_a_model_whose_flops_are_not_known_trains_and_the_run_says_why(settings, monkeypatch):
+    monkeypatch.setattr("hypo_train.flops.nn.Linear", torch.nn.Bilinear)  # nothing is found to be a linear layer
+    run = prepare(settings(algorithm="dpo"))
+    assert any(
+        line.startswith("FLOPs are not logged: layers.0.self_attn.q_proj.weight (32, 32)") for line in run.report
+    )
+    assert "tflops_per_second" not in run.throughput.read(steps=1, seconds=1.0)
+
+
+# Memory
+
+
+def test_on_a_cpu_the_peak_is_the_processs(monkeypatch):
+    before = peak_memory(torch.device("cpu"))
+    taken = torch.ones(2**28)  # 1 GiB
+    after = peak_memory(torch.device("cpu"))
+    del taken
+    assert set(before) == {"memory/peak_gb"}
+    assert 0.05 < before["memory/peak_gb"] < 64
+    assert after["memory/peak_gb"] >= 1.0
+    assert peak_memory(torch.device("cpu")) == after, "a peak stays"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_peak_is_the_tensors_since_the_last_call():
+    device = torch.device("cuda", 0)
+    peak_memory(device)
+    base = torch.cuda.memory_allocated(device) / 2**30
+    taken = torch.ones(2**28, device=device)
+    del taken
+    found = peak_memory(device)
+    assert found["memory/peak_gb"] == pytest.approx(base + 1, rel=0.01)
+    assert found["memory/reserved_gb"] >= found["memory/peak_gb"]
+    assert peak_memory(device)["memory/peak_gb"] < base + 0.5
