@@ -16,11 +16,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import hypo_train.step as one_step
 import hypo_train.train as loop
 from hypo_train.config import ConfigError
 from hypo_train.log import read_metrics
 from hypo_train.policy import Policy
-from hypo_train.sampling import GenerateSampler
+from hypo_train.sampling import DecodeSampler
 from hypo_train.train import train
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.3}
@@ -163,10 +164,10 @@ def die(monkeypatch, owner, name, nth, *, afterwards=False):
 PHASES = {
     "before a step, with nothing saved": (loop, "train_step", 3, False),
     "between a checkpoint and its line": (loop, "train_step", 5, False),
-    "within a step, before sampling": (GenerateSampler, "sample", 8, False),
-    "within a step, before the backward pass": (loop, "preference_loss", 17, False),
-    "within a step, before the update": (loop, "_clip_gradients", 8, False),
-    "within a step, after the update": (GenerateSampler, "weights_changed", 8, False),
+    "within a step, before sampling": (DecodeSampler, "sample", 8, False),
+    "within a step, before the backward pass": (one_step, "preference_loss", 17, False),
+    "within a step, before the update": (one_step, "_clip_gradients", 8, False),
+    "within a step, after the update": (DecodeSampler, "weights_changed", 8, False),
     "after an evaluation, before its line": (loop, "evaluate", 3, True),
     "after a line is logged": (loop.RunLog, "log", 6, True),
     "before a checkpoint": (loop, "save", 2, False),
@@ -279,14 +280,14 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
 
 def test_the_sampler_is_told_which_weights_it_goes_on_from(interrupted, monkeypatch):
     config = killed_run(interrupted(), monkeypatch)
-    versions, original = [], GenerateSampler.sample
+    versions, original = [], DecodeSampler.sample
 
     def sample(self, *arguments, **keywords):
         samples = original(self, *arguments, **keywords)
         versions.append(samples.version)
         return samples
 
-    monkeypatch.setattr(GenerateSampler, "sample", sample)
+    monkeypatch.setattr(DecodeSampler, "sample", sample)
     resumed(config, eval_steps=0)
     assert versions == [*range(6, 12), 12]  # six steps from the checkpoint, and the last evaluation
 
