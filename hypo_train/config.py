@@ -130,6 +130,9 @@ class Config(BaseModel):
     reuse_prompt_kv: bool = True
     """Sample from the keys and values of the training pass's own run of the prompts, where a step is one
     micro-batch: no prompt is computed twice."""
+    keep_sampling_memory: bool = False
+    """Keep the sampler's captured graphs, their KV buffers and copies of weights between steps: faster where
+    training fits beside them."""
     rollout_steps: PositiveInt = 1
     """Optimizer steps that one draw of samples serves; above 1, later steps learn from samples of an earlier policy,
     corrected by truncated importance weights. hypo only."""

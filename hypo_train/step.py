@@ -19,6 +19,7 @@ from hypo_train.policy import Head, HeadFunction, PromptPass, Trunk
 from hypo_train.rollouts import StepSamples, add_importance
 from hypo_train.run import Run
 from hypo_train.sampling import PromptKV
+from hypo_train.timing import PhaseTimer
 from hypo_train.tree import Tree
 
 T = TypeVar("T")
@@ -26,12 +27,13 @@ T = TypeVar("T")
 
 def train_step(run: Run, step: int, meter: Meter) -> None:
     """One optimizer step; its statistics go to ``meter``, its time and work to the run's timer and throughput."""
+    timer = run.timer
     torch.manual_seed(run.step_seed(step))
-    with run.timer.phase("data"):
+    with timer.phase("data"):
         indices = run.rows_of_step(step)
         rows: list[Any] = [run.train_rows[i] for i in indices]
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
-    samples = _samples(run, step, prompts) if run.config.algorithm == "hypo" else None
+    samples = _samples(run, rows, step, prompts) if run.config.algorithm == "hypo" else None
     size = run.config.per_device_train_batch_size
     for start in range(0, len(rows), size):
         micro = rows[start : start + size]
@@ -41,9 +43,9 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
             drawn = samples.of_prompts(start, start + len(micro)) if samples else None
             known = _known_logps(run, indices[start : start + size])
             loss = _preference_loss(run, micro, drawn, known, prompts, meter)
-        with run.timer.phase("backward"):
+        with timer.phase("backward"):
             run.accelerator.backward(loss * (_weight(micro) / _weight(rows)))
-    with run.timer.phase("optimizer"):
+    with timer.phase("optimizer"):
         if run.config.max_grad_norm > 0:
             meter.add("grad_norm", _clip_gradients(run))
         run.optimizer.step()
@@ -65,12 +67,13 @@ def _run_prompts(run: Run, pairs: Sequence[Pair]) -> PromptPass:
         return run.policy.run_prompts(tree)
 
 
-def _samples(run: Run, step: int, prompts: PromptPass | None) -> StepSamples:
+def _samples(run: Run, pairs: Sequence[Pair], step: int, prompts: PromptPass | None) -> StepSamples:
     """``num_generations`` completions of each of the step's prompts, in one draw: the weights do not move within it."""
     with run.timer.phase("sample"), run.accelerator.autocast():
         samples = run.rollouts.of_step(step, None if prompts is None else _prompt_kv(run, prompts))
-    texts = [run.train_rows[i].prompt for i in run.rows_of_step(step)]
-    run.throughput.sample(texts, samples.completions, prompts_known=prompts is not None)
+        if not run.config.keep_sampling_memory:
+            run.sampler.release()
+    run.throughput.sample([pair.prompt for pair in pairs], samples.completions, prompts_known=prompts is not None)
     return samples
 
 
@@ -102,18 +105,19 @@ def _preference_loss(
     prompts: PromptPass | None,
     meter: Meter,
 ) -> Tensor:
-    """The loss of a micro-batch's pairs and samples, ()."""
-    with run.timer.phase("data"):
+    """The loss of a micro-batch's pairs and samples."""
+    timer = run.timer
+    with timer.phase("data"):
         tree = run.batcher.pairs(pairs, samples.completions if samples else []).to(run.accelerator.device)
         behavior_logps = samples.behavior_logps(tree) if samples else None
     with run.accelerator.autocast():
-        with run.timer.phase("forward"):
+        with timer.phase("forward"):
             trunk = run.policy.run_trunk(tree, prompts) if run.shares_trunk else None
-        with run.timer.phase("reference"):
+        with timer.phase("reference"):
             reference = _reference(run, pairs, samples, known, tree, trunk)
-    loss = preference_loss(tree, reference, len(pairs), run.config, behavior_logps)
-    with run.timer.phase("forward"):
-        out = run.model(tree, _timed(run, loss), prompts=prompts, trunk=trunk)
+    loss = _timed(timer, preference_loss(tree, reference, len(pairs), run.config, behavior_logps))
+    with timer.phase("forward"):
+        out = run.model(tree, loss, prompts=prompts, trunk=trunk)
     run.throughput.policy(tree, len(pairs))
     add_loss(meter, out)
     add_importance(meter, out)
@@ -130,36 +134,37 @@ def _reference(
 ) -> Reference:
     """What the loss has to know of the reference, asked for no more than is not ``known``."""
     if known is None:
-        run.throughput.reference(tree, trunk_known=trunk is not None)
-        return run.policy.reference(tree, reference_of(tree, run.config), trunk=trunk)
-    if samples is None:
+        asked = tree
+    elif samples is None:
         return Reference(logps=known)
-    if trunk is not None:  # the layers above it are few: what the pairs cost there is not worth another trunk
-        sampled = tree.sequences_from(len(known))
+    elif trunk is not None:  # the layers above it are few: what the pairs cost there is not worth another trunk
+        asked = tree.sequences_from(len(known))
     else:
-        sampled = run.batcher.samples([pair.prompt for pair in pairs], samples.completions).to(known.device)
-    run.throughput.reference(sampled, trunk_known=trunk is not None)
-    of_samples = run.policy.reference(sampled, sequence_logprobs_of(sampled, run.config), trunk=trunk)
+        asked = run.batcher.samples([pair.prompt for pair in pairs], samples.completions).to(known.device)
+    run.throughput.reference(asked, trunk_known=trunk is not None)
+    if known is None:
+        return run.policy.reference(asked, reference_of(asked, run.config), trunk=trunk)
+    of_samples = run.policy.reference(asked, sequence_logprobs_of(asked, run.config), trunk=trunk)
     return Reference(logps=torch.cat([known, of_samples]))
 
 
 def _sft_loss(run: Run, examples: Sequence[Example], meter: Meter) -> Tensor:
-    """Mean negative log-prob of a micro-batch's completion tokens, ()."""
+    """Mean negative log-prob of a micro-batch's completion tokens."""
     with run.timer.phase("data"):
         tree = run.batcher.examples(examples).to(run.accelerator.device)
     with run.timer.phase("forward"):
-        losses = run.model(tree, _timed(run, token_losses(tree, run.config)))
+        losses = run.model(tree, _timed(run.timer, token_losses(tree, run.config)))
     run.throughput.policy(tree, len(examples))
     meter.add("loss", losses)
     return losses.mean()
 
 
-def _timed(run: Run, loss: HeadFunction[T]) -> HeadFunction[T]:
-    """``loss`` as a phase of its own, though it is computed inside of the model's forward."""
+def _timed(timer: PhaseTimer, function: HeadFunction[T]) -> HeadFunction[T]:
+    """The function as the phase "loss", which is no part of the forward pass around it."""
 
     def timed(hidden: Tensor, head: Head) -> T:
-        with run.timer.phase("loss"):
-            return loss(hidden, head)
+        with timer.phase("loss"):
+            return function(hidden, head)
 
     return timed
 
