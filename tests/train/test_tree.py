@@ -164,8 +164,9 @@ def test_every_index_of_a_hand_written_batch():
     assert tree.targets.tolist() == [14, 15, 16, 22, 17, 18, 33, 34, 35]
     assert tree.cu_seqlens.tolist() == [0, 3, 4, 6, 6, 9]
     assert tree.num_tokens == 11
-    masks = [["".join(".x"[seen] for seen in query) for query in mask] for mask in tree.layout.branch_masks("cpu")]
-    assert masks == [["xxxx..", "xxxxx.", "xxx..x"], [], ["xxx.", "xxxx"]]
+    masks = [tree.layout.causal_mask(prompt, branch, "cpu") for prompt, branch in ((3, 2), (3, 1), (2, 2))]
+    drawn = [["".join(".x"[seen] for seen in query) for query in mask] for mask in masks]
+    assert drawn == [["xxxx.", "xxxxx"], ["xxxx"], ["xxx.", "xxxx"]]
     for name in ("input_ids", "position_ids", "rows", "targets", "cu_seqlens"):
         assert getattr(tree, name).dtype == torch.int64
 
