@@ -124,9 +124,9 @@ class Config(BaseModel):
     length_penalty: NonNegativeFloat = 0.0
     """Added to a sample's log-ratio for each of its tokens, so that length costs as KL does; hypo only."""
 
-    sampler: Literal["auto", "decode", "generate"] = "auto"
-    """Engine that draws the samples from the live weights: decode is ours, generate transformers' own; auto means
-    decode where it serves the model."""
+    sampler: Literal["auto", "decode", "generate", "vllm"] = "auto"
+    """Engine that draws the samples: decode is ours and generate transformers' own, over the live weights; vllm
+    holds a copy that follows them. auto means decode where it serves the model, else generate."""
     reuse_prompt_kv: bool = True
     """Sample from the keys and values of the training pass's own run of the prompts, where a step is one
     micro-batch: no prompt is computed twice."""
@@ -171,6 +171,10 @@ class Config(BaseModel):
     """Preference pairs (prompts) in one micro-batch on one device."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches in one optimizer step."""
+    max_tokens_per_micro_batch: PositiveInt | None = None
+    """Cut a step's rows into micro-batches by their tokens, samples included, up to so many: memory then has one
+    bound whatever the lengths. The step has per_device_train_batch_size * gradient_accumulation_steps rows as
+    before; none cuts it by rows."""
     group_by_length: bool = False
     """Draw the rows of a step from rows of like length: less padding, for batches that are less random. The
     micro-batches within a step are ordered by length in any case."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from hypo_train.policy import ModelError, Policy
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import RewardFunction, load_reward
 from hypo_train.rollouts import Rollouts
-from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, serves
+from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, VLLMSampler, serves
 from hypo_train.throughput import Throughput
 from hypo_train.timing import PhaseTimer
 
@@ -82,10 +82,35 @@ class Run:
     def prompts_run_first(self) -> bool:
         """Whether sampling goes on from the training pass's own run of the prompts."""
         c = self.config
-        # Several micro-batches would have to hold their graphs until all of them are sampled.
-        alone = c.gradient_accumulation_steps == 1 and c.rollout_steps == 1
         exact = self.policy.shares_prompts and self.sampler.takes_prompt_kv and c.lora_dropout == 0
+        # Several micro-batches would have to hold their graphs until all of them are sampled.
+        alone = self._one_micro_batch and c.rollout_steps == 1
         return c.algorithm == "hypo" and c.reuse_prompt_kv and alone and exact
+
+    @cached_property
+    def _one_micro_batch(self) -> bool:
+        """Whether every step is one, however long its samples turn out."""
+        budget = self.config.max_tokens_per_micro_batch
+        if budget is None:
+            return self.config.gradient_accumulation_steps == 1
+        sampled = self.config.num_generations * self.max_new_tokens
+        longest = sorted((length + sampled for length in self._row_lengths), reverse=True)
+        return sum(longest[: self.batch_size]) <= budget
+
+    def micro_batches(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """A step's rows of so many tokens each, in their order, cut as configured; a longer row than fits is alone."""
+        budget, start, tokens = self.config.max_tokens_per_micro_batch, 0, 0
+        for i, length in enumerate(lengths):
+            full = i - start == self.config.per_device_train_batch_size if budget is None else tokens + length > budget
+            if full and i > start:
+                yield slice(start, i)
+                start, tokens = i, 0
+            tokens += length
+        yield slice(start, len(lengths))
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.config.max_new_tokens or self.config.max_completion_length
 
     @cached_property
     def rollouts(self) -> Rollouts:
@@ -95,7 +120,7 @@ class Run:
             num_steps=self.config.rollout_steps,
             total_steps=self.total_steps,
             num_generations=self.config.num_generations,
-            max_new_tokens=self.config.max_new_tokens or self.config.max_completion_length,
+            max_new_tokens=self.max_new_tokens,
             prompts_of=lambda step: [list(self.train_rows[i].prompt) for i in self.rows_of_step(step)],
             seed_of=self.step_seed,
         )
@@ -179,16 +204,22 @@ def _sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: 
     why = serves(policy.model) if config.sampler in ("auto", "decode") else None
     if config.sampler == "decode" and why is not None:
         raise ModelError(f"sampler=decode: {why}; use sampler: generate")
+    options: dict[str, Any] = {
+        "eos_token_ids": ends,
+        "pad_token_id": pad_token_id,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "score": config.rollout_steps > 1,
+    }
+    if config.sampler == "vllm":
+        longest = config.max_prompt_length + (config.max_new_tokens or config.max_completion_length)
+        try:
+            return VLLMSampler(policy.model, config.model_name_or_path, max_model_len=longest, **options), None
+        except ImportError as error:
+            raise ModelError(f"sampler=vllm: {error}") from error
     engine: Any = GenerateSampler if config.sampler == "generate" or why is not None else DecodeSampler
-    sampler: Sampler = engine(
-        policy.model,
-        eos_token_ids=ends,
-        pad_token_id=pad_token_id,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        score=config.rollout_steps > 1,
-    )
+    sampler: Sampler = engine(policy.model, **options)
     return sampler, why
 
 

@@ -34,14 +34,13 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         rows: list[Any] = [run.train_rows[i] for i in indices]
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
     samples = _samples(run, rows, step, prompts) if run.config.algorithm == "hypo" else None
-    size = run.config.per_device_train_batch_size
-    for start in range(0, len(rows), size):
-        micro = rows[start : start + size]
+    for part in run.micro_batches(_lengths(rows, samples)):
+        micro = rows[part]
         if run.config.algorithm == "sft":
             loss = _sft_loss(run, micro, meter)
         else:
-            drawn = samples.of_prompts(start, start + len(micro)) if samples else None
-            known = _known_logps(run, indices[start : start + size])
+            drawn = samples.of_prompts(part.start, part.stop) if samples else None
+            known = _known_logps(run, indices[part])
             loss = _preference_loss(run, micro, drawn, known, prompts, meter)
         with timer.phase("backward"):
             run.accelerator.backward(loss * (_weight(micro) / _weight(rows)))
@@ -52,6 +51,14 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         run.scheduler.step()
         run.optimizer.zero_grad()
     run.sampler.weights_changed(step + 1)
+
+
+def _lengths(rows: Sequence[Any], samples: StepSamples | None) -> list[int]:
+    """Tokens of each row, its samples included."""
+    if samples is None:
+        return [row.num_tokens for row in rows]
+    k = samples.num_generations
+    return [row.num_tokens + sum(map(len, samples.completions[i * k : (i + 1) * k])) for i, row in enumerate(rows)]
 
 
 def _weight(rows: Sequence[Any]) -> int:

@@ -67,6 +67,34 @@ def test_a_step_without_a_saving_is_the_step_with_all(step_of, way, off):
         assert_close(others[2][name], gradient, atol=1e-5 * scale, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("algorithm", ["hypo", "dpo", "sft"])
+@pytest.mark.parametrize("budget", [1, 60, 100_000], ids=["a row each", "several", "one"])
+def test_a_budget_of_tokens_cuts_the_step_without_changing_it(settings, algorithm, budget):
+    results, cuts = [], []
+    for changes in ({}, {"max_tokens_per_micro_batch": budget}):
+        run = prepare(settings(algorithm=algorithm, per_device_train_batch_size=8, **changes))
+        run.optimizer.step = lambda: None
+        run.optimizer.zero_grad = lambda: None
+        run.model.train()
+        trees, count = [], run.throughput.policy
+        run.throughput.policy = lambda tree, rows, trees=trees, count=count: trees.append(tree) or count(tree, rows)
+        train_step(run, 0, Meter())
+        cuts.append([tree.num_tokens for tree in trees])
+        results.append({name: p.grad for name, p in run.policy.trained_parameters().items()})
+    assert len(cuts[0]) == 1
+    assert len(cuts[1]) == {1: 8, 60: len(cuts[1]), 100_000: 1}[budget]
+    if budget == 60:
+        assert 1 < len(cuts[1]) < 8
+        assert max(cuts[1]) <= budget
+    for name, gradient in results[0].items():
+        assert_close(results[1][name], gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_run_first_where_every_step_fits_the_budget(settings):
+    assert prepare(settings(max_tokens_per_micro_batch=10_000, gradient_accumulation_steps=2)).prompts_run_first
+    assert not prepare(settings(max_tokens_per_micro_batch=60)).prompts_run_first
+
+
 @pytest.mark.parametrize("algorithm", ["dpo", "hypo"])
 def test_a_step_runs_each_prompt_once_and_the_reference_only_on_what_is_not_known(settings, algorithm):
     run = with_reference_logps(prepare(settings(algorithm=algorithm, precompute_ref_log_probs=True)), progress=False)
