@@ -68,6 +68,9 @@ class Config(BaseModel):
     """Compute under bfloat16 autocast; none means on when CUDA is there."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward pass."""
+    use_liger_kernel: bool = False
+    """Run RMSNorm, RoPE and SwiGLU of the model through Liger's kernels; needs liger-kernel and a GPU. The loss is
+    this project's in any case."""
     use_peft: bool = False
     """Train a LoRA adapter; the reference is the same model with the adapter off."""
     lora_r: PositiveInt = 16

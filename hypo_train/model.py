@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hypo_train import attention
 from hypo_train.config import Config
 from hypo_train.exactness import check_exactness
+from hypo_train.liger import use_layer_kernels
 from hypo_train.policy import ModelError, Policy, first_line
 
 
@@ -43,7 +44,8 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
 
     Raises:
         ModelError: not a causal language model, a head the kernels cannot serve exactly, attention that
-            cannot take the prefix mask, or a choice of trained parameters that does not fit the model.
+            cannot take the prefix mask, a choice of trained parameters that does not fit the model, or Liger's
+            kernels asked for where they cannot be had.
     """
     _check_source(config)
     _check_architecture(config)
@@ -60,6 +62,8 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
         raise ModelError(f"cannot load the model {config.model_name_or_path!r}: {first_line(error)}") from error
     _disable_dropout(model)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
+    if config.use_liger_kernel:
+        use_layer_kernels(model)
     if config.use_peft:
         model = _with_lora(model, config)
     elif config.num_layers_unfrozen is not None:

@@ -3,7 +3,9 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
+from transformers import modeling_flash_attention_utils as flash_utils
 
 from hypo_train.attention import NAME, Layout, Part, decoder_inputs
 from hypo_train.tree import pack, separate_rows
@@ -116,6 +118,47 @@ def test_softcapped_scores_are_capped_in_trees_too(way):
     if way != "separate rows":
         model.set_attn_implementation(NAME)
     assert_close(hidden_of(model, *batch, way), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """flash-attn's two functions by SDPA, with the names of its arguments; counts the sequences without padding."""
+    unpadded = []
+
+    def plain(q, k, v, softmax_scale=None, causal=False):
+        states = (x.transpose(1, 2) for x in (q, k, v))
+        out = scaled_dot_product_attention(*states, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        unpadded.append(len(q))
+        runs = pairwise(cu_seqlens_q.tolist())
+        parts = [plain(*(x[a:b].unsqueeze(0) for x in (q, k, v)), softmax_scale, causal)[0] for a, b in runs]
+        return torch.cat(parts)
+
+    functions = plain, varlen, None, flash_utils._pad_input, flash_utils._unpad_input
+    process = flash_utils._lazy_define_process_function(varlen)
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *_, **__: (functions, (process, dict)))
+    return unpadded
+
+
+@pytest.mark.parametrize("batch", ["ragged", "rows of one length", "one row"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "qwen3"])
+def test_flash_attention_gets_separate_rows_without_their_padding(flash, architecture, batch):
+    model = tiny.new_model(architecture, vocab_size=VOCAB)
+    prompts, sequences = ragged_batch()
+    if batch == "rows of one length":
+        sequences = [(0, tokens) for tokens in random_tokens(5, 5, 5)]
+    elif batch == "one row":
+        sequences = sequences[:1]
+    expected = one_by_one(model, prompts, sequences)
+    # Without flash-attn, transformers' own setter would refuse.
+    model.config._attn_implementation_internal = "flash_attention_2"
+    found = hidden_of(model, prompts, sequences, "separate rows")
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    tokens = sum(len(prompts[p]) + max(0, len(completion) - 1) for p, completion in sequences)
+    assert flash == ([tokens] * 2 if batch == "ragged" else [])
 
 
 def test_nothing_is_computed_twice_or_padded(model):
