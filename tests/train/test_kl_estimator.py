@@ -41,7 +41,7 @@ def test_three_steps_log_the_same_names_and_a_kl_that_is_never_negative(exact):
     result = train(config, progress=False)
     *lines, _ = metrics_of(config)
     for line in lines:
-        assert set(line) == OF_STEPS | OF_PAIRS | OF_SAMPLES
+        assert set(tiny.without_costs(line)) == OF_STEPS | OF_PAIRS | OF_SAMPLES
         assert all(math.isfinite(value) for value in line.values())
     assert lines[0]["kl"] == 0
     assert all(line["kl"] > 0 for line in lines[1:])
@@ -92,7 +92,7 @@ def plain_loss(model, initial, pairs, samples, config):
 def test_the_gradients_of_a_step_are_those_of_the_formula_on_separate_rows(exact, impl):
     config = exact(
         beta=0.3, kl_coef=0.5, length_penalty=0.1, num_generations=3, max_grad_norm=0, learning_rate=1e-2,
-        max_new_tokens=20, impl=impl,
+        max_new_tokens=40, impl=impl,
     )  # fmt: skip
     run = recorded(config)
     steps(run, 2)  # away from the reference, where all divergences are 0

@@ -150,7 +150,7 @@ def test_hypo_asks_the_reference_for_its_samples_alone(cached, passes):
     run = with_reference_logps(recorded(cached(algorithm="hypo", num_generations=2)), progress=False)
     del passes[:]
     trees, original = [], run.policy.reference
-    run.policy.reference = lambda tree, function: trees.append(tree) or original(tree, function)
+    run.policy.reference = lambda tree, *args, **kwargs: trees.append(tree) or original(tree, *args, **kwargs)
     steps(run, 1)
     assert [len(tree.cu_seqlens) - 1 for tree in trees] == [8], "4 prompts, 2 samples each, no pair"
 
@@ -459,15 +459,15 @@ def test_it_pays_where_the_pass_has_no_more_tokens_than_the_steps_save(prompt, c
 @pytest.mark.parametrize(
     ("changes", "steps", "expected"),
     [
-        ({"algorithm": "dpo"}, 12, {"train", "eval"}),
-        ({"algorithm": "ipo"}, 12, {"train", "eval"}),
-        ({"algorithm": "dpo"}, 6, {"eval"}),  # half an epoch
-        ({"algorithm": "hypo"}, 23, {"eval"}),
-        ({"algorithm": "hypo"}, 24, {"train", "eval"}),
-        ({"algorithm": "hypo", "kl_estimator": "exact"}, 24, set()),
-        ({"algorithm": "sft"}, 24, set()),
-        ({"algorithm": "hypo", "precompute_ref_log_probs": True}, 1, {"train", "eval"}),
-        ({"algorithm": "dpo", "precompute_ref_log_probs": False}, 24, set()),
+        ({"algorithm": "dpo"}, 12, ["eval", "train"]),
+        ({"algorithm": "ipo"}, 12, ["eval", "train"]),
+        ({"algorithm": "dpo"}, 6, ["eval"]),  # half an epoch
+        ({"algorithm": "hypo"}, 23, ["eval"]),
+        ({"algorithm": "hypo"}, 24, ["eval", "train"]),
+        ({"algorithm": "hypo", "kl_estimator": "exact"}, 24, []),
+        ({"algorithm": "sft"}, 24, []),
+        ({"algorithm": "hypo", "precompute_ref_log_probs": True}, 1, ["eval", "train"]),
+        ({"algorithm": "dpo", "precompute_ref_log_probs": False}, 24, []),
     ],
     ids=str,
 )
@@ -479,8 +479,8 @@ def test_each_split_is_precomputed_where_it_pays_unless_the_config_decides(chang
         gradient_accumulation_steps=2,
         **changes,
     )
-    assert splits_to_precompute(config, pairs(100, 50, 48), pairs(100, 50, 4), steps) == expected
-    assert splits_to_precompute(config, pairs(100, 50, 48), [], steps) == expected - {"eval"}
+    assert splits_to_precompute(config, pairs(100, 50, 48), pairs(100, 50, 4), steps) == set(expected)
+    assert splits_to_precompute(config, pairs(100, 50, 48), [], steps) == set(expected) - {"eval"}
 
 
 @pytest.mark.parametrize(

@@ -123,9 +123,10 @@ def test_a_step_leaves_the_weights_where_they_are_and_contenders_can_share_them(
         assert {t.data_ptr() for t in contender.moments().values()} == {
             t.data_ptr() for t in contenders[0].moments().values()
         }
-        assert {t.data_ptr() for t in contender.references().values()} == {
-            t.data_ptr() for t in contenders[0].references().values()
-        }
+        if contender is not contenders[2]:  # our DPO, its pairs' log-probs known, has let go of the reference
+            assert {t.data_ptr() for t in contender.references().values()} == {
+                t.data_ptr() for t in contenders[0].references().values()
+            }
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, *taking_part: Variant) -> MeasuredCase:
