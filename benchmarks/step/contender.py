@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.step.material import Ids, Material
-from benchmarks.step.phases import Hook
 
 # Small enough to leave every weight where it is, to fp32's precision, while AdamW does all of its work:
 # each step of each round then starts from the same weights.
@@ -44,7 +43,6 @@ class Contender(ABC):
     """A trainer with its model, optimizer and batch, ready for its next optimizer step."""
 
     optimizer: Any
-    hooks: list[Hook]
 
     def __init__(self, material: Material) -> None:
         self.tap = Tap(material)
@@ -52,6 +50,10 @@ class Contender(ABC):
     @abstractmethod
     def step(self) -> float | None:
         """One optimizer step, sampling included; everything but loading and tokenising. DPO: its loss."""
+
+    @abstractmethod
+    def timed_step(self) -> dict[str, float]:
+        """The same: seconds of its phases, which add up to the step's. The device has finished it."""
 
     @abstractmethod
     def parameters(self) -> dict[str, torch.nn.Parameter]:

@@ -11,13 +11,14 @@ from torch import Tensor
 from benchmarks.step.cases import Case
 from benchmarks.step.contender import LEARNING_RATE, Contender
 from benchmarks.step.material import SEED, Ids, Material
-from benchmarks.step.phases import Hook
+from benchmarks.step.phases import REST
 from benchmarks.step.variants import Variant
 from hypo_train.config import Config
 from hypo_train.metrics import Meter
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.sampling import Samples
-from hypo_train.train import train_step
+from hypo_train.step import train_step
+from hypo_train.timing import OTHER
 
 BETA, KL_COEF = 0.1, 1.0  # so that both terms weigh in the gradients that are compared
 
@@ -33,21 +34,21 @@ class Ours(Contender):
         sampler.eos_token_ids = []  # no token ends a sample
         self._sample = sampler.sample
         sampler.sample = self._tapped
-        # The loop's phases. Loss and gradient of the logits are one call, within the forward pass.
-        self.hooks = [
-            Hook("sample", sampler, "sample"),
-            Hook("reference", self.run.policy, "reference"),
-            Hook("forward", self.run.policy, "forward"),
-            Hook("backward", self.run.accelerator, "backward"),
-            Hook("optimizer", self.run.accelerator, "clip_grad_norm_"),
-            Hook("optimizer", self.run.optimizer, "step"),
-        ]
 
     def step(self) -> float | None:
         meter = Meter()
         train_step(self.run, self._steps, meter)
         self._steps += 1
         return meter.read()["loss"] if self.run.config.algorithm == "dpo" else None
+
+    def timed_step(self) -> dict[str, float]:
+        timer = self.run.timer
+        with timer.step():
+            self.step()
+        phases = {name.removeprefix("time/"): seconds for name, seconds in timer.read().items()}
+        del phases["step"]
+        rest = phases.pop(OTHER) + phases.pop("data")
+        return {**phases, REST: rest}
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name.removeprefix("model."): p for name, p in self.run.policy.named_parameters()}

@@ -11,7 +11,7 @@ from benchmarks.step.phases import REST
 from benchmarks.step.session import MeasuredCase, StepResult
 from benchmarks.step.variants import DPO, HYPO, TRL_DPO, TRL_HYPO
 
-PHASES = ("sample", "reference", "forward", "backward", "optimizer", REST)
+PHASES = ("sample", "reference", "forward", "loss", "backward", "optimizer", REST)
 COLUMNS = ("step", "s", "IQR", "x TRL DPO", "x TRL HyPO", *PHASES, "held", "peak", "err loss", "err grad")
 
 # What the steps are meant to reach, as ratios to a step of TRL: (variant, of which, at most).
@@ -45,7 +45,7 @@ def legend(device: torch.device) -> list[str]:
     )
     return [
         "s: median seconds of an optimizer step, sampling included, in turns; IQR: interquartile range; phases: their "
-        "medians (TRL: what is not hooked is rest)",
+        "medians (TRL's forward pass and loss are in its rest)",
         f"held: MiB of policy, reference and AdamW's state; peak: with the most that a step adds ({memory})",
         "err: of one step on given samples, against TRL's: |loss|, and |gradient| relative over all trained weights",
     ]

@@ -18,7 +18,6 @@ from benchmarks.step.cases import Case
 from benchmarks.step.contender import Contender, Pool, caught_gradients, distance, move_from_reference
 from benchmarks.step.material import Material, prepare_material
 from benchmarks.step.ours import Ours
-from benchmarks.step.phases import timed_phases
 from benchmarks.step.trl_side import TrlDPO, TrlHyPO
 from benchmarks.step.variants import TRL_DPO, TRL_HYPO, Variant, variants
 
@@ -166,9 +165,7 @@ class StepSession:
                 try:
                     _wait(self.device)
                     start = time.perf_counter()
-                    with timed_phases(contender.hooks, self.device) as phases:
-                        contender.step()
-                        _wait(self.device)
+                    phases = contender.timed_step()
                     result.samples.append(time.perf_counter() - start)
                 finally:
                     gc.enable()

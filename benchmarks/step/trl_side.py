@@ -23,7 +23,7 @@ from benchmarks.step.cases import Case
 from benchmarks.step.contender import LEARNING_RATE, Contender
 from benchmarks.step.material import SEED, Ids, Material
 from benchmarks.step.ours import BETA, KL_COEF, config
-from benchmarks.step.phases import Hook
+from benchmarks.step.phases import Hook, timed_phases
 from benchmarks.step.variants import Variant
 from hypo_train.model import load_policy
 
@@ -45,6 +45,7 @@ class _Trl(Contender):
     """Drives a trainer of TRL as its own ``train`` does, without callbacks and logs."""
 
     trainer: Any
+    hooks: list[Hook]
     dpo: DPOTrainer  # the trainer that sees the pairs
     num_batches: int  # micro-batches in an optimizer step
 
@@ -75,6 +76,11 @@ class _Trl(Contender):
         trainer.lr_scheduler.step()
         self.model.zero_grad()
         return float(loss) if self.dpo is trainer else None
+
+    def timed_step(self) -> dict[str, float]:
+        with timed_phases(self.hooks, self.trainer.accelerator.device) as seconds:
+            self.step()
+        return seconds
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return dict(self.trainer.model.named_parameters())
