@@ -66,8 +66,10 @@ class Config(BaseModel):
     updates as small as 1e-6."""
     bf16: bool | None = None
     """Compute under bfloat16 autocast; none means on when CUDA is there."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, one more forward pass."""
+    gradient_checkpointing: bool | Literal["selective"] | None = None
+    """Recompute activations in the backward pass. true keeps each layer's input alone, for one more forward pass;
+    selective keeps the results of matrix products and attention too, for a few percent more time; none means
+    selective on a CPU, and false on CUDA."""
     use_liger_kernel: bool = False
     """Run RMSNorm, RoPE and SwiGLU of the model through Liger's kernels; needs liger-kernel and a GPU. The loss is
     this project's in any case."""
@@ -388,6 +390,8 @@ def _explain(error: ValidationError) -> list[str]:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
             message = "needs a value" if value == "" else message
             quotes = " (put it in quotes)" if item["type"] == "string_type" and value is not None else ""
+            if item["type"] == "literal_error" and name in lines:
+                lines[name] += f"; or it {message}"
             lines.setdefault(name, f"{name}={value!r}: {message}{quotes}")
     return list(lines.values())
 

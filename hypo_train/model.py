@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hypo_train import attention
+from hypo_train import attention, checkpointing
+from hypo_train.checkpointing import Checkpointing
 from hypo_train.config import Config
 from hypo_train.exactness import check_exactness
 from hypo_train.liger import use_layer_kernels
@@ -72,10 +73,8 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
         if parameter.requires_grad:
             # One update of 3e-6 changes 4 % of bf16 weights: what is trained is held in fp32.
             parameter.data = parameter.data.float()
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # Only the reentrant kind needs the embeddings' gradient, which would pass through every frozen layer.
-        model.disable_input_require_grads()
+    if kind := _checkpointing(config, model):
+        checkpointing.enable(model, kind, has_dropout=config.lora_dropout > 0)
     policy = Policy(model, is_peft=config.use_peft, temperature=config.temperature)
     plain = model.config._attn_implementation
     if config.attn_implementation == "auto":
@@ -84,6 +83,16 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
     if not policy.shares_prompts:
         policy.base.set_attn_implementation(plain)
     return policy
+
+
+def _checkpointing(config: Config, model: Any) -> Checkpointing:
+    """What the configuration asks for, or what suits the device where it leaves that open."""
+    serves = model.supports_gradient_checkpointing
+    if config.gradient_checkpointing is None:
+        return "selective" if serves and not torch.cuda.is_available() else False
+    if config.gradient_checkpointing and not serves:
+        raise ModelError(f"gradient_checkpointing: {type(model).__name__} has none: set it to false")
+    return config.gradient_checkpointing
 
 
 def _check_source(config: Config) -> None:

@@ -59,6 +59,7 @@ def test_flags_override_the_file_and_the_file_overrides_the_defaults(recipe):
         (["--learning-rate", "3e-6"], "learning_rate", 3e-6),
         (["--max_steps", "-1"], "max_steps", -1),
         (["--gradient_checkpointing"], "gradient_checkpointing", True),
+        (["--gradient_checkpointing", "selective"], "gradient_checkpointing", "selective"),
         (["--tensorboard", "false"], "tensorboard", False),
         (["--bf16", "none"], "bf16", None),
         (["--bf16", "False"], "bf16", False),
@@ -141,6 +142,11 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
         ("--seed -1", "seed='-1': should be greater than or equal to 0"),
         ("--learning_rate 0", "learning_rate='0': should be greater than 0"),
         ("--learning_rate abc", "learning_rate='abc': should be a valid number"),
+        (
+            "--gradient_checkpointing full",
+            "gradient_checkpointing='full': should be a valid boolean, unable to "
+            "interpret input; or it should be 'selective'",
+        ),
         ("--learning_rate nan", "learning_rate='nan': should be a finite number"),
         ("--kl_coef inf", "kl_coef='inf': should be a finite number"),
         ("--num_train_epochs 0", "num_train_epochs='0': should be greater than 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -23,6 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from benchmarks.measure import peak_extra_bytes
 from hypo_train.attention import NAME
 from hypo_train.batch import Batcher
 from hypo_train.config import Config
@@ -470,9 +473,10 @@ def test_gradient_checkpointing_passes_no_gradient_through_frozen_layers(saved_m
     assert needed == {frozen: False, trained: True}
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(saved_model, way):
+@pytest.mark.parametrize("kind", [True, "selective"], ids=["whole", "selective"])
+def test_gradient_checkpointing_gives_the_same_gradients(saved_model, way, kind):
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, kind):
         torch.manual_seed(0)  # the adapter's first weights
         policy = policy_of(saved_model(), gradient_checkpointing=checkpointing, **way).train()
         tiny.perturb(policy.trained_parameters().values())
@@ -480,13 +484,56 @@ def test_gradient_checkpointing_gives_the_same_gradients(saved_model, way):
         layer = policy.base.get_decoder().layers[1]
         layer.input_layernorm.register_forward_pre_hook(lambda *_, calls=forwards: calls.append(1))
         loss_of(policy, torch.zeros(len(sequences()))).backward()
-        assert len(forwards) == 1 + checkpointing
+        assert len(forwards) == 1 + bool(checkpointing)
         gradients.append({name: p.grad for name, p in policy.trained_parameters().items()})
     plain, recomputed = gradients
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
         assert gradient.abs().max() > 0, name
         assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+class Matmuls(TorchDispatchMode):
+    """Counts the matrix products and attentions of what runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.count += name.startswith("aten.mm") or "attention" in name
+        return function(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_keeps_less_and_computes_no_product_twice(saved_model):
+    kept, counts = [], []
+    for kind in (False, "selective", True):
+        policy = policy_of(saved_model(), gradient_checkpointing=kind).train()
+        with Matmuls() as matmuls:
+            forward = partial(policy, tree(), lambda hidden, head: hidden.sum())
+            loss, extra = peak_extra_bytes(forward, torch.device("cpu"))
+            loss.backward()
+        kept.append(extra)
+        counts.append(matmuls.count)
+    assert counts[0] == counts[1] < counts[2]
+    assert kept[0] > 1.3 * kept[1] > kept[2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "enabled"),
+    [(None, not torch.cuda.is_available()), ("selective", True), (True, True), (False, False)],
+)
+def test_checkpointing_is_what_was_asked_for_and_on_a_cpu_selective(saved_model, asked, enabled):
+    policy = policy_of(saved_model(), gradient_checkpointing=asked)
+    assert policy.base.is_gradient_checkpointing is enabled
+
+
+def test_a_model_without_checkpointing_trains_unless_it_is_asked_for(saved_model, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    policy_of(saved_model())
+    with pytest.raises(ModelError, match="gradient_checkpointing: LlamaForCausalLM has none: set it to false"):
+        policy_of(saved_model(), gradient_checkpointing=True)
 
 
 # Saved models
