@@ -22,10 +22,7 @@ from benchmarks.step.cases import SHAPES, SMOLLM, Case, Lengths
 SEED = 20240603
 PAD, EOS = 0, 2
 FIRST_WORD = 16  # ids below are left to special tokens
-SMOLLM_FOLDERS = (
-    Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct",
-    Path("/work/main/models/SmolLM2-135M-Instruct"),
-)
+SMOLLM_FOLDER = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 
 Ids = tuple[int, ...]
 
@@ -118,14 +115,11 @@ def _words(ids: Sequence[int]) -> str:
 
 
 def _write_smollm(folder: Path) -> Any:
-    source = next((path for path in SMOLLM_FOLDERS if (path / "model.safetensors").is_file()), None)
-    if source is None:
-        raise Missing(
-            "needs models/SmolLM2-135M-Instruct below the repository's root: python -m hypo_train.convert_gguf"
-        )
-    config = _with_our_tokens(AutoConfig.from_pretrained(source))
+    if not (SMOLLM_FOLDER / "model.safetensors").is_file():
+        raise Missing("needs SmolLM2 at the repository's root: make models/SmolLM2-135M-Instruct")
+    config = _with_our_tokens(AutoConfig.from_pretrained(SMOLLM_FOLDER))
     config.save_pretrained(folder)
-    (folder / "model.safetensors").symlink_to((source / "model.safetensors").resolve())
+    (folder / "model.safetensors").symlink_to((SMOLLM_FOLDER / "model.safetensors").resolve())
     return config
 
 

@@ -53,12 +53,14 @@ _TRL = (
     Variant(TRL_HYPO, "TRL", "hypo"),
     Variant("HyPO on TRL, no checkpointing", "TRL", "hypo", {"gradient_checkpointing": False}),
 )
+# No saving of time: what the memory that selective checkpointing saves costs.
+_KEPT = Variant("HyPO, activations kept", "ours", "hypo", {"gradient_checkpointing": False})
 
 
 def variants(case: Case) -> list[Variant]:
     """Everyone who takes part in a case."""
     off = {saving.name: saving.off for saving in savings(case) if saving.off is not None}
-    found = [*_TRL, Variant(DPO, "ours", "dpo"), Variant(HYPO, "ours", "hypo")]
+    found = [*_TRL, Variant(DPO, "ours", "dpo"), Variant(HYPO, "ours", "hypo"), _KEPT]
     found += [Variant(without(name), "ours", "hypo", settings) for name, settings in off.items()]
     if off:
         everything = {key: value for settings in off.values() for key, value in settings.items()}

@@ -164,7 +164,7 @@ def test_a_variant_whose_samples_end_early_is_named_wrong(monkeypatch: pytest.Mo
 
 
 def test_real_weights_that_are_not_there_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(material_module, "SMOLLM_FOLDERS", (tmp_path / "nowhere",))
+    monkeypatch.setattr(material_module, "SMOLLM_FOLDER", tmp_path / "nowhere")
     real = cases(CPU, quick=False)[0]
     with pytest.raises(Missing, match="models/SmolLM2-135M-Instruct"):
         prepare_material(real, tmp_path / "material", CPU)
