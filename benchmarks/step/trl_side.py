@@ -164,9 +164,10 @@ def _no_reward(completions: list[str], **_: Any) -> list[float | None]:
 
 
 def _policy(variant: Variant, material: Material, output_dir: Path) -> Any:
-    """The model as this project trains it: the same dtypes and the same weights frozen; TRL adds LoRA itself."""
+    """The model as this project trains it: the same dtypes and the same weights frozen; TRL adds the rest."""
     ours = config(Variant(variant.name, "ours", variant.algorithm), material, output_dir)
-    return load_policy(ours.model_copy(update={"use_peft": False}), autocast=material.case.autocast).model
+    plain = ours.model_copy(update={"use_peft": False, "gradient_checkpointing": False})
+    return load_policy(plain, autocast=material.case.autocast).model
 
 
 def _arguments(case: Case, output_dir: Path) -> dict[str, Any]:
