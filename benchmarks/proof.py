@@ -48,6 +48,7 @@ class Step:
     needs: tuple[str, ...] = ()
     tool: str = ""
     on_cpu: bool = False
+    in_quick: bool = True
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -78,7 +79,7 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
     quickly = ("--quick",) if quick else ()
     # Of torch's caching allocator the sanitizer sees one large block: overruns from tensor to tensor would pass.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
+    everything = [
         Step(
             "tests",
             "kernels and losses against float64, on real Triton",
@@ -86,6 +87,14 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
              *_in_parallel()),
             limit=250 if quick else 1500,
             needs=("pytest",),
+        ),
+        Step(
+            "training",
+            "packed trees, samplers, steps and everything else of the loop, on the device",
+            (*pytest, "tests/train", *_in_parallel()),
+            limit=1800,
+            needs=("pytest", *TRAINING),
+            in_quick=False,
         ),
         Step(
             "memcheck",
@@ -120,7 +129,16 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
             on_cpu=True,
             environment={"KINETO_LOG_LEVEL": "99"},
         ),
+        Step(
+            "step",
+            "an optimizer step against TRL's: time by phase, memory, loss and gradients, each saving switched off",
+            (*pytest, "benchmarks/bench_step.py", "--benchmark-only", "--results", str(results), "--same-section"),
+            limit=3600,
+            needs=("pytest", "pytest_benchmark", "trl", *TRAINING),
+            in_quick=False,
+        ),
     ]  # fmt: skip
+    return [step for step in everything if step.in_quick or not quick]
 
 
 def _missing(modules: Sequence[str]) -> list[str]:
@@ -226,7 +244,7 @@ def page(plan: Sequence[Step], results: Path) -> str:
 
 
 def main() -> int:
-    names = [step.name for step in steps(Path(), quick=True)]
+    names = [step.name for step in steps(Path(), quick=False)]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller, in less than 10 minutes")
     parser.add_argument("--only", action="append", choices=names, help="this step alone; may be given several times")
@@ -240,6 +258,8 @@ def main() -> int:
     device = torch.device("cuda" if cuda else "cpu")
     results = (args.results or ROOT / ("benchmarks" if cuda else ".benchmarks") / "RESULTS.md").resolve()
     plan = [step for step in steps(results, quick=args.quick) if step.name in (args.only or names)]
+    if not plan:
+        parser.error(f"--quick leaves out {' and '.join(args.only)}")
     if not cuda:
         print(page(plan, results), flush=True)
     print(f"\n{report.hardware(device)}; {report.state(device)}\n{report.versions()}; commit {report.commit()}")

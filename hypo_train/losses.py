@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hypo_kernels import HypoLoss, fused_hypo_loss, sequence_logprobs, token_logprobs
 from hypo_train.config import Config
-from hypo_train.policy import Head, HeadFunction
-from hypo_train.tree import Tree
+from hypo_train.model.policy import Head, HeadFunction
+from hypo_train.trees.tree import Tree
 
 
 @dataclass(frozen=True)

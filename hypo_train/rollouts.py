@@ -25,7 +25,7 @@ from torch import Tensor
 from hypo_kernels import HypoLoss
 from hypo_train.metrics import Meter
 from hypo_train.sampling import PromptKV, Sampler
-from hypo_train.tree import Tree
+from hypo_train.trees.tree import Tree
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hypo_train.costs.timing import PhaseTimer
 from hypo_train.data import Example, Pair
 from hypo_train.losses import Reference, preference_loss, reference_of, sequence_logprobs_of, token_losses
 from hypo_train.metrics import Meter, add_loss
-from hypo_train.policy import Head, HeadFunction, PromptPass, Trunk
+from hypo_train.model.policy import Head, HeadFunction, PromptPass, Trunk
 from hypo_train.rollouts import StepSamples, add_importance
 from hypo_train.run import Run
 from hypo_train.sampling import PromptKV
-from hypo_train.timing import PhaseTimer
-from hypo_train.tree import Tree
+from hypo_train.trees.tree import Tree
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from hypo_train.config import Config
+from hypo_train.costs.memory import peak_memory
 from hypo_train.evaluate import Evaluation, evaluate
 from hypo_train.log import RunLog
-from hypo_train.memory import peak_memory
 from hypo_train.metrics import Meter
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model

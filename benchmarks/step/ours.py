@@ -14,11 +14,11 @@ from benchmarks.step.material import SEED, Ids, Material
 from benchmarks.step.phases import REST
 from benchmarks.step.variants import Variant
 from hypo_train.config import Config
+from hypo_train.costs.timing import OTHER
 from hypo_train.metrics import Meter
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.sampling import Samples
 from hypo_train.step import train_step
-from hypo_train.timing import OTHER
 
 BETA, KL_COEF = 0.1, 1.0  # so that both terms weigh in the gradients that are compared
 

@@ -25,7 +25,7 @@ from benchmarks.step.material import SEED, Ids, Material
 from benchmarks.step.ours import BETA, KL_COEF, config
 from benchmarks.step.phases import Hook, timed_phases
 from benchmarks.step.variants import Variant
-from hypo_train.model import load_policy
+from hypo_train.model.load import load_policy
 
 
 class HyPOTrainer(RLOOTrainer):

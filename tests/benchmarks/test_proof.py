@@ -96,6 +96,15 @@ def test_the_quick_kit_ends_within_ten_minutes() -> None:
     assert sum(step.limit + proof.GRACE for step in proof.steps(Path("RESULTS.md"), quick=True)) <= 600
 
 
+def test_the_quick_kit_says_which_step_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["proof", "--quick", "--only", "step"])
+    with pytest.raises(SystemExit, match="2"):
+        proof.main()
+    assert "--quick leaves out step" in capsys.readouterr().err
+
+
 def test_the_kernel_that_racecheck_picks_is_there() -> None:
     rows_kernels = pytest.importorskip("hypo_kernels.kernels.rows", reason="Triton is not installed")
     assert hasattr(rows_kernels, proof.ROW_KERNEL)

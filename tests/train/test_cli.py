@@ -165,7 +165,7 @@ def test_a_model_that_is_not_causal_is_named(refusal, tmp_path):
 
 
 def test_an_adapter_folder_is_one_line(refusal, tmp_path, saved_model):
-    from hypo_train.model import load_policy
+    from hypo_train.model.load import load_policy
 
     adapted = tiny.make_config(tmp_path, saved_model(), use_peft=True)
     load_policy(adapted, autocast=False).save_pretrained(tmp_path / "adapter")

@@ -10,13 +10,13 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hypo_train.batch import Batcher
 from hypo_train.config import load_config
 from hypo_train.convert_gguf import find_gguf, main
 from hypo_train.data import load_pairs
 from hypo_train.losses import token_losses
-from hypo_train.model import load_policy
+from hypo_train.model.load import load_policy
 from hypo_train.train import train
+from hypo_train.trees.batch import Batcher
 
 RECIPES = Path(__file__).parents[2] / "hypo_train" / "recipes"
 

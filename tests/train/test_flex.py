@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hypo_train import flex
-from hypo_train.attention import Layout, Part
+from hypo_train.trees import flex
+from hypo_train.trees.attention import Layout, Part
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 

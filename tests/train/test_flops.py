@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypo_train.batch import Batcher
+from hypo_train.costs.flops import ModelFlops, Size, UncountedError, peak_bf16
 from hypo_train.data import Pair
-from hypo_train.flops import ModelFlops, Size, UncountedError, peak_bf16
 from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
-from hypo_train.model import load_policy
+from hypo_train.model.load import load_policy
+from hypo_train.trees.batch import Batcher
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hypo_train.metrics import Meter
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.step import train_step
-from hypo_train.tree import Tree
+from hypo_train.trees.tree import Tree
 
 aten = torch.ops.aten
 

@@ -10,8 +10,8 @@ import torch
 from test_model import LORA, policy_of
 from transformers.models.llama import modeling_llama
 
-from hypo_train.liger import use_layer_kernels
-from hypo_train.policy import ModelError
+from hypo_train.model.liger import use_layer_kernels
+from hypo_train.model.policy import ModelError
 
 
 @pytest.fixture

@@ -26,14 +26,14 @@ from transformers import (
 )
 
 from benchmarks.measure import peak_extra_bytes
-from hypo_train.attention import NAME
-from hypo_train.batch import Batcher
 from hypo_train.config import Config
 from hypo_train.data import Pair
-from hypo_train.exactness import check_exactness
 from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
-from hypo_train.model import eos_token_ids, load_policy, load_tokenizer
-from hypo_train.policy import ModelError, Policy
+from hypo_train.model.exactness import check_exactness
+from hypo_train.model.load import eos_token_ids, load_policy, load_tokenizer
+from hypo_train.model.policy import ModelError, Policy
+from hypo_train.trees.attention import NAME
+from hypo_train.trees.batch import Batcher
 
 # The ways to train, and what each asks of the config.
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
@@ -304,7 +304,7 @@ def test_a_second_active_adapter_on_the_head_and_a_merged_one_are_refused(saved_
 def test_an_update_of_the_head_that_is_not_served_as_peft_computes_it_is_found_before_training(
     saved_model, monkeypatch
 ):
-    monkeypatch.setattr("hypo_train.policy._active_lora", lambda layer: None)  # as if the adapter were ignored
+    monkeypatch.setattr("hypo_train.model.policy._active_lora", lambda layer: None)  # as if the adapter were ignored
     assert "computes its logits in a way the kernels do not serve" in refusal(saved_model(), **LORA_HEAD)
 
 

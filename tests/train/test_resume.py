@@ -20,7 +20,7 @@ import hypo_train.step as one_step
 import hypo_train.train as loop
 from hypo_train.config import ConfigError
 from hypo_train.log import read_metrics
-from hypo_train.policy import Policy
+from hypo_train.model.policy import Policy
 from hypo_train.sampling import DecodeSampler
 from hypo_train.train import train
 

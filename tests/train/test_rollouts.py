@@ -9,13 +9,13 @@ import tiny
 import torch
 
 from hypo_kernels import Importance, fused_hypo_loss, token_logprobs
-from hypo_train.attention import NAME
-from hypo_train.batch import Batcher
 from hypo_train.data import Pair
 from hypo_train.metrics import Meter
-from hypo_train.policy import Policy
+from hypo_train.model.policy import Policy
 from hypo_train.rollouts import Rollouts, StepSamples, add_importance
 from hypo_train.sampling import GenerateSampler, Samples
+from hypo_train.trees.attention import NAME
+from hypo_train.trees.batch import Batcher
 
 K, LONGEST = 2, 5
 

@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 
-from hypo_train.batch import Batcher
-from hypo_train.flops import ModelFlops, Rates, UncountedError
+from hypo_train.costs.flops import ModelFlops, Rates, UncountedError
+from hypo_train.costs.memory import peak_memory
+from hypo_train.costs.throughput import Throughput
 from hypo_train.log import read_metrics
-from hypo_train.memory import peak_memory
-from hypo_train.throughput import Throughput
 from hypo_train.train import train
+from hypo_train.trees.batch import Batcher
 
 FLOPS = ModelFlops(
     policy=Rates(10.0, 1.0, 100.0),
@@ -120,7 +120,7 @@ def test_evaluations_and_checkpoints_take_no_time_of_a_step(settings, monkeypatc
         nonlocal now
         now += 1000.0
 
-    monkeypatch.setattr("hypo_train.timing.time.perf_counter", lambda: now)
+    monkeypatch.setattr("hypo_train.costs.timing.time.perf_counter", lambda: now)
     monkeypatch.setattr("hypo_train.train._evaluate", slow)
     monkeypatch.setattr("hypo_train.train.save", slow)
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hypo_train.batch import Batcher
 from hypo_train.config import load_config
 from hypo_train.data import batch_indices
 from hypo_train.log import read_metrics
 from hypo_train.metrics import Meter
 from hypo_train.run import prepare
 from hypo_train.train import train, train_step
+from hypo_train.trees.batch import Batcher
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 LORA_HEAD = {**LORA, "lora_target_modules": ["q_proj", "v_proj", "lm_head"]}

@@ -7,8 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from hypo_train.attention import NAME, Layout, Part, decoder_inputs
-from hypo_train.tree import pack, separate_rows
+from hypo_train.trees.attention import NAME, Layout, Part, decoder_inputs
+from hypo_train.trees.tree import pack, separate_rows
 
 VOCAB, PAD = 61, 0
 

@@ -8,7 +8,7 @@ from test_model import tree as whole_tree
 from torch.testing import assert_close
 
 from hypo_train.losses import preference_loss, reference_of
-from hypo_train.trunk import frozen_layers
+from hypo_train.model.trunk import frozen_layers
 
 WAYS = {"full": {}, "lora": LORA, "last layer": {"num_layers_unfrozen": 1}, "no layer": {"num_layers_unfrozen": 2}}
 ARCHITECTURES = ["llama", "gpt_neox", "gpt2", "gemma2"]

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hypo_train.config import Config
-from hypo_train.policy import Policy
+from hypo_train.model.policy import Policy
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

@@ -10,12 +10,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hypo_train import attention, checkpointing
-from hypo_train.checkpointing import Checkpointing
 from hypo_train.config import Config
-from hypo_train.exactness import check_exactness
-from hypo_train.liger import use_layer_kernels
-from hypo_train.policy import ModelError, Policy, first_line
+from hypo_train.model import checkpointing
+from hypo_train.model.checkpointing import Checkpointing
+from hypo_train.model.exactness import check_exactness
+from hypo_train.model.liger import use_layer_kernels
+from hypo_train.model.policy import ModelError, Policy, first_line
+from hypo_train.trees.attention import NAME
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -78,7 +79,7 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
     policy = Policy(model, is_peft=config.use_peft, temperature=config.temperature)
     plain = model.config._attn_implementation
     if config.attn_implementation == "auto":
-        policy.base.set_attn_implementation(attention.NAME)
+        policy.base.set_attn_implementation(NAME)
     policy.why_separate_rows = check_exactness(policy)
     if not policy.shares_prompts:
         policy.base.set_attn_implementation(plain)

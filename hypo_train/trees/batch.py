@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hypo_train.data import Example, Pair
-from hypo_train.tree import Tree, pack, separate_rows
+from hypo_train.trees.tree import Tree, pack, separate_rows
 
 Completions = Sequence[Sequence[int]]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 if TYPE_CHECKING:
-    from hypo_train.attention import Layout
+    from hypo_train.trees.attention import Layout
 
 BLOCK = 128  # FlexAttention's own choice: every tile of its kernels divides it
 # One model needs a handful of graphs (with and without gradients, policy and reference), whatever its lengths.

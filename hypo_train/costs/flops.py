@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hypo_train.attention import Layout, causal
-from hypo_train.policy import Head, Policy
-from hypo_train.tree import Tree, pack, separate_rows
-from hypo_train.trunk import decoder_layers
+from hypo_train.model.policy import Head, Policy
+from hypo_train.model.trunk import decoder_layers
+from hypo_train.trees.attention import Layout, causal
+from hypo_train.trees.tree import Tree, pack, separate_rows
 
 Tokens = Sequence[Sequence[int]]
 

@@ -21,7 +21,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hypo_train.attention import Layout, causal
+from hypo_train.trees.attention import Layout, causal
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from hypo_train.batch import Batcher
 from hypo_train.config import Config, ConfigError
 from hypo_train.data import Pair, batches_per_epoch
-from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
-from hypo_train.policy import ModelError, Policy
+from hypo_train.model.fingerprint import fingerprint
+from hypo_train.model.policy import ModelError, Policy
+from hypo_train.trees.batch import Batcher
 
 FORMAT_VERSION = 1  # of the file, and of how the values are computed: raised when either changes
 _SECONDS_PER_LINE = 30.0

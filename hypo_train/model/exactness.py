@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hypo_train.attention import NAME
-from hypo_train.policy import Head, HeadFunction, ModelError, Policy, first_line
-from hypo_train.tree import Tree, pack, separate_rows
+from hypo_train.model.policy import Head, HeadFunction, ModelError, Policy, first_line
+from hypo_train.trees.attention import NAME
+from hypo_train.trees.tree import Tree, pack, separate_rows
 
 T = TypeVar("T")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from hypo_train.flops import ModelFlops, Size
-from hypo_train.tree import Tree
+from hypo_train.costs.flops import ModelFlops, Size
+from hypo_train.trees.tree import Tree
 
 
 class Throughput:
-    """Rows, tokens and model FLOPs (see :mod:`hypo_train.flops`) since the last reading.
+    """Rows, tokens and model FLOPs (see :mod:`hypo_train.costs.flops`) since the last reading.
 
     ``mfu``, model FLOP utilisation, is all of a step's model FLOPs over its whole time and the device's peak:
     policy forward and backward, reference and sampling. Each part is logged too, so that other definitions can be

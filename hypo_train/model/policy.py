@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypo_kernels.head import LMHead, LoRA
-from hypo_train.attention import NAME, KeyValues, Part, decoder_inputs
-from hypo_train.tree import Tree
-from hypo_train.trunk import frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
+from hypo_train.model.trunk import frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
+from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
+from hypo_train.trees.tree import Tree
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""What a step costs: seconds by phase, work, rate and memory."""

@@ -1,0 +1,1 @@
+"""Prompts and their completions as packed rows, and attention over them."""
