@@ -58,7 +58,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def step_session(pytestconfig: pytest.Config, offline: None) -> StepSession:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path, quick = results_file(pytestconfig, device), pytestconfig.getoption("quick")
-    rounds = pytestconfig.getoption("rounds") or (2 if quick else 3)
+    rounds = pytestconfig.getoption("rounds") or (1 if quick else 3)
     heads = [f"{hardware(device)}; {state(device)}", versions(), *report.legend(device), ""]
     shown = [("steps, variants in turns", "\n".join(heads))]
     pytestconfig.stash[SECTIONS] = shown
