@@ -35,5 +35,5 @@ def fingerprint(tensor: Tensor) -> str:
 @cache
 def _weights(device: torch.device) -> Tensor:
     """(2, _BLOCK) int64, the same in every process."""
-    stream = hashlib.shake_256(b"hypo_train.model.fingerprint").digest(2 * _BLOCK * 8)
+    stream = hashlib.shake_256(b"hypo_train.fingerprint").digest(2 * _BLOCK * 8)
     return torch.frombuffer(bytearray(stream), dtype=torch.int64).view(2, _BLOCK).to(device)
