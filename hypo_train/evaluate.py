@@ -11,6 +11,7 @@ import torch
 
 from hypo_train.losses import Reference, preference_loss, reference_of, sequence_logprobs_of, token_losses
 from hypo_train.metrics import Meter, add_loss
+from hypo_train.model.mode import eval_mode
 from hypo_train.run import Run
 
 
@@ -33,17 +34,13 @@ def evaluate(run: Run) -> Evaluation:
     standard error; ``eval_reward`` is the mean true reward, where one is configured.
     """
     config, policy = run.config, run.policy
-    training = policy.training
-    policy.eval()
-    try:
+    with eval_mode(policy):
         meter = Meter()
         size = config.per_device_eval_batch_size
         for start in range(0, len(run.eval_rows), size):
             _add_rows(meter, run, start, start + size)
         metrics = meter.read()
         samples = _samples(run)
-    finally:
-        policy.train(training)
     if config.algorithm != "sft":
         metrics |= _mean_and_error("kl", [sample["kl"] for sample in samples])
     if run.reward is not None:

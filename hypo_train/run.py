@@ -20,8 +20,8 @@ from hypo_train.costs.timing import PhaseTimer
 from hypo_train.data import Example, Pair, batch_indices, batches_per_epoch, load_examples, load_pairs, longest_first
 from hypo_train.model.load import eos_token_ids, load_policy, load_tokenizer
 from hypo_train.model.policy import ModelError, Policy
-from hypo_train.model.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import RewardFunction, load_reward
 from hypo_train.rollouts import Rollouts
 from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, VLLMSampler, serves

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hypo_train.model.mode import eval_mode
 from hypo_train.model.policy import Head, Policy
 from hypo_train.model.trunk import decoder_layers
 from hypo_train.trees.attention import Layout, causal
@@ -140,13 +141,10 @@ def _probe(policy: Policy) -> tuple[list[_Linear], bool]:
 
     decoder = policy.base.get_decoder()
     handles = [m.register_forward_pre_hook(record) for m in decoder.modules() if isinstance(m, nn.Linear | Conv1D)]
-    training = policy.training
-    policy.eval()
     try:
-        with torch.enable_grad():
+        with eval_mode(policy), torch.enable_grad():
             through_head = policy(tree, lambda hidden, head: hidden.requires_grad)
     finally:
-        policy.train(training)
         for handle in handles:
             handle.remove()
     return found, through_head

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hypo_train.model.mode import eval_mode
 from hypo_train.model.policy import Head, HeadFunction, ModelError, Policy, first_line
 from hypo_train.trees.attention import NAME
 from hypo_train.trees.tree import Tree, pack, separate_rows
@@ -44,32 +45,25 @@ def check_exactness(policy: Policy) -> str | None:
         own, by_head = zip(*(_plain_logits(policy, prompts[p], branch) for p, branch in branches), strict=True)
         return head.next_token_logits(hidden), torch.cat(own), torch.cat(by_head)
 
-    training = policy.training
-    policy.eval()
+    def logits_of(tree: Tree) -> Tensor:
+        return run(tree, lambda hidden, head: head.next_token_logits(hidden))
+
     try:
-        in_rows, alone, by_head = run(separate_rows(prompts, branches, pad_token_id=0), every)
-        if not _close(by_head, alone, 1e-3 if precise else 1e-2):
-            raise ModelError(
-                f"{name} computes its logits in a way the kernels do not serve: they differ by "
-                f"{(by_head - alone).abs().max():.2g} from its head applied to the last hidden state"
-            )
-        if not _close(in_rows, alone, 1e-3 if precise else 1e-1):
-            raise ModelError(
-                f"{name} ({policy.base.config._attn_implementation} attention) does not honour padding: logits "
-                f"differ by {(in_rows - alone).abs().max():.2g} from those of a row alone"
-            )
-        return _why_no_trees(
-            policy,
-            lambda tree: run(tree, lambda hidden, head: head.next_token_logits(hidden)),
-            prompts,
-            branches,
-            alone,
-            precise,
-        )
+        with eval_mode(policy):
+            in_rows, alone, by_head = run(separate_rows(prompts, branches, pad_token_id=0), every)
+            if not _close(by_head, alone, 1e-3 if precise else 1e-2):
+                raise ModelError(
+                    f"{name} computes its logits in a way the kernels do not serve: they differ by "
+                    f"{(by_head - alone).abs().max():.2g} from its head applied to the last hidden state"
+                )
+            if not _close(in_rows, alone, 1e-3 if precise else 1e-1):
+                raise ModelError(
+                    f"{name} ({policy.base.config._attn_implementation} attention) does not honour padding: "
+                    f"logits differ by {(in_rows - alone).abs().max():.2g} from those of a row alone"
+                )
+            return _why_no_trees(policy, logits_of, prompts, branches, alone, precise)
     except (TypeError, RuntimeError) as error:
         raise ModelError(f"{name} cannot be trained here: {first_line(error)}") from error
-    finally:
-        policy.train(training)
 
 
 def _why_no_trees(

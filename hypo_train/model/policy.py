@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypo_kernels.head import LMHead, LoRA
+from hypo_train.model.mode import eval_mode
 from hypo_train.model.trunk import frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
 from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
 from hypo_train.trees.tree import Tree
@@ -189,14 +190,8 @@ class Policy(nn.Module):
         """The same of the reference model: frozen, without dropout."""
         if self._reference_dropped:
             raise RuntimeError("the reference was dropped, and is asked for")
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with self.model.disable_adapter() if self.is_peft else nullcontext():
-                return functional_call(self, self.reference_parameters, (tree, function), {"trunk": trunk})
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with eval_mode(self), self.model.disable_adapter() if self.is_peft else nullcontext():
+            return functional_call(self, self.reference_parameters, (tree, function), {"trunk": trunk})
 
     def reference_to(self, device: torch.device) -> None:
         """Move the reference's parameters, which are no module's own, to ``device``."""

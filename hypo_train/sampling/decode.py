@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hypo_train.model.mode import eval_mode
 from hypo_train.sampling.branches import Branches, KVShape, Rules, attention, num_slots, takes_packed
 from hypo_train.sampling.capture import CapturedBranches, bucket, fingerprint
 from hypo_train.sampling.prefill import prefill
-from hypo_train.sampling.protocol import Distribution, PromptKV, Samples, check_request, eval_mode
+from hypo_train.sampling.protocol import Distribution, PromptKV, Samples, base_model, check_request
 from hypo_train.sampling.shadow import Shadow, is_adapted, linear_layers, unmergeable
 from hypo_train.sampling.support import (
     attention_window,
-    base_model,
     compute_dtype,
     kv_shape,
     serves,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
+from hypo_train.model.mode import eval_mode
 from hypo_train.sampling.protocol import (
     Distribution,
     PromptKV,
     Samples,
+    base_model,
     check_request,
-    eval_mode,
     left_padded,
     positions,
 )
@@ -184,8 +185,7 @@ def _completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, le
         "logits_to_keep": length + 1,
         "use_cache": False,
     }
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    accepted = inspect.signature(base.forward).parameters
+    accepted = inspect.signature(base_model(model).forward).parameters
     inputs = {name: value for name, value in inputs.items() if name in accepted}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
     return logits[:, -length - 1 : -1]

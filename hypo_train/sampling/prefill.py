@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from hypo_train.sampling.protocol import PromptKV, left_padded, positions
+from hypo_train.sampling.protocol import PromptKV, base_model, left_padded, positions
 
 
 def prefill(model: Any, prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> PromptKV:
     """Under the caller's `no_grad`, eval mode and autocast."""
     device = next(model.parameters()).device
     input_ids, attention_mask = left_padded(prompts, pad_token_id, device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     # Without it, the head runs over every token of every prompt.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     output = model(

@@ -5,14 +5,13 @@ An engine is anything that keeps the protocol; `tests/train/test_sampler.py` is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
@@ -145,17 +144,6 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """eval(), each module's own mode put back afterwards.
-
-    In train mode, gradient checkpointing drops the KV cache and LoRA applies its dropout: wrong tokens, and
-    no error.
-    """
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def base_model(model: Any) -> Any:
+    """The transformers model, without peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypo_train.sampling.protocol import base_model
+
 
 class Shadow:
     """`model`, sharing what it can with the live one; `refresh` after the live one has changed.
@@ -29,7 +31,7 @@ class Shadow:
     def __init__(self, live: Any, dtype: torch.dtype | None) -> None:
         if reason := unmergeable(live):
             raise ValueError(reason)
-        base = live.get_base_model() if hasattr(live, "get_base_model") else live
+        base = base_model(live)
         self.dtype = dtype
         shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
         self.model = copy.deepcopy(base, shared)
@@ -83,7 +85,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """
     if reason := unmergeable(model):
         raise ValueError(reason)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     adapted = [(name, layer) for name, layer in linear_layers(base) if is_adapted(layer)]
     for name, layer in adapted:
         yield f"{name}.weight", merged_weight(layer)
@@ -116,7 +118,7 @@ def merged_weight(layer: Any) -> Tensor:
 
 def unmergeable(model: Any) -> str | None:
     """Why adapters cannot be merged: DoRA and its like, a bias of the adapter's, layers that are not linear."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     for name, layer in linear_layers(base):
         if not is_adapted(layer):
             continue

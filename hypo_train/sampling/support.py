@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypo_train.model.mode import eval_mode
 from hypo_train.sampling.branches import Branches, KVShape, Rules, attention, takes_packed
 from hypo_train.sampling.prefill import prefill
-from hypo_train.sampling.protocol import Distribution, eval_mode
+from hypo_train.sampling.protocol import Distribution, base_model
 
 _PROMPTS = ([3, 1, 4, 1, 5], [2, 7])  # of different lengths: the shorter is padded
 _STEPS = 3
@@ -25,11 +26,6 @@ def serves(model: Any) -> str | None:
     plain forward pass over the same row, to half the digits of the model's dtype.
     """
     return _structure(model) or _proof(model)
-
-
-def base_model(model: Any) -> Any:
-    """The transformers model, without peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def text_config(model: Any) -> Any:

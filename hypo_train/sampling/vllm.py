@@ -109,9 +109,7 @@ class VLLMSampler:
             self._asleep = False
             self._outdated = True  # whatever came back, it is what it was
         if self._outdated:
-            self._engine.apply_model(
-                lambda engine_model: engine_model.load_weights(merged_weights(self.model)) and None
-            )
+            self._engine.apply_model(self._push)
             self._engine.reset_prefix_cache()  # its KV is of the old weights
             self._outdated = False
 

@@ -15,14 +15,14 @@ from test_resume import INTERVALS, Killed, assert_same_run, die, metrics_of
 from test_train import LAST_LAYER, LORA, LORA_HEAD, recorded, steps
 from torch.testing import assert_close
 
-import hypo_train.model.reference_cache as cache
+import hypo_train.reference_cache as cache
 import hypo_train.train as loop
 from hypo_train.config import Config, ConfigError
 from hypo_train.data import Pair
+from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
-from hypo_train.model.fingerprint import fingerprint
 from hypo_train.model.policy import ModelError, Policy
-from hypo_train.model.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
+from hypo_train.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.train import train
 

@@ -83,10 +83,11 @@ def test_a_budget_of_tokens_cuts_the_step_without_changing_it(settings, algorith
         cuts.append([tree.num_tokens for tree in trees])
         results.append({name: p.grad for name, p in run.policy.trained_parameters().items()})
     assert len(cuts[0]) == 1
-    assert len(cuts[1]) == {1: 8, 60: len(cuts[1]), 100_000: 1}[budget]
     if budget == 60:
         assert 1 < len(cuts[1]) < 8
         assert max(cuts[1]) <= budget
+    else:
+        assert len(cuts[1]) == {1: 8, 100_000: 1}[budget]
     for name, gradient in results[0].items():
         assert_close(results[1][name], gradient, atol=1e-5, rtol=1e-5)
 

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from hypo_train.config import Config, ConfigError
 from hypo_train.data import Pair, batches_per_epoch
+from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
-from hypo_train.model.fingerprint import fingerprint
 from hypo_train.model.policy import ModelError, Policy
 from hypo_train.trees.batch import Batcher
 
