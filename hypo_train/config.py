@@ -251,6 +251,10 @@ def _conflicts(c: Config) -> list[str]:
             f"kl_estimator={c.kl_estimator} with algorithm={c.algorithm}: it estimates no KL, use algorithm: hypo",
         ),
         (
+            c.algorithm != "hypo" and c.rollout_steps > 1,
+            f"rollout_steps={c.rollout_steps} with algorithm={c.algorithm}: it draws no samples, use algorithm: hypo",
+        ),
+        (
             c.precompute_ref_log_probs is True and c.algorithm == "sft",
             "precompute_ref_log_probs=true with algorithm=sft: it has no reference, leave it out",
         ),

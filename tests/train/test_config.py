@@ -167,6 +167,7 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
         ("--reward score", "reward='score': write it as package.module:function"),
         ("--num_generations 1", "num_generations=1: hypo compares the samples of a prompt, use at least 2"),
         ("--algorithm dpo --kl_estimator exact", "kl_estimator=exact with algorithm=dpo: it estimates no KL"),
+        ("--algorithm ipo --rollout_steps 2", "rollout_steps=2 with algorithm=ipo: it draws no samples"),
         ("--kl_estimator k3", "kl_estimator='k3': should be 'sampled' or 'exact'"),
         ("--algorithm ipo --label_smoothing 0.1", "label_smoothing=0.1: IPO has none, use 0"),
         ("--use_peft --num_layers_unfrozen 4", "use_peft=true with num_layers_unfrozen=4: choose one"),
