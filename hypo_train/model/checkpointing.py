@@ -12,6 +12,9 @@ Checkpointing = bool | Literal["selective"]
 # What costs time, and so is kept: matrix products, and attention under any of its names.
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm"}
 _ATTENTION = ("attention", "flash_attn")
+# A result that is so many times as wide as what it was computed from costs little for the memory that it takes: it is
+# a low-rank update's, LoRA's B. Models' own layers widen by up to 8.
+_LOW_RANK = 8
 
 
 def enable(model: Any, kind: Checkpointing, *, has_dropout: bool) -> None:
@@ -32,5 +35,9 @@ def enable(model: Any, kind: Checkpointing, *, has_dropout: bool) -> None:
 
 def _keep_what_costs_time(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = str(operator).removeprefix("aten.")
-    costly = name.split(".")[0] in _PRODUCTS or any(part in name for part in _ATTENTION)
+    kind = name.split(".")[0]
+    costly = kind in _PRODUCTS or any(part in name for part in _ATTENTION)
+    if kind in ("mm", "addmm"):
+        inner, width = args[-1].shape
+        costly = width <= _LOW_RANK * inner
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE

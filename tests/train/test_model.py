@@ -520,6 +520,17 @@ def test_selective_checkpointing_keeps_less_and_computes_no_product_twice(saved_
     assert kept[0] > 1.3 * kept[1] > kept[2]
 
 
+def test_selective_checkpointing_keeps_no_wide_result_of_a_low_rank_update(saved_model):
+    kept = []
+    for adapter in ({}, {"use_peft": True, "lora_r": 1, "lora_target_modules": "all-linear"}):
+        policy = policy_of(saved_model(), gradient_checkpointing="selective", **adapter).train()
+        forward = partial(policy, tree(), lambda hidden, head: hidden.sum())
+        _, extra = peak_extra_bytes(forward, torch.device("cpu"))
+        kept.append(extra)
+    full, lora = kept
+    assert lora < 1.2 * full
+
+
 @pytest.mark.parametrize(
     ("asked", "enabled"),
     [(None, not torch.cuda.is_available()), ("selective", True), (True, True), (False, False)],
