@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench gpu smollm2
+.PHONY: demo test check bench gpu smollm2 paper
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hypo_train
@@ -24,6 +24,10 @@ bench: $(INSTALLED)
 # The proof kit. A Python that has a CUDA torch of its own needs no environment: python -m benchmarks.proof
 gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.proof $(ARGS)
+
+# The paper's synthetic experiments and counterexamples: tables and pictures in benchmarks/paper/results.
+paper: $(INSTALLED)
+	$(BIN)/python -m benchmarks.paper.coverage
 
 smollm2: $(INSTALLED) models/SmolLM2-135M-Instruct
 	$(BIN)/python -m hypo_train --config hypo_train/recipes/smollm2-lora.yaml

@@ -45,8 +45,9 @@ class Config(BaseModel):
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    algorithm: Literal["hypo", "dpo", "ipo", "sft"] = "hypo"
-    """What is trained: DPO plus the online reverse KL (hypo), DPO or IPO alone, or supervised fine-tuning."""
+    algorithm: Literal["hypo", "dpo", "ipo", "rloo", "reward", "sft"] = "hypo"
+    """What is trained: DPO plus the online reverse KL (hypo), DPO or IPO alone, a policy on its reward less beta times
+    the KL (rloo), a reward model on preferences (reward), or supervised fine-tuning."""
     output_dir: Text = "runs/hypo"
     """Folder for metrics, checkpoints and the final model; made when it does not exist."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -116,7 +117,8 @@ class Config(BaseModel):
     ~/.cache."""
 
     beta: PositiveFloat = 0.1
-    """DPO's and IPO's beta: the larger, the nearer the policy stays to the reference."""
+    """DPO's and IPO's beta, and rloo's weight of the reverse KL: the larger, the nearer the policy stays to the
+    reference."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a preference label is flipped (conservative DPO)."""
     kl_coef: NonNegativeFloat = 1e-4
@@ -125,9 +127,18 @@ class Config(BaseModel):
     """How a sample estimates the reverse KL: by its own log-ratio (sampled), or by the divergence of the full
     next-token distributions along it (exact), with less noise for the reference's logits; hypo only."""
     num_generations: PositiveInt = 2
-    """Samples a prompt for the reverse KL, each the others' baseline; hypo needs at least 2."""
+    """Samples a prompt, each the others' baseline; hypo and rloo need at least 2."""
     length_penalty: NonNegativeFloat = 0.0
-    """Added to a sample's log-ratio for each of its tokens, so that length costs as KL does; hypo only."""
+    """Added to a sample's log-ratio for each of its tokens, so that length costs as KL does; hypo and rloo."""
+
+    reward: Text | None = None
+    """What a response is worth: "package.module:function", called with the texts (prompt, completion). rloo learns
+    from it; evaluations of every algorithm report it."""
+    reward_model_path: Text | None = None
+    """The same from a reward model: a Hub name or local folder of a sequence classifier with one label and the
+    policy's tokenizer, such as algorithm: reward makes."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Taken from the reward of a sample that has not ended within max_new_tokens."""
 
     sampler: Literal["auto", "decode", "generate", "vllm"] = "auto"
     """Engine that draws the samples: decode is ours and generate transformers' own, over the live weights; vllm
@@ -140,7 +151,7 @@ class Config(BaseModel):
     training fits beside them."""
     rollout_steps: PositiveInt = 1
     """Optimizer steps that one draw of samples serves; above 1, later steps learn from samples of an earlier policy,
-    corrected by truncated importance weights. hypo only."""
+    corrected by truncated importance weights. hypo and rloo."""
     importance_cap: PositiveFloat = 2.0
     """Largest importance weight of a token, with rollout_steps above 1."""
     temperature: PositiveFloat = 1.0
@@ -192,10 +203,6 @@ class Config(BaseModel):
     """Samples for each of those prompts."""
     per_device_eval_batch_size: PositiveInt = 16
     """Rows or prompts in one evaluation batch on one device."""
-    reward: Text | None = None
-    """True reward of a response where the data set has one: "package.module:function", called with the texts
-    (prompt, completion)."""
-
     logging_steps: PositiveInt = 10
     """Write metrics every so many steps."""
     peak_tflops: PositiveFloat | None = None
@@ -207,6 +214,20 @@ class Config(BaseModel):
     """Checkpoints to keep; older ones are deleted."""
     tensorboard: bool = True
     """Write TensorBoard event files as well as metrics.jsonl."""
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether a step draws samples of the policy."""
+        return self.algorithm in ("hypo", "rloo")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss knows a reference."""
+        return self.algorithm not in ("reward", "sft")
+
+    @property
+    def has_reward(self) -> bool:
+        return self.reward is not None or self.reward_model_path is not None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -226,7 +247,7 @@ class Config(BaseModel):
     def warnings(self) -> list[str]:
         """Settings that are allowed but seldom meant, one line each."""
         lines = []
-        if self.algorithm == "hypo" and (self.top_k, self.top_p) != (0, 1.0):
+        if self.draws_samples and (self.top_k, self.top_p) != (0, 1.0):
             lines.append(
                 f"top_k={self.top_k}, top_p={self.top_p:g}: truncated samples do not follow the policy, so the KL "
                 "is biased (use 0, 1)"
@@ -243,20 +264,23 @@ def _conflicts(c: Config) -> list[str]:
     no_eval_rows = c.dataset_test_split is None and not c.num_eval_rows
     rules = [
         (
-            c.algorithm == "hypo" and c.num_generations < 2,
-            f"num_generations={c.num_generations}: hypo compares the samples of a prompt, use at least 2",
+            c.draws_samples and c.num_generations < 2,
+            f"num_generations={c.num_generations}: {c.algorithm} compares the samples of a prompt, use at least 2",
         ),
         (
             c.algorithm != "hypo" and c.kl_estimator != "sampled",
-            f"kl_estimator={c.kl_estimator} with algorithm={c.algorithm}: it estimates no KL, use algorithm: hypo",
+            f"kl_estimator={c.kl_estimator} with algorithm={c.algorithm}: only hypo can estimate its KL so, leave it "
+            "out (or use algorithm: hypo)",
         ),
         (
-            c.algorithm != "hypo" and c.rollout_steps > 1,
-            f"rollout_steps={c.rollout_steps} with algorithm={c.algorithm}: it draws no samples, use algorithm: hypo",
+            not c.draws_samples and c.rollout_steps > 1,
+            f"rollout_steps={c.rollout_steps} with algorithm={c.algorithm}: it draws no samples, leave it out (or use "
+            "algorithm: hypo)",
         ),
         (
-            c.precompute_ref_log_probs is True and c.algorithm == "sft",
-            "precompute_ref_log_probs=true with algorithm=sft: it has no reference, leave it out",
+            c.precompute_ref_log_probs is True and (c.algorithm == "rloo" or not c.has_reference),
+            f"precompute_ref_log_probs=true with algorithm={c.algorithm}: it asks the reference about no pair, leave "
+            "it out",
         ),
         (
             c.precompute_ref_log_probs is True and c.kl_estimator == "exact",
@@ -285,6 +309,23 @@ def _conflicts(c: Config) -> list[str]:
             f"eval_steps={c.eval_steps}: nothing to evaluate on, set dataset_test_split or num_eval_rows",
         ),
         (c.max_steps == 0, "max_steps=0: use a positive number, or -1 for num_train_epochs"),
+        (
+            c.algorithm == "rloo" and not c.has_reward,
+            "algorithm=rloo without a reward: set reward (a function) or reward_model_path",
+        ),
+        (
+            c.reward is not None and c.reward_model_path is not None,
+            f"reward={c.reward!r} with reward_model_path={c.reward_model_path!r}: choose one",
+        ),
+        (
+            c.algorithm == "reward" and c.has_reward,
+            "algorithm=reward learns a reward and needs none: leave reward and reward_model_path out",
+        ),
+        (
+            c.missing_eos_penalty > 0 and not c.has_reward,
+            f"missing_eos_penalty={c.missing_eos_penalty:g} without a reward to take it from: set reward or "
+            "reward_model_path",
+        ),
         (
             c.reward is not None and not re.fullmatch(r"[\w.]+:\w+", c.reward),
             f"reward={c.reward!r}: write it as package.module:function",

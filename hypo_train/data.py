@@ -35,7 +35,7 @@ BLOCK = 1000  # rows tokenised in one call: a fast tokenizer runs a batch in par
 
 Ids: TypeAlias = tuple[int, ...]
 Rows: TypeAlias = "datasets.Dataset | Sequence[Mapping[str, Any]]"
-Row = TypeVar("Row", "Pair", "Example")
+Row = TypeVar("Row", "Pair", "Example", "Prompt")
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,25 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """One prompt to sample from, as token ids."""
+
+    row: int  # index in the source split
+    prompt: Ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True)
 class DataReport:
     """What became of the rows of a split; counts other than ``rows`` and ``dropped`` are of used rows."""
 
     rows: int
     used: int
     dropped: dict[str, list[int]]  # reason -> indices in the source split
-    completions: int  # one or two in a row
+    completions: int  # none, one or two in a row
     truncated_prompts: int
     truncated_completions: int
     cut_at_eos: int  # completions that had text after an EOS of their own
@@ -206,6 +218,13 @@ def load_examples(
     return _load(config, tokenizer, eos_token_ids, tokenize_examples)
 
 
+def load_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+) -> tuple[list[Prompt], list[Prompt], dict[str, DataReport]]:
+    """As ``load_pairs``, for algorithms that learn from samples alone."""
+    return _load(config, tokenizer, eos_token_ids, tokenize_prompts)
+
+
 def _load(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
@@ -299,6 +318,31 @@ def tokenize_examples(
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
     rows, report = _tokenize(dataset, rules, keys, keys[:1], first_row)
     return [Example(row, prompt, *completions) for row, prompt, completions in rows], report
+
+
+def tokenize_prompts(
+    dataset: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    max_completion_length: int,
+    eos_token_ids: Sequence[int],
+    first_row: int = 0,
+) -> tuple[list[Prompt], DataReport]:
+    """As ``tokenize_pairs``, for the prompts alone: of preference data, or rows with nothing but a ``prompt``."""
+    columns = _columns(dataset)
+    if {"chosen", "rejected"} <= columns:
+        keys: tuple[str, ...] = ("chosen", "rejected")  # the same rows and prompts as of the pairs
+    elif "prompt" in columns:
+        keys = ()
+    else:
+        raise DataError(
+            "prompts are the column 'prompt', or the common beginning of 'chosen' and 'rejected'; the columns are "
+            f"{_quoted(columns)}"
+        )
+    rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
+    rows, report = _tokenize(dataset, rules, keys, (), first_row)
+    return [Prompt(row, prompt) for row, prompt, _ in rows], report
 
 
 def _columns(dataset: Rows) -> KeysView[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from hypo_kernels import HypoLoss, fused_hypo_loss, sequence_logprobs, token_logprobs
@@ -57,30 +59,61 @@ def preference_loss(
 ) -> HeadFunction[HypoLoss]:
     """The configured preference loss of a tree of pairs and samples; ``behavior_logps`` (T,) of an earlier policy."""
 
+    return _fused(
+        tree,
+        config,
+        num_pairs=num_pairs,
+        ref_logps=reference.logps,
+        ref_hidden=reference.hidden,
+        ref_lm_head_weight=reference.weight,
+        ref_bias=reference.bias,
+        kl_coef=config.kl_coef,
+        preference="ipo" if config.algorithm == "ipo" else "sigmoid",
+        label_smoothing=config.label_smoothing,
+        kl_estimator=config.kl_estimator,
+        behavior_logps=behavior_logps,
+    )
+
+
+def rloo_loss(
+    tree: Tree, ref_logps: Tensor, rewards: Tensor, config: Config, behavior_logps: Tensor | None = None
+) -> HeadFunction[HypoLoss]:
+    """RLHF's loss on a tree of samples: −(reward − beta · KL), by RLOO (Ahmadian et al. 2024).
+
+    ``ref_logps`` and ``rewards`` are (N,) in the order of the samples. With the tilted reference
+    ``π_ref(y|x) · exp(r(x, y) / beta)``, whose logarithm needs no normaliser here, a sample's log-ratio times beta is
+    ``beta · ρ − r``: the loss is HyPO's online half with λ = beta. The statistics are those of the reference itself.
+    """
+    tilt = rewards / config.beta
+    tilted = _fused(
+        tree, config, num_pairs=0, ref_logps=ref_logps + tilt, kl_coef=config.beta, behavior_logps=behavior_logps
+    )
+
+    def loss(hidden: Tensor, head: Head) -> HypoLoss:
+        out = tilted(hidden, head)
+        return out._replace(ref_logps=ref_logps, kl=out.kl + tilt)
+
+    return loss
+
+
+def _fused(tree: Tree, config: Config, **terms: Any) -> HeadFunction[HypoLoss]:
+    """``fused_hypo_loss`` of a tree with the configured settings and an algorithm's ``terms``."""
+
     def loss(hidden: Tensor, head: Head) -> HypoLoss:
         return fused_hypo_loss(
             hidden,
             head.weight,
             tree.targets,
             tree.cu_seqlens,
-            num_pairs=num_pairs,
             num_generations=max(2, config.num_generations),
-            ref_logps=reference.logps,
-            ref_hidden=reference.hidden,
-            ref_lm_head_weight=reference.weight,
-            ref_bias=reference.bias,
             beta=config.beta,
-            kl_coef=config.kl_coef,
             length_penalty=config.length_penalty,
-            preference="ipo" if config.algorithm == "ipo" else "sigmoid",
-            label_smoothing=config.label_smoothing,
-            kl_estimator=config.kl_estimator,
-            behavior_logps=behavior_logps,
             importance_cap=config.importance_cap,
             max_chunk_bytes=config.max_chunk_bytes,
             impl=config.impl,
             lora=head.lora,
             **head.constants(),
+            **terms,
         )
 
     return loss
@@ -101,3 +134,8 @@ def token_losses(tree: Tree, config: Config) -> HeadFunction[Tensor]:
         )
 
     return losses
+
+
+def bradley_terry_loss(rewards: Tensor) -> Tensor:
+    """−log σ(r(x, y⁺) − r(x, y⁻)) of each pair (P,), of rewards (P, 2): chosen, rejected."""
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])

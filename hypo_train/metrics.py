@@ -46,7 +46,7 @@ def add_loss(meter: Meter, out: HypoLoss) -> None:
     """A loss's statistics under TRL's names; ``kl`` is the trajectory's, in nats, a sum over its tokens."""
     pairs = len(out.margins)
     chosen, rejected, _ = out.logps.split([pairs, pairs, len(out.kl)])
-    meter.add("loss", out.loss.expand(pairs))  # weighs a smaller batch by its rows
+    meter.add("loss", out.loss.expand(pairs or len(out.kl)))  # weighs a smaller batch by its rows
     meter.add("rewards/chosen", out.chosen_rewards)
     meter.add("rewards/rejected", out.rejected_rewards)
     meter.add("rewards/accuracies", (out.margins > 0).double())
@@ -55,3 +55,18 @@ def add_loss(meter: Meter, out: HypoLoss) -> None:
     meter.add("logps/rejected", rejected)
     meter.add("kl", out.kl)
     meter.add("completions/mean_length", out.lengths[2 * pairs :].double())
+
+
+def add_online_rewards(meter: Meter, rewards: Tensor, num_generations: int) -> None:
+    """Rewards (N,) of samples, ``num_generations`` consecutive ones a prompt: their mean, and a prompt's spread."""
+    meter.add("reward", rewards)
+    meter.add("reward_std", rewards.view(-1, num_generations).std(dim=1))
+
+
+def add_rewards(meter: Meter, rewards: Tensor, losses: Tensor) -> None:
+    """A reward model's (P, 2) rewards of chosen and rejected, and losses (P,)."""
+    margins = rewards[:, 0] - rewards[:, 1]
+    meter.add("loss", losses)
+    meter.add("accuracy", (margins > 0).double())
+    meter.add("margin", margins)
+    meter.add("mean_reward", rewards)

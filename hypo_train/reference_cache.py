@@ -33,7 +33,8 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.data import Pair, batches_per_epoch
 from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
-from hypo_train.model.policy import ModelError, Policy
+from hypo_train.model.policy import Policy
+from hypo_train.model.tree_model import ModelError
 from hypo_train.trees.batch import Batcher
 
 FORMAT_VERSION = 1  # of the file, and of how the values are computed: raised when either changes
@@ -61,7 +62,7 @@ def splits_to_precompute(
     splits = {"train"} | ({"eval"} if eval_rows else set())
     if config.precompute_ref_log_probs is not None:
         return splits if config.precompute_ref_log_probs else set()
-    if config.algorithm == "sft" or config.kl_estimator == "exact":
+    if config.algorithm == "rloo" or not config.has_reference or config.kl_estimator == "exact":
         return set()
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     epochs = total_steps / batches_per_epoch(len(train_rows), batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,33 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
-from hypo_train.data import Example, Pair, batch_indices, batches_per_epoch, load_examples, load_pairs, longest_first
-from hypo_train.model.load import eos_token_ids, load_policy, load_tokenizer
-from hypo_train.model.policy import ModelError, Policy
+from hypo_train.data import (
+    DataReport,
+    Example,
+    Pair,
+    Prompt,
+    batch_indices,
+    batches_per_epoch,
+    load_examples,
+    load_pairs,
+    load_prompts,
+    longest_first,
+)
+from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
+from hypo_train.model.policy import Policy
+from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.tree_model import ModelError
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
-from hypo_train.reward import RewardFunction, load_reward
+from hypo_train.reward import Reward, load_function, load_reward
 from hypo_train.rollouts import Rollouts
 from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, VLLMSampler, serves
 from hypo_train.trees.batch import Batcher
 
 # A run's steps draw from seeds of their own, above the small ones that evaluations use.
 SEEDS_PER_RUN = 2**31
+
+Rows = Sequence[Pair] | Sequence[Example] | Sequence[Prompt]
 
 
 @dataclass(frozen=True)
@@ -38,22 +53,37 @@ class Run:
     config: Config
     accelerator: Accelerator
     tokenizer: Any
-    policy: Policy  # bare, for parameters, sampling and the reference
-    model: Any  # the policy as accelerate wraps it, for the forward pass that trains
+    trained: Policy | RewardModel  # bare, for its parameters
+    model: Any  # the same as accelerate wraps it, for the forward pass that trains
     batcher: Batcher
-    sampler: Sampler
+    sampler: Sampler | None  # None: a reward model says nothing
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    train_rows: Sequence[Pair] | Sequence[Example]
-    eval_rows: Sequence[Pair] | Sequence[Example]
-    reward: RewardFunction | None
+    train_rows: Rows
+    eval_rows: Rows
+    reward: Reward | None
     total_steps: int
     report: list[str]  # what the user should know about the data, the model and the settings
     timer: PhaseTimer
     throughput: Throughput
-    # The reference's log-probs of each row's chosen and rejected, fp32 (rows, 2); None = asked for in the step.
-    train_ref_logps: Tensor | None = None
-    eval_ref_logps: Tensor | None = None
+    # The reference's log-probs of each split's chosen and rejected, fp32 (rows, 2), where they are known beforehand.
+    ref_logps: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def policy(self) -> Policy:
+        """What is trained, where that is a policy: for sampling and the reference."""
+        if not isinstance(self.trained, Policy):
+            raise TypeError(f"{type(self.trained).__name__} is no policy")
+        return self.trained
+
+    @property
+    def train_ref_logps(self) -> Tensor | None:
+        """None: asked for in the step."""
+        return self.ref_logps.get("train")
+
+    @property
+    def eval_ref_logps(self) -> Tensor | None:
+        return self.ref_logps.get("eval")
 
     @property
     def output_dir(self) -> Path:
@@ -66,8 +96,8 @@ class Run:
     @property
     def steps_ask_reference(self) -> bool:
         """Whether a training step passes anything through the reference."""
-        samples = self.config.algorithm == "hypo"
-        return self.config.algorithm != "sft" and (samples or self.train_ref_logps is None)
+        c = self.config
+        return c.has_reference and (c.draws_samples or self.train_ref_logps is None)
 
     @property
     def batch_size(self) -> int:
@@ -76,16 +106,17 @@ class Run:
     @property
     def shares_trunk(self) -> bool:
         """Whether the frozen layers below the trained ones run once for policy and reference, where both run."""
-        return self.config.share_trunk and self.steps_ask_reference and bool(self.policy.trunk_layers)
+        return self.config.share_trunk and self.steps_ask_reference and bool(self.trained.trunk_layers)
 
     @property
     def prompts_run_first(self) -> bool:
         """Whether sampling goes on from the training pass's own run of the prompts."""
         c = self.config
+        if not (c.draws_samples and c.reuse_prompt_kv) or self.sampler is None:
+            return False
         exact = self.policy.shares_prompts and self.sampler.takes_prompt_kv and c.lora_dropout == 0
         # Several micro-batches would have to hold their graphs until all of them are sampled.
-        alone = self._one_micro_batch and c.rollout_steps == 1
-        return c.algorithm == "hypo" and c.reuse_prompt_kv and alone and exact
+        return exact and self._one_micro_batch and c.rollout_steps == 1
 
     @cached_property
     def _one_micro_batch(self) -> bool:
@@ -115,6 +146,7 @@ class Run:
     @cached_property
     def rollouts(self) -> Rollouts:
         """The samples of each step."""
+        assert self.sampler is not None
         return Rollouts(
             self.sampler,
             num_steps=self.config.rollout_steps,
@@ -142,18 +174,24 @@ class Run:
 
 def prepare(config: Config) -> Run:
     """Load and check everything, cheapest first: configuration, data, then the model."""
-    reward = load_reward(config.reward)
+    function = None if config.reward is None else load_function(config.reward)
     accelerator = _accelerator(config)
+    autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
     ends = eos_token_ids(_generation_config(config), tokenizer)
-    load = load_examples if config.algorithm == "sft" else load_pairs
-    train_rows, eval_rows, reports = load(config, tokenizer, ends)
+    train_rows, eval_rows, reports = _load_rows(config, tokenizer, ends)
     total_steps = _total_steps(config, len(train_rows))
     if splits_to_precompute(config, train_rows, eval_rows, total_steps):
         require_writable(cache_folder(config))
-    torch.manual_seed(config.seed)  # the adapter's first weights
-    policy = load_policy(config, autocast=accelerator.mixed_precision == "bf16").to(accelerator.device)
-    parameters = policy.trained_parameters()
+    reward, why_texts = load_reward(config, function, tokenizer, ends, accelerator)
+    torch.manual_seed(config.seed)  # the first weights of an adapter or a score
+    trained: Policy | RewardModel
+    if config.algorithm == "reward":
+        trained = load_reward_model(config, pad_token_id=tokenizer.pad_token_id, autocast=autocast)
+    else:
+        trained = load_policy(config, autocast=autocast)
+    trained.to(accelerator.device)
+    parameters = trained.trained_parameters()
     optimizer = build_optimizer(
         parameters.items(),
         learning_rate=config.learning_rate,
@@ -164,16 +202,20 @@ def prepare(config: Config) -> Run:
     scheduler = build_scheduler(
         optimizer, config.lr_scheduler_type, round(config.warmup_ratio * total_steps), total_steps
     )
-    model, optimizer = accelerator.prepare(policy, optimizer)
-    policy.reference_to(accelerator.device)
-    sampler, why_generate = _sampler(config, policy, ends, tokenizer.pad_token_id)
-    throughput, why_uncounted = _throughput(config, policy, accelerator)
-    trained = sum(p.numel() for p in parameters.values())
-    everything = sum(p.numel() for p in policy.parameters())
+    model, optimizer = accelerator.prepare(trained, optimizer)
+    sampler, why_generate = None, None
+    if isinstance(trained, Policy):
+        trained.reference_to(accelerator.device)
+        sampler, why_generate = _sampler(config, trained, ends, tokenizer.pad_token_id)
+    throughput, why_uncounted = _throughput(config, trained, accelerator)
+    count = sum(p.numel() for p in parameters.values())
+    everything = sum(p.numel() for p in trained.parameters())
     report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
-    report.append(f"training {trained:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}")
-    if policy.why_separate_rows is not None:
-        report.append(f"each completion is trained on in a row of its own: {policy.why_separate_rows}")
+    report.append(f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}")
+    if trained.why_separate_rows is not None:
+        report.append(f"each completion is trained on in a row of its own: {trained.why_separate_rows}")
+    if why_texts is not None:
+        report.append(f"the reward model reads texts: {why_texts}")
     if why_generate is not None:
         report.append(f"samples come from transformers' generate: {why_generate}")
     if why_uncounted is not None:
@@ -183,9 +225,9 @@ def prepare(config: Config) -> Run:
         config=config,
         accelerator=accelerator,
         tokenizer=tokenizer,
-        policy=policy,
+        trained=trained,
         model=model,
-        batcher=Batcher(tokenizer.pad_token_id, shares_prompts=policy.shares_prompts),
+        batcher=Batcher(tokenizer.pad_token_id, shares_prompts=trained.shares_prompts),
         sampler=sampler,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -197,6 +239,15 @@ def prepare(config: Config) -> Run:
         timer=PhaseTimer(accelerator.device),
         throughput=throughput,
     )
+
+
+def _load_rows(config: Config, tokenizer: Any, ends: Sequence[int]) -> tuple[Rows, Rows, dict[str, DataReport]]:
+    """Training and evaluation rows as the algorithm learns from them, and a report on each."""
+    if config.algorithm == "sft":
+        return load_examples(config, tokenizer, ends)
+    if config.algorithm == "rloo":
+        return load_prompts(config, tokenizer, ends)
+    return load_pairs(config, tokenizer, ends)
 
 
 def _sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: int) -> tuple[Sampler, str | None]:
@@ -223,7 +274,9 @@ def _sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: 
     return sampler, why
 
 
-def _throughput(config: Config, policy: Policy, accelerator: Accelerator) -> tuple[Throughput, str | None]:
+def _throughput(
+    config: Config, trained: Policy | RewardModel, accelerator: Accelerator
+) -> tuple[Throughput, str | None]:
     """What counts the steps' work, and why it counts no FLOPs where it does not."""
     device, peak = accelerator.device, None
     if config.peak_tflops is not None:
@@ -232,23 +285,23 @@ def _throughput(config: Config, policy: Policy, accelerator: Accelerator) -> tup
         peak = peak_bf16(torch.cuda.get_device_name(device))
     try:
         with accelerator.autocast():
-            return Throughput(ModelFlops.of(policy), peak), None
+            return Throughput(ModelFlops.of(trained), peak), None
     except UncountedError as error:
         return Throughput(None, peak), str(error)
 
 
 def with_reference_logps(run: Run, *, progress: bool) -> Run:
-    """The run with the reference's log-probs of its pairs, where they pay, and without the weights that only they
-    needed: an evaluation's samples still ask the reference, whose weights wait for it on the CPU."""
+    """The run, which now knows the reference's log-probs of its pairs, where they pay, and is without the weights that
+    only they needed: an evaluation's samples still ask the reference, whose weights wait for it on the CPU."""
     config = run.config
-    splits = splits_to_precompute(config, run.train_rows, run.eval_rows, run.total_steps)
-
-    def known(split: str, rows: Sequence[Any]) -> Tensor | None:
-        if split not in splits:
-            return None
-        return pair_reference_logps(
+    if not isinstance(run.trained, Policy):
+        return run
+    splits: dict[str, Any] = {"train": run.train_rows, "eval": run.eval_rows}
+    wanted = splits_to_precompute(config, run.train_rows, run.eval_rows, run.total_steps)
+    for split in [name for name in splits if name in wanted]:
+        run.ref_logps[split] = pair_reference_logps(
             run.policy,
-            rows,
+            splits[split],
             config,
             batcher=run.batcher,
             device=run.accelerator.device,
@@ -257,10 +310,7 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
             split=split,
             progress=progress,
         )
-
-    train_ref_logps, eval_ref_logps = known("train", run.train_rows), known("eval", run.eval_rows)
-    run = replace(run, train_ref_logps=train_ref_logps, eval_ref_logps=eval_ref_logps)
-    if config.algorithm == "sft" or not (run.steps_ask_reference or run.eval_rows):
+    if not config.has_reference or not (run.steps_ask_reference or run.eval_rows):
         run.policy.drop_reference()
     elif not run.steps_ask_reference:
         run.policy.reference_to(torch.device("cpu"))

@@ -26,19 +26,24 @@ FREE_TO_CHANGE = {
     "num_eval_prompts",
     "num_eval_samples",
     "per_device_eval_batch_size",
-    "reward",
     "ref_logps_cache_dir",
 }
+# Of algorithms that do not learn from the reward.
+FREE_WITHOUT_RLOO = {"reward", "reward_model_path", "missing_eos_penalty"}
 
 
 def save(run: Run, meter: Meter, step: int) -> None:
     save_checkpoint(
         checkpoint_folder(run.output_dir, step),
         step=step,
-        model_state=run.policy.trained_parameters(),
+        model_state=run.trained.trained_parameters(),
         optimizer=run.optimizer,
         scheduler=run.scheduler,
-        extra={"config": run.config.model_dump(), "meter": meter.state(), "rollouts": run.rollouts.state()},
+        extra={
+            "config": run.config.model_dump(),
+            "meter": meter.state(),
+            "rollouts": run.rollouts.state() if run.config.draws_samples else [],
+        },
     )
     prune(run.output_dir, run.config.save_total_limit)
 
@@ -70,23 +75,26 @@ def resume(run: Run, meter: Meter) -> int:
         verify=wanted != "auto",
         accept=lambda extra: _check_same_run(run.config, extra["config"], folder),
     )
-    parameters = run.policy.trained_parameters()
+    parameters = run.trained.trained_parameters()
     with torch.no_grad():
         for name, saved in checkpoint.model_state.items():
             parameters[name].copy_(saved)
     meter.load(checkpoint.extra["meter"])
-    run.rollouts.load(checkpoint.extra["rollouts"])
-    run.sampler.weights_changed(checkpoint.step)
+    if run.config.draws_samples:
+        run.rollouts.load(checkpoint.extra["rollouts"])
+    if run.sampler is not None:
+        run.sampler.weights_changed(checkpoint.step)
     run.report.append(f"continuing from {folder}, step {checkpoint.step}")
     return checkpoint.step
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], folder: Path) -> None:
     now = config.model_dump()
+    free = FREE_TO_CHANGE if config.algorithm == "rloo" else FREE_TO_CHANGE | FREE_WITHOUT_RLOO
     changed = [
         f"{name} was {saved.get(name)!r} and is {value!r}"
         for name, value in now.items()
-        if name not in FREE_TO_CHANGE and saved.get(name) != value
+        if name not in free and saved.get(name) != value
     ]
     if changed:
         raise ConfigError(f"{folder} is of another run: {'; '.join(changed)}")
@@ -97,6 +105,6 @@ def save_model(run: Run) -> Path:
     folder, unfinished = run.output_dir / "final", run.output_dir / "final.tmp"
     for old in (folder, unfinished):
         shutil.rmtree(old, ignore_errors=True)
-    run.policy.save_pretrained(unfinished)
+    run.trained.save_pretrained(unfinished)
     run.tokenizer.save_pretrained(unfinished)
     return unfinished.rename(folder)

@@ -82,12 +82,15 @@ def _costs(run: Run) -> dict[str, float]:
 def _evaluate(run: Run, log: RunLog, step: int) -> Evaluation | None:
     if not run.eval_rows:
         return None
-    run.policy.reference_to(run.accelerator.device)
+    if run.config.has_reference:
+        run.policy.reference_to(run.accelerator.device)
     with run.accelerator.autocast():
         evaluation = evaluate(run)
-    if not run.steps_ask_reference:
+    if run.config.has_reference and not run.steps_ask_reference:
         run.policy.reference_to(torch.device("cpu"))
     log.log(step, evaluation.metrics)
+    if not evaluation.samples:
+        return evaluation
     folder = run.output_dir / "samples"
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples]

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hypo_train.model.mode import eval_mode
 from hypo_train.model.policy import Head, Policy
+from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.trunk import decoder_layers
 from hypo_train.trees.attention import Layout, causal
 from hypo_train.trees.tree import Tree, pack, separate_rows
@@ -77,7 +78,7 @@ class ModelFlops:
     above_trunk: Rates  # the reference, where the frozen layers below the trained ones have run already
 
     @classmethod
-    def of(cls, policy: Policy) -> ModelFlops:
+    def of(cls, policy: Policy | RewardModel) -> ModelFlops:
         """Asked of the model itself, which runs a few tokens: which layers it has and where gradients pass.
 
         Raises:
@@ -124,10 +125,10 @@ class _Linear(NamedTuple):
     layer: int | None  # the id of the decoder layer it is in
 
 
-def _probe(policy: Policy) -> tuple[list[_Linear], bool]:
+def _probe(policy: Policy | RewardModel) -> tuple[list[_Linear], bool]:
     """Every call of a linear layer in a forward pass of the decoder, and whether the head's input needs a gradient."""
     layer_of = {id(module): id(layer) for layer in _layers(policy) for module in layer.modules()}
-    weight = policy.head().weight
+    weight = policy.base.get_input_embeddings().weight
     calls = ([[0, 0]], [(0, [0, 0])])
     tree = (pack(*calls) if policy.shares_prompts else separate_rows(*calls, pad_token_id=0)).to(weight.device)
     found: list[_Linear] = []
@@ -150,7 +151,7 @@ def _probe(policy: Policy) -> tuple[list[_Linear], bool]:
     return found, through_head
 
 
-def _check_complete(policy: Policy, linears: list[_Linear]) -> None:
+def _check_complete(policy: Policy | RewardModel, linears: list[_Linear]) -> None:
     """Refuse a decoder with weights that multiply elsewhere than in a linear layer, such as fused experts."""
     decoder = policy.base.get_decoder()
     known = {linear.weight for linear in linears}
@@ -160,12 +161,14 @@ def _check_complete(policy: Policy, linears: list[_Linear]) -> None:
             raise UncountedError(f"{name} {tuple(parameter.shape)} is no linear layer's weight")
 
 
-def _layers(policy: Policy) -> list[nn.Module]:
+def _layers(policy: Policy | RewardModel) -> list[nn.Module]:
     return list(decoder_layers(policy.base.get_decoder()) or [])
 
 
-def _head_weights(head: Head) -> list[Tensor]:
+def _head_weights(head: Head | nn.Module) -> Sequence[Tensor]:
     """Every matrix of the head, the model's own first."""
+    if isinstance(head, nn.Module):
+        return [p for p in head.parameters() if p.ndim == 2][-1:]
     return [head.weight, *([head.lora.A, head.lora.B] if head.lora is not None else [])]
 
 

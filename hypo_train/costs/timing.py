@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-PHASES = ("data", "sample", "reference", "forward", "loss", "backward", "optimizer")
+PHASES = ("data", "sample", "reward", "reference", "forward", "loss", "backward", "optimizer")
 OTHER = "other"  # what no phase covers
 
 

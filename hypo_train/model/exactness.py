@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypo_train.model.mode import eval_mode
-from hypo_train.model.policy import Head, HeadFunction, ModelError, Policy, first_line
+from hypo_train.model.policy import Head, HeadFunction, Policy
+from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.trees.attention import NAME
+from hypo_train.trees.batch import Batcher
 from hypo_train.trees.tree import Tree, pack, separate_rows
 
 T = TypeVar("T")
@@ -64,6 +67,56 @@ def check_exactness(policy: Policy) -> str | None:
             return _why_no_trees(policy, logits_of, prompts, branches, alone, precise)
     except (TypeError, RuntimeError) as error:
         raise ModelError(f"{name} cannot be trained here: {first_line(error)}") from error
+
+
+def check_rewards(model: RewardModel) -> str | None:
+    """The same of a reward model: its rewards in trees and padded rows against its own of single rows.
+
+    Raises:
+        ModelError: rewards in a padded row are not the model's own.
+    """
+    name, attention = type(model.base).__name__, model.base.config._attn_implementation
+    parameter = next(model.parameters())
+    vocab, pad = model.base.get_input_embeddings().weight.shape[0], model.base.config.get_text_config().pad_token_id
+
+    def ids(step: int, start: int, count: int) -> list[int]:
+        found = [(step * i + start) % vocab for i in range(count)]
+        return [(token + 1) % vocab if token == pad else token for token in found]
+
+    prompts = [ids(7, 1 + p, 5 + p) for p in range(2)]
+    completions = [ids(11, 3, 4), ids(5, 2, 6), ids(5, 1, 5), ids(3, 2, 2)]
+    precise = all(p.dtype == torch.float32 for p in model.parameters())
+
+    def rewards(batcher: Batcher) -> Tensor:
+        tree = batcher.scored(prompts, completions).to(parameter.device)
+        return model.rewards(tree)
+
+    with eval_mode(model), torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, enabled=not precise):
+        try:
+            alone = torch.cat([_plain_reward(model, [*prompts[i // 2], *c]) for i, c in enumerate(completions)])
+            in_rows = rewards(Batcher(pad, shares_prompts=False))
+        except (TypeError, RuntimeError) as error:
+            raise ModelError(f"{name} cannot be trained here: {first_line(error)}") from error
+        if not _close(in_rows, alone, 1e-3 if precise else 1e-1):
+            raise ModelError(
+                f"{name} ({attention} attention) gives a row alone other rewards than the same row in a batch: they "
+                f"differ by {(in_rows - alone).abs().max():.2g}"
+            )
+        if attention != NAME:
+            return f"{attention} attention takes no trees"
+        try:
+            in_trees = rewards(Batcher(pad))
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            return f"it cannot take trees: {first_line(error)}"
+    if _close(in_trees, alone, 1e-3 if precise else 1e-1):
+        return None
+    return f"its attention does not keep to trees: rewards differ by {(in_trees - alone).abs().max():.2g}"
+
+
+def _plain_reward(model: RewardModel, tokens: list[int]) -> Tensor:
+    """(1,) by the model's own forward."""
+    ids = torch.tensor([tokens], device=next(model.parameters()).device)
+    return model.base(input_ids=ids, use_cache=False).logits[:, 0].float()
 
 
 def _why_no_trees(

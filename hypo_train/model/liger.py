@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hypo_train.model.policy import ModelError
+from hypo_train.model.tree_model import ModelError
 
 
 def use_layer_kernels(model: Any) -> None:

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hypo_train.config import Config
 from hypo_train.model import checkpointing
 from hypo_train.model.checkpointing import Checkpointing
-from hypo_train.model.exactness import check_exactness
+from hypo_train.model.exactness import check_exactness, check_rewards
 from hypo_train.model.liger import use_layer_kernels
-from hypo_train.model.policy import ModelError, Policy, first_line
+from hypo_train.model.policy import Policy
+from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.tree_model import ModelError, TreeModel, first_line
 from hypo_train.trees.attention import NAME
 
 
 def load_tokenizer(config: Config) -> Any:
     """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart."""
-    _check_source(config)
+    _check_source(config.model_name_or_path)
     _check_architecture(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises a different class for every way to fail
-        raise ModelError(f"cannot load the tokenizer of {config.model_name_or_path!r}: {first_line(error)}") from error
+    tokenizer = _open_tokenizer(config, config.model_name_or_path)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {config.model_name_or_path!r} has no EOS token: set its eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _open_tokenizer(config: Config, path: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers raises a different class for every way to fail
+        raise ModelError(f"cannot load the tokenizer of {path!r}: {first_line(error)}") from error
 
 
 def eos_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -49,23 +56,93 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             cannot take the prefix mask, a choice of trained parameters that does not fit the model, or Liger's
             kernels asked for where they cannot be had.
     """
-    _check_source(config)
+    _check_source(config.model_name_or_path)
     _check_architecture(config)
+    model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast)
+    if config.use_liger_kernel:
+        use_layer_kernels(model)
+    policy = Policy(_made_trainable(model, config), is_peft=config.use_peft, temperature=config.temperature)
+    _share_prompts(policy, config, lambda: check_exactness(policy))
+    return policy
+
+
+def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> RewardModel:
+    """A reward model ready to train, from a causal language model, whose head makes room for a score, or a classifier.
+
+    Raises:
+        ModelError: as of :func:`load_policy`; or there is no such classifier of the architecture.
+    """
+    _check_source(config.model_name_or_path)
+    _check_architecture(config)
+    model = _open(
+        AutoModelForSequenceClassification, config, config.model_name_or_path, autocast=autocast, num_labels=1
+    )
+    model.config.get_text_config().pad_token_id = pad_token_id  # which token a classifier reads depends on it
+    if config.use_liger_kernel:
+        use_layer_kernels(model)
+    reward_model = RewardModel(_made_trainable(model, config), is_peft=config.use_peft)
+    _share_prompts(reward_model, config, lambda: check_rewards(reward_model))
+    return reward_model
+
+
+def load_classifier(config: Config, *, autocast: bool) -> Any:
+    """The frozen sequence classifier at ``reward_model_path``, in eval mode.
+
+    Raises:
+        ModelError: it cannot be loaded, has more than one label, no score of its own or no padding token.
+    """
+    path = str(config.reward_model_path)
+    _check_source(path, "reward_model_path")
+    model, info = _open(AutoModelForSequenceClassification, config, path, autocast=autocast, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):  # which transformers would draw at random
+        raise ModelError(f"reward_model_path={path!r} is no trained reward model: it has no {', '.join(missing[:3])}")
+    if model.config.num_labels != 1:
+        raise ModelError(f"reward_model_path={path!r} gives {model.config.num_labels} labels: a reward model has one")
+    if model.config.get_text_config().pad_token_id is None:
+        raise ModelError(f"reward_model_path={path!r}: its config has no pad_token_id, set it to its tokenizer's")
+    return model.requires_grad_(False).eval()
+
+
+def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
+    """The classifier's own; a text that is too long loses its beginning."""
+    path = str(config.reward_model_path)
+    tokenizer = _open_tokenizer(config, path)
+    tokenizer.pad_token_id = classifier.config.get_text_config().pad_token_id
+    tokenizer.truncation_side = "left"
+    positions = getattr(classifier.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    return tokenizer
+
+
+def as_reward_model(classifier: Any, config: Config) -> RewardModel:
+    """A classifier that runs trees, or separate rows. Raises ModelError where it does not run so exactly."""
+    reward_model = RewardModel(classifier, is_peft=False)
+    _share_prompts(reward_model, config, lambda: check_rewards(reward_model))
+    return reward_model
+
+
+def _open(kind: Any, config: Config, path: str, *, autocast: bool, **options: Any) -> Any:
+    """The pretrained model of an auto class, without dropout."""
     if config.dtype == "bfloat16" and not autocast:
         raise ModelError("dtype='bfloat16' needs bf16 compute: set bf16: true, or dtype: float32")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model_name_or_path,
+        found = kind.from_pretrained(
+            path,
             dtype=getattr(torch, config.dtype),
             attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            **options,
         )
     except Exception as error:
-        raise ModelError(f"cannot load the model {config.model_name_or_path!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot load the model {path!r}: {first_line(error)}") from error
+    model = found[0] if isinstance(found, tuple) else found
     _disable_dropout(model)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
-    if config.use_liger_kernel:
-        use_layer_kernels(model)
+    return found
+
+
+def _made_trainable(model: Any, config: Config) -> Any:
+    """The model with the configured parameters trained, in fp32, and its activations checkpointed."""
     if config.use_peft:
         model = _with_lora(model, config)
     elif config.num_layers_unfrozen is not None:
@@ -76,14 +153,17 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             parameter.data = parameter.data.float()
     if kind := _checkpointing(config, model):
         checkpointing.enable(model, kind, has_dropout=config.lora_dropout > 0)
-    policy = Policy(model, is_peft=config.use_peft, temperature=config.temperature)
-    plain = model.config._attn_implementation
+    return model
+
+
+def _share_prompts(model: TreeModel[Any], config: Config, check: Callable[[], str | None]) -> None:
+    """Run trees where the ``check`` proves that the model does so exactly, and separate rows elsewhere."""
+    plain = model.base.config._attn_implementation
     if config.attn_implementation == "auto":
-        policy.base.set_attn_implementation(NAME)
-    policy.why_separate_rows = check_exactness(policy)
-    if not policy.shares_prompts:
-        policy.base.set_attn_implementation(plain)
-    return policy
+        model.base.set_attn_implementation(NAME)
+    model.why_separate_rows = check()
+    if not model.shares_prompts:
+        model.base.set_attn_implementation(plain)
 
 
 def _checkpointing(config: Config, model: Any) -> Checkpointing:
@@ -96,15 +176,14 @@ def _checkpointing(config: Config, model: Any) -> Checkpointing:
     return config.gradient_checkpointing
 
 
-def _check_source(config: Config) -> None:
+def _check_source(name: str, field: str = "model_name_or_path") -> None:
     """A local folder that is not there is not worth asking the Hub about."""
-    name = config.model_name_or_path
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
-        raise ModelError(f"model_name_or_path: there is no folder {name!r}")
+        raise ModelError(f"{field}: there is no folder {name!r}")
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise ModelError(f"model_name_or_path: the folder {name!r} has no config.json, so it is not a saved model")
+        raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model")
 
 
 def _check_architecture(config: Config) -> None:
@@ -120,9 +199,10 @@ def _check_architecture(config: Config) -> None:
         getattr(found, "auto_map", None) or {}
     )
     architectures = getattr(found, "architectures", None) or []
-    masked = architectures and not any(
-        a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for a in architectures
-    )
+    known: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if config.algorithm == "reward":
+        known += ("ForSequenceClassification",)
+    masked = architectures and not any(a.endswith(known) for a in architectures)
     if not listed or masked or getattr(found, "is_encoder_decoder", False):
         raise ModelError(
             f"{config.model_name_or_path!r} is a {found.model_type} model"
@@ -168,7 +248,7 @@ def _with_lora(model: Any, config: Config) -> Any:
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if config.algorithm == "reward" else "CAUSAL_LM",  # which trains the new score too
     )
     try:
         return get_peft_model(model, settings)
@@ -190,6 +270,6 @@ def _unfreeze_last(model: Any, count: int) -> None:
     for name, module in decoder.named_children():
         if "norm" in name or name == "ln_f":
             module.requires_grad_(True)
-    head = model.get_output_embeddings()
+    head = getattr(model, "score", None) or model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         head.requires_grad_(True)

@@ -28,6 +28,18 @@ class Batcher:
         """``completions``, as many consecutive ones a prompt as there are."""
         return self._tree(prompts, _samples(completions, len(prompts)))
 
+    def scored(self, prompts: Sequence[Sequence[int]], completions: Completions) -> Tree:
+        """``completions`` for a reward model: the last row of each sequence is its last token's own.
+
+        Padding at its end is left out first, also where that is the EOS: transformers' classifiers read the hidden
+        state of the last token that is no padding.
+        """
+        return self.samples(prompts, [[*self._unpadded(ids), self.pad_token_id] for ids in completions])
+
+    def _unpadded(self, ids: Sequence[int]) -> Sequence[int]:
+        length = next((i for i in range(len(ids), 0, -1) if ids[i - 1] != self.pad_token_id), 0)
+        return ids[:length]
+
     def examples(self, examples: Sequence[Example]) -> Tree:
         """One completion a prompt."""
         return self.samples([e.prompt for e in examples], [e.completion for e in examples])

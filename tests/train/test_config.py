@@ -119,7 +119,7 @@ def test_all_problems_are_listed_one_a_line_after_their_number(recipe):
         "seed is given more than once",
         "unknown key 'foo'",
         "unknown flag --lora_rr: did you mean --lora_r?",
-        "algorithm='hyppo': should be 'hypo', 'dpo', 'ipo' or 'sft'",
+        "algorithm='hyppo': should be 'hypo', 'dpo', 'ipo', 'rloo', 'reward' or 'sft'",
         "beta=-1: should be greater than 0",
         "label_smoothing=0.5: should be less than 0.5",
         "top_p='1.5': should be less than or equal to 1",
@@ -166,7 +166,10 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
         ("--dtype float16", "dtype='float16': should be 'float32' or 'bfloat16'"),
         ("--reward score", "reward='score': write it as package.module:function"),
         ("--num_generations 1", "num_generations=1: hypo compares the samples of a prompt, use at least 2"),
-        ("--algorithm dpo --kl_estimator exact", "kl_estimator=exact with algorithm=dpo: it estimates no KL"),
+        (
+            "--algorithm dpo --kl_estimator exact",
+            "kl_estimator=exact with algorithm=dpo: only hypo can estimate its KL so",
+        ),
         ("--algorithm ipo --rollout_steps 2", "rollout_steps=2 with algorithm=ipo: it draws no samples"),
         ("--kl_estimator k3", "kl_estimator='k3': should be 'sampled' or 'exact'"),
         ("--algorithm ipo --label_smoothing 0.1", "label_smoothing=0.1: IPO has none, use 0"),
@@ -280,7 +283,7 @@ def test_help_documents_every_field_and_fits_in_100_columns():
         assert "default: " in lines[place] or "(required)" in lines[place]
         assert len(lines[place + 1].strip()) > 10, f"{name} has no text"
         assert field.description
-    assert "--algorithm  hypo | dpo | ipo | sft  (default: hypo)" in text
+    assert "--algorithm  hypo | dpo | ipo | rloo | reward | sft  (default: hypo)" in text
     assert "--bf16  bool | none  (default: none)" in text
     assert "--model_name_or_path  str  (required)" in text
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hypo_train.evaluate import evaluate
 from hypo_train.metrics import Meter
+from hypo_train.reward import FunctionReward
 from hypo_train.run import prepare
 from hypo_train.sampling import Samples
 from hypo_train.train import train, train_step
@@ -76,6 +77,10 @@ COMPLETIONS = [
 ]
 
 
+def reward_of(run, function):
+    return FunctionReward(function.__name__, function, run.tokenizer)
+
+
 def kindness(prompt, completion):
     return float(sum(word in tiny.GOOD for word in completion.split()) - len(prompt.split()) / 100)
 
@@ -85,7 +90,7 @@ def test_the_reverse_kl_and_the_reward_are_means_over_the_samples(settings, algo
     run, initial = moved_run(settings(algorithm=algorithm, **HELD_OUT))
     prompts = [list(row.prompt) for row in run.eval_rows[:3]]
     sampler = Scripted(COMPLETIONS, run.accelerator.device)
-    found = evaluate(replace(run, sampler=sampler, reward=kindness)).metrics
+    found = evaluate(replace(run, sampler=sampler, reward=reward_of(run, kindness))).metrics
     assert sampler.calls == [(prompts[:2], 2, 8), (prompts[2:], 2, 8)]
 
     ratios = [log_ratio(run, initial, prompts[i // 2], y) for i, y in enumerate(COMPLETIONS)]
@@ -137,7 +142,7 @@ def test_accuracy_margin_and_loss_are_means_over_the_held_out_pairs(settings, al
 
 def test_the_loss_of_an_sft_evaluation_is_the_mean_over_tokens(settings):
     run, _ = moved_run(settings(algorithm="sft", **HELD_OUT))
-    evaluation = evaluate(replace(run, reward=kindness))
+    evaluation = evaluate(replace(run, reward=reward_of(run, kindness)))
     policy = run.policy.eval().model
     total = sum(float(tiny.plain_logprob(policy, row.prompt, row.completion)) for row in run.eval_rows)
     tokens = sum(len(row.completion) for row in run.eval_rows)
@@ -155,7 +160,7 @@ def test_the_loss_of_an_sft_evaluation_is_the_mean_over_tokens(settings):
 
 def test_the_samples_are_kept_with_what_was_said_of_them(settings):
     run, initial = moved_run(settings(**HELD_OUT))
-    run = replace(run, sampler=Scripted(COMPLETIONS, run.accelerator.device), reward=kindness)
+    run = replace(run, sampler=Scripted(COMPLETIONS, run.accelerator.device), reward=reward_of(run, kindness))
     samples = evaluate(run).samples
     assert [sample["row"] for sample in samples] == [19, 19, 20, 20, 21, 21]
     first, second, cut, empty = samples[:4]
@@ -256,7 +261,7 @@ def test_a_failing_evaluation_goes_back_to_training(settings):
         raise RuntimeError("no reward")
 
     with pytest.raises(RuntimeError, match="no reward"):
-        evaluate(replace(run, reward=fail))
+        evaluate(replace(run, reward=reward_of(run, fail)))
     assert run.policy.training
 
 

@@ -11,7 +11,7 @@ from test_model import LORA, policy_of
 from transformers.models.llama import modeling_llama
 
 from hypo_train.model.liger import use_layer_kernels
-from hypo_train.model.policy import ModelError
+from hypo_train.model.tree_model import ModelError
 
 
 @pytest.fixture

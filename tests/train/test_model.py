@@ -31,7 +31,8 @@ from hypo_train.data import Pair
 from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model.exactness import check_exactness
 from hypo_train.model.load import eos_token_ids, load_policy, load_tokenizer
-from hypo_train.model.policy import ModelError, Policy
+from hypo_train.model.policy import Policy
+from hypo_train.model.tree_model import ModelError
 from hypo_train.trees.attention import NAME
 from hypo_train.trees.batch import Batcher
 

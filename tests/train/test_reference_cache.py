@@ -21,7 +21,8 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.data import Pair
 from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
-from hypo_train.model.policy import ModelError, Policy
+from hypo_train.model.policy import Policy
+from hypo_train.model.tree_model import ModelError
 from hypo_train.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.train import train
@@ -486,7 +487,7 @@ def test_each_split_is_precomputed_where_it_pays_unless_the_config_decides(chang
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"algorithm": "sft"}, "precompute_ref_log_probs=true with algorithm=sft: it has no reference"),
+        ({"algorithm": "sft"}, "precompute_ref_log_probs=true with algorithm=sft: it asks the reference about no"),
         ({"kl_estimator": "exact"}, "precompute_ref_log_probs=true with kl_estimator=exact: that needs the reference"),
     ],
     ids=str,

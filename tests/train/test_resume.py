@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import hypo_train.algorithms as algorithms
 import hypo_train.step as one_step
 import hypo_train.train as loop
 from hypo_train.config import ConfigError
@@ -165,7 +166,7 @@ PHASES = {
     "before a step, with nothing saved": (loop, "train_step", 3, False),
     "between a checkpoint and its line": (loop, "train_step", 5, False),
     "within a step, before sampling": (DecodeSampler, "sample", 8, False),
-    "within a step, before the backward pass": (one_step, "preference_loss", 17, False),
+    "within a step, before the backward pass": (algorithms, "preference_loss", 17, False),
     "within a step, before the update": (one_step, "_clip_gradients", 8, False),
     "within a step, after the update": (DecodeSampler, "weights_changed", 8, False),
     "after an evaluation, before its line": (loop, "evaluate", 3, True),
@@ -215,6 +216,8 @@ def test_a_run_may_die_more_than_once(interrupted, uninterrupted, monkeypatch):
         {"num_layers_unfrozen": 1},
         {"algorithm": "dpo"},
         {"algorithm": "sft"},
+        {"rollout_steps": 4},
+        {"algorithm": "rloo", "reward": "tiny:reward_of_length", "rollout_steps": 4},
         {"bf16": True, "dtype": "bfloat16", **LORA},
     ],
     ids=str,
