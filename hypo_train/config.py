@@ -70,7 +70,7 @@ class Config(BaseModel):
     gradient_checkpointing: bool | Literal["selective"] | None = None
     """Recompute activations in the backward pass. true keeps each layer's input alone, for one more forward pass;
     selective keeps the results of matrix products and attention too, for a few percent more time; none means
-    selective on a CPU, and false on CUDA."""
+    selective on a CPU from 10 million parameters on, and false elsewhere."""
     use_liger_kernel: bool = False
     """Run RMSNorm, RoPE and SwiGLU of the model through Liger's kernels; needs liger-kernel and a GPU. The loss is
     this project's in any case."""

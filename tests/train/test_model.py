@@ -536,7 +536,9 @@ def test_selective_checkpointing_keeps_no_wide_result_of_a_low_rank_update(saved
     ("asked", "enabled"),
     [(None, not torch.cuda.is_available()), ("selective", True), (True, True), (False, False)],
 )
-def test_checkpointing_is_what_was_asked_for_and_on_a_cpu_selective(saved_model, asked, enabled):
+def test_checkpointing_is_what_was_asked_for_and_on_a_cpu_selective(saved_model, monkeypatch, asked, enabled):
+    assert not policy_of(saved_model()).base.is_gradient_checkpointing, "a small model keeps what it computes"
+    monkeypatch.setattr("hypo_train.model.load.SELECTIVE_FROM", 1000)
     policy = policy_of(saved_model(), gradient_checkpointing=asked)
     assert policy.base.is_gradient_checkpointing is enabled
 

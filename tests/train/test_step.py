@@ -22,7 +22,7 @@ WAYS = {
     "lora": {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"},
     "last layer": {"num_layers_unfrozen": 1},
     "checkpointed": {"gradient_checkpointing": True},
-    "all kept": {"gradient_checkpointing": False},
+    "checkpointed in part": {"gradient_checkpointing": "selective"},
     "of three micro-batches": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
     "exact": {"kl_estimator": "exact"},
 }
