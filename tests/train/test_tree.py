@@ -91,9 +91,14 @@ def gradients(model, hidden):
 WAYS = ["in one call", "prompts first", "separate rows"]
 
 
+@pytest.fixture(params=[0, 96], ids=["a branch at a time", "a tree at a time"])
+def groups(request, monkeypatch):
+    monkeypatch.setattr("hypo_train.trees.attention.SMALL_TREE", request.param)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("way", WAYS)
-def test_hidden_states_and_gradients_equal_those_of_plain_rows(model, way, checkpointing):
+def test_hidden_states_and_gradients_equal_those_of_plain_rows(model, groups, way, checkpointing):
     batch = ragged_batch()
     expected = one_by_one(model, *batch)
     expected_gradients = gradients(model, expected)
@@ -110,7 +115,7 @@ def test_hidden_states_and_gradients_equal_those_of_plain_rows(model, way, check
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_softcapped_scores_are_capped_in_trees_too(way):
+def test_softcapped_scores_are_capped_in_trees_too(groups, way):
     model = tiny.new_model("gemma2", vocab_size=VOCAB, attn_logit_softcapping=2.0)
     batch = ragged_batch()
     model.set_attn_implementation("eager")
@@ -161,6 +166,11 @@ def test_flash_attention_gets_separate_rows_without_their_padding(flash, archite
     assert flash == ([tokens] * 2 if batch == "ragged" else [])
 
 
+def test_a_small_trees_branches_are_attended_together_and_a_large_ones_each_alone():
+    layout = Layout((40, 40, 3), ((28, 0, 28), (28, 29), (0,)))
+    assert layout.branch_groups == [(0, (28, 28)), (1, (28,)), (1, (29,))]
+
+
 def test_nothing_is_computed_twice_or_padded(model):
     tokens = []
     model.get_decoder().register_forward_pre_hook(
@@ -207,9 +217,9 @@ def test_every_index_of_a_hand_written_batch():
     assert tree.targets.tolist() == [14, 15, 16, 22, 17, 18, 33, 34, 35]
     assert tree.cu_seqlens.tolist() == [0, 3, 4, 6, 6, 9]
     assert tree.num_tokens == 11
-    masks = [tree.layout.causal_mask(prompt, branch, "cpu") for prompt, branch in ((3, 2), (3, 1), (2, 2))]
+    masks = [tree.layout.branch_mask(prompt, branches, "cpu") for prompt, branches in ((3, (2, 1)), (2, (2,)))]
     drawn = [["".join(".x"[seen] for seen in query) for query in mask] for mask in masks]
-    assert drawn == [["xxxx.", "xxxxx"], ["xxxx"], ["xxx.", "xxxx"]]
+    assert drawn == [["xxxx..", "xxxxx.", "xxx..x"], ["xxx.", "xxxx"]]
     for name in ("input_ids", "position_ids", "rows", "targets", "cu_seqlens"):
         assert getattr(tree, name).dtype == torch.int64
 
