@@ -22,6 +22,8 @@ METRICS_FILE = "metrics.jsonl"
 SHOWN = {
     "loss": "loss",
     "kl": "kl",
+    "reward": "reward",
+    "accuracy": "accuracy",
     "rewards/margins": "margin",
     "time/step": "s/step",
     "time/sample": "s/sampling",
