@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.paper import pictures
 from benchmarks.paper.bandit import (
+    Gradient,
     Linear,
     Policy,
     Weights,
@@ -71,21 +72,17 @@ def outside_the_data(seeds: Sequence[int]) -> dict[str, Curves]:
     def watched(log_pi: Tensor) -> dict[str, Tensor]:
         return {"outside": (log_pi - world.log_ref)[:, n:].exp().mean(1), "kl": reverse_kl(log_pi, world.log_ref)}
 
-    curves = {}
-    for parametrisation, policy, learning_rate in (
-        ("softmax", lambda: Linear(world.features), 1.0),
-        ("weights", lambda: Weights(world.rewards), 0.08),
-    ):
-        made: Policy
-        for name, gradient in (
-            ("DPO", preference(world, beta=BANDIT_BETA)),
-            ("HyPO", hypo(world, beta=BANDIT_BETA, kl_coef=BANDIT_KL_COEF)),
-        ):
-            made = policy()
-            curves[f"{name}, {parametrisation}"] = train(
-                made, gradient, watched, steps=20_000, learning_rate=learning_rate
-            )
-    return curves
+    dpo, with_kl = preference(world, beta=BANDIT_BETA), hypo(world, beta=BANDIT_BETA, kl_coef=BANDIT_KL_COEF)
+    runs: dict[str, tuple[Policy, Gradient, float]] = {
+        "DPO, softmax": (Linear(world.features), dpo, 1.0),
+        "HyPO, softmax": (Linear(world.features), with_kl, 1.0),
+        "DPO, weights": (Weights(world.rewards), dpo, 0.08),
+        "HyPO, weights": (Weights(world.rewards), with_kl, 0.08),
+    }
+    return {
+        name: train(policy, gradient, watched, steps=20_000, learning_rate=learning_rate)
+        for name, (policy, gradient, learning_rate) in runs.items()
+    }
 
 
 def figure_2_table(linear: dict[str, Curves], bandit: dict[str, Curves]) -> Iterator[str]:

@@ -23,12 +23,14 @@ def figure_2(linear: dict[str, Curves], bandit: dict[str, Curves], path: Path) -
     """The paper's Figure 2, HyPO beside what it shows."""
     with plt.rc_context({**STYLE, "font.size": 11, "axes.titlesize": 12}):
         figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2), constrained_layout=True)
-        for axis, name in zip(axes, ("online RL", "DPO"), strict=False):
-            for shown, dashes in ((name, "-"), ("HyPO", "--")):
-                if name == "DPO" or shown != "HyPO":
-                    _band(axis, linear[shown]["best"], COLOURS[shown], dashes, f"{shown}: the best response")
-                    _band(axis, linear[shown]["preferred"], _pale(COLOURS[shown]), dashes, f"{shown}: preferred ones")
-            axis.set(title=f"{name}, linear features", xlabel="share of the training", ylabel="log-probability, nats")
+        for axis, shown in zip(axes, (["online RL"], ["DPO", "HyPO"]), strict=False):
+            for name in shown:
+                dashes = "--" if name == "HyPO" else "-"
+                _band(axis, linear[name]["best"], COLOURS[name], dashes, f"{name}: the best response")
+                _band(axis, linear[name]["preferred"], _pale(COLOURS[name]), dashes, f"{name}: preferred ones")
+            axis.set(
+                title=f"{shown[0]}, linear features", xlabel="share of the training", ylabel="log-probability, nats"
+            )
             axis.legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1.0, 0.6))
         for name, curves in bandit.items():
             method, parametrisation = name.split(", ")

@@ -63,6 +63,7 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
     _check_source(config.model_name_or_path)
     _check_architecture(config)
     model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast)
+    _check_window(model, config.max_prompt_length + config.max_completion_length)
     if config.use_liger_kernel:
         use_layer_kernels(model)
     policy = Policy(_made_trainable(model, config), is_peft=config.use_peft, temperature=config.temperature)
@@ -81,6 +82,7 @@ def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> R
     model = _open(
         AutoModelForSequenceClassification, config, config.model_name_or_path, autocast=autocast, num_labels=1
     )
+    _check_window(model, config.max_prompt_length + config.max_completion_length)
     model.config.get_text_config().pad_token_id = pad_token_id  # which token a classifier reads depends on it
     if config.use_liger_kernel:
         use_layer_kernels(model)
@@ -120,6 +122,7 @@ def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
 
 def as_reward_model(classifier: Any, config: Config) -> RewardModel:
     """A classifier that runs trees, or separate rows. Raises ModelError where it does not run so exactly."""
+    _check_window(classifier, config.max_prompt_length + config.max_completion_length)
     reward_model = RewardModel(classifier, is_peft=False)
     _share_prompts(reward_model, config, lambda: check_rewards(reward_model))
     return reward_model
@@ -141,7 +144,6 @@ def _open(kind: Any, config: Config, path: str, *, autocast: bool, **options: An
         raise ModelError(f"cannot load the model {path!r}: {first_line(error)}") from error
     model = found[0] if isinstance(found, tuple) else found
     _disable_dropout(model)
-    _check_window(model, config.max_prompt_length + config.max_completion_length)
     return found
 
 

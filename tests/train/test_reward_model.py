@@ -160,6 +160,24 @@ def test_a_classifier_with_another_tokenizer_reads_texts_and_the_run_says_so(rlo
     assert_close(rewards, plain, atol=1e-5, rtol=1e-5)
 
 
+def test_a_text_that_is_too_long_for_its_classifier_loses_its_beginning(rloo, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tiny.WORDS) + 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=1, pad_token_id=0, max_position_embeddings=4,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "bert")
+    tokenizer = tiny.word_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "bert")
+    run = prepare(rloo(tmp_path / "bert"))  # whose prompts and completions may have 24 tokens
+    words = tokenizer("tell me about the film it was good").input_ids
+    with torch.no_grad():
+        plain = model(torch.tensor([words[-4:]])).logits[:, 0]
+    assert_close(run.reward([words[:5]], [words[5:]]).cpu(), plain, atol=1e-5, rtol=1e-5)
+
+
 def test_a_language_model_is_no_reward_model(rloo, saved_model):
     with pytest.raises(ModelError, match=r"is no trained reward model: it has no score\.weight"):
         prepare(rloo(saved_model()))
