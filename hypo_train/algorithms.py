@@ -104,8 +104,7 @@ def _through_policy(
 def _reward(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     """A reward model's Bradley–Terry loss, of pairs."""
     with run.timer.phase("data"):
-        completions = [completion for pair in batch.rows for completion in (pair.chosen, pair.rejected)]
-        tree = run.batcher.scored(batch.prompt_ids, completions).to(run.accelerator.device)
+        tree = run.batcher.scored_pairs(batch.rows).to(run.accelerator.device)
     with run.timer.phase("forward"):
         rewards = run.model(tree, _timed(run.timer, rewards_of(tree))).view(-1, 2)
         losses = bradley_terry_loss(rewards)

@@ -135,8 +135,8 @@ class Config(BaseModel):
     """What a response is worth: "package.module:function", called with the texts (prompt, completion). rloo learns
     from it; evaluations of every algorithm report it."""
     reward_model_path: Text | None = None
-    """The same from a reward model: a Hub name or local folder of a sequence classifier with one label and the
-    policy's tokenizer, such as algorithm: reward makes."""
+    """The same from a reward model: a Hub name or local folder of a sequence classifier with one label. One with the
+    policy's tokenizer, such as algorithm: reward makes, reads the tokens; any other one the texts."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Taken from the reward of a sample that has not ended within max_new_tokens."""
 
@@ -203,6 +203,7 @@ class Config(BaseModel):
     """Samples for each of those prompts."""
     per_device_eval_batch_size: PositiveInt = 16
     """Rows or prompts in one evaluation batch on one device."""
+
     logging_steps: PositiveInt = 10
     """Write metrics every so many steps."""
     peak_tflops: PositiveFloat | None = None

@@ -71,8 +71,7 @@ def _add_rows(meter: Meter, run: Run, start: int, stop: int) -> None:
         meter.add("loss", run.policy(tree, token_losses(tree, run.config)))
         return
     if isinstance(run.trained, RewardModel):
-        completions = [completion for pair in rows for completion in (pair.chosen, pair.rejected)]
-        tree = run.batcher.scored([pair.prompt for pair in rows], completions).to(device)
+        tree = run.batcher.scored_pairs(rows).to(device)
         rewards = run.trained.rewards(tree).view(-1, 2)
         add_rewards(meter, rewards, bradley_terry_loss(rewards))
         return

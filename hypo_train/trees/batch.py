@@ -36,6 +36,11 @@ class Batcher:
         """
         return self.samples(prompts, [[*self._unpadded(ids), self.pad_token_id] for ids in completions])
 
+    def scored_pairs(self, pairs: Sequence[Pair]) -> Tree:
+        """The same of each pair's chosen, then its rejected."""
+        completions = [completion for pair in pairs for completion in (pair.chosen, pair.rejected)]
+        return self.scored([pair.prompt for pair in pairs], completions)
+
     def _unpadded(self, ids: Sequence[int]) -> Sequence[int]:
         length = next((i for i in range(len(ids), 0, -1) if ids[i - 1] != self.pad_token_id), 0)
         return ids[:length]
