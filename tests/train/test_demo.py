@@ -10,7 +10,7 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hypo_train.demo import main, report, run, world
+from hypo_train.demo import main, report, run, stages, world
 from hypo_train.log import read_metrics
 
 
@@ -116,7 +116,7 @@ def test_pairs_are_labelled_by_a_bradley_terry_judge_of_the_true_reward():
     for texts in ([KIND, UNKIND], [UNKIND, KIND]):
         kind_is_chosen = 0
         for _ in range(draws):
-            row = run._labelled(PROMPT, texts, rng)
+            row = stages._labelled(PROMPT, texts, rng)
             assert {row["chosen"], row["rejected"]} == {KIND, UNKIND}
             assert row["prompt"] == PROMPT
             kind_is_chosen += row["chosen"] == KIND
@@ -136,7 +136,7 @@ def test_pairs_are_labelled_by_a_bradley_terry_judge_of_the_true_reward():
     ids=["the same text", "an empty text", "an uncovered text", "two uncovered texts"],
 )
 def test_texts_without_two_covered_ones_make_no_pair(texts):
-    assert run._labelled(PROMPT, texts, random.Random(0)) is None
+    assert stages._labelled(PROMPT, texts, random.Random(0)) is None
 
 
 # The table
@@ -214,9 +214,7 @@ def test_the_curves_are_a_png(outcomes, tmp_path, seeds):
 
 @pytest.mark.slow
 def test_a_demo_in_miniature_ends_in_a_table_and_curves(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "NUM_REVIEWS", 456)
-    monkeypatch.setattr(run, "NUM_PAIRS", 24)
-    monkeypatch.setattr(run, "NUM_HELD_OUT", 8)
+    monkeypatch.setattr(run, "SIZES", stages.Sizes(num_reviews=456, num_pairs=24, num_held_out=8))
     monkeypatch.setattr(run, "SETTINGS", {**run.SETTINGS, "per_device_train_batch_size": 8, "num_train_epochs": 2})
     assert main(["--output_dir", str(tmp_path), "--seed", "3"]) == 0
     out = capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""What the demo and the paper's experiments in small start from: a language model, and its preference pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hypo_train.config import Config
+from hypo_train.demo import world
+from hypo_train.sampling import GenerateSampler
+from hypo_train.train import train
+
+SAMPLES_SEED = 10_000  # away from the seeds of the runs
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much text there is."""
+
+    num_reviews: int = 6000  # that the language model learns from
+    num_pairs: int = 1000
+    num_held_out: int = 512  # pairs after them, for evaluations
+
+
+def train_language_model(folder: Path, rng: random.Random, seed: int, sizes: Sizes) -> Path:
+    """A model of reviews, trained from scratch in a ``folder`` of its own; where it is."""
+    torch.manual_seed(seed)
+    world.save_new_model(folder / "untrained")
+    rows = [{"prompt": world.prompt(rng), "completion": world.review(rng)} for _ in range(sizes.num_reviews)]
+    write_rows(folder / "reviews.jsonl", rows)
+    config = configure(
+        folder / "sft",
+        folder / "untrained",
+        folder / "reviews.jsonl",
+        seed,
+        algorithm="sft",
+        learning_rate=3e-3,
+        per_device_train_batch_size=64,
+        num_train_epochs=3,
+        warmup_ratio=0.05,
+        num_eval_rows=200,
+    )
+    return train(config).model_dir
+
+
+def write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int, sizes: Sizes) -> dict[int, float]:
+    """Bradley–Terry pairs sampled from the language model, the held-out ones last.
+
+    Returns the true reward of one more sample for each held-out row: what a policy's samples are held against.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    sampler = GenerateSampler(model, eos_token_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
+    rows: list[dict[str, str]] = []
+    batch = 0
+    while len(rows) < sizes.num_pairs + sizes.num_held_out:
+        prompts = [world.prompt(rng) for _ in range(512)]
+        drawn = _sample(sampler, tokenizer, prompts, 4, seed=SAMPLES_SEED * (seed + 1) + batch)
+        pairs = [_labelled(prompt, texts, rng) for prompt, texts in zip(prompts, drawn, strict=True)]
+        rows += [pair for pair in pairs if pair is not None]
+        batch += 1
+    rows = rows[: sizes.num_pairs + sizes.num_held_out]
+    write_rows(path, rows)
+    prompts = [row["prompt"] for row in rows[sizes.num_pairs :]]
+    baseline = _sample(sampler, tokenizer, prompts, 1, seed=seed)
+    return {
+        sizes.num_pairs + i: world.reward(prompt, text)
+        for i, (prompt, [text]) in enumerate(zip(prompts, baseline, strict=True))
+    }
+
+
+def _labelled(prompt: str, texts: Sequence[str], rng: random.Random) -> dict[str, str] | None:
+    """Two covered texts, labelled by a Bradley–Terry judge of the true reward; None if there are no two."""
+    covered = [text for text in dict.fromkeys(texts) if text and world.is_covered(text)]
+    if len(covered) < 2:
+        return None
+    first, second = covered[:2]
+    prefers_first = rng.random() < 1 / (1 + math.exp(world.reward(prompt, second) - world.reward(prompt, first)))
+    chosen, rejected = (first, second) if prefers_first else (second, first)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _sample(sampler: GenerateSampler, tokenizer: Any, prompts: Sequence[str], n: int, seed: int) -> list[list[str]]:
+    """``n`` texts for each prompt."""
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    completions = sampler.sample(ids, n, world.MAX_COMPLETION_TOKENS, seed=seed).completions()
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+def configure(output_dir: Path, model: Path, data: Path, seed: int, **settings: Any) -> Config:
+    """A run in this world; ``settings`` come before the world's own."""
+    defaults = {
+        "reward": "hypo_train.demo.world:reward",
+        "max_prompt_length": world.MAX_PROMPT_TOKENS,
+        "max_completion_length": world.MAX_COMPLETION_TOKENS,
+    }
+    paths = {"output_dir": str(output_dir), "model_name_or_path": str(model), "dataset_name": str(data)}
+    return Config(**{**defaults, **paths, "seed": seed, **settings})
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
