@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench gpu smollm2 paper
+.PHONY: demo test check bench gpu smollm2 paper paper-full
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hypo_train
@@ -28,6 +28,10 @@ gpu: $(INSTALLED)
 # The paper's synthetic experiments and counterexamples: tables and pictures in benchmarks/paper/results.
 paper: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper.coverage
+
+# Its Table 1 and Figure 1 in small, with sweeps; goes on where it was killed.
+paper-full: $(INSTALLED)
+	$(BIN)/python -m benchmarks.paper.small $(ARGS)
 
 smollm2: $(INSTALLED) models/SmolLM2-135M-Instruct
 	$(BIN)/python -m hypo_train --config hypo_train/recipes/smollm2-lora.yaml
