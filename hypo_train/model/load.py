@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from hypo_train.config import Config
 from hypo_train.model import checkpointing
@@ -79,9 +81,8 @@ def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> R
     """
     _check_source(config.model_name_or_path)
     _check_architecture(config)
-    model = _open(
-        AutoModelForSequenceClassification, config, config.model_name_or_path, autocast=autocast, num_labels=1
-    )
+    kind, path = AutoModelForSequenceClassification, config.model_name_or_path
+    model = _open(kind, config, path, autocast=autocast, new=["score.weight"], num_labels=1)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
     model.config.get_text_config().pad_token_id = pad_token_id  # which token a classifier reads depends on it
     if config.use_liger_kernel:
@@ -99,9 +100,7 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
     """
     path = str(config.reward_model_path)
     _check_source(path, "reward_model_path")
-    model, info = _open(AutoModelForSequenceClassification, config, path, autocast=autocast, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):  # which transformers would draw at random
-        raise ModelError(f"reward_model_path={path!r} is no trained reward model: it has no {', '.join(missing[:3])}")
+    model = _open(AutoModelForSequenceClassification, config, path, autocast=autocast)
     if model.config.num_labels != 1:
         raise ModelError(f"reward_model_path={path!r} gives {model.config.num_labels} labels: a reward model has one")
     if model.config.get_text_config().pad_token_id is None:
@@ -128,23 +127,42 @@ def as_reward_model(classifier: Any, config: Config) -> RewardModel:
     return reward_model
 
 
-def _open(kind: Any, config: Config, path: str, *, autocast: bool, **options: Any) -> Any:
-    """The pretrained model of an auto class, without dropout."""
+def _open(kind: Any, config: Config, path: str, *, autocast: bool, new: Sequence[str] = (), **options: Any) -> Any:
+    """The pretrained model of an auto class, without dropout. What is not in the checkpoint, transformers draws at
+    random: only the weights called ``new`` may be so."""
     if config.dtype == "bfloat16" and not autocast:
         raise ModelError("dtype='bfloat16' needs bf16 compute: set bf16: true, or dtype: float32")
     try:
-        found = kind.from_pretrained(
-            path,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-            **options,
-        )
+        with _errors_only():  # its report of missing weights is what is checked below
+            model, found = kind.from_pretrained(
+                path,
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:
         raise ModelError(f"cannot load the model {path!r}: {first_line(error)}") from error
-    model = found[0] if isinstance(found, tuple) else found
+    if missing := sorted(set(found["missing_keys"]) - set(new)):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        names = ", ".join(missing[:3])
+        raise ModelError(
+            f"the checkpoint {path!r} lacks weights: {names}{more}; choose a complete one (or train it first)"
+        )
     _disable_dropout(model)
-    return found
+    return model
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """transformers, without its warnings."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _made_trainable(model: Any, config: Config) -> Any:

@@ -30,7 +30,7 @@ from hypo_train.config import Config
 from hypo_train.data import Pair
 from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model.exactness import check_exactness
-from hypo_train.model.load import eos_token_ids, load_policy, load_tokenizer
+from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
 from hypo_train.trees.attention import NAME
@@ -777,3 +777,18 @@ def test_a_completion_ends_with_the_tokenizers_eos_or_any_of_the_checkpoints(gen
     tokenizer = SimpleNamespace(eos_token_id=4)
     assert eos_token_ids(SimpleNamespace(eos_token_id=generation_eos), tokenizer) == expected
     assert eos_token_ids(None, tokenizer) == (4,)
+
+
+@pytest.fixture
+def incomplete(saved_model, tmp_path):
+    """A checkpoint that lacks one of its weights, which transformers would draw at random."""
+    whole = AutoModelForCausalLM.from_pretrained(saved_model())
+    weights = {name: w for name, w in whole.state_dict().items() if not name.endswith("1.mlp.up_proj.weight")}
+    whole.save_pretrained(tmp_path / "incomplete", state_dict=weights)
+    return tmp_path / "incomplete"
+
+
+@pytest.mark.parametrize("load", [load_policy, partial(load_reward_model, pad_token_id=tiny.PAD)], ids=["lm", "reward"])
+def test_a_checkpoint_that_lacks_weights_is_refused_by_name(incomplete, settings, load):
+    with pytest.raises(ModelError, match=r"incomplete' lacks weights: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(settings(model=incomplete), autocast=False)

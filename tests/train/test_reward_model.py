@@ -179,7 +179,7 @@ def test_a_text_that_is_too_long_for_its_classifier_loses_its_beginning(rloo, tm
 
 
 def test_a_language_model_is_no_reward_model(rloo, saved_model):
-    with pytest.raises(ModelError, match=r"is no trained reward model: it has no score\.weight"):
+    with pytest.raises(ModelError, match=r"lacks weights: score\.weight"):
         prepare(rloo(saved_model()))
 
 

@@ -62,7 +62,9 @@ def _stages(folders: dict[int, Path], scale: Scale, logs: Path) -> list[list[Tas
         arguments = (folders[seed], seed, scale, *more)
         return Task(f"seed {seed}: {name}", logs / f"seed-{seed}-{name}.txt", function, arguments)
 
-    material, first, last = [], [], []
+    material: list[Task] = []
+    first: list[Task] = []
+    last: list[Task] = []
     for seed, folder in folders.items():
         if not folder.exists():
             material.append(task(seed, "material", make_material))

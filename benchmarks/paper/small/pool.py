@@ -55,8 +55,3 @@ def run_all(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> bool:
         else:
             print(f"{task.label}: {future.result():.0f} s ({done} of {len(tasks)})", flush=True)
     return not failed
-
-
-def _one_thread() -> None:
-    """The models are so small that threads would only wait for each other."""
-    torch.set_num_threads(1)
