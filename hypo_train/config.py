@@ -96,7 +96,11 @@ class Config(BaseModel):
 
     dataset_name: Text
     """Preference data: a Hub name, a .jsonl, .json, .parquet or .csv file, a folder of these, or a folder
-    written by save_to_disk. Columns prompt (optional), chosen, rejected: text or chat messages."""
+    written by save_to_disk."""
+    dataset_format: Literal["preferences", "tldr"] = "preferences"
+    """What its rows are. preferences: columns prompt (optional), chosen, rejected, text or chat messages; sft takes
+    completion too. tldr: the original fields of OpenAI's summarize-from-feedback, posts with a summary (subreddit,
+    title, post, summary) or comparisons of two (info, summaries, choice)."""
     dataset_config: Text | None = None
     """Configuration of the Hub data set, where it has several."""
     dataset_train_split: Text = "train"
@@ -106,7 +110,8 @@ class Config(BaseModel):
     num_eval_rows: NonNegativeInt = 0
     """Rows held out from the end of the training split when dataset_test_split is none."""
     max_prompt_length: PositiveInt = 512
-    """Tokens a prompt may have; a longer one keeps its BOS and its end."""
+    """Tokens a prompt may have; a longer one keeps its BOS and its end. With dataset_format: tldr its post is cut, at
+    line breaks where it can be."""
     max_completion_length: Annotated[int, Field(ge=2)] = 512
     """Tokens a completion may have, EOS included; a longer one keeps its start and its EOS."""
     precompute_ref_log_probs: bool | None = None
