@@ -122,7 +122,7 @@ def ultrafeedback(count: int, *, seed: int = 2) -> list[dict]:
     for number in range(count):
         _, question, _ = _POSTS[number % len(_POSTS)]
         question = f"{question} {rng.choice(_MORE)}"
-        texts = [" ".join(rng.sample(_MORE, rng.randint(1, 3))) for _ in range(2)]
+        texts = [" ".join([start, *rng.sample(_MORE, rng.randint(0, 2))]) for start in ("Surely.", "No idea.")]
         chosen, rejected = (
             [{"content": question, "role": "user"}, {"content": text, "role": "assistant"}] for text in texts
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import datasets
 import pytest
@@ -11,7 +12,15 @@ import tiny
 from tokenizers import processors
 
 from hypo_train.config import Config
-from hypo_train.data import load_examples, load_pairs, load_prompts, tokenize_examples, tokenize_pairs, tokenize_prompts
+from hypo_train.data import (
+    FORMATS,
+    load_examples,
+    load_pairs,
+    load_prompts,
+    tokenize_examples,
+    tokenize_pairs,
+    tokenize_prompts,
+)
 from hypo_train.formats import DataError, Unusable
 from hypo_train.tldr import Post
 
@@ -39,6 +48,10 @@ def comparison(choice=1, texts=(" bad", " good"), **info):
 
 def reference(**fields):
     return {**POST, "summary": "good", **fields}
+
+
+def test_every_format_has_a_name_in_the_configuration():
+    assert get_args(Config.model_fields["dataset_format"].annotation) == tuple(FORMATS)
 
 
 # What is written
