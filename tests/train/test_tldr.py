@@ -206,14 +206,16 @@ def test_a_bos_that_the_tokenizer_adds_counts(tokenizer):
         (comparison(title=None), "no text as 'title'"),
         (comparison(post=" \n"), "an empty 'post'"),
         (comparison(title="zq " * 600), "a prompt of more than max_prompt_length tokens without its post"),
-        (comparison(texts=(" a",)), "'summaries' that are not two"),
+        (comparison(texts=(" a",)), "'summaries' that are not two with a text"),
         (comparison(texts=(" a", None)), "no text as 'chosen'"),
         (comparison(texts=(" ", " b")), "an empty 'rejected'"),
         (comparison(texts=(" a", "a")), "the same tokens in 'chosen' and 'rejected'"),
+        ({**comparison(), "summaries": [" a", " b"]}, "'summaries' that are not two with a text"),
+        ({**comparison(), "summaries": [None, None]}, "'summaries' that are not two with a text"),
         (comparison(choice=2), "a 'choice' that is neither 0 nor 1"),
         (comparison(choice=None), "a 'choice' that is neither 0 nor 1"),
         ({**comparison(), "info": None}, "no text as 'post'"),
-        ({**comparison(), "summaries": None}, "'summaries' that are not two"),
+        ({**comparison(), "summaries": None}, "'summaries' that are not two with a text"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_dropped_with_its_reason(tokenizer, row, reason):
