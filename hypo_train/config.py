@@ -95,7 +95,7 @@ class Config(BaseModel):
     """Bound on the temporary memory of one loss call, in bytes."""
 
     dataset_name: Text
-    """Preference data: a Hub name, a .jsonl, .json, .parquet or .csv file, a folder of these, or a folder
+    """Training data: a Hub name, a .jsonl, .json, .parquet or .csv file, a folder of these, or a folder
     written by save_to_disk."""
     dataset_format: Literal["preferences", "tldr"] = "preferences"
     """What its rows are. preferences: columns prompt (optional), chosen, rejected, text or chat messages; sft takes

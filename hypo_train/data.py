@@ -455,8 +455,8 @@ def _fit(
     if len(set(short)) < len(short):
         raise Unusable("the same tokens in 'chosen' and 'rejected' up to max_completion_length")
     clean = _clean_prompt(prompt, text.rendered, rules)
-    counts["doubled_bos"] += rules.bos is not None and prompt[:2] == [rules.bos] * 2
     kept = _shortened(text, clean, rules)
+    counts["doubled_bos"] += rules.bos is not None and prompt[:2] == [rules.bos] * 2
     if len(kept) < len(clean):
         counts["truncated_prompts" if text.shorten is None else "shortened_prompts"] += 1
     counts["truncated_completions"] += sum(len(ids) > limit for ids in ended)
