@@ -95,8 +95,12 @@ class Config(BaseModel):
     """Bound on the temporary memory of one loss call, in bytes."""
 
     dataset_name: Text
-    """Preference data: a Hub name, a .jsonl, .json, .parquet or .csv file, a folder of these, or a folder
-    written by save_to_disk. Columns prompt (optional), chosen, rejected: text or chat messages."""
+    """Training data: a Hub name, a .jsonl, .json, .parquet or .csv file, a folder of these, or a folder
+    written by save_to_disk."""
+    dataset_format: Literal["preferences", "tldr"] = "preferences"
+    """What its rows are. preferences: columns prompt (optional), chosen, rejected, text or chat messages; sft takes
+    completion too. tldr: the original fields of OpenAI's summarize-from-feedback, posts with a summary (subreddit,
+    title, post, summary) or comparisons of two (info, summaries, choice)."""
     dataset_config: Text | None = None
     """Configuration of the Hub data set, where it has several."""
     dataset_train_split: Text = "train"
@@ -106,7 +110,8 @@ class Config(BaseModel):
     num_eval_rows: NonNegativeInt = 0
     """Rows held out from the end of the training split when dataset_test_split is none."""
     max_prompt_length: PositiveInt = 512
-    """Tokens a prompt may have; a longer one keeps its BOS and its end."""
+    """Tokens a prompt may have; a longer one keeps its BOS and its end. With dataset_format: tldr its post is cut, at
+    line breaks where it can be."""
     max_completion_length: Annotated[int, Field(ge=2)] = 512
     """Tokens a completion may have, EOS included; a longer one keeps its start and its EOS."""
     precompute_ref_log_probs: bool | None = None
@@ -336,7 +341,8 @@ def _conflicts(c: Config) -> list[str]:
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """The configuration that ``argv`` (without the program's name) asks for; flags override ``--config``'s file.
+    """The configuration that ``argv`` (without the program's name) asks for; flags override ``--config``'s file,
+    which overrides its ``base``.
 
     Raises ``ConfigError`` with every problem of the file and the flags together.
     """
@@ -397,28 +403,45 @@ def _flag_value(name: str, tokens: list[str]) -> Any:
     return tokens[0]
 
 
-def _read_file(path: str, problems: list[str]) -> dict[str, Any]:
-    """The known keys of a flat YAML mapping."""
+def _read_file(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dict[str, Any]:
+    """The known keys of a flat YAML mapping, over those of the recipe that its ``base`` names, if it names one.
+
+    ``heirs``: the recipes that this one is the base of, the first given on the command line.
+    """
+    where = f"base {path} of {heirs[-1]}" if heirs else f"--config {path}"
     try:
         text = Path(path).read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
+        raise ConfigError(f"{where}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"--config {path}: should hold lines of the form 'name: value'")
+        raise ConfigError(f"{where}: should hold lines of the form 'name: value'")
     keys = Counter(str(key.value) for key, _ in node.value)  # ``values`` silently keeps the last of equal keys
     problems += [f"{key} is given more than once in {path}" for key, count in keys.items() if count > 1]
-    unknown = [key for key in values if key not in Config.model_fields]
+    unknown = [key for key in values if key not in Config.model_fields and key != "base"]
     problems += [f"unknown key {key!r} in {path}{_nearest(str(key))}" for key in unknown]
-    return {key: value for key, value in values.items() if key not in unknown}
+    own = {key: value for key, value in values.items() if key in Config.model_fields}
+    return _read_base(values["base"], problems, [*heirs, path]) | own if "base" in values else own
+
+
+def _read_base(base: Any, problems: list[str], heirs: Sequence[str]) -> dict[str, Any]:
+    """The values of the recipe ``base``, whose path is relative to the folder of its heir, the last of ``heirs``."""
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"base={base!r} in {heirs[-1]}: should be the path of a recipe, relative to this one")
+    path = Path(heirs[-1]).parent / Path(base).expanduser()
+    if path.resolve() in [Path(heir).resolve() for heir in heirs]:
+        raise ConfigError(
+            f"base={base!r} in {heirs[-1]}: a recipe cannot be its own base: {' -> '.join([*heirs, base])}"
+        )
+    return _read_file(str(path), problems, heirs)
 
 
 def _nearest(name: str, prefix: str = "") -> str:
     """The end of an unknown name's message; ``prefix`` is that of a flag."""
-    names = difflib.get_close_matches(name, [*Config.model_fields, *(["config"] if prefix else [])], n=1)
+    names = difflib.get_close_matches(name, [*Config.model_fields, "config" if prefix else "base"], n=1)
     return f": did you mean {prefix}{names[0]}?" if names else " (--help lists the fields)"
 
 
@@ -476,7 +499,8 @@ def help_text() -> str:
         "       python -m hypo_train --config recipe.yaml --learning_rate 1e-6",
         "",
         "--config reads a flat YAML file of the fields below; --field value, --field=value or, for yes/no",
-        "fields, --field alone overrides it.",
+        "fields, --field alone overrides it. A line base: other.yaml, relative to the file, takes every",
+        "field that the file leaves out from another one.",
     ]
     for name, field in Config.model_fields.items():
         if name in _GROUPS:

@@ -13,7 +13,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -24,11 +24,13 @@ import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hypo_train.config import Config
-from hypo_train.formats import DataError, RowText, Unusable, row_text
+from hypo_train.formats import DataError, Format, Preferences, RowText, Unusable, quoted
+from hypo_train.tldr import Tldr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FORMATS: dict[str, Format] = {"preferences": Preferences(), "tldr": Tldr()}
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 MEGA_BATCH_AT_MOST, MEGA_BATCHES_AT_LEAST = 50, 4  # batches in one, and how many an epoch has; transformers' choice
 BLOCK = 1000  # rows tokenised in one call: a fast tokenizer runs a batch in parallel
@@ -88,6 +90,7 @@ class DataReport:
     dropped: dict[str, list[int]]  # reason -> indices in the source split
     completions: int  # none, one or two in a row
     truncated_prompts: int
+    shortened_prompts: int  # in the way of the format
     truncated_completions: int
     cut_at_eos: int  # completions that had text after an EOS of their own
     doubled_bos: int  # prompts that had a second BOS
@@ -101,6 +104,7 @@ class DataReport:
             lines.append(f"{self.rows - self.used} of {self.rows} rows dropped: {', '.join(reasons)}")
         for count, total, finding in (
             (self.truncated_prompts, self.used, "prompts cut to their last max_prompt_length tokens"),
+            (self.shortened_prompts, self.used, "prompts with their text shortened to have max_prompt_length tokens"),
             (self.truncated_completions, self.completions, "completions cut to max_completion_length tokens"),
             (self.cut_at_eos, self.completions, "completions cut at an EOS inside their text"),
             (self.doubled_bos, self.used, "prompts had a second BOS, now removed"),
@@ -170,7 +174,7 @@ def _open_file(path: Path, split: str) -> datasets.Dataset:
     options: dict[str, Any] = {}
     if path.suffix == ".csv":
         # Every cell is text: the completion "NA" is no missing value, "007" is no number.
-        columns = ("prompt", "chosen", "rejected", "completion")
+        columns = ("prompt", "chosen", "rejected", "completion", "subreddit", "title", "post", "summary")
         options = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)}
     try:
         return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split, **options)
@@ -197,7 +201,7 @@ def _open_saved(path: Path, split: str) -> datasets.Dataset:
     # A data set that was saved alone often has no split name; it is "train", as a single file is.
     splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
     if split not in splits:
-        raise DataError(f"dataset_name={str(path)!r}: there is no split {split!r}, only {_quoted(splits)}")
+        raise DataError(f"dataset_name={str(path)!r}: there is no split {split!r}, only {quoted(splits)}")
     return splits[split]
 
 
@@ -247,6 +251,7 @@ def _load(
         "max_prompt_length": config.max_prompt_length,
         "max_completion_length": config.max_completion_length,
         "eos_token_ids": eos_token_ids,
+        "dataset_format": config.dataset_format,
     }
 
     def read(rows: datasets.Dataset, split: str, first_row: int = 0) -> tuple[list[Row], DataReport]:
@@ -271,24 +276,21 @@ def tokenize_pairs(
     max_prompt_length: int,
     max_completion_length: int,
     eos_token_ids: Sequence[int],
+    dataset_format: str = "preferences",
     first_row: int = 0,
 ) -> tuple[list[Pair], DataReport]:
     """Token ids of the preference rows that can be used, in order, and a report on all of them.
 
-    Columns: ``chosen``, ``rejected`` and, unless it is their common beginning, ``prompt``; each is text or a list
-    of chat messages. Lengths are in tokens, EOS included; ``first_row`` is the index in the split of the first
-    row. A completion without an EOS gets the tokenizer's, or the first of ``eos_token_ids`` if the tokenizer's
-    is not among them. Raises ``DataError`` when a column is missing, when chat messages meet a tokenizer
-    without a chat template, and when no row can be used.
+    ``dataset_format`` is a key of ``FORMATS``: of "preferences", the columns are ``chosen``, ``rejected`` and, unless
+    it is their common beginning, ``prompt``; each is text or a list of chat messages. Lengths are in tokens, EOS
+    included; ``first_row`` is the index in the split of the first row. A completion without an EOS gets the
+    tokenizer's, or the first of ``eos_token_ids`` if the tokenizer's is not among them. Raises ``DataError`` when a
+    column is missing, when chat messages meet a tokenizer without a chat template, and when no row can be used.
     """
-    if not {"chosen", "rejected"} <= _columns(dataset):
-        raise DataError(
-            "preference data needs the columns 'chosen' and 'rejected', and 'prompt' unless it is their common "
-            f"beginning; the columns are {_quoted(_columns(dataset))}"
-        )
-    keys = ("chosen", "rejected")
+    form = FORMATS[dataset_format]
+    parts = form.pair_parts(_columns(dataset))
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
-    rows, report = _tokenize(dataset, rules, keys, keys, first_row)
+    rows, report = _tokenize(dataset, form, rules, parts, parts, first_row)
     return [Pair(row, prompt, *completions) for row, prompt, completions in rows], report
 
 
@@ -299,24 +301,14 @@ def tokenize_examples(
     max_prompt_length: int,
     max_completion_length: int,
     eos_token_ids: Sequence[int],
+    dataset_format: str = "preferences",
     first_row: int = 0,
 ) -> tuple[list[Example], DataReport]:
     """As ``tokenize_pairs``, for SFT: rows with ``prompt`` and ``completion``, or the chosen side of preferences."""
-    columns = _columns(dataset)
-    keys: tuple[str, ...]
-    if {"prompt", "completion"} <= columns:
-        keys = ("completion",)
-    elif {"prompt", "chosen"} <= columns:
-        keys = ("chosen",)
-    elif {"chosen", "rejected"} <= columns:
-        keys = ("chosen", "rejected")  # the prompt is what the two share
-    else:
-        raise DataError(
-            "SFT needs the columns 'prompt' and 'completion', or those of preference data ('chosen' and "
-            f"'rejected'); the columns are {_quoted(columns)}"
-        )
+    form = FORMATS[dataset_format]
+    parts = form.example_parts(_columns(dataset))
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
-    rows, report = _tokenize(dataset, rules, keys, keys[:1], first_row)
+    rows, report = _tokenize(dataset, form, rules, parts, parts[:1], first_row)
     return [Example(row, prompt, *completions) for row, prompt, completions in rows], report
 
 
@@ -327,21 +319,14 @@ def tokenize_prompts(
     max_prompt_length: int,
     max_completion_length: int,
     eos_token_ids: Sequence[int],
+    dataset_format: str = "preferences",
     first_row: int = 0,
 ) -> tuple[list[Prompt], DataReport]:
     """As ``tokenize_pairs``, for the prompts alone: of preference data, or rows with nothing but a ``prompt``."""
-    columns = _columns(dataset)
-    if {"chosen", "rejected"} <= columns:
-        keys: tuple[str, ...] = ("chosen", "rejected")  # the same rows and prompts as of the pairs
-    elif "prompt" in columns:
-        keys = ()
-    else:
-        raise DataError(
-            "prompts are the column 'prompt', or the common beginning of 'chosen' and 'rejected'; the columns are "
-            f"{_quoted(columns)}"
-        )
+    form = FORMATS[dataset_format]
+    parts = form.prompt_parts(_columns(dataset))
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
-    rows, report = _tokenize(dataset, rules, keys, (), first_row)
+    rows, report = _tokenize(dataset, form, rules, parts, (), first_row)
     return [Prompt(row, prompt) for row, prompt, _ in rows], report
 
 
@@ -349,10 +334,6 @@ def _columns(dataset: Rows) -> KeysView[str]:
     if len(dataset) == 0:
         raise DataError("there are no rows")
     return dataset[0].keys()
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 @dataclass(frozen=True)
@@ -383,9 +364,9 @@ def _token_rules(
 
 
 def _tokenize(
-    dataset: Rows, rules: _TokenRules, columns: Sequence[str], wanted: Sequence[str], first_row: int
+    dataset: Rows, form: Format, rules: _TokenRules, parts: Sequence[str], wanted: Sequence[str], first_row: int
 ) -> tuple[list[tuple[int, Ids, list[Ids]]], DataReport]:
-    """(row, prompt, the ``wanted`` ones of the completion ``columns``) of each usable row, and the report."""
+    """(row, prompt, the ``wanted`` ones of the ``parts``) of each usable row, and the report."""
     dropped: dict[str, list[int]] = {}
     counts: Counter[str] = Counter()
     rows = []
@@ -393,7 +374,7 @@ def _tokenize(
     def texts() -> Iterator[RowText]:
         for row, example in enumerate(dataset, start=first_row):
             try:
-                yield row_text(row, example, columns, rules.tokenizer)
+                yield form.row_text(row, example, parts, rules.tokenizer)
             except Unusable as reason:
                 dropped.setdefault(str(reason), []).append(row)
 
@@ -413,6 +394,7 @@ def _tokenize(
         dropped={reason: sorted(indices) for reason, indices in dropped.items()},
         completions=len(rows) * len(wanted),
         truncated_prompts=counts["truncated_prompts"],
+        shortened_prompts=counts["shortened_prompts"],
         truncated_completions=counts["truncated_completions"],
         cut_at_eos=counts["cut_at_eos"],
         doubled_bos=counts["doubled_bos"],
@@ -432,27 +414,28 @@ def _encode(
     block: list[RowText], tokenizer: PreTrainedTokenizerBase, num_wanted: int
 ) -> Iterator[tuple[RowText, list[int], list[list[int]]]]:
     """Each row with the ids of its prompt and completions; special tokens come with plain prompts alone."""
-
-    def ids(texts: list[str], special: bool) -> Iterator[list[int]]:
-        if not texts:  # tokenizers fail on an empty batch
-            return iter(())
-        batch = tokenizer(
-            texts,
-            add_special_tokens=special,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return iter(batch["input_ids"])
-
     prompts = {
-        rendered: ids([text.prompt for text in block if text.rendered is rendered], special=not rendered)
+        rendered: _ids(tokenizer, [text.prompt for text in block if text.rendered is rendered], special=not rendered)
         for rendered in (False, True)
     }
-    completions = ids([completion for text in block for completion in text.completions[:num_wanted]], special=False)
+    texts = [completion for text in block for completion in text.completions[:num_wanted]]
+    completions = _ids(tokenizer, texts, special=False)
     for text in block:
         yield text, next(prompts[text.rendered]), list(islice(completions, num_wanted))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> Iterator[list[int]]:
+    if not texts:  # tokenizers fail on an empty batch
+        return iter(())
+    batch = tokenizer(
+        texts,
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return iter(batch["input_ids"])
 
 
 def _fit(
@@ -472,14 +455,16 @@ def _fit(
     if len(set(short)) < len(short):
         raise Unusable("the same tokens in 'chosen' and 'rejected' up to max_completion_length")
     clean = _clean_prompt(prompt, text.rendered, rules)
+    kept = _shortened(text, clean, rules)
     counts["doubled_bos"] += rules.bos is not None and prompt[:2] == [rules.bos] * 2
-    counts["truncated_prompts"] += len(clean) > rules.max_prompt_length
+    if len(kept) < len(clean):
+        counts["truncated_prompts" if text.shorten is None else "shortened_prompts"] += 1
     counts["truncated_completions"] += sum(len(ids) > limit for ids in ended)
-    for ids, kept in zip(completions, ended, strict=True):
+    for ids, whole in zip(completions, ended, strict=True):
         # A template's line break after the EOS is no loss, text is.
-        rest = ids[len(kept) :]
+        rest = ids[len(whole) :]
         counts["cut_at_eos"] += bool(rest and str(rules.tokenizer.decode(rest, skip_special_tokens=True)).strip())
-    return _keep_end(clean, rules), short
+    return kept, short
 
 
 def _end_with_eos(ids: list[int], rules: _TokenRules, column: str) -> Ids:
@@ -502,11 +487,23 @@ def _clean_prompt(ids: list[int], rendered: bool, rules: _TokenRules) -> Ids:
     return tuple(ids[start:end])
 
 
+def _shortened(text: RowText, ids: Ids, rules: _TokenRules) -> Ids:
+    """A prompt's ids, at most max_prompt_length of them."""
+    if len(ids) <= rules.max_prompt_length:
+        return ids
+    if text.shorten is None:
+        return _keep_end(ids, rules)
+
+    def encode(prompt: str) -> Ids:
+        (found,) = _ids(rules.tokenizer, [prompt], special=not text.rendered)
+        return _clean_prompt(found, text.rendered, rules)
+
+    return text.shorten(encode, rules.max_prompt_length)
+
+
 def _keep_end(ids: Ids, rules: _TokenRules) -> Ids:
     """The last max_prompt_length ids, the first of them the BOS if the prompt had one."""
     excess = len(ids) - rules.max_prompt_length
-    if excess <= 0:
-        return ids
     start = ids[:1] if ids[0] == rules.bos else ()
     return start + ids[excess + len(start) :]
 

@@ -1,14 +1,15 @@
-"""One row of a data set as text: its prompt and its completions.
+"""One row of a data set as text: its prompt and its completions. What a format of data is, and the usual one.
 
-A row is text, or chat messages that the tokenizer's template writes. Its prompt is a column of its own, or
-what the completions have in common.
+In the usual one a row is text, or chat messages that the tokenizer's template writes. Its prompt is a column of its
+own, or what the completions have in common.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from jinja2 import TemplateError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages: TypeAlias = list[dict[str, Any]]
+Encode: TypeAlias = Callable[[str], tuple[int, ...]]  # a prompt's text -> its token ids
 
 
 class DataError(ValueError):
@@ -32,34 +34,102 @@ class RowText:
 
     row: int  # index in the source split
     prompt: str
-    completions: list[str]  # in the order of the columns asked for
+    completions: list[str]  # in the order of the parts asked for
     rendered: bool  # by a chat template, which writes the special tokens itself
+    # (encode, limit) -> ids of the prompt cut to ``limit`` tokens, where the format has a way of its own to cut one; it
+    # raises Unusable where that is not enough. None: a prompt that is too long loses its beginning.
+    shorten: Callable[[Encode, int], tuple[int, ...]] | None = None
 
 
-def row_text(
-    row: int, example: Mapping[str, Any], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> RowText:
-    """The text of ``example``'s prompt and of its completion ``columns``.
+class Format(Protocol):
+    """One way to write the rows of a data set.
 
-    Raises ``Unusable`` with the reason, or ``DataError`` where no row with chat messages could be used.
+    The first three name the parts of a row that ``row_text`` has to find, from the columns that there are. They raise
+    ``DataError`` where the columns are not those of the format.
     """
-    values = {column: _text_or_messages(example.get(column), column) for column in columns}
-    prompt = _text_or_messages(example["prompt"], "prompt") if "prompt" in example else None
-    texts = [value for value in values.values() if isinstance(value, str)]
-    if len(texts) == len(values) and not isinstance(prompt, list):
-        if prompt is None:
-            prompt, texts = _split_texts(*texts)
-        for column, text in zip(columns, texts, strict=True):
-            _refuse_blank(text, column)
-        return RowText(row, prompt, texts, rendered=False)
-    conversations = [
-        [{"role": "assistant", "content": value}] if isinstance(value, str) else value for value in values.values()
-    ]
-    messages, answers = _split_conversations(prompt, conversations)
-    for column, answer in zip(columns, answers, strict=True):
-        _check_answer(answer, column)
-    start, endings = _render(messages, answers, tokenizer)
-    return RowText(row, start, endings, rendered=True)
+
+    def pair_parts(self, columns: AbstractSet[str]) -> tuple[str, ...]:
+        """The preferred completion and the other one."""
+
+    def example_parts(self, columns: AbstractSet[str]) -> tuple[str, ...]:
+        """The completion to imitate first; any other one only to find the prompt."""
+
+    def prompt_parts(self, columns: AbstractSet[str]) -> tuple[str, ...]:
+        """Completions that a row must have although its prompt alone is asked for."""
+
+    def row_text(
+        self, row: int, example: Mapping[str, Any], parts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> RowText:
+        """The text of ``example``'s prompt and of the ``parts``.
+
+        Raises ``Unusable`` with the reason, or ``DataError`` where no such row could be used.
+        """
+
+
+class Preferences:
+    """Columns prompt, chosen, rejected or completion: text, or chat messages."""
+
+    def pair_parts(self, columns: AbstractSet[str]) -> tuple[str, ...]:
+        if not {"chosen", "rejected"} <= columns:
+            raise DataError(
+                "preference data needs the columns 'chosen' and 'rejected', and 'prompt' unless it is their common "
+                f"beginning; the columns are {quoted(columns)}"
+            )
+        return ("chosen", "rejected")
+
+    def example_parts(self, columns: AbstractSet[str]) -> tuple[str, ...]:
+        if {"prompt", "completion"} <= columns:
+            return ("completion",)
+        if {"prompt", "chosen"} <= columns:
+            return ("chosen",)
+        if {"chosen", "rejected"} <= columns:
+            return ("chosen", "rejected")  # the prompt is what the two share
+        raise DataError(
+            "SFT needs the columns 'prompt' and 'completion', or those of preference data ('chosen' and "
+            f"'rejected'); the columns are {quoted(columns)}"
+        )
+
+    def prompt_parts(self, columns: AbstractSet[str]) -> tuple[str, ...]:
+        if {"chosen", "rejected"} <= columns:
+            return ("chosen", "rejected")  # the same rows and prompts as of the pairs
+        if "prompt" in columns:
+            return ()
+        raise DataError(
+            "prompts are the column 'prompt', or the common beginning of 'chosen' and 'rejected'; the columns are "
+            f"{quoted(columns)}"
+        )
+
+    def row_text(
+        self, row: int, example: Mapping[str, Any], parts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> RowText:
+        values = {part: _text_or_messages(example.get(part), part) for part in parts}
+        prompt = _text_or_messages(example["prompt"], "prompt") if "prompt" in example else None
+        texts = [value for value in values.values() if isinstance(value, str)]
+        if len(texts) == len(values) and not isinstance(prompt, list):
+            if prompt is None:
+                prompt, texts = _split_texts(*texts)
+            for part, text in zip(parts, texts, strict=True):
+                refuse_blank(text, part)
+            return RowText(row, prompt, texts, rendered=False)
+        conversations = [
+            [{"role": "assistant", "content": value}] if isinstance(value, str) else value for value in values.values()
+        ]
+        messages, answers = _split_conversations(prompt, conversations)
+        for part, answer in zip(parts, answers, strict=True):
+            _check_answer(answer, part)
+        start, endings = _render(messages, answers, tokenizer)
+        return RowText(row, start, endings, rendered=True)
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names as an error message lists them."""
+    return ", ".join(map(repr, names))
+
+
+def refuse_blank(text: str, part: str) -> None:
+    """Raise ``Unusable`` where the text of a part is nothing but white space."""
+    if not text.strip():
+        raise Unusable(f"an empty {part!r}")
 
 
 def _text_or_messages(value: Any, column: str) -> str | Messages:
@@ -67,7 +137,7 @@ def _text_or_messages(value: Any, column: str) -> str | Messages:
     if value is None or value == []:
         raise Unusable(f"an empty {column!r}")
     if isinstance(value, str):
-        _refuse_blank(value, column)
+        refuse_blank(value, column)
         return value
     if not isinstance(value, list):
         raise Unusable(f"a {column!r} that is neither text nor chat messages")
@@ -76,11 +146,6 @@ def _text_or_messages(value: Any, column: str) -> str | Messages:
         if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)):
             raise Unusable(f"a {column!r} with a message without a 'role' and a 'content' text")
     return [{key: item for key, item in message.items() if item is not None} for message in value]
-
-
-def _refuse_blank(text: str, column: str) -> None:
-    if not text.strip():
-        raise Unusable(f"an empty {column!r}")
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, list[str]]:
@@ -126,7 +191,7 @@ def _check_answer(messages: Messages, column: str) -> None:
         raise Unusable(f"a {column!r} whose last message is not from the assistant")
     if messages[0]["role"] != "assistant":
         raise Unusable(f"a {column!r} that does not go on with the assistant's message")
-    _refuse_blank(messages[-1]["content"], column)
+    refuse_blank(messages[-1]["content"], column)
 
 
 def _render(prompt: Messages, answers: list[Messages], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:

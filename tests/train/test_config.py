@@ -235,6 +235,92 @@ def test_a_recipe_that_is_no_mapping_says_what_it_should_hold(recipe, text):
     assert problem(["--config", path]) == f"--config {path}: should hold lines of the form 'name: value'"
 
 
+# A recipe on top of another
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    """Write YAML files by name, return the path of the last."""
+
+    def write(**files: str) -> str:
+        for name, text in files.items():
+            (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+        return str(tmp_path / f"{name}.yaml")
+
+    return write
+
+
+def test_a_recipe_overrides_its_base_and_flags_override_both(recipes):
+    path = recipes(
+        common="model_name_or_path: m\ndataset_name: d\nbeta: 0.05\nseed: 1\nlora_r: 8\n",
+        middle="base: common.yaml\nseed: 2\nlora_r: 9\n",
+        last="base: middle.yaml\nlora_r: 10\n",
+    )
+    config = load_config(["--config", path])
+    assert (config.model_name_or_path, config.beta, config.seed, config.lora_r) == ("m", 0.05, 2, 10)
+    assert load_config(["--config", path, "--beta", "0.2", "--lora_r", "11"]).lora_r == 11
+
+
+def test_a_base_is_relative_to_the_file_that_names_it(recipes, tmp_path, monkeypatch):
+    recipes(common="model_name_or_path: m\ndataset_name: d\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "run.yaml").write_text("base: ../common.yaml\nseed: 3\n")
+    monkeypatch.chdir(tmp_path / "sub")
+    assert load_config(["--config", "run.yaml"]).seed == 3
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["--config", "sub/run.yaml"]).model_name_or_path == "m"
+
+
+def test_a_null_in_a_recipe_takes_back_what_its_base_says(recipes):
+    path = recipes(
+        common="model_name_or_path: m\ndataset_name: d\nmax_new_tokens: 53\n",
+        run="base: common.yaml\nmax_new_tokens: null\n",
+    )
+    assert load_config(["--config", path]).max_new_tokens is None
+
+
+def test_a_typo_is_named_in_the_file_where_it_stands(recipes, tmp_path):
+    path = recipes(
+        common="model_name_or_path: m\ndataset_name: d\nbetaa: 0.1\n",
+        run="base: common.yaml\nseed: 1\nseed: 2\nbae: x\n",
+    )
+    message = problem(["--config", path])
+    assert message.startswith("3 problems")
+    assert f"unknown key 'betaa' in {tmp_path / 'common.yaml'}: did you mean beta?" in message
+    assert f"seed is given more than once in {path}" in message
+    assert f"unknown key 'bae' in {path}: did you mean base?" in message
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "base: a.yaml\n"}, "base='a.yaml' in {a}: a recipe cannot be its own base: {a} -> a.yaml"),
+        (
+            {"b": "base: ./a.yaml\n", "a": "base: b.yaml\n"},
+            "base='./a.yaml' in {b}: a recipe cannot be its own base: {a} -> {b} -> ./a.yaml",
+        ),
+        ({"a": "base: nowhere.yaml\n"}, "base {nowhere} of {a}: No such file or directory"),
+        ({"b": "- 1\n", "a": "base: b.yaml\n"}, "base {b} of {a}: should hold lines of the form 'name: value'"),
+        ({"b": "a: [1\n", "a": "base: b.yaml\n"}, "base {b} of {a}: not valid YAML"),
+        ({"a": "base: 3\n"}, "base=3 in {a}: should be the path of a recipe, relative to this one"),
+        ({"a": "base:\n"}, "base=None in {a}: should be the path of a recipe, relative to this one"),
+        ({"a": "base: [b.yaml]\n"}, "base=['b.yaml'] in {a}: should be the path of a recipe"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_named_with_its_heir(recipes, tmp_path, files, message):
+    text = problem(["--config", recipes(**files)])
+    names = {name: tmp_path / f"{name}.yaml" for name in ("a", "b", "nowhere")}
+    assert text.startswith(message.format(**names))
+    assert "\n" not in text
+
+
+def test_the_yaml_of_a_run_stands_alone(recipes):
+    path = recipes(common="model_name_or_path: m\ndataset_name: d\n", run="base: common.yaml\nseed: 5\n")
+    config = load_config(["--config", path])
+    assert "base" not in yaml.safe_load(config.to_yaml())
+    assert load_config(["--config", recipes(flat=config.to_yaml())]) == config
+
+
 def test_a_recipe_in_another_encoding_is_an_error_and_not_a_traceback(tmp_path):
     path = tmp_path / "latin.yaml"
     path.write_bytes("output_dir: caf\xe9\n".encode("latin-1"))
