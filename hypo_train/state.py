@@ -89,12 +89,13 @@ def resume(run: Run, meter: Meter) -> int:
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], folder: Path) -> None:
-    now = config.model_dump()
+    defaults = {name: field.default for name, field in Config.model_fields.items()}
+    saved, now = defaults | saved, config.model_dump()  # a setting that is newer than the checkpoint had its default
     free = FREE_TO_CHANGE if config.algorithm == "rloo" else FREE_TO_CHANGE | FREE_WITHOUT_RLOO
     changed = [
-        f"{name} was {saved.get(name)!r} and is {value!r}"
+        f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in now.items()
-        if name not in free and saved.get(name) != value
+        if name not in free and saved[name] != value
     ]
     if changed:
         raise ConfigError(f"{folder} is of another run: {'; '.join(changed)}")

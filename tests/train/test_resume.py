@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import hypo_train.algorithms as algorithms
+import hypo_train.state as state
 import hypo_train.step as one_step
 import hypo_train.train as loop
 from hypo_train.config import ConfigError
@@ -387,6 +388,24 @@ def test_settings_that_only_watch_may_change(interrupted, uninterrupted, monkeyp
     assert lines == [line for line in metrics_of(uninterrupted) if "loss" in line]
     for name, weight in final_weights(uninterrupted).items():
         assert torch.equal(final_weights(config)[name], weight)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_continued_with_its_default(
+    interrupted, uninterrupted, monkeypatch
+):
+    write = state.save_checkpoint
+
+    def without_the_setting(*args, extra, **options):
+        config = {name: value for name, value in extra["config"].items() if name != "dataset_format"}
+        write(*args, extra={**extra, "config": config}, **options)
+
+    with monkeypatch.context() as older:
+        older.setattr(state, "save_checkpoint", without_the_setting)
+        config = killed_run(interrupted(), monkeypatch)
+    with pytest.raises(ConfigError, match="dataset_format was 'preferences' and is 'tldr'"):
+        resumed(config, dataset_format="tldr")
+    resumed(config)
+    assert_same_run(config, uninterrupted)
 
 
 # A used folder
