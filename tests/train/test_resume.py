@@ -396,14 +396,14 @@ def test_a_checkpoint_from_before_a_setting_existed_is_continued_with_its_defaul
     write = state.save_checkpoint
 
     def without_the_setting(*args, extra, **options):
-        config = {name: value for name, value in extra["config"].items() if name != "dataset_format"}
+        config = {name: value for name, value in extra["config"].items() if name != "length_penalty"}
         write(*args, extra={**extra, "config": config}, **options)
 
     with monkeypatch.context() as older:
         older.setattr(state, "save_checkpoint", without_the_setting)
         config = killed_run(interrupted(), monkeypatch)
-    with pytest.raises(ConfigError, match="dataset_format was 'preferences' and is 'tldr'"):
-        resumed(config, dataset_format="tldr")
+    with pytest.raises(ConfigError, match=r"length_penalty was 0\.0 and is 0\.5"):
+        resumed(config, length_penalty=0.5)
     resumed(config)
     assert_same_run(config, uninterrupted)
 
