@@ -30,7 +30,7 @@ def load_tokenizer(config: Config) -> Any:
     """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart."""
     _check_source(config.model_name_or_path)
     _check_architecture(config)
-    tokenizer = _open_tokenizer(config, config.model_name_or_path)
+    tokenizer = open_tokenizer(config, config.model_name_or_path)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {config.model_name_or_path!r} has no EOS token: set its eos_token")
     if tokenizer.pad_token_id is None:
@@ -38,7 +38,8 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def _open_tokenizer(config: Config, path: str) -> Any:
+def open_tokenizer(config: Config, path: str) -> Any:
+    """A saved tokenizer as it is. Raises ModelError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises a different class for every way to fail
@@ -112,7 +113,7 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
 def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
     """The classifier's own; a text that is too long loses its beginning."""
     path = str(config.reward_model_path)
-    tokenizer = _open_tokenizer(config, path)
+    tokenizer = open_tokenizer(config, path)
     tokenizer.pad_token_id = classifier.config.get_text_config().pad_token_id
     tokenizer.truncation_side = "left"
     positions = getattr(classifier.config.get_text_config(), "max_position_embeddings", None)
