@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 
+Outcome = Literal["win", "tie", "loss"]
+
+
 class JudgeError(ValueError):
     """Samples that cannot be judged, or a judge that cannot be asked; the message says what to do."""
 
@@ -28,7 +31,7 @@ class Comparison:
 class Verdict:
     """What a judge says of one comparison."""
 
-    outcome: Literal["win", "tie", "loss"] | None  # of the completion; None: the judge could not tell, see ``details``
+    outcome: Outcome | None  # of the completion; None: the judge could not tell, see ``details``
     consistent: bool = True  # False: the other order gave another verdict, which makes it a tie
     details: dict[str, Any] = field(default_factory=dict)  # scores or answers; "error" where there is no outcome
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
 
 from hypo_train.config import Config
-from hypo_train.judges.protocol import Comparison, Verdict
+from hypo_train.judges.protocol import Comparison, Outcome, Verdict
 from hypo_train.model.load import open_tokenizer
 from hypo_train.reward import Reward, RewardFunction, finite_score, load_function, load_reward
 
@@ -85,5 +84,5 @@ class RewardModelJudge:
 
 
 def _higher(score: float, other: float) -> Verdict:
-    outcome = "tie" if score == other else "win" if score > other else "loss"
+    outcome: Outcome = "tie" if score == other else "win" if score > other else "loss"
     return Verdict(outcome, details={"score": score, "score_other": other})

@@ -74,8 +74,9 @@ def load_settings(argv: Sequence[str]) -> Settings:
 
 
 def _chat(given: argparse.Namespace, output_dir: Path) -> ChatSettings:
-    if not re.match(r"https?://[^/\s]", given.judge_url):
-        raise ConfigError(f"judge_url={given.judge_url!r}: write it as http://host:port/v1")
+    if not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s@?#]*)?", given.judge_url):
+        # Not shown: what does not belong into an address may be a key, and the address is written to disk.
+        raise ConfigError("judge_url: write it as http://host:port/v1, without keys, passwords or a question mark")
     if given.judge_model_name is None:
         raise ConfigError("judge_model_name is missing: which model of the endpoint judges?")
     prices = (given.judge_price_input, given.judge_price_output)
@@ -105,9 +106,7 @@ def _key_variable(name: str | None) -> str | None:
             raise ConfigError(f"judge_api_key_variable={name!r}: there is no such environment variable, or it is empty")
         return None
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(
-            f"the environment variable {wanted} holds what is no API key: characters that no header takes"
-        )
+        raise ConfigError(f"the environment variable {wanted} holds no API key: a header cannot hold it")
     return wanted
 
 

@@ -56,9 +56,10 @@ def _saved_weights(folder: Path, *, trust_remote_code: bool) -> dict[str, Tensor
 
             model = AutoPeftModelForCausalLM.from_pretrained(str(folder), **options).merge_and_unload()
             return dict(model.named_parameters())
-        model, info = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
+        found: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
     except Exception as error:  # transformers raises a different class for every way to fail
         raise ModelError(f"cannot load the model {str(folder)!r}: {first_line(error)}") from error
+    model, info = found
     if missing := sorted(info["missing_keys"]):  # which transformers would draw at random
         raise ModelError(f"{str(folder)!r} is no whole model: it has no {', '.join(missing[:3])}")
     return dict(model.named_parameters())
