@@ -56,6 +56,8 @@ def _judge(argv: Sequence[str]) -> int:
     settings = load_settings(argv)
     from hypo_train.judges.command import run
 
+    if settings.reward_model is not None:
+        _quiet_libraries()
     return run(settings)
 
 

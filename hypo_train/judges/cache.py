@@ -34,7 +34,8 @@ class AnswerCache:
         content = path.read_bytes() if path.exists() else b""
         for line in content.split(b"\n"):
             if record := _parse(line):
-                self._answers[record.pop("key")] = Answer(**record)
+                key = record.pop("key")
+                self._answers[key] = Answer(**record)
         self._torn = bool(content) and not content.endswith(b"\n")
 
     def get(self, request: Mapping[str, Any]) -> Answer | None:

@@ -106,7 +106,7 @@ def _key_variable(name: str | None) -> str | None:
             raise ConfigError(f"judge_api_key_variable={name!r}: there is no such environment variable, or it is empty")
         return None
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"the environment variable {wanted} holds no API key: a header cannot hold it")
+        raise ConfigError(f"the environment variable {wanted} holds no API key: no header can carry it")
     return wanted
 
 

@@ -28,7 +28,7 @@ SELECTIVE_FROM = 10_000_000
 
 def load_tokenizer(config: Config) -> Any:
     """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart."""
-    _check_source(config.model_name_or_path)
+    check_source(config.model_name_or_path)
     _check_architecture(config)
     tokenizer = open_tokenizer(config, config.model_name_or_path)
     if tokenizer.eos_token_id is None:
@@ -61,7 +61,7 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             cannot take the prefix mask, a choice of trained parameters that does not fit the model, or Liger's
             kernels asked for where they cannot be had.
     """
-    _check_source(config.model_name_or_path)
+    check_source(config.model_name_or_path)
     _check_architecture(config)
     model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
@@ -78,7 +78,7 @@ def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> R
     Raises:
         ModelError: as of :func:`load_policy`; or there is no such classifier of the architecture.
     """
-    _check_source(config.model_name_or_path)
+    check_source(config.model_name_or_path)
     _check_architecture(config)
     model = _open(
         AutoModelForSequenceClassification, config, config.model_name_or_path, autocast=autocast, num_labels=1
@@ -99,7 +99,7 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
         ModelError: it cannot be loaded, has more than one label, no score of its own or no padding token.
     """
     path = str(config.reward_model_path)
-    _check_source(path, "reward_model_path")
+    check_source(path, "reward_model_path")
     model, info = _open(AutoModelForSequenceClassification, config, path, autocast=autocast, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):  # which transformers would draw at random
         raise ModelError(f"reward_model_path={path!r} is no trained reward model: it has no {', '.join(missing[:3])}")
@@ -184,7 +184,7 @@ def _checkpointing(config: Config, model: Any) -> Checkpointing:
     return config.gradient_checkpointing
 
 
-def _check_source(name: str, field: str = "model_name_or_path") -> None:
+def check_source(name: str, field: str = "model_name_or_path") -> None:
     """A local folder that is not there is not worth asking the Hub about."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
