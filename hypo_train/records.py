@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hypo_train.config import ConfigError
+
 # A spreadsheet takes a cell that begins so for a formula and runs it; the text of a model's sample may begin with any.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def make_folder(folder: Path, field: str) -> None:
+    """Make ``folder``, the value of ``field``, if need be. Raises ConfigError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{field}={str(folder)!r} cannot be written to: {error.strerror}") from error
 
 
 def write_json_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

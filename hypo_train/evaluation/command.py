@@ -9,7 +9,7 @@ from typing import Any
 from hypo_train.evaluation.finished import FinishedRun, prepare_finished
 from hypo_train.evaluation.held_out import Evaluation, KLRule, evaluate
 from hypo_train.evaluation.settings import Settings
-from hypo_train.records import write_csv, write_json_lines
+from hypo_train.records import make_folder, write_csv, write_json_lines
 
 
 def run(settings: Settings) -> int:
@@ -17,12 +17,12 @@ def run(settings: Settings) -> int:
     finished = prepare_finished(settings)
     for line in finished.report:
         print(line, flush=True)
+    folder = settings.output_dir
+    make_folder(folder, "output_dir")
     ends = frozenset(finished.eos_token_ids) if settings.kl_mask == "all" else frozenset()
     with finished.accelerator.autocast():
         evaluation = evaluate(finished, KLRule(settings.kl_temperature, ends))
     conditions = _conditions(settings, finished)
-    folder = settings.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
     if evaluation.samples:
         write_json_lines(folder / "samples.jsonl", evaluation.samples)
         write_csv(folder / "samples.csv", evaluation.samples)
@@ -57,6 +57,7 @@ def _conditions(settings: Settings, finished: FinishedRun) -> dict[str, Any]:
     }
     if finished.has_reference:
         found |= {"kl_temperature": settings.kl_temperature, "kl_mask": settings.kl_mask, "beta": config.beta}
+        found["warnings"] = settings.warnings()
     if finished.reward is not None:
         found["reward"] = config.reward or config.reward_model_path
         found["missing_eos_penalty"] = config.missing_eos_penalty

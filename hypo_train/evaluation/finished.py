@@ -82,7 +82,7 @@ def prepare_finished(settings: Settings) -> FinishedRun:
         report.append(f"the reward model reads texts: {why_texts}")
     if why_generate is not None:
         report.append(f"samples come from transformers' generate: {why_generate}")
-    report += [f"warning: {line}" for line in config.warnings()]
+    report += [f"warning: {line}" for line in settings.warnings()]
     return FinishedRun(
         config=config,
         accelerator=accelerator,

@@ -65,6 +65,20 @@ class Settings:
     kl_mask: Literal["eos", "all"]
     output_dir: Path
 
+    def warnings(self) -> list[str]:
+        """Settings that are allowed, and make the KL another thing than it seems; one line each."""
+        c, lines = self.config, []
+        if self.reference is None:
+            return lines
+        if self.kl_temperature != c.temperature:
+            lines.append(
+                f"kl_temperature={self.kl_temperature:g} on samples at temperature={c.temperature:g}: the mean "
+                "log-ratio of these samples, which is no KL"
+            )
+        if (c.top_k, c.top_p) != (0, 1.0):
+            lines.append(f"top_k={c.top_k}, top_p={c.top_p:g}: samples are truncated, so the KL is biased (use 0, 1)")
+        return lines
+
     @property
     def reference_is_start(self) -> bool:
         """Whether the reference is the model that the run started from."""
@@ -152,19 +166,21 @@ def _parser() -> OneLineParser:
         usage="python -m hypo_train evaluate RUN [--field value ...]\n"
         "       python -m hypo_train evaluate --model_name_or_path MODEL [--reference_model_path MODEL]\n"
         "                                     --dataset_name DATA --dataset_test_split SPLIT --output_dir FOLDER",
-        description="Evaluate the final model of the run in the folder RUN, or any model: the reverse KL to its "
+        description="Evaluate the final model of the run in the folder RUN, or any model: the reverse KL to its\n"
         "reference on samples, their reward, lengths and texts, and what the held-out rows say of it.",
         epilog=_fields_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("--output_dir", help="folder for metrics.json and the samples (default: RUN/evaluation)")
+    parser.add_argument(
+        "--output_dir", metavar="FOLDER", help="folder for metrics.json and the samples (default: RUN/evaluation)"
+    )
     parser.add_argument(
         "--reference_model_path",
+        metavar="MODEL",
         help="model to measure the KL against (default: the one that the run started from; SFT has none)",
     )
     parser.add_argument(
         "--kl_temperature",
+        metavar="T",
         type=temperature,
         help="temperature of both log-probs in the KL (default: that of the samples)",
     )
@@ -179,7 +195,7 @@ def _parser() -> OneLineParser:
 
 
 def _fields_help() -> str:
-    lines = ["fields, which override the run's config.yaml:"]
+    lines = ["fields, which override the run's config.yaml (a model without a run has these defaults):"]
     for name in FIELDS:
         lines += field_help(name)
     return "\n".join(lines)

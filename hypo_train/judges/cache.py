@@ -48,7 +48,6 @@ class AnswerCache:
         line = json.dumps({"key": key, **asdict(answer)}) + "\n"
         with self._lock:
             self._answers[key] = answer
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("\n" + line if self._torn else line)  # after what a killed run left half-written
             self._torn = False

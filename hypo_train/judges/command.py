@@ -16,7 +16,7 @@ from hypo_train.judges.protocol import Comparison, JudgeError, PairwiseJudge, Ve
 from hypo_train.judges.samples import read_comparisons
 from hypo_train.judges.settings import ChatSettings, Settings
 from hypo_train.judges.win_rate import summary
-from hypo_train.records import write_csv, write_json_lines
+from hypo_train.records import make_folder, write_csv, write_json_lines
 
 REASONS_SHOWN = 3
 
@@ -34,7 +34,9 @@ def run(settings: Settings) -> int:
         "against": None if settings.against is None else str(settings.against),
     }
     _refuse_other_verdicts(settings, conditions)
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.output_dir, "output_dir")
+    if settings.chat is not None:
+        make_folder(settings.chat.cache.parent, "judge_cache")
     if isinstance(judge, ChatJudge) and settings.chat is not None:
         print(_estimate(judge, settings.chat, comparisons), flush=True)
     verdicts = judge.judge(comparisons)

@@ -131,52 +131,82 @@ def _parser() -> OneLineParser:
         "       python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge_model PATH\n"
         "       python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge_url http://host:port/v1\n"
         "                                  --judge_model_name NAME [--judge_price_input USD --judge_price_output USD]",
-        description="The win-rate of samples, as an evaluation writes them, against the reference responses of their "
-        "rows or against other samples of the same rows. A tie counts one half.",
-        allow_abbrev=False,
+        description="The win-rate of samples, as an evaluation writes them, against the reference responses of their\n"
+        "rows or against other samples of the same rows. A tie counts one half. The exit status is 1 where\n"
+        "comparisons failed; the same command tries these again.",
     )
     parser.add_argument("samples", metavar="SAMPLES.jsonl", help="lines with prompt, completion and reference")
     parser.add_argument("--against", metavar="OTHER.jsonl", help="samples of the same rows to compare with")
-    parser.add_argument("--num_comparisons", type=_at_least(1, int), help="judge the first so many (default: all)")
-    parser.add_argument("--output_dir", help="folder for the verdicts (default: judge, beside the samples)")
+    parser.add_argument(
+        "--num_comparisons", metavar="N", type=_at_least(1, int), help="judge the first so many (default: all)"
+    )
+    parser.add_argument(
+        "--output_dir", metavar="FOLDER", help="folder for the verdicts (default: judge, beside the samples)"
+    )
 
     score = parser.add_argument_group("judging by a score")
-    score.add_argument("--judge", help="function of the texts (prompt, completion); the higher score wins")
-    score.add_argument("--judge_model", help="reward model: a sequence classifier with one label")
     score.add_argument(
-        "--judge_batch_size", type=_at_least(1, int), default=16, help="texts at once of --judge_model (default: 16)"
+        "--judge", metavar="MODULE:FUNCTION", help="function of the texts (prompt, completion); the higher score wins"
+    )
+    score.add_argument("--judge_model", metavar="PATH", help="reward model: a sequence classifier with one label")
+    score.add_argument(
+        "--judge_batch_size",
+        metavar="N",
+        type=_at_least(1, int),
+        default=16,
+        help="texts at once of --judge_model (default: 16)",
     )
 
     chat = parser.add_argument_group(
         "judging by a chat model",
-        "Every comparison is asked in both orders; a verdict that changes with the order is a tie. The API key is "
-        f"read from the environment variable {API_KEY_VARIABLE}, and none is sent where it is not set.",
+        "Every comparison is asked in both orders; a verdict that changes with the order is a tie.\n"
+        f"The API key is read from the environment variable {API_KEY_VARIABLE}; none is sent where it is not set.",
     )
-    chat.add_argument("--judge_url", help="OpenAI-compatible endpoint, without /chat/completions")
-    chat.add_argument("--judge_model_name", help="the model's name at the endpoint")
+    chat.add_argument("--judge_url", metavar="URL", help="OpenAI-compatible endpoint, without /chat/completions")
+    chat.add_argument("--judge_model_name", metavar="NAME", help="the model's name at the endpoint")
     chat.add_argument(
         "--judge_template",
+        metavar="FILE",
         default="tldr",
         help="the question: tldr, tldr-concise, or a text file with {prompt}, {response0}, {response1} (default: tldr)",
     )
     chat.add_argument("--judge_api_key_variable", metavar="NAME", help="another environment variable with the key")
     chat.add_argument(
-        "--judge_temperature", type=_at_least(0, float, none=True), default=0.0, help="none sends none (default: 0)"
+        "--judge_temperature",
+        metavar="T",
+        type=_at_least(0, float, none=True),
+        default=0.0,
+        help="none sends none (default: 0)",
     )
     chat.add_argument(
         "--judge_max_tokens",
+        metavar="N",
         type=_at_least(1, int, none=True),
         default=300,
         help="tokens of an answer; none sends no limit (default: 300)",
     )
-    chat.add_argument("--judge_workers", type=_at_least(1, int), default=8, help="requests at once (default: 8)")
     chat.add_argument(
-        "--judge_retries", type=_at_least(0, int), default=5, help="attempts after the first one (default: 5)"
+        "--judge_workers", metavar="N", type=_at_least(1, int), default=8, help="requests at once (default: 8)"
     )
     chat.add_argument(
-        "--judge_timeout", type=_at_least(0.1, float), default=60.0, help="seconds for an answer (default: 60)"
+        "--judge_retries",
+        metavar="N",
+        type=_at_least(0, int),
+        default=5,
+        help="attempts after the first one (default: 5)",
+    )
+    chat.add_argument(
+        "--judge_timeout",
+        metavar="SECONDS",
+        type=_at_least(0.1, float),
+        default=60.0,
+        help="seconds for an answer (default: 60)",
     )
     chat.add_argument("--judge_cache", metavar="FILE", help="answers so far (default: answers.jsonl in output_dir)")
-    chat.add_argument("--judge_price_input", type=_at_least(0, float), help="USD per million tokens of the question")
-    chat.add_argument("--judge_price_output", type=_at_least(0, float), help="USD per million tokens of the answer")
+    chat.add_argument(
+        "--judge_price_input", metavar="USD", type=_at_least(0, float), help="USD per million tokens of the question"
+    )
+    chat.add_argument(
+        "--judge_price_output", metavar="USD", type=_at_least(0, float), help="USD per million tokens of the answer"
+    )
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import statistics
 from itertools import chain
 from pathlib import Path
@@ -193,7 +194,26 @@ def test_a_model_without_a_run_is_evaluated_against_any_other(settings, evaluate
     assert all(sample["kl"] is None for sample in samples)
 
 
+def test_a_kl_that_is_none_is_called_so(settings, evaluated, capsys):
+    run = trained(settings, algorithm="dpo")
+    found, _ = evaluated(run, "--temperature", 0.01, "--kl_temperature", 1, "--top_k", 5)
+    first, second = found["warnings"]
+    assert first.startswith("kl_temperature=1 on samples at temperature=0.01: the mean log-ratio of these samples")
+    assert second.startswith("top_k=5, top_p=1: samples are truncated, so the KL is biased")
+
+
 # Mistakes
+
+
+def test_models_with_different_tokenizers_have_no_kl(settings, saved_model, tmp_path, capsys):
+    run = trained(settings, algorithm="dpo")
+    other = shutil.copytree(saved_model(), tmp_path / "other")
+    words = json.loads((other / "tokenizer.json").read_text())
+    words["model"]["vocab"] = {word.replace("film", "movie"): i for word, i in words["model"]["vocab"].items()}
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    assert "have different tokenizers: there is no KL between them" in refusal(
+        capsys, run, "--reference_model_path", other
+    )
 
 
 def test_a_folder_that_is_no_finished_run_is_one_line(settings, tmp_path, capsys):

@@ -581,6 +581,16 @@ def test_verdicts_of_another_judge_are_not_written_over(written, judged, capsys)
 # Mistakes
 
 
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_first_request(written, served, capsys, tmp_path):
+    server, taken = served(), tmp_path / "taken"
+    taken.write_text("")
+    line = refusal(capsys, written(), *asking(server, "--output_dir", taken))
+    assert line == f"output_dir='{taken}' cannot be written to: File exists"
+    line = refusal(capsys, written(), *asking(server, "--judge_cache", taken / "answers.jsonl"))
+    assert line.startswith(f"judge_cache='{taken}' cannot be written to")
+    assert server.asked == []
+
+
 def test_samples_that_cannot_be_compared_are_one_line(written, capsys, tmp_path):
     judge = ("--judge", "test_judge:length")
     assert refusal(capsys, tmp_path / "no.jsonl", *judge) == f"{tmp_path}/no.jsonl: No such file or directory"
