@@ -229,11 +229,13 @@ def load_held_out(
     config: Config, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
 ) -> tuple[list[Any], DataReport]:
     """The rows to evaluate on and a report on them, as what their columns make of them: ``Pair``, ``Example`` or
-    ``Prompt``; SFT's are examples.
+    ``Prompt``; SFT's are examples, a reward model's pairs.
 
     Rows to train on are not needed where ``dataset_test_split`` names others. Raises ``DataError``.
     """
-    tokenize = partial(_tokenize_what_there_is, preferences=config.algorithm != "sft")
+    tokenize: Callable[..., tuple[list[Any], DataReport]] = tokenize_pairs
+    if config.algorithm != "reward":
+        tokenize = partial(_tokenize_what_there_is, preferences=config.algorithm != "sft")
     if config.dataset_test_split is not None:
         alone = config.model_copy(
             update={"dataset_train_split": config.dataset_test_split, "dataset_test_split": None, "num_eval_rows": 0}

@@ -21,7 +21,7 @@ def run(settings: Settings) -> int:
     make_folder(folder, "output_dir")
     ends = frozenset(finished.eos_token_ids) if settings.kl_mask == "all" else frozenset()
     with finished.accelerator.autocast():
-        evaluation = evaluate(finished, KLRule(settings.kl_temperature, ends))
+        evaluation = evaluate(finished, KLRule(settings.kl_temperature, ends), progress=True)
     conditions = _conditions(settings, finished)
     if evaluation.samples:
         write_json_lines(folder / "samples.jsonl", evaluation.samples)

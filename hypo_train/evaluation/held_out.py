@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hypo_train.data import Example, Ids, Pair, Prompt
 from hypo_train.evaluation.finished import FinishedRun
@@ -46,7 +48,7 @@ class KLRule:
 
 
 @torch.no_grad()
-def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None) -> Evaluation:
+def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress: bool = False) -> Evaluation:
     """Evaluate on the run's held-out rows, with the same random numbers at every step: a curve compares like
     with like.
 
@@ -60,10 +62,10 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None) -> Evaluatio
     with eval_mode(run.trained):
         meter = Meter()
         size = config.per_device_eval_batch_size
-        for start in range(0, len(run.eval_rows), size):
+        for start in _bar(range(0, len(run.eval_rows), size), "rows", progress):
             _add_rows(meter, run, start, start + size)
         metrics = meter.read()
-        samples = _samples(run, kl_rule or KLRule()) if run.sampler is not None else []
+        samples = _samples(run, kl_rule or KLRule(), progress=progress) if run.sampler is not None else []
     if samples and run.has_reference:
         metrics |= _mean_and_error("kl", [sample["kl"] for sample in samples])
     if samples and run.reward is not None:
@@ -100,13 +102,13 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
     add_loss(meter, out)
 
 
-def _samples(run: Run | FinishedRun, kl_rule: KLRule) -> list[dict[str, Any]]:
+def _samples(run: Run | FinishedRun, kl_rule: KLRule, *, progress: bool) -> list[dict[str, Any]]:
     """One record for each of ``num_eval_samples`` completions of each evaluation prompt."""
     assert run.sampler is not None
     config, records = run.config, []
     rows = run.eval_rows[: config.num_eval_prompts]
     size, n = config.per_device_eval_batch_size, config.num_eval_samples
-    for start in range(0, len(rows), size):
+    for start in _bar(range(0, len(rows), size), "samples", progress):
         batch = rows[start : start + size]
         prompts = [list(row.prompt) for row in batch]
         drawn = run.sampler.sample(prompts, n, run.max_new_tokens, seed=start)
@@ -161,6 +163,11 @@ def _log_ratios(
         return at_own_temperature(hidden, replace(head, temperature=temperature))
 
     return (run.policy(tree, logprobs) - run.policy.reference(tree, logprobs)).tolist()
+
+
+def _bar(starts: range, what: str, progress: bool) -> Iterable[int]:
+    """The same batches, with a bar on a terminal."""
+    return tqdm(starts, desc=what, unit="batch", disable=not (progress and sys.stderr.isatty()), dynamic_ncols=True)
 
 
 def _mean_and_error(name: str, values: list[float]) -> dict[str, float]:

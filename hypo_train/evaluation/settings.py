@@ -67,7 +67,8 @@ class Settings:
 
     def warnings(self) -> list[str]:
         """Settings that are allowed, and make the KL another thing than it seems; one line each."""
-        c, lines = self.config, []
+        c = self.config
+        lines: list[str] = []
         if self.reference is None:
             return lines
         if self.kl_temperature != c.temperature:

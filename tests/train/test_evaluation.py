@@ -243,6 +243,26 @@ def test_an_evaluation_is_not_written_over(settings, evaluated, capsys):
     assert "already holds an evaluation: choose another --output_dir" in refusal(capsys, run)
 
 
+def test_a_reward_model_is_evaluated_on_preferences_alone(settings, tmp_path, capsys, saved_model):
+    run = trained(settings, algorithm="reward")
+    data = tiny.write_rows(tmp_path / "other.jsonl", [{"prompt": "film", "completion": "good"}])
+    flags = ("--dataset_name", data, "--dataset_test_split", "train")
+    assert "preference data needs the columns 'chosen' and 'rejected'" in refusal(capsys, run, *flags)
+    assert "a reward model has no reference" in refusal(capsys, run, "--reference_model_path", saved_model())
+
+
+def test_a_reward_model_takes_the_place_of_the_runs_reward(settings, evaluated, tmp_path):
+    scorer = tmp_path / "scorer"
+    train(settings(algorithm="reward", output_dir=str(scorer)), progress=False)
+    run = trained(settings, algorithm="dpo", reward="tiny:reward_of_length")
+    found, samples = evaluated(run, "--reward_model_path", scorer / "final", "--missing_eos_penalty", 100)
+    assert found["reward"] == str(scorer / "final")
+    assert all((sample["reward"] < -50) == (not sample["ended"]) for sample in samples)
+    rewards = [sample["reward"] for sample in samples]
+    assert found["metrics"]["eval_reward"] == pytest.approx(statistics.fmean(rewards))
+    assert found["metrics"]["eval_reward_se"] == pytest.approx(statistics.stdev(rewards) / math.sqrt(8))
+
+
 def test_a_start_that_has_changed_since_is_noticed(settings, saved_model, tmp_path, capsys):
     start = tiny.save(tiny.new_model("llama"), tmp_path / "start")
     run = trained(settings, algorithm="dpo", num_layers_unfrozen=1, model=start)
