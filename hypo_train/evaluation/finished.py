@@ -100,7 +100,7 @@ def prepare_finished(settings: Settings) -> FinishedRun:
 
 def _as_loaded(settings: Settings) -> Config:
     """The configuration of what is loaded before the final weights are put into it."""
-    config = settings.config
+    config = settings.config.model_copy(update={"gradient_checkpointing": False})  # there is no backward pass
     if config.algorithm == "reward":  # its final model is whole, adapters merged, and its trained weights are fp32
         whole = {"use_peft": False, "num_layers_unfrozen": None, "dtype": "float32"}
         return config.model_copy(update={"model_name_or_path": str(settings.model_dir), **whole})
