@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hypo_train.judges.cache import Answer, AnswerCache
-from hypo_train.judges.endpoint import AskError, ChatEndpoint
+from hypo_train.judges.endpoint import AskError, ChatEndpoint, Usage
 from hypo_train.judges.protocol import Comparison, JudgeError, Verdict
 from hypo_train.judges.template import Template, preferred
 
@@ -27,7 +27,7 @@ class ChatJudge:
         self.template = template
         self.cache = cache
         self.workers = workers
-        self.from_cache = 0
+        self.from_cache = Usage()  # of answers that an earlier run paid for
         self._lock = threading.Lock()
 
     def conditions(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class ChatJudge:
         key = self._cache_key(message)
         if (known := self.cache.get(key)) is not None:
             with self._lock:
-                self.from_cache += 1
+                self.from_cache.add(known)
             return known
         answer = self.endpoint.ask(self.endpoint.request(message), lambda text: preferred(text) is not None)
         self.cache.put(key, answer)

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from hypo_train.config import ConfigError
@@ -109,18 +110,11 @@ def _estimate(judge: ChatJudge, chat: ChatSettings, comparisons: Sequence[Compar
 
 
 def _cost(judge: ChatJudge, chat: ChatSettings) -> dict[str, Any]:
-    """Of this run alone: what the cache knew was paid before."""
-    usage = judge.endpoint.usage
-    found: dict[str, Any] = {
-        "requests_answered": usage.requests,
-        "answers_from_cache": judge.from_cache,
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "answers_without_token_counts": usage.uncounted,
-    }
+    """Of the requests of this run, and what earlier ones spent on the answers that were known."""
+    now, before = judge.endpoint.usage, judge.from_cache
+    found: dict[str, Any] = {"usage": asdict(now), "usage_from_cache": asdict(before)}
     if chat.prices is not None:
-        price_in, price_out = chat.prices
-        found["cost_usd"] = (usage.prompt_tokens * price_in + usage.completion_tokens * price_out) / 1e6
+        found |= {"cost_usd": now.cost(chat.prices), "cost_usd_from_cache": before.cost(chat.prices)}
     return found
 
 
@@ -142,17 +136,20 @@ def _page(
     }
     if cost:
         lines["inconsistent"] = f"{found['inconsistent']:.1%} of the verdicts changed with the order, and are ties"
-        lines["tokens"] = f"{cost['prompt_tokens']:,} asked, {cost['completion_tokens']:,} answered"
-        if cost["answers_without_token_counts"]:
-            lines["tokens"] += f"; {cost['answers_without_token_counts']} answers came without a count"
-        if cost["answers_from_cache"]:
-            lines["from cache"] = f"{cost['answers_from_cache']} answers, not asked again"
-        if "cost_usd" in cost:
-            lines["cost"] = f"{cost['cost_usd']:.4f} USD"
+        lines["asked now"] = _spent(cost["usage"], cost.get("cost_usd"))
+        if cost["usage_from_cache"]["answers"]:
+            lines["known before"] = _spent(cost["usage_from_cache"], cost.get("cost_usd_from_cache"))
     if found["failed"]:
         lines["FAILED"] = f"{found['failed']} of {len(verdicts)} comparisons, left out above: {_reasons(verdicts)}"
     width = max(map(len, lines))
     return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in lines.items()), "", _where(settings)])
+
+
+def _spent(usage: dict[str, int], cost: float | None) -> str:
+    line = f"{usage['answers']} answers: {usage['prompt_tokens']:,} tokens in, {usage['completion_tokens']:,} out"
+    if usage["uncounted"]:
+        line += f"; {usage['uncounted']} came without a count"
+    return line if cost is None else f"{line}; {cost:.4f} USD"
 
 
 def _reasons(verdicts: Sequence[Verdict]) -> str:

@@ -29,20 +29,24 @@ class AskError(Exception):
 
 @dataclass
 class Usage:
-    """Tokens of every answer that came in, used or not; an endpoint that counts none leaves ``uncounted`` answers."""
+    """Tokens of answers; an endpoint that counts none leaves them ``uncounted``."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    requests: int = 0
+    answers: int = 0
     uncounted: int = 0
 
     def add(self, answer: Answer) -> None:
-        self.requests += 1
+        self.answers += 1
         if answer.prompt_tokens is None or answer.completion_tokens is None:
             self.uncounted += 1
         else:
             self.prompt_tokens += answer.prompt_tokens
             self.completion_tokens += answer.completion_tokens
+
+    def cost(self, prices: tuple[float, float]) -> float:
+        """At USD per million tokens in and out."""
+        return (self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]) / 1e6
 
 
 class ChatEndpoint:
@@ -71,7 +75,7 @@ class ChatEndpoint:
         self.model = model
         self.temperature = temperature
         self.max_tokens = max_tokens
-        self.usage = Usage()
+        self.usage = Usage()  # of every answer that came in, used or not
         self._api_key = api_key
         self._timeout = timeout
         self._retries = retries

@@ -259,7 +259,7 @@ def test_both_orders_are_asked_and_equal_responses_tie_unasked(written, judged, 
         (body["model"], body["temperature"], body["max_tokens"]) == ("tiny-judge", 0, 300) for body in server.asked
     )
     assert server.authorized == [None] * 8
-    assert (found["prompt_tokens"], found["completion_tokens"]) == (800, 80)
+    assert (found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (800, 80)
     assert found["cost_usd"] == pytest.approx((800 * 2 + 80 * 8) / 1e6)
     bound = float(re.search(r"8 requests .* at most ([\d.]+) USD", out)[1])
     assert bound > found["cost_usd"]
@@ -302,7 +302,7 @@ def test_what_passes_is_tried_again(written, judged, served):
     assert [verdict["outcome"] for verdict in verdicts] == ["loss", "win"]
     assert found["failed"] == 0
     assert len(server.asked) == len(troubles) + 4
-    assert found["prompt_tokens"] == 500, "an answer without a verdict is paid as well"
+    assert found["usage"]["prompt_tokens"] == 500, "an answer without a verdict is paid as well"
 
 
 def test_an_answer_that_does_not_come_is_tried_again(written, judged, served):
@@ -343,8 +343,8 @@ def test_failed_comparisons_are_named_left_out_and_tried_again_by_the_same_comma
     found, _, out = judged(path, *flags)
     assert (found["win"], found["tie"], found["loss"], found["failed"]) == (2, 2, 2, 0)
     # Of each comparison one order was answered; the other failed, or was asked first and the rest never.
-    assert len(server.asked) - asked == 8 - found["answers_from_cache"]
-    assert found["answers_from_cache"] == 2
+    assert len(server.asked) - asked == 8 - found["usage_from_cache"]["answers"]
+    assert found["usage_from_cache"]["answers"] == 2
 
 
 def test_ten_failures_in_a_row_end_the_judging(written, served, capsys, monkeypatch):
@@ -413,8 +413,11 @@ def test_a_killed_judging_goes_on_without_paying_twice(written, judged, served):
     found, verdicts, _ = judged(path, *flags)
     assert [verdict["outcome"] for verdict in verdicts] == ["loss", "win"] * 10
     assert len(server.asked) - asked == 40 - kept
-    assert (found["answers_from_cache"], found["requests_answered"]) == (kept, 40 - kept)
-    judged(path, *flags)
+    assert (found["usage_from_cache"]["answers"], found["usage"]["answers"]) == (kept, 40 - kept)
+    prices = ("--judge_price_input", 10, "--judge_price_output", 10)
+    found, _, out = judged(path, *flags, *prices)
+    assert (found["cost_usd"], found["cost_usd_from_cache"]) == (0, pytest.approx(40 * 110 * 10 / 1e6))
+    assert "known before" in out
     assert len(server.asked) - asked == 40 - kept, "all are known by now"
 
 
