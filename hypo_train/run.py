@@ -183,7 +183,7 @@ def prepare(config: Config) -> Run:
     accelerator = build_accelerator(config)
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
-    ends = eos_token_ids(load_generation_config(config), tokenizer)
+    ends = eos_token_ids(generation_config(config), tokenizer)
     train_rows, eval_rows, reports = _load_rows(config, tokenizer, ends)
     total_steps = _total_steps(config, len(train_rows))
     if splits_to_precompute(config, train_rows, eval_rows, total_steps):
@@ -322,7 +322,7 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
     return run
 
 
-def load_generation_config(config: Config) -> GenerationConfig | None:
+def generation_config(config: Config) -> GenerationConfig | None:
     """The checkpoint's own, for its list of end tokens; many have none."""
     try:
         return GenerationConfig.from_pretrained(config.model_name_or_path)

@@ -19,7 +19,7 @@ from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.trained_weights import put_trained_weights
 from hypo_train.model.tree_model import ModelError
 from hypo_train.reward import Reward, load_function, load_reward
-from hypo_train.run import build_accelerator, build_sampler, load_generation_config
+from hypo_train.run import build_accelerator, build_sampler, generation_config
 from hypo_train.sampling import Sampler
 from hypo_train.trees.batch import Batcher
 
@@ -65,7 +65,7 @@ def prepare_finished(settings: Settings) -> FinishedRun:
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
     _check_tokenizers(settings, tokenizer)
-    ends = eos_token_ids(load_generation_config(config), tokenizer)
+    ends = eos_token_ids(generation_config(config), tokenizer)
     rows, data_report = load_held_out(config, tokenizer, ends)
     reward, why_texts = load_reward(config, function, tokenizer, ends, accelerator)
     trained: Policy | RewardModel
