@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from hypo_train.config import Config
 from hypo_train.judges.protocol import Comparison, Outcome, Verdict
-from hypo_train.model.load import check_source, open_tokenizer
+from hypo_train.model.load import load_text_tokenizer
 from hypo_train.reward import Reward, RewardFunction, finite_score, load_function, load_reward
 
 
@@ -35,15 +35,13 @@ class RewardModelJudge:
     """A sequence classifier with one label, which reads its own tokens of the texts, with an EOS where they ended."""
 
     def __init__(self, path: str, *, batch_size: int) -> None:
-        """Raises ModelError where there is no such folder."""
-        check_source(path, "judge_model")
         self.path = path
         self.batch_size = batch_size
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Raises ModelError where there is no such reward model."""
         config = self._config()
-        tokenizer = open_tokenizer(config, self.path)
+        tokenizer = load_text_tokenizer(config, self.path, "judge_model")
         prompts = tokenizer([c.prompt for c in comparisons]).input_ids
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 

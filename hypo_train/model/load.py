@@ -28,9 +28,9 @@ SELECTIVE_FROM = 10_000_000
 
 def load_tokenizer(config: Config) -> Any:
     """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart."""
-    check_source(config.model_name_or_path)
+    _check_source(config.model_name_or_path)
     _check_architecture(config)
-    tokenizer = open_tokenizer(config, config.model_name_or_path)
+    tokenizer = _open_tokenizer(config, config.model_name_or_path)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {config.model_name_or_path!r} has no EOS token: set its eos_token")
     if tokenizer.pad_token_id is None:
@@ -38,8 +38,7 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def open_tokenizer(config: Config, path: str) -> Any:
-    """A saved tokenizer as it is. Raises ModelError where there is none."""
+def _open_tokenizer(config: Config, path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises a different class for every way to fail
@@ -61,7 +60,7 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             cannot take the prefix mask, a choice of trained parameters that does not fit the model, or Liger's
             kernels asked for where they cannot be had.
     """
-    check_source(config.model_name_or_path)
+    _check_source(config.model_name_or_path)
     _check_architecture(config)
     model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
@@ -78,7 +77,7 @@ def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> R
     Raises:
         ModelError: as of :func:`load_policy`; or there is no such classifier of the architecture.
     """
-    check_source(config.model_name_or_path)
+    _check_source(config.model_name_or_path)
     _check_architecture(config)
     model = _open(
         AutoModelForSequenceClassification, config, config.model_name_or_path, autocast=autocast, num_labels=1
@@ -99,7 +98,7 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
         ModelError: it cannot be loaded, has more than one label, no score of its own or no padding token.
     """
     path = str(config.reward_model_path)
-    check_source(path, "reward_model_path")
+    _check_source(path, "reward_model_path")
     model, info = _open(AutoModelForSequenceClassification, config, path, autocast=autocast, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):  # which transformers would draw at random
         raise ModelError(f"reward_model_path={path!r} is no trained reward model: it has no {', '.join(missing[:3])}")
@@ -113,12 +112,18 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
 def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
     """The classifier's own; a text that is too long loses its beginning."""
     path = str(config.reward_model_path)
-    tokenizer = open_tokenizer(config, path)
+    tokenizer = _open_tokenizer(config, path)
     tokenizer.pad_token_id = classifier.config.get_text_config().pad_token_id
     tokenizer.truncation_side = "left"
     positions = getattr(classifier.config.get_text_config(), "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     return tokenizer
+
+
+def load_text_tokenizer(config: Config, path: str, field: str) -> Any:
+    """The tokenizer at ``path``, the value of ``field``, as it is saved. Raises ModelError where there is none."""
+    _check_source(path, field)
+    return _open_tokenizer(config, path)
 
 
 def as_reward_model(classifier: Any, config: Config) -> RewardModel:
@@ -184,7 +189,7 @@ def _checkpointing(config: Config, model: Any) -> Checkpointing:
     return config.gradient_checkpointing
 
 
-def check_source(name: str, field: str = "model_name_or_path") -> None:
+def _check_source(name: str, field: str = "model_name_or_path") -> None:
     """A local folder that is not there is not worth asking the Hub about."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
