@@ -1,9 +1,9 @@
-"""``python -m hypo_train``: the demo without arguments, any other run by configuration."""
+"""``python -m hypo_train``: the demo without arguments, a subcommand by its name, any other run by configuration."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hypo_train.config import ConfigError, help_text, load_config
 
@@ -11,16 +11,13 @@ from hypo_train.config import ConfigError, help_text, load_config
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line for every mistake in the configuration, the data or the model."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    is_demo = not argv or argv[0] == "demo"
-    if not is_demo and {"-h", "--help"} & set(argv):
+    command = argv[0] if argv else "demo"
+    if command not in _COMMANDS and {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
     try:
-        if is_demo:
-            from hypo_train.demo import main as demo
-
-            _quiet_libraries()
-            return demo(argv[1:])
+        if command in _COMMANDS:
+            return _COMMANDS[command](argv[1:])
         config = load_config(argv)
         from hypo_train.train import train
 
@@ -34,6 +31,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"model saved in {result.model_dir}")
     return 0
+
+
+def _demo(argv: Sequence[str]) -> int:
+    from hypo_train.demo import main as demo
+
+    _quiet_libraries()
+    return demo(argv)
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    from hypo_train.evaluation.settings import load_settings
+
+    settings = load_settings(argv)
+    from hypo_train.evaluation.command import run
+
+    _quiet_libraries()
+    return run(settings)
+
+
+def _judge(argv: Sequence[str]) -> int:
+    from hypo_train.judges.settings import load_settings
+
+    settings = load_settings(argv)
+    from hypo_train.judges.command import run
+
+    if settings.reward_model is not None:
+        _quiet_libraries()
+    return run(settings)
+
+
+# Each checks its arguments before it imports anything heavy.
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"demo": _demo, "evaluate": _evaluate, "judge": _judge}
 
 
 def _quiet_libraries() -> None:

@@ -497,18 +497,28 @@ def help_text() -> str:
         "usage: python -m hypo_train                      the demo",
         "       python -m hypo_train demo --help          the demo's options",
         "       python -m hypo_train --config recipe.yaml --learning_rate 1e-6",
+        "       python -m hypo_train evaluate --help      evaluation of a finished run, or of any model",
+        "       python -m hypo_train judge --help         win-rates of samples",
         "",
         "--config reads a flat YAML file of the fields below; --field value, --field=value or, for yes/no",
         "fields, --field alone overrides it. A line base: other.yaml, relative to the file, takes every",
         "field that the file leaves out from another one.",
     ]
-    for name, field in Config.model_fields.items():
+    for name in Config.model_fields:
         if name in _GROUPS:
             lines += ["", f"{_GROUPS[name]}:"]
-        default = field.default
-        if isinstance(default, (bool, NoneType)):
-            default = str(default).lower()
-        default = "required" if field.is_required() else f"default: {default}"
-        lines.append(f"  --{name}  {_type_name(_types(field.annotation))}  ({default})")
-        lines += textwrap.wrap(field.description or "", width=100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines += field_help(name)
     return "\n".join(lines)
+
+
+def field_help(name: str) -> list[str]:
+    """What ``--help`` says of a field."""
+    field = Config.model_fields[name]
+    default = field.default
+    if isinstance(default, (bool, NoneType)):
+        default = str(default).lower()
+    default = "required" if field.is_required() else f"default: {default}"
+    return [
+        f"  --{name}  {_type_name(_types(field.annotation))}  ({default})",
+        *textwrap.wrap(field.description or "", width=100, initial_indent=" " * 8, subsequent_indent=" " * 8),
+    ]

@@ -15,7 +15,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -229,6 +229,29 @@ def load_prompts(
     return _load(config, tokenizer, eos_token_ids, tokenize_prompts)
 
 
+def load_held_out(
+    config: Config, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+) -> tuple[list[Any], DataReport]:
+    """The rows to evaluate on and a report on them, as what their columns make of them: ``Pair``, ``Example`` or
+    ``Prompt``; SFT's are examples, a reward model's pairs.
+
+    Rows to train on are not needed where ``dataset_test_split`` names others. Raises ``DataError``.
+    """
+    tokenize: Callable[..., tuple[list[Any], DataReport]] = tokenize_pairs
+    if config.algorithm != "reward":
+        tokenize = partial(_tokenize_what_there_is, preferences=config.algorithm != "sft")
+    if config.dataset_test_split is not None:
+        alone = config.model_copy(
+            update={"dataset_train_split": config.dataset_test_split, "dataset_test_split": None, "num_eval_rows": 0}
+        )
+        rows, _, reports = _load(alone, tokenizer, eos_token_ids, tokenize)
+        return rows, reports["train"]
+    if not config.num_eval_rows:
+        raise DataError("no rows to evaluate on: set dataset_test_split or num_eval_rows")
+    _, rows, reports = _load(config, tokenizer, eos_token_ids, tokenize)
+    return rows, reports["eval"]
+
+
 def _load(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
@@ -328,6 +351,18 @@ def tokenize_prompts(
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
     rows, report = _tokenize(dataset, form, rules, parts, (), first_row)
     return [Prompt(row, prompt) for row, prompt, _ in rows], report
+
+
+def _tokenize_what_there_is(
+    dataset: Rows, tokenizer: PreTrainedTokenizerBase, *, preferences: bool, **options: Any
+) -> tuple[list[Any], DataReport]:
+    """Pairs where there are ``preferences`` and they matter, examples where there are completions, else prompts."""
+    columns = _columns(dataset)
+    if preferences and {"chosen", "rejected"} <= columns:
+        return tokenize_pairs(dataset, tokenizer, **options)
+    if {"chosen", "completion"} & columns:
+        return tokenize_examples(dataset, tokenizer, **options)
+    return tokenize_prompts(dataset, tokenizer, **options)
 
 
 def _columns(dataset: Rows) -> KeysView[str]:

@@ -49,14 +49,7 @@ class FunctionReward:
         return torch.tensor(rewards, dtype=torch.float64)
 
     def _of(self, prompt: str, completion: str) -> float:
-        value = self.function(prompt, completion)
-        try:
-            reward = float(value)
-        except (TypeError, ValueError):
-            reward = math.nan
-        if not math.isfinite(reward):
-            raise RewardError(f"reward={self.name!r} gave {value!r} for {completion!r}: it must give a finite number")
-        return reward
+        return finite_score(f"reward={self.name!r}", self.function(prompt, completion), completion)
 
 
 @dataclass(frozen=True)
@@ -159,13 +152,24 @@ def _reward_model(config: Config, tokenizer: Any, accelerator: Accelerator) -> t
     return ClassifierReward(classifier, own_tokenizer, tokenizer, size, device, accelerator.autocast), why
 
 
-def load_function(path: str) -> RewardFunction:
-    """The function that ``package.module:function`` names. Raises ConfigError if there is none."""
+def finite_score(source: str, value: Any, completion: str) -> float:
+    """What a function of the user's gave for ``completion``. Raises RewardError unless it is a finite number."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise RewardError(f"{source} gave {value!r} for {completion!r}: it must give a finite number")
+    return score
+
+
+def load_function(path: str, field: str = "reward") -> RewardFunction:
+    """The function that ``package.module:function``, the value of ``field``, names. Raises ConfigError."""
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"reward={path!r}: {error}") from error
+        raise ConfigError(f"{field}={path!r}: {error}") from error
     if not callable(function):
-        raise ConfigError(f"reward={path!r}: {name} is not a function")
+        raise ConfigError(f"{field}={path!r}: {name} is not a function")
     return function

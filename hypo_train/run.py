@@ -86,6 +86,11 @@ class Run:
         return self.ref_logps.get("eval")
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the policy is held against a reference."""
+        return self.config.has_reference
+
+    @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
@@ -175,10 +180,10 @@ class Run:
 def prepare(config: Config) -> Run:
     """Load and check everything, cheapest first: configuration, data, then the model."""
     function = None if config.reward is None else load_function(config.reward)
-    accelerator = _accelerator(config)
+    accelerator = build_accelerator(config)
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
-    ends = eos_token_ids(_generation_config(config), tokenizer)
+    ends = eos_token_ids(generation_config(config), tokenizer)
     train_rows, eval_rows, reports = _load_rows(config, tokenizer, ends)
     total_steps = _total_steps(config, len(train_rows))
     if splits_to_precompute(config, train_rows, eval_rows, total_steps):
@@ -206,7 +211,7 @@ def prepare(config: Config) -> Run:
     sampler, why_generate = None, None
     if isinstance(trained, Policy):
         trained.reference_to(accelerator.device)
-        sampler, why_generate = _sampler(config, trained, ends, tokenizer.pad_token_id)
+        sampler, why_generate = build_sampler(config, trained, ends, tokenizer.pad_token_id)
     throughput, why_uncounted = _throughput(config, trained, accelerator)
     count = sum(p.numel() for p in parameters.values())
     everything = sum(p.numel() for p in trained.parameters())
@@ -250,7 +255,7 @@ def _load_rows(config: Config, tokenizer: Any, ends: Sequence[int]) -> tuple[Row
     return load_pairs(config, tokenizer, ends)
 
 
-def _sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: int) -> tuple[Sampler, str | None]:
+def build_sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: int) -> tuple[Sampler, str | None]:
     """The configured engine, and why it is not the fast one where that was left to us."""
     why = serves(policy.model) if config.sampler in ("auto", "decode") else None
     if config.sampler == "decode" and why is not None:
@@ -317,7 +322,7 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
     return run
 
 
-def _generation_config(config: Config) -> GenerationConfig | None:
+def generation_config(config: Config) -> GenerationConfig | None:
     """The checkpoint's own, for its list of end tokens; many have none."""
     try:
         return GenerationConfig.from_pretrained(config.model_name_or_path)
@@ -325,7 +330,7 @@ def _generation_config(config: Config) -> GenerationConfig | None:
         return None
 
 
-def _accelerator(config: Config) -> Accelerator:
+def build_accelerator(config: Config) -> Accelerator:
     bf16 = torch.cuda.is_available() if config.bf16 is None else config.bf16
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
     if accelerator.num_processes > 1:

@@ -10,7 +10,7 @@ import torch
 
 from hypo_train.config import Config
 from hypo_train.costs.memory import peak_memory
-from hypo_train.evaluate import Evaluation, evaluate
+from hypo_train.evaluation.held_out import Evaluation, evaluate
 from hypo_train.log import RunLog
 from hypo_train.metrics import Meter
 from hypo_train.run import Run, prepare, with_reference_logps

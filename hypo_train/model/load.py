@@ -119,6 +119,12 @@ def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
     return tokenizer
 
 
+def load_text_tokenizer(config: Config, path: str, field: str) -> Any:
+    """The tokenizer at ``path``, the value of ``field``, as it is saved. Raises ModelError where there is none."""
+    _check_source(path, field)
+    return _open_tokenizer(config, path)
+
+
 def as_reward_model(classifier: Any, config: Config) -> RewardModel:
     """A classifier that runs trees, or separate rows. Raises ModelError where it does not run so exactly."""
     _check_window(classifier, config.max_prompt_length + config.max_completion_length)

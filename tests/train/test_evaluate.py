@@ -14,7 +14,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from hypo_train.evaluate import evaluate
+from hypo_train.evaluation.held_out import evaluate
 from hypo_train.metrics import Meter
 from hypo_train.reward import FunctionReward
 from hypo_train.run import prepare
@@ -282,5 +282,5 @@ def test_samples_are_written_at_each_evaluation(settings):
     for path in folder.iterdir():
         for line in path.read_text(encoding="utf-8").splitlines():
             sample = json.loads(line)
-            assert set(sample) == {"row", "prompt", "completion", "length", "ended", "kl", "reward"}
+            assert set(sample) == {"row", "prompt", "completion", "reference", "length", "ended", "kl", "reward"}
             assert sample["reward"] == tiny.reward_of_length(sample["prompt"], sample["completion"])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
+from hypo_train.data import Example, Ids, Pair, Prompt
+from hypo_train.evaluation.finished import FinishedRun
 from hypo_train.losses import (
     Reference,
     bradley_terry_loss,
@@ -19,20 +24,31 @@ from hypo_train.losses import (
 )
 from hypo_train.metrics import Meter, add_loss, add_rewards
 from hypo_train.model.mode import eval_mode
+from hypo_train.model.policy import Head
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.run import Run
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name, and one record a sample: prompt, completion, kl, ended, reward where there is one."""
+    """Metrics by name, and one record a sample: prompt, completion, the row's reference response, kl, reward."""
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class KLRule:
+    """Between which distributions the reverse KL is measured, and over which positions of a sample."""
+
+    temperature: float | None = None  # of both log-probs; None: the policy's own
+    # Where a sample's text, length and reward end, if it was drawn on past its end and all of its positions count;
+    # none: a sample stops at its EOS, the last position that counts.
+    ends: Collection[int] = ()
+
+
 @torch.no_grad()
-def evaluate(run: Run) -> Evaluation:
+def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress: bool = False) -> Evaluation:
     """Evaluate on the run's held-out rows, with the same random numbers at every step: a curve compares like
     with like.
 
@@ -46,13 +62,13 @@ def evaluate(run: Run) -> Evaluation:
     with eval_mode(run.trained):
         meter = Meter()
         size = config.per_device_eval_batch_size
-        for start in range(0, len(run.eval_rows), size):
+        for start in _bar(range(0, len(run.eval_rows), size), "rows", progress):
             _add_rows(meter, run, start, start + size)
         metrics = meter.read()
-        samples = _samples(run) if run.sampler is not None else []
-    if config.has_reference:
+        samples = _samples(run, kl_rule or KLRule(), progress=progress) if run.sampler is not None else []
+    if samples and run.has_reference:
         metrics |= _mean_and_error("kl", [sample["kl"] for sample in samples])
-    if run.reward is not None:
+    if samples and run.reward is not None:
         metrics |= _mean_and_error("reward", [sample["reward"] for sample in samples])
     if samples:
         metrics["completions/mean_length"] = statistics.fmean(sample["length"] for sample in samples)
@@ -60,13 +76,13 @@ def evaluate(run: Run) -> Evaluation:
     return Evaluation({f"eval_{name}": value for name, value in metrics.items()}, samples)
 
 
-def _add_rows(meter: Meter, run: Run, start: int, stop: int) -> None:
+def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> None:
     """Loss and rewards of held-out rows ``start`` to ``stop``."""
     rows: Sequence[Any] = run.eval_rows[start:stop]
     device = run.accelerator.device
-    if run.config.algorithm == "rloo":  # it knows prompts alone: all there is to say is of its samples
+    if isinstance(rows[0], Prompt):  # all there is to say is of its samples
         return
-    if run.config.algorithm == "sft":
+    if isinstance(rows[0], Example):
         tree = run.batcher.examples(rows).to(device)
         meter.add("loss", run.policy(tree, token_losses(tree, run.config)))
         return
@@ -74,6 +90,8 @@ def _add_rows(meter: Meter, run: Run, start: int, stop: int) -> None:
         tree = run.batcher.scored_pairs(rows).to(device)
         rewards = run.trained.rewards(tree).view(-1, 2)
         add_rewards(meter, rewards, bradley_terry_loss(rewards))
+        return
+    if not run.has_reference:
         return
     tree = run.batcher.pairs(rows, []).to(device)
     if run.eval_ref_logps is None:
@@ -84,23 +102,28 @@ def _add_rows(meter: Meter, run: Run, start: int, stop: int) -> None:
     add_loss(meter, out)
 
 
-def _samples(run: Run) -> list[dict[str, Any]]:
+def _samples(run: Run | FinishedRun, kl_rule: KLRule, *, progress: bool) -> list[dict[str, Any]]:
     """One record for each of ``num_eval_samples`` completions of each evaluation prompt."""
     assert run.sampler is not None
     config, records = run.config, []
     rows = run.eval_rows[: config.num_eval_prompts]
     size, n = config.per_device_eval_batch_size, config.num_eval_samples
-    for start in range(0, len(rows), size):
+    for start in _bar(range(0, len(rows), size), "samples", progress):
         batch = rows[start : start + size]
         prompts = [list(row.prompt) for row in batch]
         drawn = run.sampler.sample(prompts, n, run.max_new_tokens, seed=start)
         completions, ended = drawn.completions(), drawn.ended.tolist()
-        kl = _log_ratios(run, prompts, completions)
+        kl = _log_ratios(run, prompts, completions, kl_rule)
+        if kl_rule.ends:
+            completions = [_up_to_end(completion, kl_rule.ends) for completion in completions]
+            ended = [completion[-1] in kl_rule.ends for completion in completions]
         rewards = None if run.reward is None else run.reward(prompts, completions).tolist()
         for i, completion in enumerate(completions):
-            prompt = run.tokenizer.decode(prompts[i // n], skip_special_tokens=True)
-            text = run.tokenizer.decode(completion, skip_special_tokens=True)
-            record: dict[str, Any] = {"row": batch[i // n].row, "prompt": prompt, "completion": text}
+            row = batch[i // n]
+            record: dict[str, Any] = {"row": row.row, "prompt": _text(run, row.prompt)}
+            record["completion"] = _text(run, completion)
+            if (reference := _reference_response(row)) is not None:
+                record["reference"] = _text(run, reference)
             record |= {"length": len(completion), "ended": ended[i], "kl": kl[i]}
             if rewards is not None:
                 record["reward"] = rewards[i]
@@ -108,15 +131,43 @@ def _samples(run: Run) -> list[dict[str, Any]]:
     return records
 
 
+def _up_to_end(completion: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens through the first that ends them."""
+    stop = next((place for place, token in enumerate(completion, start=1) if token in ends), len(completion))
+    return completion[:stop]
+
+
+def _reference_response(row: Pair | Example | Prompt) -> Ids | None:
+    """What the data has in a sample's place, for a judge to compare it with."""
+    if isinstance(row, Pair):
+        return row.chosen
+    return row.completion if isinstance(row, Example) else None
+
+
+def _text(run: Run | FinishedRun, ids: Sequence[int]) -> str:
+    text: str = run.tokenizer.decode(list(ids), skip_special_tokens=True)
+    return text
+
+
 def _log_ratios(
-    run: Run, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    run: Run | FinishedRun, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], kl_rule: KLRule
 ) -> Sequence[float | None]:
-    """log π − log π_ref of each completion; nothing for SFT, whose start is no reference."""
-    if not run.config.has_reference:
+    """log π − log π_ref of each completion; nothing without a reference: SFT's start is none."""
+    if not run.has_reference:
         return [None] * len(completions)
     tree = run.batcher.samples(prompts, completions).to(run.accelerator.device)
-    logprobs = sequence_logprobs_of(tree, run.config)
+    at_own_temperature = sequence_logprobs_of(tree, run.config)
+
+    def logprobs(hidden: Tensor, head: Head) -> Tensor:
+        temperature = head.temperature if kl_rule.temperature is None else kl_rule.temperature
+        return at_own_temperature(hidden, replace(head, temperature=temperature))
+
     return (run.policy(tree, logprobs) - run.policy.reference(tree, logprobs)).tolist()
+
+
+def _bar(starts: range, what: str, progress: bool) -> Iterable[int]:
+    """The same batches, with a bar on a terminal."""
+    return tqdm(starts, desc=what, unit="batch", disable=not (progress and sys.stderr.isatty()), dynamic_ncols=True)
 
 
 def _mean_and_error(name: str, values: list[float]) -> dict[str, float]:

@@ -1,0 +1,142 @@
+"""A model that is done training, ready to be evaluated: built as a run is, without what only training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from hypo_train.config import Config
+from hypo_train.data import load_held_out
+from hypo_train.evaluation.settings import Settings
+from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
+from hypo_train.model.policy import Policy
+from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.trained_weights import put_trained_weights
+from hypo_train.model.tree_model import ModelError
+from hypo_train.reward import Reward, load_function, load_reward
+from hypo_train.run import build_accelerator, build_sampler, generation_config
+from hypo_train.sampling import Sampler
+from hypo_train.trees.batch import Batcher
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What an evaluation reads, under the names that a ``Run`` has for it."""
+
+    config: Config
+    accelerator: Accelerator
+    tokenizer: Any
+    trained: Policy | RewardModel
+    has_reference: bool
+    batcher: Batcher
+    sampler: Sampler | None  # None: a reward model says nothing
+    eval_rows: Sequence[Any]
+    reward: Reward | None
+    eos_token_ids: Sequence[int]
+    report: list[str]
+    eval_ref_logps: Tensor | None = None  # asked for once, they are not worth keeping
+
+    @property
+    def policy(self) -> Policy:
+        """Raises TypeError for a reward model."""
+        if not isinstance(self.trained, Policy):
+            raise TypeError(f"{type(self.trained).__name__} is no policy")
+        return self.trained
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.config.max_new_tokens or self.config.max_completion_length
+
+
+def prepare_finished(settings: Settings) -> FinishedRun:
+    """Load and check everything, cheapest first, as ``run.prepare`` does.
+
+    The policy is loaded as the run loaded it and given its final weights: what a LoRA run or one of a few layers
+    shares with its reference is there once. Raises ValueErrors that say what is wrong.
+    """
+    config = _as_loaded(settings)
+    function = None if config.reward is None else load_function(config.reward)
+    accelerator = build_accelerator(config)
+    autocast = accelerator.mixed_precision == "bf16"
+    tokenizer = load_tokenizer(config)
+    _check_tokenizers(settings, tokenizer)
+    ends = eos_token_ids(generation_config(config), tokenizer)
+    rows, data_report = load_held_out(config, tokenizer, ends)
+    reward, why_texts = load_reward(config, function, tokenizer, ends, accelerator)
+    trained: Policy | RewardModel
+    sampler, why_generate = None, None
+    if config.algorithm == "reward":
+        trained = load_reward_model(config, pad_token_id=tokenizer.pad_token_id, autocast=autocast)
+        trained.to(accelerator.device)
+    else:
+        trained = _policy(settings, config, accelerator, autocast=autocast)
+        stops = () if settings.kl_mask == "all" else ends
+        sampler, why_generate = build_sampler(config, trained, stops, tokenizer.pad_token_id)
+    report = [f"held out: {line}" for line in data_report.lines()]
+    if why_texts is not None:
+        report.append(f"the reward model reads texts: {why_texts}")
+    if why_generate is not None:
+        report.append(f"samples come from transformers' generate: {why_generate}")
+    report += [f"warning: {line}" for line in settings.warnings()]
+    return FinishedRun(
+        config=config,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        trained=trained,
+        has_reference=settings.reference is not None,
+        batcher=Batcher(tokenizer.pad_token_id, shares_prompts=trained.shares_prompts),
+        sampler=sampler,
+        eval_rows=rows,
+        reward=reward,
+        eos_token_ids=ends,
+        report=report,
+    )
+
+
+def _as_loaded(settings: Settings) -> Config:
+    """The configuration of what is loaded before the final weights are put into it."""
+    config = settings.config.model_copy(update={"gradient_checkpointing": False})  # there is no backward pass
+    if config.algorithm == "reward":  # its final model is whole, adapters merged, and its trained weights are fp32
+        whole = {"use_peft": False, "num_layers_unfrozen": None, "dtype": "float32"}
+        return config.model_copy(update={"model_name_or_path": str(settings.model_dir), **whole})
+    if settings.reference_is_start:
+        return config
+    # All weights may differ from those of another reference.
+    other = {"model_name_or_path": settings.reference, "use_peft": False, "num_layers_unfrozen": None}
+    return config.model_copy(update=other)
+
+
+def _policy(settings: Settings, config: Config, accelerator: Accelerator, *, autocast: bool) -> Policy:
+    """The policy with its final weights and its reference, on the device."""
+    at_training = config.model_copy(update={"temperature": settings.training_temperature})
+    policy = load_policy(at_training, autocast=autocast)
+    put_trained_weights(policy, settings.model_dir, trust_remote_code=config.trust_remote_code)
+    policy.to(accelerator.device)
+    if settings.reference is None:
+        policy.drop_reference()
+    else:
+        policy.reference_to(accelerator.device)
+    return policy
+
+
+def _check_tokenizers(settings: Settings, tokenizer: Any) -> None:
+    """A KL compares two models' probabilities of the same tokens."""
+    if settings.reference_is_start:
+        return
+    other = load_tokenizer(settings.config.model_copy(update={"model_name_or_path": _tokenizer_source(settings)}))
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"{str(settings.model_dir)!r} and its reference {settings.reference!r} have different tokenizers: there is "
+            "no KL between them"
+        )
+
+
+def _tokenizer_source(settings: Settings) -> str:
+    """A run's final folder may hold an adapter, which has no config of its own; its start has the same tokenizer."""
+    has_config = not settings.model_dir.is_dir() or Path(settings.model_dir / "config.json").is_file()
+    return str(settings.model_dir) if has_config else settings.config.model_name_or_path

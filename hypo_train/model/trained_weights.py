@@ -1,0 +1,78 @@
+"""The weights that a run ended with, put into a policy that was loaded as the run loaded it.
+
+What the policy was loaded with stays its reference, so that an evaluation afterwards sees the two as training did.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hypo_train.model.policy import Policy
+from hypo_train.model.tree_model import ModelError, first_line
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def put_trained_weights(policy: Policy, folder: Path, *, trust_remote_code: bool) -> None:
+    """Give the policy the weights of the model in ``folder``: a LoRA policy an adapter's, any other one all of them.
+
+    Raises:
+        ModelError: the folder's model cannot be loaded, has other parameters, or differs from the policy in ones
+            that the policy does not train, which its reference would then have as well.
+    """
+    if policy.is_peft:
+        _put_adapter(policy, folder)
+        return
+    saved = _saved_weights(folder, trust_remote_code=trust_remote_code)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            found = saved.get(name)
+            if found is None or found.shape != parameter.shape:
+                shape = "is not there" if found is None else f"is {tuple(found.shape)}"
+                raise ModelError(
+                    f"{str(folder)!r} is a model of another shape than its reference: {name} {shape}, and in the "
+                    f"reference {tuple(parameter.shape)}"
+                )
+            if parameter.requires_grad:
+                parameter.copy_(found)
+            elif not torch.equal(found.to(parameter), parameter):
+                raise ModelError(
+                    f"{str(folder)!r} and its reference differ in {name}, which was not trained: the model that the "
+                    "run started from has changed since"
+                )
+
+
+def _saved_weights(folder: Path, *, trust_remote_code: bool) -> dict[str, Tensor]:
+    """By name, fp32: what is trained is saved so, whatever the type of the frozen weights beside it."""
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    try:
+        if (folder / ADAPTER_FILE).is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(str(folder), **options).merge_and_unload()
+            return dict(model.named_parameters())
+        found: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
+    except Exception as error:  # transformers raises a different class for every way to fail
+        raise ModelError(f"cannot load the model {str(folder)!r}: {first_line(error)}") from error
+    model, info = found
+    if missing := sorted(info["missing_keys"]):  # which transformers would draw at random
+        raise ModelError(f"{str(folder)!r} is no whole model: it has no {', '.join(missing[:3])}")
+    return dict(model.named_parameters())
+
+
+def _put_adapter(policy: Policy, folder: Path) -> None:
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    try:
+        saved = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:
+        raise ModelError(f"cannot load the adapter {str(folder)!r}: {first_line(error)}") from error
+    wanted = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in wanted.items()}:
+        raise ModelError(f"{str(folder)!r} is another adapter than the run's configuration describes")
+    set_peft_model_state_dict(policy.model, saved)
