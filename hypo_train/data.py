@@ -357,12 +357,21 @@ def _tokenize_what_there_is(
     dataset: Rows, tokenizer: PreTrainedTokenizerBase, *, preferences: bool, **options: Any
 ) -> tuple[list[Any], DataReport]:
     """Pairs where there are ``preferences`` and they matter, examples where there are completions, else prompts."""
-    columns = _columns(dataset)
-    if preferences and {"chosen", "rejected"} <= columns:
+    form, columns = FORMATS[options["dataset_format"]], _columns(dataset)
+    if preferences and _has(form.pair_parts, columns):
         return tokenize_pairs(dataset, tokenizer, **options)
-    if {"chosen", "completion"} & columns:
+    if _has(form.example_parts, columns):
         return tokenize_examples(dataset, tokenizer, **options)
     return tokenize_prompts(dataset, tokenizer, **options)
+
+
+def _has(parts: Callable[[KeysView[str]], Any], columns: KeysView[str]) -> bool:
+    """Whether the columns hold these parts of a row."""
+    try:
+        parts(columns)
+    except DataError:
+        return False
+    return True
 
 
 def _columns(dataset: Rows) -> KeysView[str]:

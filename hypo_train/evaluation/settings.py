@@ -25,6 +25,7 @@ FIELDS = (
     "max_chunk_bytes",
     "dataset_name",
     "dataset_config",
+    "dataset_format",
     "dataset_train_split",
     "dataset_test_split",
     "num_eval_rows",
