@@ -38,9 +38,9 @@ def test_every_arm_is_trained_once_and_all_start_alike():
 
 def test_the_tables_are_means_and_standard_errors_over_the_seeds(few_arms):
     def outcome(shift):
-        start = Evaluation(epoch=0.0, kl=0.0, reward=0.0, win_rate=0.5, score=-0.5)
-        end = Evaluation(epoch=5.0, kl=10.0 + shift, reward=2.0 + shift, win_rate=0.75, score=1.0)
-        return Outcome([start, end], flops=1e9 + 1e9 * shift)
+        start = Evaluation(epoch=0.0, kl=0.0, reward=0.0, win_rate=0.5)
+        end = Evaluation(epoch=5.0, kl=10.0 + shift, reward=2.0 + shift, win_rate=0.75)
+        return Outcome([start, end], learned=(-0.5, 1.0), flops=1e9 + 1e9 * shift)
 
     found = {arm.name: [outcome(0.0), outcome(2.0)] for arm in arms.arms()}
     _, _, sft, dpo, *others = report.table_1(found)

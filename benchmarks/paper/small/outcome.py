@@ -1,21 +1,20 @@
-"""What a trained arm is worth: read from what its run wrote, judged by the world's true reward and the learned one."""
+"""What a trained arm is worth: what its run wrote, judged by the world's true reward and by the learned one."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from hypo_train.demo import world
+from benchmarks.paper.small.stages import REFERENCES, REWARD_MODEL
+from hypo_train.judges.protocol import Comparison
+from hypo_train.judges.samples import read_comparisons
+from hypo_train.judges.scores import FunctionJudge, RewardModelJudge
+from hypo_train.judges.win_rate import summary
 from hypo_train.log import read_metrics
 
-Sample = dict[str, Any]
+TRUE_REWARD = "hypo_train.demo.world:reward"
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Evaluation:
     kl: float  # reverse, to the language model, nats a response
     reward: float  # the true one
     win_rate: float  # against what a reviewer wrote, by the true reward; a tie is half a win
-    score: float  # the learned reward, less its mean on what reviewers wrote
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Outcome:
     """One arm, one seed."""
 
     evaluations: list[Evaluation]  # the first is the language model's own
+    learned: tuple[float, float]  # the learned reward at the start and the end, less its mean on what reviewers wrote
     flops: float  # model FLOPs of a training step
 
     @property
@@ -45,51 +44,49 @@ class Outcome:
         return self.evaluations[-1]
 
 
-class Judge:
-    """Both rewards of a seed's samples, the language model's and all arms'."""
-
-    def __init__(self, references: Path, reward_model: Path) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(reward_model)
-        self._model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
-        reviews = _read(references)
-        self._references = {review["row"]: review["reward"] for review in reviews}
-        self._baseline = statistics.fmean(self._scores([{**review, "ended": True} for review in reviews]))
-
-    def evaluate(self, epoch: float, kl: float, samples: Sequence[Sample]) -> Evaluation:
-        rewards = [world.reward(sample["prompt"], sample["completion"]) for sample in samples]
-        wins = [_win(reward, self._references[s["row"]]) for reward, s in zip(rewards, samples, strict=True)]
-        score = statistics.fmean(self._scores(samples)) - self._baseline
-        return Evaluation(epoch, kl, statistics.fmean(rewards), statistics.fmean(wins), score)
-
-    @torch.no_grad()
-    def _scores(self, samples: Sequence[Sample]) -> list[float]:
-        """The reward model's, of prompt and completion with the EOS that a sample ended with."""
-        eos = [self._tokenizer.eos_token_id]
-        ids = [
-            self._tokenizer(f"{s['prompt']} {s['completion']}".strip()).input_ids + eos * bool(s["ended"])
-            for s in samples
-        ]
-        batch = self._tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
-        return list(self._model(**batch).logits[:, 0].tolist())
+def read_outcomes(folder: Path, names: Sequence[str]) -> list[Outcome]:
+    """Of the finished runs called ``names`` in a seed's ``folder``."""
+    samples = {name: _comparisons(folder, name) for name in names}
+    ends = [comparisons[place] for comparisons in samples.values() for place in (0, -1)]
+    learned = _learned_rewards(folder, ends)
+    return [
+        Outcome(_evaluations(folder / name, samples[name]), (learned[2 * i], learned[2 * i + 1]), _flops(folder / name))
+        for i, name in enumerate(names)
+    ]
 
 
-def read_outcome(run: Path, judge: Judge) -> Outcome:
-    """Of a finished ``run``."""
+def _comparisons(folder: Path, name: str) -> list[list[Comparison]]:
+    """The samples of each of a run's evaluations, beside what reviewers wrote."""
+    steps = [line["step"] for line in read_metrics(folder / name / "metrics.jsonl") if "eval_kl" in line]
+    paths = [folder / name / "samples" / f"step-{step}.jsonl" for step in steps]
+    return [read_comparisons(path, folder / REFERENCES, limit=None) for path in paths]
+
+
+def _evaluations(run: Path, samples: Sequence[Sequence[Comparison]]) -> list[Evaluation]:
     lines = read_metrics(run / "metrics.jsonl")
-    trained = [line for line in lines if "epoch" in line]
-    steps_per_epoch = trained[-1]["step"] / trained[-1]["epoch"]
-    evaluations = []
-    for line in lines:
-        if "eval_kl" in line:
-            samples = _read(run / "samples" / f"step-{line['step']}.jsonl")
-            evaluations.append(judge.evaluate(line["step"] / steps_per_epoch, line["eval_kl"], samples))
-    flops = [sum(value for name, value in line.items() if name.startswith("flops/")) for line in trained]
-    return Outcome(evaluations, statistics.fmean(flops))
+    last = next(line for line in reversed(lines) if "epoch" in line)
+    judge = FunctionJudge(TRUE_REWARD)
+    found = []
+    for line, comparisons in zip((line for line in lines if "eval_kl" in line), samples, strict=True):
+        verdicts = judge.judge(comparisons)
+        reward = statistics.fmean(verdict.details["score"] for verdict in verdicts)
+        epoch = line["step"] / last["step"] * last["epoch"]
+        found.append(Evaluation(epoch, line["eval_kl"], reward, summary(comparisons, verdicts)["win_rate"]))
+    return found
 
 
-def _win(reward: float, reference: float) -> float:
-    return 0.5 if reward == reference else float(reward > reference)
+def _learned_rewards(folder: Path, samples: Sequence[Sequence[Comparison]]) -> list[float]:
+    """Of each of ``samples``, the mean."""
+    judge = RewardModelJudge(str(folder / REWARD_MODEL / "final"), batch_size=128)
+    verdicts = iter(judge.judge([comparison for comparisons in samples for comparison in comparisons]))
+    means = []
+    for comparisons in samples:
+        details = [next(verdicts).details for _ in comparisons]
+        means.append(statistics.fmean(d["score"] - d["score_other"] for d in details))
+    return means
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _flops(run: Path) -> float:
+    """Of a training step, the mean over the run."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "epoch" in line]
+    return statistics.fmean(sum(value for name, value in line.items() if name.startswith("flops/")) for line in lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.paper.small import pictures
 from benchmarks.paper.small.arms import ESTIMATES, FRONTIERS, METHODS, Arm, arms
-from benchmarks.paper.small.outcome import Evaluation, Judge, Outcome, read_outcome
+from benchmarks.paper.small.outcome import Evaluation, Outcome, read_outcomes
 from benchmarks.paper.small.stages import REWARD_MODEL, Scale
 from hypo_train.log import read_metrics
 
@@ -53,27 +53,30 @@ def write(folders: dict[int, Path], scale: Scale, results_dir: Path) -> list[str
 
 
 def read(folders: dict[int, Path]) -> Outcomes:
-    found: Outcomes = {arm.name: [] for arm in arms()}
-    for folder in folders.values():
-        judge = Judge(folder / "references.jsonl", folder / REWARD_MODEL / "final")
-        for name, seeds in found.items():
-            seeds.append(read_outcome(folder / name, judge))
-    return found
+    names = [arm.name for arm in arms()]
+    seeds = [read_outcomes(folder, names) for folder in folders.values()]
+    return {name: list(outcomes) for name, outcomes in zip(names, zip(*seeds, strict=True), strict=True)}
 
 
 def table_1(found: Outcomes) -> Iterator[str]:
     """Markdown: a row a method, at the end of its training."""
     yield "| | win-rate against written reviews | learned reward | true reward | reverse KL to SFT |"
     yield "|---|---|---|---|---|"
-    start = [outcome.first for outcome in found[METHODS["DPO"].name]]
-    for label, evaluations in [("SFT", start), *((name, _last(found, arm)) for name, arm in METHODS.items())]:
-        kl = "0" if label == "SFT" else _mean([e.kl for e in evaluations], 2)
-        cells = [
-            _mean([e.win_rate for e in evaluations], 3),
-            _mean([e.score for e in evaluations], 2),
-            _mean([e.reward for e in evaluations], 2),
-        ]
-        yield f"| {label} | {' | '.join([*cells, kl])} |"
+    start = found[METHODS["DPO"].name]
+    yield _row("SFT", [seed.first for seed in start], [seed.learned[0] for seed in start])
+    for label, arm in METHODS.items():
+        yield _row(label, _last(found, arm), [seed.learned[1] for seed in found[arm.name]])
+
+
+def _row(label: str, evaluations: Sequence[Evaluation], learned: Sequence[float]) -> str:
+    kls = [e.kl for e in evaluations]
+    cells = [
+        _mean([e.win_rate for e in evaluations], 3),
+        _mean(learned, 2),
+        _mean([e.reward for e in evaluations], 2),
+        _mean(kls, 2) if any(kls) else "0",
+    ]
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 def frontier_table(found: Outcomes) -> Iterator[str]:

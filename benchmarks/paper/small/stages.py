@@ -15,6 +15,7 @@ from hypo_train.demo.stages import Sizes, configure, train_language_model, write
 from hypo_train.train import train
 
 REWARD_MODEL = "reward-model"  # its run's folder
+REFERENCES = "references.jsonl"  # what reviewers wrote for the held-out prompts
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def make_material(folder: Path, seed: int, scale: Scale) -> None:
         review = world.review(writer)
         reward = world.reward(row["prompt"], review)
         rows.append({"row": i, "prompt": row["prompt"], "completion": review, "reward": reward})
-    write_rows(unfinished / "references.jsonl", rows)
+    write_rows(unfinished / REFERENCES, rows)
     unfinished.rename(folder)
 
 
