@@ -14,6 +14,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -231,37 +232,76 @@ def _load(
     eos_token_ids: Sequence[int],
     tokenize: Callable[..., tuple[list[Row], DataReport]],
 ) -> tuple[list[Row], list[Row], dict[str, DataReport]]:
-    train = load_rows(config, config.dataset_train_split)
-    held_out, first_row = None, 0
-    if config.dataset_test_split is not None:
-        held_out = load_rows(config, config.dataset_test_split)
-    elif config.num_eval_rows:
-        first_row = len(train) - config.num_eval_rows
-        if first_row <= 0:
-            raise DataError(
-                f"num_eval_rows={config.num_eval_rows} leaves none of the {len(train)} rows of split "
-                f"{config.dataset_train_split!r} for training"
-            )
-        train, held_out = train.select(range(first_row)), train.select(range(first_row, len(train)))
     options: dict[str, Any] = {
         "max_prompt_length": config.max_prompt_length,
         "max_completion_length": config.max_completion_length,
         "eos_token_ids": eos_token_ids,
     }
+    found: dict[str, list[Row]] = {"eval": []}
+    reports = {}
+    for name, (rows, first_row) in _splits(config).items():
+        with _named(config, name):
+            found[name], reports[name] = tokenize(rows, tokenizer, first_row=first_row, **options)
+    return found["train"], found["eval"], reports
 
-    def read(rows: datasets.Dataset, split: str, first_row: int = 0) -> tuple[list[Row], DataReport]:
-        try:
-            return tokenize(rows, tokenizer, first_row=first_row, **options)
-        except (DataError, UnicodeDecodeError) as error:  # the readers do not check that a text is UTF-8
-            raise DataError(f"dataset_name={config.dataset_name!r}, split {split!r}: {error}") from None
 
-    train_rows, report = read(train, config.dataset_train_split)
-    eval_rows: list[Row] = []
-    reports = {"train": report}
-    if held_out is not None:
-        split = config.dataset_test_split or config.dataset_train_split
-        eval_rows, reports["eval"] = read(held_out, split, first_row)
-    return train_rows, eval_rows, reports
+def check_texts(config: Config) -> dict[str, DataReport]:
+    """What can be said of the rows without a tokenizer: which have texts that can be used, and not how long they are.
+
+    Chat messages are checked as far as no template is asked. Raises ``DataError``.
+    """
+    columns_of = {"sft": _example_columns, "rloo": _prompt_columns}.get(config.algorithm, _pair_columns)
+    reports = {}
+    for name, (rows, first_row) in _splits(config).items():
+        dropped: dict[str, list[int]] = {}
+        with _named(config, name):
+            columns = columns_of(rows)
+            for row, example in enumerate(rows, start=first_row):
+                try:
+                    row_text(row, example, columns, _AnyTemplate())  # type: ignore[arg-type]
+                except Unusable as reason:
+                    dropped.setdefault(str(reason), []).append(row)
+        used = len(rows) - sum(map(len, dropped.values()))
+        reports[name] = DataReport(len(rows), used, dropped, 0, 0, 0, 0, 0, {})
+        if not used:
+            raise DataError(f"{name}: no row can be used: {reports[name].lines()[1]}")
+    return reports
+
+
+class _AnyTemplate:
+    """Stands in for a chat template that is not there, so that the rest of a row is checked."""
+
+    chat_template = ""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **_: Any) -> str:
+        return "".join(message["content"] for message in messages)
+
+
+def _splits(config: Config) -> dict[str, tuple[datasets.Dataset, int]]:
+    """The rows of "train" and, where some are held out, of "eval", with the index in the split of the first."""
+    train = load_rows(config, config.dataset_train_split)
+    if config.dataset_test_split is not None:
+        return {"train": (train, 0), "eval": (load_rows(config, config.dataset_test_split), 0)}
+    if not config.num_eval_rows:
+        return {"train": (train, 0)}
+    first_row = len(train) - config.num_eval_rows
+    if first_row <= 0:
+        raise DataError(
+            f"num_eval_rows={config.num_eval_rows} leaves none of the {len(train)} rows of split "
+            f"{config.dataset_train_split!r} for training"
+        )
+    held_out = train.select(range(first_row, len(train)))
+    return {"train": (train.select(range(first_row)), 0), "eval": (held_out, first_row)}
+
+
+@contextmanager
+def _named(config: Config, name: str) -> Iterator[None]:
+    """Data errors say of which data set and split they are."""
+    split = (config.dataset_test_split if name == "eval" else None) or config.dataset_train_split
+    try:
+        yield
+    except (DataError, UnicodeDecodeError) as error:  # the readers do not check that a text is UTF-8
+        raise DataError(f"dataset_name={config.dataset_name!r}, split {split!r}: {error}") from None
 
 
 def tokenize_pairs(
@@ -281,12 +321,7 @@ def tokenize_pairs(
     is not among them. Raises ``DataError`` when a column is missing, when chat messages meet a tokenizer
     without a chat template, and when no row can be used.
     """
-    if not {"chosen", "rejected"} <= _columns(dataset):
-        raise DataError(
-            "preference data needs the columns 'chosen' and 'rejected', and 'prompt' unless it is their common "
-            f"beginning; the columns are {_quoted(_columns(dataset))}"
-        )
-    keys = ("chosen", "rejected")
+    keys = _pair_columns(dataset)
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
     rows, report = _tokenize(dataset, rules, keys, keys, first_row)
     return [Pair(row, prompt, *completions) for row, prompt, completions in rows], report
@@ -302,19 +337,7 @@ def tokenize_examples(
     first_row: int = 0,
 ) -> tuple[list[Example], DataReport]:
     """As ``tokenize_pairs``, for SFT: rows with ``prompt`` and ``completion``, or the chosen side of preferences."""
-    columns = _columns(dataset)
-    keys: tuple[str, ...]
-    if {"prompt", "completion"} <= columns:
-        keys = ("completion",)
-    elif {"prompt", "chosen"} <= columns:
-        keys = ("chosen",)
-    elif {"chosen", "rejected"} <= columns:
-        keys = ("chosen", "rejected")  # the prompt is what the two share
-    else:
-        raise DataError(
-            "SFT needs the columns 'prompt' and 'completion', or those of preference data ('chosen' and "
-            f"'rejected'); the columns are {_quoted(columns)}"
-        )
+    keys = _example_columns(dataset)
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
     rows, report = _tokenize(dataset, rules, keys, keys[:1], first_row)
     return [Example(row, prompt, *completions) for row, prompt, completions in rows], report
@@ -330,19 +353,48 @@ def tokenize_prompts(
     first_row: int = 0,
 ) -> tuple[list[Prompt], DataReport]:
     """As ``tokenize_pairs``, for the prompts alone: of preference data, or rows with nothing but a ``prompt``."""
-    columns = _columns(dataset)
-    if {"chosen", "rejected"} <= columns:
-        keys: tuple[str, ...] = ("chosen", "rejected")  # the same rows and prompts as of the pairs
-    elif "prompt" in columns:
-        keys = ()
-    else:
-        raise DataError(
-            "prompts are the column 'prompt', or the common beginning of 'chosen' and 'rejected'; the columns are "
-            f"{_quoted(columns)}"
-        )
+    keys = _prompt_columns(dataset)
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
     rows, report = _tokenize(dataset, rules, keys, (), first_row)
     return [Prompt(row, prompt) for row, prompt, _ in rows], report
+
+
+def _pair_columns(dataset: Rows) -> tuple[str, ...]:
+    """The completions of preference data."""
+    if not {"chosen", "rejected"} <= _columns(dataset):
+        raise DataError(
+            "preference data needs the columns 'chosen' and 'rejected', and 'prompt' unless it is their common "
+            f"beginning; the columns are {_quoted(_columns(dataset))}"
+        )
+    return ("chosen", "rejected")
+
+
+def _example_columns(dataset: Rows) -> tuple[str, ...]:
+    """The completions that SFT reads, the first of which it imitates."""
+    columns = _columns(dataset)
+    if {"prompt", "completion"} <= columns:
+        return ("completion",)
+    if {"prompt", "chosen"} <= columns:
+        return ("chosen",)
+    if {"chosen", "rejected"} <= columns:
+        return ("chosen", "rejected")  # the prompt is what the two share
+    raise DataError(
+        "SFT needs the columns 'prompt' and 'completion', or those of preference data ('chosen' and "
+        f"'rejected'); the columns are {_quoted(columns)}"
+    )
+
+
+def _prompt_columns(dataset: Rows) -> tuple[str, ...]:
+    """The completions whose common beginning the prompts are, if they have no column of their own."""
+    columns = _columns(dataset)
+    if {"chosen", "rejected"} <= columns:
+        return ("chosen", "rejected")  # the same rows and prompts as of the pairs
+    if "prompt" in columns:
+        return ()
+    raise DataError(
+        "prompts are the column 'prompt', or the common beginning of 'chosen' and 'rejected'; the columns are "
+        f"{_quoted(columns)}"
+    )
 
 
 def _columns(dataset: Rows) -> KeysView[str]:

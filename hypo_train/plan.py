@@ -68,6 +68,14 @@ class Plan:
         longest = sorted((length + self.max_sampled for length in self._row_lengths), reverse=True)
         return sum(longest[: self.batch_size]) <= budget
 
+    @property
+    def may_run_prompts_first(self) -> bool:
+        """Whether sampling may go on from the training pass's own run of the prompts, where model and sampler can."""
+        c = self.config
+        # Several micro-batches would have to hold their graphs until all of them are sampled.
+        exact = c.reuse_prompt_kv and c.lora_dropout == 0 and c.rollout_steps == 1
+        return c.draws_samples and exact and self.one_micro_batch
+
     def micro_batches(self, lengths: Sequence[int]) -> Iterator[slice]:
         """A step's rows of so many tokens each, in their order, cut as configured; a longer row than fits is alone."""
         budget, start, tokens = self.config.max_tokens_per_micro_batch, 0, 0

@@ -83,12 +83,9 @@ class Run(Plan):
     @property
     def prompts_run_first(self) -> bool:
         """Whether sampling goes on from the training pass's own run of the prompts."""
-        c = self.config
-        if not (c.draws_samples and c.reuse_prompt_kv) or self.sampler is None:
+        if self.sampler is None or not self.may_run_prompts_first:
             return False
-        exact = self.policy.shares_prompts and self.sampler.takes_prompt_kv and c.lora_dropout == 0
-        # Several micro-batches would have to hold their graphs until all of them are sampled.
-        return exact and self.one_micro_batch and c.rollout_steps == 1
+        return self.policy.shares_prompts and self.sampler.takes_prompt_kv
 
     @cached_property
     def rollouts(self) -> Rollouts:

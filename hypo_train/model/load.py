@@ -67,9 +67,8 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
     _check_window(model, config.max_prompt_length + config.max_completion_length)
     if config.use_liger_kernel:
         use_layer_kernels(model)
-    model = _made_trainable(model, config, "cuda" if torch.cuda.is_available() else "cpu")
-    policy = Policy(model, is_peft=config.use_peft, temperature=config.temperature)
-    _share_prompts(policy, config, lambda: check_exactness(policy))
+    policy = made_ready(model, config, device_type="cuda" if torch.cuda.is_available() else "cpu")
+    assert isinstance(policy, Policy)
     return policy
 
 
@@ -88,10 +87,30 @@ def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> R
     model.config.get_text_config().pad_token_id = pad_token_id  # which token a classifier reads depends on it
     if config.use_liger_kernel:
         use_layer_kernels(model)
-    model = _made_trainable(model, config, "cuda" if torch.cuda.is_available() else "cpu")
-    reward_model = RewardModel(model, is_peft=config.use_peft)
-    _share_prompts(reward_model, config, lambda: check_rewards(reward_model))
+    reward_model = made_ready(model, config, device_type="cuda" if torch.cuda.is_available() else "cpu")
+    assert isinstance(reward_model, RewardModel)
     return reward_model
+
+
+def made_ready(model: Any, config: Config, *, device_type: str) -> Policy | RewardModel:
+    """A transformers model with its trained parameters chosen, run on trees where it is proved to run so exactly.
+
+    Raises:
+        ModelError: it cannot be trained exactly, or not as configured.
+    """
+    trained = _as_configured(model, config, device_type)
+    if isinstance(trained, RewardModel):
+        _share_prompts(trained, config, lambda: check_rewards(trained))
+    else:
+        _share_prompts(trained, config, lambda: check_exactness(trained))
+    return trained
+
+
+def _as_configured(model: Any, config: Config, device_type: str) -> Policy | RewardModel:
+    model = _made_trainable(model, config, device_type)
+    if config.algorithm == "reward":
+        return RewardModel(model, is_peft=config.use_peft)
+    return Policy(model, is_peft=config.use_peft, temperature=config.temperature)
 
 
 def outline(config: Config, architecture: Any, *, device_type: str, autocast: bool) -> Policy | RewardModel:
@@ -110,10 +129,7 @@ def outline(config: Config, architecture: Any, *, device_type: str, autocast: bo
         architecture.num_labels = 1
     model = meta_model(AutoModelForSequenceClassification if of_reward else AutoModelForCausalLM, config, architecture)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
-    model = _made_trainable(model, config, device_type)
-    if of_reward:
-        return RewardModel(model, is_peft=config.use_peft)
-    return Policy(model, is_peft=config.use_peft, temperature=config.temperature)
+    return _as_configured(model, config, device_type)
 
 
 def meta_model(kind: Any, config: Config, architecture: Any) -> Any:

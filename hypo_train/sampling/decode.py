@@ -296,9 +296,14 @@ def _check_prompt_kv(kv: PromptKV, prompts: list[list[int]]) -> None:
         raise ValueError("prompt_kv is not of these prompts: its mask counts other numbers of tokens")
 
 
+def prefill_tokens(device_type: str) -> int:
+    """The most tokens, padding included, that a pass over several prompts has."""
+    return _PREFILL_TOKENS_CPU if device_type == "cpu" else _PREFILL_TOKENS
+
+
 def _prefill_parts(batch: list[int], prompts: list[list[int]], device: torch.device) -> Iterator[range]:
     """Consecutive places in `batch` whose prompts, padded, are one pass."""
-    limit = _PREFILL_TOKENS_CPU if device.type == "cpu" else _PREFILL_TOKENS
+    limit = prefill_tokens(device.type)
     start = 0
     for i, p in enumerate(batch):
         if i > start and (i + 1 - start) * len(prompts[p]) > limit:
