@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import datasets
+import huggingface_hub
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -30,6 +35,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.plan import Plan, Rows, load_plan
+from hypo_train.reference_cache import splits_to_precompute
 from hypo_train.reward import load_function
 from hypo_train.run import generation_config
 from hypo_train.state import checkpoint_to_resume, refuse_to_overwrite
@@ -81,6 +87,32 @@ class Findings:
 
 def check(config: Config, dry_run: DryRun) -> Findings:
     """Everything that can be known of the run beforehand, cheapest first."""
+    with _offline_where_unreachable():
+        return _checked(config, dry_run)
+
+
+@contextmanager
+def _offline_where_unreachable() -> Iterator[None]:
+    """Without the Hub its cache serves at once; libraries would ask five times, for half a minute, to say so."""
+    host = urlsplit(huggingface_hub.constants.ENDPOINT)
+    unreachable = False
+    if not getproxies():  # behind which the Hub may well be
+        try:
+            socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
+        except OSError:
+            unreachable = True
+    settings: list[Any] = [huggingface_hub.constants, datasets.config]
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    try:
+        for module, was in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = was or unreachable
+        yield
+    finally:
+        for module, was in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = was
+
+
+def _checked(config: Config, dry_run: DryRun) -> Findings:
     found = Findings(config)
     with found.collected():
         refuse_to_overwrite(config)
@@ -319,6 +351,8 @@ def _describe_steps(config: Config, plan: Plan, found: Findings) -> None:
         found.steps.append(f"{config.num_generations} samples of each prompt, of up to {plan.max_new_tokens} tokens")
     if plan.batch_size > len(plan.train_rows):
         found.warnings.append(f"a step has room for {plan.batch_size} {kind}, and there are {len(plan.train_rows)}")
+    if known := splits_to_precompute(config, plan.train_rows, plan.eval_rows, plan.total_steps):
+        found.steps.append(f"the reference's log-probs of {' and '.join(sorted(known))} pairs are computed beforehand")
     found.steps.append(f"largest micro-batch: {_size(plan)}")
     found.steps.append(f"output in {config.output_dir}")
 
@@ -334,7 +368,8 @@ def _size(plan: Plan) -> str:
 
 def _describe_memory(config: Config, numbers: Estimate, device: DeviceType, autocast: bool, found: Findings) -> None:
     phases = numbers.phases
-    found.memory.append(f"GiB on {device}, computing in {'bfloat16' if autocast else 'float32'}")
+    compute = "bfloat16" if autocast else "float32"
+    found.memory.append(f"GiB on {device}, computing in {compute}, when a step's parts hold most")
     found.memory.append(f"{'':46}" + "".join(f"{name:>11}" for name in phases))
     for part in numbers.components:
         found.memory.append(f"{part.name:46}" + "".join(f"{_gib(getattr(part, name)):>11}" for name in phases))

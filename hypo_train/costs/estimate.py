@@ -8,12 +8,10 @@ Evaluations are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from hypo_kernels import gemm
 from hypo_kernels.chunks import CPU_BUFFER_BYTES, CPU_ROWS
@@ -94,17 +92,17 @@ def estimate(
         sampler: what draws a step's samples; None where none are drawn. vLLM's own memory is not counted.
         reward_model: a module on the meta device.
     """
-    parameters = list(trained.parameters())
+    config, parameters = plan.config, list(trained.parameters())
     learned = [p for p in parameters if p.requires_grad]
-    frozen = [*(p for p in parameters if not p.requires_grad), *trained.buffers()]
+    frozen = [p for p in parameters if not p.requires_grad]
     size = bytes_of(learned)
     held = _training_pass(plan, trained, device_type, autocast, shares_prompts, sampler)
     draws = _sampling(plan, trained, device_type, autocast, shares_prompts, sampler)
-    kept = draws if plan.config.keep_sampling_memory else _Draws()
+    kept = draws if config.keep_sampling_memory else _Draws()
     # On a CPU, AdamW makes two temporaries of a tensor's size; on CUDA it is one kernel.
     largest = max(bytes_of([p]) for p in learned)
     always = [
-        (f"frozen weights ({_dtypes(frozen)})", bytes_of(frozen)),
+        (f"frozen weights ({config.dtype})", bytes_of([*frozen, *trained.buffers()]) if frozen else 0),
         ("trained weights (float32)", size),
         ("the reference's copy of them", _reference_bytes(plan, trained, device_type)),
         ("the reward model", 0 if reward_model is None else bytes_of(reward_model.parameters())),
@@ -121,15 +119,11 @@ def estimate(
         Component("AdamW's temporaries", 0, 0, 2 * largest if device_type == "cpu" else 0),
     ]
     present = [part for part in components if any(part[1:])]
-    return Estimate(present, plan.config.draws_samples, draws.kv_of_a_prompt, draws.kv)
+    return Estimate(present, config.draws_samples, draws.kv_of_a_prompt, draws.kv)
 
 
 def runs_prompts_first(plan: Plan, sampler: SamplerKind | None, shares_prompts: bool) -> bool:
     return plan.may_run_prompts_first and sampler == "decode" and shares_prompts
-
-
-def _dtypes(tensors: Sequence[Tensor]) -> str:
-    return ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}))
 
 
 def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: DeviceType) -> int:
