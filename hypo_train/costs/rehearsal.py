@@ -23,13 +23,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -85,13 +85,13 @@ def rehearse(
     """What one micro-batch holds, forward and backward, at its peak.
 
     Args:
-        trained: on the meta device; left as it is, but in train mode.
+        trained: on the meta device; left as it is.
         device_type: "cuda" or "cpu", which it would train on.
         autocast: under bfloat16.
         chunk_bytes: the loss's temporaries.
         accumulates: after other micro-batches, whose gradients are there.
     """
-    with _faked(trained.train(), device_type, autocast) as tracker:
+    with _faked(trained, device_type, autocast) as tracker:
         if accumulates:
             tracker.give_gradients(trained)
         with tracker.making("activations"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -110,7 +110,7 @@ def rehearse_prompts(
     runs."""
     layout = Layout(tuple(prompts), tuple(() for _ in prompts))
     rows = Rows(1, layout.num_tokens, 0, layout)
-    with _faked(trained.train(gradients), device_type, autocast) as tracker:
+    with _faked(trained, device_type, autocast, training=gradients) as tracker:
         with (
             tracker.making("activations"),
             torch.set_grad_enabled(gradients),
@@ -298,35 +298,41 @@ class _Tracker(TorchDispatchMode):
         self._live["gradients"] += nbytes
 
 
-class _CudaAutocast(TorchFunctionMode):
-    """What autocast computes in fp32 on CUDA, and leaves in bf16 on a CPU."""
+def _norms_in_fp32(model: nn.Module) -> Callable[[], None]:
+    """LayerNorms compute as autocast has them on CUDA, in fp32; on a CPU it leaves them in bf16. How to undo it."""
+    norms = [module for module in model.modules() if type(module) is nn.LayerNorm]
+    for norm in norms:
+        norm.forward = partial(_norm_in_fp32, norm)  # type: ignore[method-assign]
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is not F.layer_norm or not torch.is_autocast_enabled("cpu"):
-            return function(*args, **kwargs)
-        args, kwargs = ([_in_fp32(x) for x in args], {name: _in_fp32(x) for name, x in kwargs.items()})
-        return function(*args, **kwargs)
+    def undo() -> None:
+        for norm in norms:
+            del norm.forward
+
+    return undo
 
 
-def _in_fp32(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+def _norm_in_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
+    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
 @contextmanager
-def _faked(trained: Policy | RewardModel, device_type: str, autocast: bool) -> Iterator[_Tracker]:
+def _faked(
+    trained: Policy | RewardModel, device_type: str, autocast: bool, *, training: bool = True
+) -> Iterator[_Tracker]:
     """Fakes in the place of the model's meta tensors, on a CPU by their own account, and a tracker of what is made."""
     config = trained.base.config
-    attention, training = config._attn_implementation, trained.training
+    attention = config._attn_implementation
     with ExitStack() as stack:
-        stack.callback(trained.train, training)
+        stack.callback(trained.train, trained.training)
+        trained.train(training)
         stack.enter_context(FakeTensorMode())
         stack.callback(_replace_tensors(trained))
         if attention != "eager":
             stack.callback(trained.base.set_attn_implementation, attention)
             trained.base.set_attn_implementation(_NAME)
         if autocast and device_type == "cuda":
-            stack.enter_context(_CudaAutocast())
+            stack.callback(_norms_in_fp32(trained))
         yield stack.enter_context(_Tracker(trained))
 
 
