@@ -180,5 +180,4 @@ def test_the_estimate_is_near_the_peak_of_a_real_step(tmp_path, medium, changes)
     config = medium_config(tmp_path, medium, **{"gradient_checkpointing": False, **changes})
     peak, run = measured_peak(config)
     numbers = estimated(config, run)
-    print(f"RATIO {numbers.peak / peak:.3f} {changes} {peak >> 20} MiB")
     assert numbers.peak == pytest.approx(peak, rel=TOLERANCE), f"{numbers.peak / peak:.3f} {numbers.phases}"
