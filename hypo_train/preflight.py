@@ -42,6 +42,7 @@ from hypo_train.state import checkpoint_to_resume, refuse_to_overwrite
 
 RECIPES = Path(__file__).parent / "recipes"
 DEVICES = (24, 48, 80, 141)  # GiB, of common ones
+_LONGEST = "as long as they may be"
 FREE = 0.9  # of a device: the rest is for CUDA's context, an allocator's slack and what is not estimated
 
 
@@ -139,12 +140,14 @@ def _checked(config: Config, dry_run: DryRun) -> Findings:
             _describe_model(config, source, trained, structure, found)
     if plan is not None:
         _describe_steps(config, plan, found)
-    if plan is not None and trained is not None and source is not None:
+    if trained is not None and source is not None:
         reward_model = None
         with found.collected():
             reward_model = _reward_model(config, source, found)
+        if plan is None:
+            found.warnings.append(f"without the data, memory is estimated for rows {_LONGEST}")
         numbers = estimate(
-            plan,
+            plan or _assumed_plan(config),
             trained,
             device_type=device,
             autocast=autocast,
@@ -209,8 +212,8 @@ def _tokenizer(config: Config, origin: str, dry_run: DryRun, found: Findings) ->
     """None, and a warning, where there is none because of where the dry run is, and not of what the run would load."""
     if origin.startswith("built in"):
         found.warnings.append(
-            f"no tokenizer of {config.model_name_or_path}, as the Hub was not reached: lengths are unknown, every row "
-            "is taken to be as long as it may be"
+            f"no tokenizer of {config.model_name_or_path}, as the Hub was not reached: lengths are unknown, and rows "
+            f"are taken to be {_LONGEST}"
         )
         return None
     try:
@@ -218,7 +221,7 @@ def _tokenizer(config: Config, origin: str, dry_run: DryRun, found: Findings) ->
     except ModelError as error:
         if dry_run.model is None:
             raise
-        found.warnings.append(f"{error}: lengths are unknown, every row is taken to be as long as it may be")
+        found.warnings.append(f"{error}: lengths are unknown, and rows are taken to be {_LONGEST}")
         return None
 
 
@@ -296,7 +299,10 @@ def _reward_model(config: Config, source: _Source, found: Findings) -> Any:
     else:
         try:
             architecture = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        except Exception as error:
+        except Exception as error:  # transformers raises a different class for every way to fail
+            if huggingface_hub.constants.HF_HUB_OFFLINE and not Path(path).is_dir():
+                found.unchecked.append(f"reward model {path}, nor its memory: the Hub was not reached")
+                return None
             raise ModelError(f"cannot read the config of reward_model_path={path!r}: {first_line(error)}") from error
         if (labels := architecture.num_labels) != 1:
             raise ModelError(f"reward_model_path={path!r} gives {labels} labels: a reward model has one")
@@ -332,6 +338,12 @@ def _longest_rows(config: Config, count: int) -> Rows:
     if config.algorithm == "rloo":
         return [Prompt(0, prompt)] * count
     return [Pair(0, prompt, completion, completion)] * count
+
+
+def _assumed_plan(config: Config) -> Plan:
+    """One step of the largest rows, where the data cannot be read."""
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return Plan(config.model_copy(update={"max_steps": 1}), _longest_rows(config, batch_size), [])
 
 
 def _describe_steps(config: Config, plan: Plan, found: Findings) -> None:

@@ -161,6 +161,8 @@ def test_a_missing_column_is_a_problem(dry_run, tmp_path):
     assert len(problems) == 1
     assert problems[0].endswith("the columns are 'prompt', 'chosen'")
     assert "LlamaForCausalLM, 2 layers" in page, "the model is looked at all the same"
+    assert lines_of(page, "memory")[-1].startswith("at least ")
+    assert any("rows as long as they may be" in line for line in lines_of(page, "warnings"))
 
 
 def test_more_layers_than_there_are_is_a_problem(dry_run):
@@ -265,6 +267,14 @@ def test_a_shipped_recipe_runs_dry_with_a_local_stand_in(saved_model, tmp_path, 
     page, _ = capfd.readouterr()
     assert lines_of(page, "steps")[0].startswith("hypo: 20 steps of 4 pairs in 2 micro-batches of 2")
     assert " of 138 rows used" in lines_of(page, "data")[0]
+
+
+def test_a_reward_model_on_a_hub_that_is_not_reached_is_not_checked(dry_run):
+    status, page, _ = dry_run(algorithm="rloo", reward_model_path="someone/some-reward-model")
+    assert status == 0
+    assert "reward model someone/some-reward-model, nor its memory: the Hub was not reached" in lines_of(
+        page, "not checked"
+    )
 
 
 # The flags

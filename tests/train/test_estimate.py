@@ -33,7 +33,7 @@ LORA = {"use_peft": True, "lora_target_modules": "all-linear"}
 LAST = {"num_layers_unfrozen": 2}
 PYTHIA, PYTHIA_LARGE = "EleutherAI/pythia-1.4b-deduped", "EleutherAI/pythia-2.8b-deduped"
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
-TOLERANCE = 0.15
+TOLERANCE = 0.12  # measured over all of these cases: between -1 and +9 %
 
 
 def config_of(**changes):
