@@ -478,8 +478,8 @@ def help_text() -> str:
         "--config reads a flat YAML file of the fields below; --field value, --field=value or, for yes/no",
         "fields, --field alone overrides it.",
         "",
-        "  --dry-run               check everything but weights: train and write nothing, print what would be",
-        "                          trained and what memory it takes; exit status 2 where the run would be refused",
+        "  --dry-run               check everything but weights, write nothing, print what would be trained",
+        "                          and the memory it takes; exit status 2 where the run would be refused",
         "  --dry_run_model NAME    the model (a folder, a Hub name) that stands in for one that is not there yet",
         "  --dry_run_device NAME   cuda or cpu: estimate memory for it, wherever the dry run is",
     ]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -284,7 +284,7 @@ def _sampler(config: Config, structure: Structure) -> SamplerKind | None:
     if config.algorithm == "reward":
         return None
     if config.sampler in ("vllm", "generate"):
-        return cast(Literal["vllm", "generate"], config.sampler)
+        return config.sampler
     return "generate" if structure.decodes is False else "decode"
 
 

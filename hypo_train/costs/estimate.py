@@ -3,7 +3,8 @@
 Weights, copies, gradients and AdamW's moments follow from the model itself, made trainable as a run makes it.
 Activations come from a rehearsal of the run's largest micro-batch (:mod:`hypo_train.costs.rehearsal`), with samples
 as long as they may be. Memory is what tensors take: an allocator's slack and CUDA's own context come on top.
-Evaluations are not counted.
+Evaluations are not counted. On a CPU this was 1 % below to 9 % above the peak of real steps of a small model (full,
+LoRA and last layers, each kind of checkpointing, fp32 and bf16); on CUDA nothing has been compared yet.
 """
 
 from __future__ import annotations

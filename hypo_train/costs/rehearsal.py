@@ -341,7 +341,8 @@ def _replace_tensors(model: nn.Module) -> Callable[[], None]:
     new: dict[int, Tensor] = {}
     old: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in places:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
