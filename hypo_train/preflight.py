@@ -176,8 +176,8 @@ class _Source:
         """Raises ModelError where there is no architecture to go by."""
         wanted = config.model_name_or_path
         stand_in = "--dry_run_model NAME says what stands in for it in a dry run"
+        maker = _maker(wanted, dry_run.recipe)
         if dry_run.model is None and _is_missing(wanted):
-            maker = _maker(wanted, dry_run.recipe)
             raise ModelError(f"model_name_or_path: there is no folder {wanted!r}{maker}: {stand_in}")
         name = dry_run.model or wanted
         if _is_missing(name):
@@ -186,12 +186,12 @@ class _Source:
         try:
             architecture, origin = _architecture(at)
         except ModelError as error:
-            raise (ModelError(f"{error} ({stand_in})") if dry_run.model is None else error) from None
+            raise (ModelError(f"{error}{maker}: {stand_in}") if dry_run.model is None else error) from None
         check_causal(architecture, at)
         line = f"config of {name}: {origin}"
         if dry_run.model is not None:
             there = "is there and not looked at" if Path(wanted).expanduser().is_dir() else "is no folder here"
-            line = f"{wanted} {there}{_maker(wanted, dry_run.recipe)}: {name} stands in for it\n{line}"
+            line = f"{wanted} {there}{maker}: {name} stands in for it\n{line}"
         return cls(at, architecture, _tokenizer(at, origin, dry_run, found), line)
 
 
@@ -424,7 +424,8 @@ def _advice(config: Config, numbers: Estimate) -> str:
             advice.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")
         if config.gradient_checkpointing in (None, False, "selective"):
             advice.append("gradient_checkpointing: true")
-        advice.append("a lower max_tokens_per_micro_batch")
+        lower = "a lower " if config.max_tokens_per_micro_batch is not None else ""
+        advice.append(f"{lower}max_tokens_per_micro_batch")
     if states > numbers.peak / 2:
         if not config.use_peft:
             advice.append("use_peft: true" + ("" if config.num_layers_unfrozen else " or num_layers_unfrozen"))
