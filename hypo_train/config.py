@@ -480,7 +480,7 @@ def help_text() -> str:
         "",
         "  --dry-run               check everything but weights, write nothing, print what would be trained",
         "                          and the memory it takes; exit status 2 where the run would be refused",
-        "  --dry_run_model NAME    the model (a folder, a Hub name) that stands in for one that is not there yet",
+        "  --dry_run_model NAME    a model (folder or Hub name) that stands in for one that is not there yet",
         "  --dry_run_device NAME   cuda or cpu: estimate memory for it, wherever the dry run is",
     ]
     for name, field in Config.model_fields.items():
