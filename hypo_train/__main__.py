@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
-from hypo_train.config import ConfigError, help_text, load_config
+from hypo_train.config import Config, ConfigError, help_text, load_config
+from hypo_train.invocation import DryRun, take_dry_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command in _COMMANDS:
             return _COMMANDS[command](argv[1:])
+        dry_run, argv = take_dry_run(argv)
         config = load_config(argv)
+        if dry_run is not None:
+            return _dry_run(config, dry_run)
         from hypo_train.train import train
 
         _quiet_libraries()
@@ -31,6 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"model saved in {result.model_dir}")
     return 0
+
+
+def _dry_run(config: Config, dry_run: DryRun) -> int:
+    """Exit status 2, and a line for every mistake, where the run would be refused; the page of what was found."""
+    from hypo_train.preflight import check
+
+    _quiet_libraries()
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own next release
+    found = check(config, dry_run)
+    for problem in found.problems:
+        print(f"hypo_train: {problem}", file=sys.stderr)
+    sys.stderr.flush()
+    print(found.page())
+    return 2 if found.problems else 0
 
 
 def _demo(argv: Sequence[str]) -> int:

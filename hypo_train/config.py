@@ -503,6 +503,11 @@ def help_text() -> str:
         "--config reads a flat YAML file of the fields below; --field value, --field=value or, for yes/no",
         "fields, --field alone overrides it. A line base: other.yaml, relative to the file, takes every",
         "field that the file leaves out from another one.",
+        "",
+        "  --dry-run               check everything but weights, write nothing, print what would be trained",
+        "                          and the memory it takes; exit status 2 where the run would be refused",
+        "  --dry_run_model NAME    a model (folder or Hub name) that stands in for one that is not there yet",
+        "  --dry_run_device NAME   cuda or cpu: estimate memory for it, wherever the dry run is",
     ]
     for name in Config.model_fields:
         if name in _GROUPS:

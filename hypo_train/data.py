@@ -14,6 +14,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -258,38 +259,78 @@ def _load(
     eos_token_ids: Sequence[int],
     tokenize: Callable[..., tuple[list[Row], DataReport]],
 ) -> tuple[list[Row], list[Row], dict[str, DataReport]]:
-    train = load_rows(config, config.dataset_train_split)
-    held_out, first_row = None, 0
-    if config.dataset_test_split is not None:
-        held_out = load_rows(config, config.dataset_test_split)
-    elif config.num_eval_rows:
-        first_row = len(train) - config.num_eval_rows
-        if first_row <= 0:
-            raise DataError(
-                f"num_eval_rows={config.num_eval_rows} leaves none of the {len(train)} rows of split "
-                f"{config.dataset_train_split!r} for training"
-            )
-        train, held_out = train.select(range(first_row)), train.select(range(first_row, len(train)))
     options: dict[str, Any] = {
         "max_prompt_length": config.max_prompt_length,
         "max_completion_length": config.max_completion_length,
         "eos_token_ids": eos_token_ids,
         "dataset_format": config.dataset_format,
     }
+    found: dict[str, list[Row]] = {"eval": []}
+    reports = {}
+    for name, (rows, first_row) in _splits(config).items():
+        with _named(config, name):
+            found[name], reports[name] = tokenize(rows, tokenizer, first_row=first_row, **options)
+    return found["train"], found["eval"], reports
 
-    def read(rows: datasets.Dataset, split: str, first_row: int = 0) -> tuple[list[Row], DataReport]:
-        try:
-            return tokenize(rows, tokenizer, first_row=first_row, **options)
-        except (DataError, UnicodeDecodeError) as error:  # the readers do not check that a text is UTF-8
-            raise DataError(f"dataset_name={config.dataset_name!r}, split {split!r}: {error}") from None
 
-    train_rows, report = read(train, config.dataset_train_split)
-    eval_rows: list[Row] = []
-    reports = {"train": report}
-    if held_out is not None:
-        split = config.dataset_test_split or config.dataset_train_split
-        eval_rows, reports["eval"] = read(held_out, split, first_row)
-    return train_rows, eval_rows, reports
+def check_texts(config: Config) -> dict[str, DataReport]:
+    """What can be said of the rows without a tokenizer: which have texts that can be used, and not how long they are.
+
+    Chat messages are checked as far as no template is asked. Raises ``DataError``.
+    """
+    form = FORMATS[config.dataset_format]
+    parts_of = {"sft": form.example_parts, "rloo": form.prompt_parts}.get(config.algorithm, form.pair_parts)
+    reports = {}
+    for name, (rows, first_row) in _splits(config).items():
+        dropped: dict[str, list[int]] = {}
+        with _named(config, name):
+            parts = parts_of(_columns(rows))
+            for row, example in enumerate(rows, start=first_row):
+                try:
+                    form.row_text(row, example, parts, _AnyTemplate())  # type: ignore[arg-type]
+                except Unusable as reason:
+                    dropped.setdefault(str(reason), []).append(row)
+        used = len(rows) - sum(map(len, dropped.values()))
+        reports[name] = DataReport(len(rows), used, dropped, 0, 0, 0, 0, 0, 0, {})
+        if not used:
+            raise DataError(f"{name}: no row can be used: {reports[name].lines()[1]}")
+    return reports
+
+
+class _AnyTemplate:
+    """Stands in for a chat template that is not there, so that the rest of a row is checked."""
+
+    chat_template = ""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **_: Any) -> str:
+        return "".join(message["content"] for message in messages)
+
+
+def _splits(config: Config) -> dict[str, tuple[datasets.Dataset, int]]:
+    """The rows of "train" and, where some are held out, of "eval", with the index in the split of the first."""
+    train = load_rows(config, config.dataset_train_split)
+    if config.dataset_test_split is not None:
+        return {"train": (train, 0), "eval": (load_rows(config, config.dataset_test_split), 0)}
+    if not config.num_eval_rows:
+        return {"train": (train, 0)}
+    first_row = len(train) - config.num_eval_rows
+    if first_row <= 0:
+        raise DataError(
+            f"num_eval_rows={config.num_eval_rows} leaves none of the {len(train)} rows of split "
+            f"{config.dataset_train_split!r} for training"
+        )
+    held_out = train.select(range(first_row, len(train)))
+    return {"train": (train.select(range(first_row)), 0), "eval": (held_out, first_row)}
+
+
+@contextmanager
+def _named(config: Config, name: str) -> Iterator[None]:
+    """Data errors say of which data set and split they are."""
+    split = (config.dataset_test_split if name == "eval" else None) or config.dataset_train_split
+    try:
+        yield
+    except (DataError, UnicodeDecodeError) as error:  # the readers do not check that a text is UTF-8
+        raise DataError(f"dataset_name={config.dataset_name!r}, split {split!r}: {error}") from None
 
 
 def tokenize_pairs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,40 +17,23 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
-from hypo_train.data import (
-    DataReport,
-    Example,
-    Pair,
-    Prompt,
-    batch_indices,
-    batches_per_epoch,
-    load_examples,
-    load_pairs,
-    load_prompts,
-    longest_first,
-)
 from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.plan import Plan, load_plan
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import Reward, load_function, load_reward
 from hypo_train.rollouts import Rollouts
 from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, VLLMSampler, serves
 from hypo_train.trees.batch import Batcher
 
-# A run's steps draw from seeds of their own, above the small ones that evaluations use.
-SEEDS_PER_RUN = 2**31
-
-Rows = Sequence[Pair] | Sequence[Example] | Sequence[Prompt]
-
 
 @dataclass(frozen=True)
-class Run:
+class Run(Plan):
     """Everything a step needs, built and checked before the first one."""
 
-    config: Config
     accelerator: Accelerator
     tokenizer: Any
     trained: Policy | RewardModel  # bare, for its parameters
@@ -59,10 +42,7 @@ class Run:
     sampler: Sampler | None  # None: a reward model says nothing
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    train_rows: Rows
-    eval_rows: Rows
     reward: Reward | None
-    total_steps: int
     report: list[str]  # what the user should know about the data, the model and the settings
     timer: PhaseTimer
     throughput: Throughput
@@ -95,18 +75,10 @@ class Run:
         return Path(self.config.output_dir)
 
     @property
-    def steps_per_epoch(self) -> int:
-        return batches_per_epoch(len(self.train_rows), self.batch_size)
-
-    @property
     def steps_ask_reference(self) -> bool:
         """Whether a training step passes anything through the reference."""
         c = self.config
         return c.has_reference and (c.draws_samples or self.train_ref_logps is None)
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
 
     @property
     def shares_trunk(self) -> bool:
@@ -116,37 +88,9 @@ class Run:
     @property
     def prompts_run_first(self) -> bool:
         """Whether sampling goes on from the training pass's own run of the prompts."""
-        c = self.config
-        if not (c.draws_samples and c.reuse_prompt_kv) or self.sampler is None:
+        if self.sampler is None or not self.may_run_prompts_first:
             return False
-        exact = self.policy.shares_prompts and self.sampler.takes_prompt_kv and c.lora_dropout == 0
-        # Several micro-batches would have to hold their graphs until all of them are sampled.
-        return exact and self._one_micro_batch and c.rollout_steps == 1
-
-    @cached_property
-    def _one_micro_batch(self) -> bool:
-        """Whether every step is one, however long its samples turn out."""
-        budget = self.config.max_tokens_per_micro_batch
-        if budget is None:
-            return self.config.gradient_accumulation_steps == 1
-        sampled = self.config.num_generations * self.max_new_tokens
-        longest = sorted((length + sampled for length in self._row_lengths), reverse=True)
-        return sum(longest[: self.batch_size]) <= budget
-
-    def micro_batches(self, lengths: Sequence[int]) -> Iterator[slice]:
-        """A step's rows of so many tokens each, in their order, cut as configured; a longer row than fits is alone."""
-        budget, start, tokens = self.config.max_tokens_per_micro_batch, 0, 0
-        for i, length in enumerate(lengths):
-            full = i - start == self.config.per_device_train_batch_size if budget is None else tokens + length > budget
-            if full and i > start:
-                yield slice(start, i)
-                start, tokens = i, 0
-            tokens += length
-        yield slice(start, len(lengths))
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.config.max_new_tokens or self.config.max_completion_length
+        return self.policy.shares_prompts and self.sampler.takes_prompt_kv
 
     @cached_property
     def rollouts(self) -> Rollouts:
@@ -162,20 +106,6 @@ class Run:
             seed_of=self.step_seed,
         )
 
-    def step_seed(self, step: int) -> int:
-        """The seed of everything random in a step."""
-        return (self.config.seed + 1) * SEEDS_PER_RUN + step
-
-    def rows_of_step(self, step: int) -> list[int]:
-        """Which training rows an optimizer step trains on, longest first: micro-batches are cut in this order."""
-        grouped = self._row_lengths if self.config.group_by_length else None
-        indices = batch_indices(len(self.train_rows), self.batch_size, step, self.config.seed, grouped)
-        return longest_first(indices, self._row_lengths)
-
-    @cached_property
-    def _row_lengths(self) -> tuple[int, ...]:
-        return tuple(row.num_tokens for row in self.train_rows)
-
 
 def prepare(config: Config) -> Run:
     """Load and check everything, cheapest first: configuration, data, then the model."""
@@ -184,9 +114,9 @@ def prepare(config: Config) -> Run:
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
     ends = eos_token_ids(generation_config(config), tokenizer)
-    train_rows, eval_rows, reports = _load_rows(config, tokenizer, ends)
-    total_steps = _total_steps(config, len(train_rows))
-    if splits_to_precompute(config, train_rows, eval_rows, total_steps):
+    plan, reports = load_plan(config, tokenizer, ends)
+    total_steps = plan.total_steps
+    if splits_to_precompute(config, plan.train_rows, plan.eval_rows, total_steps):
         require_writable(cache_folder(config))
     reward, why_texts = load_reward(config, function, tokenizer, ends, accelerator)
     torch.manual_seed(config.seed)  # the first weights of an adapter or a score
@@ -236,23 +166,13 @@ def prepare(config: Config) -> Run:
         sampler=sampler,
         optimizer=optimizer,
         scheduler=scheduler,
-        train_rows=train_rows,
-        eval_rows=eval_rows,
+        train_rows=plan.train_rows,
+        eval_rows=plan.eval_rows,
         reward=reward,
-        total_steps=total_steps,
         report=report,
         timer=PhaseTimer(accelerator.device),
         throughput=throughput,
     )
-
-
-def _load_rows(config: Config, tokenizer: Any, ends: Sequence[int]) -> tuple[Rows, Rows, dict[str, DataReport]]:
-    """Training and evaluation rows as the algorithm learns from them, and a report on each."""
-    if config.algorithm == "sft":
-        return load_examples(config, tokenizer, ends)
-    if config.algorithm == "rloo":
-        return load_prompts(config, tokenizer, ends)
-    return load_pairs(config, tokenizer, ends)
 
 
 def build_sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: int) -> tuple[Sampler, str | None]:
@@ -336,10 +256,3 @@ def build_accelerator(config: Config) -> Accelerator:
     if accelerator.num_processes > 1:
         raise ConfigError(f"started as {accelerator.num_processes} processes: training runs on one device so far")
     return accelerator
-
-
-def _total_steps(config: Config, num_rows: int) -> int:
-    if config.max_steps > 0:
-        return config.max_steps
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return max(1, round(config.num_train_epochs * batches_per_epoch(num_rows, batch_size)))

@@ -57,17 +57,25 @@ def refuse_to_overwrite(config: Config) -> None:
         )
 
 
+def checkpoint_to_resume(config: Config) -> Path | None:
+    """The checkpoint that a run continues from, if there is one. Raises ConfigError: the named one is not there."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None or wanted == "auto":
+        return None if wanted is None else latest_checkpoint(Path(config.output_dir))
+    if not Path(wanted).is_dir():
+        raise ConfigError(f"resume_from_checkpoint={wanted!r}: there is no such folder")
+    return Path(wanted)
+
+
 def resume(run: Run, meter: Meter) -> int:
     """Put weights, optimizer, schedule and meter back to a checkpoint's; the step to go on from, or 0."""
     wanted = run.config.resume_from_checkpoint
     if wanted is None:
         return 0
-    folder = latest_checkpoint(run.output_dir) if wanted == "auto" else Path(wanted)
+    folder = checkpoint_to_resume(run.config)
     if folder is None:
         run.report.append(f"no checkpoint in {run.output_dir}: starting from the beginning")
         return 0
-    if not folder.is_dir():
-        raise ConfigError(f"resume_from_checkpoint={wanted!r}: there is no such folder")
     checkpoint = load_checkpoint(
         folder,
         optimizer=run.optimizer,

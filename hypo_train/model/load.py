@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ SELECTIVE_FROM = 10_000_000
 def load_tokenizer(config: Config) -> Any:
     """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart."""
     _check_source(config.model_name_or_path)
-    _check_architecture(config)
+    check_causal(read_architecture(config), config)
     tokenizer = _open_tokenizer(config, config.model_name_or_path)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {config.model_name_or_path!r} has no EOS token: set its eos_token")
@@ -63,13 +64,13 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             kernels asked for where they cannot be had.
     """
     _check_source(config.model_name_or_path)
-    _check_architecture(config)
+    check_causal(read_architecture(config), config)
     model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
     if config.use_liger_kernel:
         use_layer_kernels(model)
-    policy = Policy(_made_trainable(model, config), is_peft=config.use_peft, temperature=config.temperature)
-    _share_prompts(policy, config, lambda: check_exactness(policy))
+    policy = made_ready(model, config, device_type="cuda" if torch.cuda.is_available() else "cpu")
+    assert isinstance(policy, Policy)
     return policy
 
 
@@ -80,16 +81,69 @@ def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> R
         ModelError: as of :func:`load_policy`; or there is no such classifier of the architecture.
     """
     _check_source(config.model_name_or_path)
-    _check_architecture(config)
+    check_causal(read_architecture(config), config)
     kind, path = AutoModelForSequenceClassification, config.model_name_or_path
     model = _open(kind, config, path, autocast=autocast, new=["score.weight"], num_labels=1)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
     model.config.get_text_config().pad_token_id = pad_token_id  # which token a classifier reads depends on it
     if config.use_liger_kernel:
         use_layer_kernels(model)
-    reward_model = RewardModel(_made_trainable(model, config), is_peft=config.use_peft)
-    _share_prompts(reward_model, config, lambda: check_rewards(reward_model))
+    reward_model = made_ready(model, config, device_type="cuda" if torch.cuda.is_available() else "cpu")
+    assert isinstance(reward_model, RewardModel)
     return reward_model
+
+
+def made_ready(model: Any, config: Config, *, device_type: str) -> Policy | RewardModel:
+    """A transformers model with its trained parameters chosen, run on trees where it is proved to run so exactly.
+
+    Raises:
+        ModelError: it cannot be trained exactly, or not as configured.
+    """
+    trained = _as_configured(model, config, device_type)
+    if isinstance(trained, RewardModel):
+        _share_prompts(trained, config, lambda: check_rewards(trained))
+    else:
+        _share_prompts(trained, config, lambda: check_exactness(trained))
+    return trained
+
+
+def _as_configured(model: Any, config: Config, device_type: str) -> Policy | RewardModel:
+    model = _made_trainable(model, config, device_type)
+    if config.algorithm == "reward":
+        return RewardModel(model, is_peft=config.use_peft)
+    return Policy(model, is_peft=config.use_peft, temperature=config.temperature)
+
+
+def outline(config: Config, architecture: Any, *, device_type: str, autocast: bool) -> Policy | RewardModel:
+    """What :func:`load_policy` or :func:`load_reward_model` would give, from the architecture's config alone.
+
+    Its tensors lie on the meta device: they have shapes and dtypes, and neither memory nor values. So all is checked
+    but what needs values: whether the loss is exact, and whether the model's attention takes trees.
+
+    Raises:
+        ModelError: as of those two.
+    """
+    _check_dtype(config, autocast=autocast)
+    of_reward = config.algorithm == "reward"
+    architecture = copy.deepcopy(architecture)  # transformers writes to it
+    if of_reward:
+        architecture.num_labels = 1
+    model = meta_model(AutoModelForSequenceClassification if of_reward else AutoModelForCausalLM, config, architecture)
+    _check_window(model, config.max_prompt_length + config.max_completion_length)
+    return _as_configured(model, config, device_type)
+
+
+def meta_model(kind: Any, config: Config, architecture: Any) -> Any:
+    """A model of an auto class on the meta device, without dropout."""
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(
+                architecture, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+            )
+    except Exception as error:  # every architecture refuses in its own way
+        raise ModelError(f"cannot build a {architecture.model_type} model: {first_line(error)}") from error
+    _disable_dropout(model)
+    return model
 
 
 def load_classifier(config: Config, *, autocast: bool) -> Any:
@@ -136,8 +190,7 @@ def as_reward_model(classifier: Any, config: Config) -> RewardModel:
 def _open(kind: Any, config: Config, path: str, *, autocast: bool, new: Sequence[str] = (), **options: Any) -> Any:
     """The pretrained model of an auto class, without dropout. What is not in the checkpoint, transformers draws at
     random: only the weights called ``new`` may be so."""
-    if config.dtype == "bfloat16" and not autocast:
-        raise ModelError("dtype='bfloat16' needs bf16 compute: set bf16: true, or dtype: float32")
+    _check_dtype(config, autocast=autocast)
     try:
         with _errors_only():  # its report of missing weights is what is checked below
             model, found = kind.from_pretrained(
@@ -171,8 +224,16 @@ def _errors_only() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _made_trainable(model: Any, config: Config) -> Any:
-    """The model with the configured parameters trained, in fp32, and its activations checkpointed."""
+def _check_dtype(config: Config, *, autocast: bool) -> None:
+    if config.dtype == "bfloat16" and not autocast:
+        raise ModelError("dtype='bfloat16' needs bf16 compute: set bf16: true, or dtype: float32")
+
+
+def _made_trainable(model: Any, config: Config, device_type: str) -> Any:
+    """The model with the configured parameters trained, in fp32, and its activations checkpointed.
+
+    ``device_type``: of the device that it will train on.
+    """
     if config.use_peft:
         model = _with_lora(model, config)
     elif config.num_layers_unfrozen is not None:
@@ -181,7 +242,7 @@ def _made_trainable(model: Any, config: Config) -> Any:
         if parameter.requires_grad:
             # One update of 3e-6 changes 4 % of bf16 weights: what is trained is held in fp32.
             parameter.data = parameter.data.float()
-    if kind := _checkpointing(config, model):
+    if kind := _checkpointing(config, model, device_type):
         checkpointing.enable(model, kind, has_dropout=config.lora_dropout > 0)
     return model
 
@@ -196,12 +257,12 @@ def _share_prompts(model: TreeModel[Any], config: Config, check: Callable[[], st
         model.base.set_attn_implementation(plain)
 
 
-def _checkpointing(config: Config, model: Any) -> Checkpointing:
+def _checkpointing(config: Config, model: Any, device_type: str) -> Checkpointing:
     """What the configuration asks for, or what suits the device where it leaves that open."""
     serves = model.supports_gradient_checkpointing
     if config.gradient_checkpointing is None:
         large = sum(p.numel() for p in model.parameters()) >= SELECTIVE_FROM
-        return "selective" if serves and large and not torch.cuda.is_available() else False
+        return "selective" if serves and large and device_type == "cpu" else False
     if config.gradient_checkpointing and not serves:
         raise ModelError(f"gradient_checkpointing: {type(model).__name__} has none: set it to false")
     return config.gradient_checkpointing
@@ -217,15 +278,19 @@ def _check_source(name: str, field: str = "model_name_or_path") -> None:
         raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model")
 
 
-def _check_architecture(config: Config) -> None:
-    """Refuse encoders and sequence-to-sequence models before their weights are read."""
+def read_architecture(config: Config) -> Any:
+    """The transformers config of the model to train. Raises ModelError where it cannot be had."""
     try:
-        found = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         where = "" if Path(config.model_name_or_path).is_dir() else "no local folder, and from the Hub: "
         raise ModelError(
             f"cannot read the config of {config.model_name_or_path!r}: {where}{first_line(error)}"
         ) from error
+
+
+def check_causal(found: Any, config: Config) -> None:
+    """Refuse encoders and sequence-to-sequence models, from their transformers config, before weights are read."""
     listed = found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
         getattr(found, "auto_map", None) or {}
     )

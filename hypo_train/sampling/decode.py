@@ -189,16 +189,13 @@ class DecodeSampler:
 
     def _up_to_date(self, max_new_tokens: int) -> Any:
         """The model to decode from: the live one, or a copy of its weights as they are now."""
-        layers = [layer for _, layer in linear_layers(base_model(self.model))]
         dtype, device = compute_dtype(self.model), next(self.model.parameters()).device
-        cast = device.type == "cuda" and any(layer.weight.dtype != dtype for layer in layers)
-        mergeable = unmergeable(self.model) is None
-        long = max_new_tokens >= _MERGE_FROM_TOKENS
-        merge = any(map(is_adapted, layers)) and (long and mergeable if self.merge_lora is None else self.merge_lora)
-        if not (merge or (cast and mergeable)):
+        needed, wanted = copy_to_decode_from(
+            self.model, dtype, device.type, max_new_tokens=max_new_tokens, merge_lora=self.merge_lora
+        )
+        if not needed:
             self._shadow = None
             return self.model
-        wanted = dtype if cast else None
         if self._shadow is None or self._shadow.dtype != wanted:
             self.release()  # so that there are never two
             self._shadow = Shadow(self.model, wanted)
@@ -274,6 +271,18 @@ class DecodeSampler:
         return branches.T
 
 
+def copy_to_decode_from(
+    model: Any, dtype: torch.dtype, device_type: str, *, max_new_tokens: int, merge_lora: bool | None = None
+) -> tuple[bool, torch.dtype | None]:
+    """Whether decoding in ``dtype`` reads a :class:`Shadow` of the model's weights, and the dtype of that."""
+    layers = [layer for _, layer in linear_layers(base_model(model))]
+    cast = device_type == "cuda" and any(layer.weight.dtype != dtype for layer in layers)
+    mergeable = unmergeable(model) is None
+    long = max_new_tokens >= _MERGE_FROM_TOKENS
+    merge = any(map(is_adapted, layers)) and (long and mergeable if merge_lora is None else merge_lora)
+    return merge or (cast and mergeable), dtype if cast else None
+
+
 def _prompt_slots(prompts: list[list[int]], prompt_kv: PromptKV | None, capture: bool) -> list[int]:
     """How many KV slots each prompt takes, before its own are padded to its batch's."""
     widths = [len(prompt) for prompt in prompts]
@@ -287,9 +296,14 @@ def _check_prompt_kv(kv: PromptKV, prompts: list[list[int]]) -> None:
         raise ValueError("prompt_kv is not of these prompts: its mask counts other numbers of tokens")
 
 
+def prefill_tokens(device_type: str) -> int:
+    """The most tokens, padding included, that a pass over several prompts has."""
+    return _PREFILL_TOKENS_CPU if device_type == "cpu" else _PREFILL_TOKENS
+
+
 def _prefill_parts(batch: list[int], prompts: list[list[int]], device: torch.device) -> Iterator[range]:
     """Consecutive places in `batch` whose prompts, padded, are one pass."""
-    limit = _PREFILL_TOKENS_CPU if device.type == "cpu" else _PREFILL_TOKENS
+    limit = prefill_tokens(device.type)
     start = 0
     for i, p in enumerate(batch):
         if i > start and (i + 1 - start) * len(prompts[p]) > limit:

@@ -58,6 +58,10 @@ class Shadow:
             assert live is not None
             own.copy_(live)
 
+    def nbytes(self) -> int:
+        """Of the tensors that are its own."""
+        return sum(own.nbytes for own, _, _ in self._copies)
+
     def is_stale(self) -> bool:
         """Whether a weight was replaced, or written to in a way that autograd counts, or adapters were switched."""
         return self._state() != self._made_from

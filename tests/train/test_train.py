@@ -303,7 +303,7 @@ def test_rows_of_a_step_are_ordered_by_length_for_the_same_loss_with_less_paddin
     for ordered in (True, False):
         with monkeypatch.context() as patch:
             if not ordered:
-                patch.setattr("hypo_train.run.longest_first", lambda indices, lengths: indices)
+                patch.setattr("hypo_train.plan.longest_first", lambda indices, lengths: indices)
             sizes = padded_tokens(patch)
             run = recorded(settings(algorithm=algorithm, attn_implementation="sdpa", **shape))
             metrics = [steps(run, 1), steps(run, 1, first=1)]

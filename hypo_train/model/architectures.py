@@ -1,0 +1,70 @@
+"""Architectures that are known without the Hub: those that the paper fine-tunes, as their config.json has them.
+
+A dry run builds them without weights where the Hub cannot be reached. Training never asks for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
+
+_PYTHIA: dict[str, Any] = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "vocab_size": 50304,
+    "max_position_embeddings": 2048,
+    "rotary_pct": 0.25,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+_KNOWN: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "EleutherAI/pythia-1.4b-deduped": (
+        GPTNeoXConfig,
+        {
+            **_PYTHIA,
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 8192,
+        },
+    ),
+    "EleutherAI/pythia-2.8b-deduped": (
+        GPTNeoXConfig,
+        {
+            **_PYTHIA,
+            "hidden_size": 2560,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": 10240,
+        },
+    ),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (
+        LlamaConfig,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128009],
+        },
+    ),
+}
+
+
+def known_architecture(name: str) -> PretrainedConfig | None:
+    """The transformers config of a model by its name on the Hub; None where it is not one of these."""
+    if name not in _KNOWN:
+        return None
+    kind, settings = _KNOWN[name]
+    return kind(**settings)

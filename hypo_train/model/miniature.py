@@ -1,0 +1,74 @@
+"""A small copy of an architecture with random weights: what the structure decides can be proved before weights are.
+
+Widths and heads are the model's; it has two layers, a small vocabulary and a narrow MLP. That trees are run exactly, or
+that prompts' keys and values are decoded from exactly, hangs on none of what is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hypo_train.config import Config
+from hypo_train.model.load import made_ready
+from hypo_train.model.policy import Policy
+from hypo_train.model.tree_model import ModelError
+from hypo_train.sampling import serves
+
+_SMALLER = {"num_hidden_layers": 2, "n_layer": 2, "vocab_size": 512, "intermediate_size": 256, "ffn_dim": 256}
+
+
+class Structure(NamedTuple):
+    """What a miniature has shown; None where it could not be built."""
+
+    shares_prompts: bool | None
+    why_separate_rows: str | None
+    decodes: bool | None
+    why_generate: str | None
+
+
+UNKNOWN = Structure(None, None, None, None)
+
+
+def look_at_structure(config: Config, architecture: Any) -> Structure:
+    """Whether a model of the architecture shares prompts, and whether the decoder serves it.
+
+    Raises:
+        ModelError: it cannot be trained exactly, whatever its weights.
+    """
+    of_reward = config.algorithm == "reward"
+    changes: dict[str, Any] = {"dtype": "float32", "gradient_checkpointing": False}
+    if config.num_layers_unfrozen is not None:
+        changes["num_layers_unfrozen"] = 1
+    try:
+        small = _smaller(architecture)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            kind = AutoModelForSequenceClassification if of_reward else AutoModelForCausalLM
+            options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+            if config.attn_implementation != "auto":
+                options["attn_implementation"] = config.attn_implementation
+            model = kind.from_config(small, **options)
+            trained = made_ready(model, config.model_copy(update=changes), device_type="cpu")
+    except ModelError:
+        raise
+    except Exception:  # every architecture has its own settings, and some do not take other sizes
+        return UNKNOWN
+    why_generate = serves(trained.model) if isinstance(trained, Policy) else None
+    return Structure(trained.shares_prompts, trained.why_separate_rows, why_generate is None, why_generate)
+
+
+def _smaller(architecture: Any) -> Any:
+    small = copy.deepcopy(architecture)
+    small.num_labels = 1
+    settings = small.get_text_config()
+    for name, size in _SMALLER.items():
+        if isinstance(now := getattr(settings, name, None), int):
+            setattr(settings, name, min(size, now))
+    if kinds := getattr(settings, "layer_types", None):
+        settings.layer_types = kinds[: settings.num_hidden_layers]
+    settings.pad_token_id = 0
+    return small

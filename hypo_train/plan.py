@@ -1,0 +1,119 @@
+"""What a run trains on, step by step: known from its settings and its rows, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hypo_train.config import Config
+from hypo_train.data import (
+    DataReport,
+    Example,
+    Pair,
+    Prompt,
+    batch_indices,
+    batches_per_epoch,
+    load_examples,
+    load_pairs,
+    load_prompts,
+    longest_first,
+)
+
+# A run's steps draw from seeds of their own, above the small ones that evaluations use.
+SEEDS_PER_RUN = 2**31
+
+Rows = Sequence[Pair] | Sequence[Example] | Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows every step trains on, and in which micro-batches."""
+
+    config: Config
+    train_rows: Rows
+    eval_rows: Rows
+
+    @cached_property
+    def total_steps(self) -> int:
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        return max(1, round(self.config.num_train_epochs * self.steps_per_epoch))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return batches_per_epoch(len(self.train_rows), self.batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of an optimizer step."""
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.config.max_new_tokens or self.config.max_completion_length
+
+    @property
+    def max_sampled(self) -> int:
+        """The most tokens that the samples of a row may have together, in training."""
+        return self.config.num_generations * self.max_new_tokens if self.config.draws_samples else 0
+
+    @cached_property
+    def one_micro_batch(self) -> bool:
+        """Whether every step is one, however long its samples turn out."""
+        budget = self.config.max_tokens_per_micro_batch
+        if budget is None:
+            return self.config.gradient_accumulation_steps == 1
+        longest = sorted((length + self.max_sampled for length in self._row_lengths), reverse=True)
+        return sum(longest[: self.batch_size]) <= budget
+
+    @property
+    def may_run_prompts_first(self) -> bool:
+        """Whether sampling may go on from the training pass's own run of the prompts, where model and sampler can."""
+        c = self.config
+        # Several micro-batches would have to hold their graphs until all of them are sampled.
+        exact = c.reuse_prompt_kv and c.lora_dropout == 0 and c.rollout_steps == 1
+        return c.draws_samples and exact and self.one_micro_batch
+
+    def micro_batches(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """A step's rows of so many tokens each, in their order, cut as configured; a longer row than fits is alone."""
+        budget, start, tokens = self.config.max_tokens_per_micro_batch, 0, 0
+        for i, length in enumerate(lengths):
+            full = i - start == self.config.per_device_train_batch_size if budget is None else tokens + length > budget
+            if full and i > start:
+                yield slice(start, i)
+                start, tokens = i, 0
+            tokens += length
+        yield slice(start, len(lengths))
+
+    def largest_micro_batch(self) -> list[int]:
+        """The training rows of the run's micro-batch of most tokens, if samples are as long as they may be."""
+        longest = [length + self.max_sampled for length in self._row_lengths]
+        largest: list[int] = []
+        for step in range(self.total_steps):
+            rows = self.rows_of_step(step)
+            parts = [rows[part] for part in self.micro_batches([longest[i] for i in rows])]
+            largest = max([largest, *parts], key=lambda part: sum(longest[i] for i in part))
+        return largest
+
+    def step_seed(self, step: int) -> int:
+        """The seed of everything random in a step."""
+        return (self.config.seed + 1) * SEEDS_PER_RUN + step
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Which training rows an optimizer step trains on, longest first: micro-batches are cut in this order."""
+        grouped = self._row_lengths if self.config.group_by_length else None
+        indices = batch_indices(len(self.train_rows), self.batch_size, step, self.config.seed, grouped)
+        return longest_first(indices, self._row_lengths)
+
+    @cached_property
+    def _row_lengths(self) -> tuple[int, ...]:
+        return tuple(row.num_tokens for row in self.train_rows)
+
+
+def load_plan(config: Config, tokenizer: Any, eos_token_ids: Sequence[int]) -> tuple[Plan, dict[str, DataReport]]:
+    """Training and evaluation rows as the algorithm learns from them, and a report on each. Raises ``DataError``."""
+    load: Any = {"sft": load_examples, "rloo": load_prompts}.get(config.algorithm, load_pairs)
+    train_rows, eval_rows, reports = load(config, tokenizer, eos_token_ids)
+    return Plan(config, train_rows, eval_rows), reports
