@@ -20,10 +20,9 @@ from urllib.request import getproxies
 import datasets
 import huggingface_hub
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hypo_train.config import Config, ConfigError
+from hypo_train.config import Config, ConfigError, load_config
 from hypo_train.costs.estimate import DeviceType, Estimate, SamplerKind, estimate
 from hypo_train.costs.memory import GIB
 from hypo_train.data import DataReport, Example, Pair, Prompt, check_texts
@@ -176,23 +175,23 @@ class _Source:
         """Raises ModelError where there is no architecture to go by."""
         wanted = config.model_name_or_path
         stand_in = "--dry_run_model NAME says what stands in for it in a dry run"
-        maker = _maker(wanted, dry_run.recipe)
-        if dry_run.model is None and _is_missing(wanted):
-            raise ModelError(f"model_name_or_path: there is no folder {wanted!r}{maker}: {stand_in}")
-        name = dry_run.model or wanted
+        makers = list(_makers(wanted, dry_run.recipe))
+        made = f" ({makers[0].file} makes it)" if makers else ""
+        name = dry_run.model or (makers[-1].start if makers else wanted)
         if _is_missing(name):
-            raise ModelError(f"--dry_run_model: there is no folder {name!r}")
+            what = "--dry_run_model" if dry_run.model is not None else "model_name_or_path"
+            raise ModelError(f"{what}: there is no folder {name!r}" + ("" if dry_run.model else f": {stand_in}"))
         at = config.model_copy(update={"model_name_or_path": name})
         try:
             architecture, origin = _architecture(at)
         except ModelError as error:
-            raise (ModelError(f"{error}{maker}: {stand_in}") if dry_run.model is None else error) from None
+            raise (ModelError(f"{error}{made}: {stand_in}") if dry_run.model is None else error) from None
         check_causal(architecture, at)
         line = f"config of {name}: {origin}"
-        if dry_run.model is not None:
+        if name != wanted:
             there = "is there and not looked at" if Path(wanted).expanduser().is_dir() else "is no folder here"
-            line = f"{wanted} {there}{maker}: {name} stands in for it\n{line}"
-        return cls(at, architecture, _tokenizer(at, origin, dry_run, found), line)
+            line = f"{wanted} {there}{made}: {name} stands in for it\n{line}"
+        return cls(at, architecture, _tokenizer(at, origin, name != wanted, found), line)
 
 
 def _architecture(config: Config) -> tuple[Any, str]:
@@ -208,7 +207,7 @@ def _architecture(config: Config) -> tuple[Any, str]:
     return found, "local folder" if Path(name).expanduser().is_dir() else "the Hub, or its cache"
 
 
-def _tokenizer(config: Config, origin: str, dry_run: DryRun, found: Findings) -> Any:
+def _tokenizer(config: Config, origin: str, stands_in: bool, found: Findings) -> Any:
     """None, and a warning, where there is none because of where the dry run is, and not of what the run would load."""
     if origin.startswith("built in"):
         found.warnings.append(
@@ -219,7 +218,7 @@ def _tokenizer(config: Config, origin: str, dry_run: DryRun, found: Findings) ->
     try:
         return load_tokenizer(config)
     except ModelError as error:
-        if dry_run.model is None:
+        if not stands_in:
             raise
         found.warnings.append(f"{error}: lengths are unknown, and rows are taken to be {_LONGEST}")
         return None
@@ -230,18 +229,35 @@ def _is_missing(name: str) -> bool:
     return looks_local and not Path(name).expanduser().is_dir()
 
 
-def _maker(path: str, recipe: str | None) -> str:
-    """Which recipe's run makes the folder: one beside the recipe at hand or of our own."""
+@dataclass(frozen=True)
+class _Maker:
+    """A recipe whose run makes a model."""
+
+    file: Path
+    start: str  # the model that it starts from
+
+
+def _makers(path: str, recipe: str | None) -> Iterator[_Maker]:
+    """The recipes to be run before there is a model at ``path``, the last to be run first: those beside the recipe at
+    hand, and our own."""
     beside = sorted(Path(recipe).parent.glob("*.yaml")) if recipe is not None else []
-    for file in [*beside, *sorted(RECIPES.rglob("*.yaml"))]:
-        try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue
-        output_dir = settings.get("output_dir") if isinstance(settings, dict) else None
-        if isinstance(output_dir, str) and Path(output_dir) in Path(path).parents:
-            return f" ({file} makes it)"
-    return ""
+    runs = [(file, config) for file in [*beside, *sorted(RECIPES.rglob("*.yaml"))] if (config := _readable(file))]
+    seen: set[str] = set()
+    while _is_missing(path) and path not in seen:
+        seen.add(path)
+        maker = next((run for run in runs if Path(run[1].output_dir) in Path(path).parents), None)
+        if maker is None:
+            return
+        path = maker[1].model_name_or_path
+        yield _Maker(maker[0], path)
+
+
+def _readable(file: Path) -> Config | None:
+    """None: no recipe, or one that is only the base of others."""
+    try:
+        return load_config(["--config", str(file)])
+    except ConfigError:
+        return None
 
 
 def _describe_model(

@@ -183,3 +183,33 @@ def llama_3_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = LLAMA_3
     return tokenizer
+
+
+def write_all(folder: Path) -> None:
+    """The data sets that the recipes name, under their names."""
+    stem = folder / "vwxyzjn"
+    write_dataset(
+        stem / "summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144",
+        REFERENCES,
+        {"train": references(24), "validation": references(8, seed=7)},
+    )
+    write_dataset(
+        stem / "summarize_from_feedback_oai_preprocessing_1706381144",
+        COMPARISONS,
+        {
+            "train": comparisons(24) + news_comparisons(2),
+            "validation": comparisons(8, seed=8),
+            "validation_cnndm": news_comparisons(4),
+        },
+    )
+    questions = ultrafeedback(24)
+    write_dataset(
+        folder / "HuggingFaceH4" / "ultrafeedback_binarized",
+        ULTRAFEEDBACK,
+        {
+            "train_prefs": questions,
+            "train_sft": questions[:3],
+            "test_prefs": questions[:6],
+            "test_sft": questions[:2],
+        },
+    )

@@ -208,14 +208,27 @@ def test_mistakes_in_the_settings_come_before_everything(dry_run):
 # A model that is not there yet
 
 
-def test_the_run_that_makes_a_missing_model_is_named(dry_run, tmp_path):
-    (tmp_path / "sft.yaml").write_text("algorithm: sft\noutput_dir: runs/chain/sft\n", encoding="utf-8")
+def test_what_a_chain_of_runs_starts_from_stands_in_for_what_it_has_yet_to_make(dry_run, tmp_path):
+    recipe = "algorithm: {}\nmodel_name_or_path: {}\ndataset_name: pairs.jsonl\noutput_dir: runs/chain/{}\n"
+    start = f"{tmp_path}/model"
+    (tmp_path / "a.yaml").write_text(recipe.format("sft", start, "sft"), encoding="utf-8")
+    (tmp_path / "b.yaml").write_text(recipe.format("dpo", "runs/chain/sft/final", "dpo"), encoding="utf-8")
+    status, page, problems = dry_run(model_name_or_path="runs/chain/dpo/final")
+    assert (status, problems) == (0, [])
+    assert lines_of(page, "model")[:2] == [
+        f"runs/chain/dpo/final is no folder here ({tmp_path}/b.yaml makes it): {start} stands in for it",
+        f"config of {start}: local folder",
+    ]
+    assert any(line.startswith("train: prompt tokens: ") for line in lines_of(page, "data"))
+
+
+def test_a_model_that_no_recipe_makes_is_a_problem(dry_run):
     status, page, problems = dry_run(model_name_or_path="runs/chain/sft/final")
     assert (status, problems) == (
         2,
         [
-            f"model_name_or_path: there is no folder 'runs/chain/sft/final' ({tmp_path}/sft.yaml makes it): "
-            "--dry_run_model NAME says what stands in for it in a dry run"
+            "model_name_or_path: there is no folder 'runs/chain/sft/final': --dry_run_model NAME says what stands in "
+            "for it in a dry run"
         ],
     )
     assert lines_of(page, "data")[0] == "train: 24 of 24 rows used", "the texts are looked at all the same"

@@ -12,6 +12,7 @@ import re
 import shlex
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import real_formats
 import tiny
@@ -20,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
+from hypo_train.__main__ import main
 from hypo_train.config import Config, load_config
 from hypo_train.run import prepare
 from hypo_train.train import train
@@ -158,6 +160,42 @@ def test_a_recipe_says_how_it_is_run(recipe, monkeypatch):
     assert load_config(arguments) == configuration(recipe)
 
 
+# Dry runs, at full size
+
+
+@pytest.fixture(scope="module")
+def data_alone(tmp_path_factory):
+    """A folder with the data sets that the recipes name, of which no model is there."""
+    folder = tmp_path_factory.mktemp("data")
+    real_formats.write_all(folder)
+    return folder
+
+
+TRAINED = {"1.4b": 201_326_592, "2.8b": 335_544_320, "8b": 1_397_788_672}
+EVERYTHING = {"1.4b": 1_414_647_808, "2.8b": 2_775_208_960, "8b": 8_030_261_248}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", TLDR + CHAT)
+def test_a_recipe_runs_dry_without_weights_and_without_the_hub(recipe, data_alone, monkeypatch, capsys):
+    monkeypatch.chdir(data_alone)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["--config", str(path_of(recipe)), "--dry-run", "--dry_run_device", "cuda"]) == 0
+    page, problems = capsys.readouterr()
+    assert problems == ""
+    config, size = configuration(recipe), recipe.rpartition("-")[2]
+    # A reward model has a score in place of the head.
+    everything = EVERYTHING[size] if config.algorithm != "reward" else None
+    trained = TRAINED[size] if config.use_peft or config.num_layers_unfrozen else everything
+    if everything is not None:
+        assert f"{everything:,} parameters" in page
+        assert f"training {trained:,} " in page
+    assert "built in, the Hub was not reached" in page
+    assert re.search(r"train: 24 of 2\d rows used", page)
+    assert re.search(r"at least \d+\.\d\d GiB: fits a device of (24|48|80|141) GiB", page)
+    assert not Path("runs").exists()
+
+
 # Miniatures
 
 
@@ -170,32 +208,7 @@ class World:
         for size, layers in (("1.4b", 2), ("2.8b", 3)):
             _save_pythia(folder / "EleutherAI" / f"pythia-{size}-deduped", layers)
         _save_llama(folder / "meta-llama" / "Meta-Llama-3-8B-Instruct")
-        stem = folder / "vwxyzjn"
-        real_formats.write_dataset(
-            stem / "summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144",
-            real_formats.REFERENCES,
-            {"train": real_formats.references(24), "validation": real_formats.references(8, seed=7)},
-        )
-        real_formats.write_dataset(
-            stem / "summarize_from_feedback_oai_preprocessing_1706381144",
-            real_formats.COMPARISONS,
-            {
-                "train": real_formats.comparisons(24) + real_formats.news_comparisons(2),
-                "validation": real_formats.comparisons(8, seed=8),
-                "validation_cnndm": real_formats.news_comparisons(4),
-            },
-        )
-        questions = real_formats.ultrafeedback(24)
-        real_formats.write_dataset(
-            folder / "HuggingFaceH4" / "ultrafeedback_binarized",
-            real_formats.ULTRAFEEDBACK,
-            {
-                "train_prefs": questions,
-                "train_sft": questions[:3],
-                "test_prefs": questions[:6],
-                "test_sft": questions[:2],
-            },
-        )
+        real_formats.write_all(folder)
 
     def config(self, recipe: str, **changes: str) -> Config:
         lora = SMALLER_LORA if configuration(recipe).use_peft else {}
