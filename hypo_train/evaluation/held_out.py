@@ -65,7 +65,11 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
         for start in _bar(range(0, len(run.eval_rows), size), "rows", progress):
             _add_rows(meter, run, start, start + size)
         metrics = meter.read()
-        samples = _samples(run, kl_rule or KLRule(), progress=progress) if run.sampler is not None else []
+        samples = []
+        if run.sampler is not None:
+            samples = _samples(run, kl_rule or KLRule(), progress=progress)
+            if not config.keep_sampling_memory:
+                run.sampler.release()
     if samples and run.has_reference:
         metrics |= _mean_and_error("kl", [sample["kl"] for sample in samples])
     if samples and run.reward is not None:

@@ -51,6 +51,7 @@ def test_the_tables_are_means_and_standard_errors_over_the_seeds(few_arms):
     assert [cells(line)[:2] for line in report.frontier_table(found)][2:] == [
         ["DPO", "β 0.1"],
         ["IPO", "β 0.1"],
+        ["RLOO", "β 0.05"],
         ["HyPO", "λ 0.003"],
     ]
     assert cells(list(report.estimates_table(found))[2]) == ["2 samples", "3.00 ± 1.00", "11.00 ± 1.00", "1.00"]

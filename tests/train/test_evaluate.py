@@ -284,3 +284,12 @@ def test_samples_are_written_at_each_evaluation(settings):
             sample = json.loads(line)
             assert set(sample) == {"row", "prompt", "completion", "reference", "length", "ended", "kl", "reward"}
             assert sample["reward"] == tiny.reward_of_length(sample["prompt"], sample["completion"])
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["released", "kept"])
+def test_what_only_sampling_holds_is_given_back_before_training_goes_on(settings, monkeypatch, keep):
+    run = prepare(settings(algorithm="dpo", num_eval_rows=4, keep_sampling_memory=keep))
+    released = []
+    monkeypatch.setattr(type(run.sampler), "release", lambda _: released.append(True))
+    evaluate(run)
+    assert bool(released) is not keep

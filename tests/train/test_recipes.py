@@ -141,7 +141,7 @@ def test_no_recipe_repeats_its_base(recipe):
 
 def commands(text: str) -> list[list[str]]:
     """The arguments of each command that trains."""
-    return [shlex.split(line, comments=True) for line in re.findall(r"python -m hypo_train (.*)", text)]
+    return [shlex.split(line, comments=True) for line in re.findall(r"python -m hypo_train (--config .*)", text)]
 
 
 def test_the_commands_of_the_readme_are_of_recipes_and_flags_that_there_are(monkeypatch):

@@ -51,6 +51,7 @@ METHODS = {"DPO": dpo(BETA), "IPO": ipo(BETA), "RLOO": rloo(), "HyPO": hypo()}
 FRONTIERS = {
     "DPO": {f"β {beta:g}": dpo(beta) for beta in BETAS},
     "IPO": {f"β {beta:g}": ipo(beta) for beta in BETAS},
+    "RLOO": {f"β {RLOO_BETA:g}": rloo()},
     "HyPO": {f"λ {kl_coef:g}": hypo(kl_coef) for kl_coef in KL_COEFS},
 }
 ESTIMATES = {

@@ -60,7 +60,15 @@ def frontier(found: Outcomes, path: Path) -> Path:
                 axis.errorbar(
                     kls[-1], rewards[-1], xerr=_error(kl), yerr=_error(reward), color=COLOURS[method], linewidth=1
                 )
-                axis.annotate(label, (kls[-1], rewards[-1]), xytext=(5, -12), textcoords="offset points", fontsize=8)
+                left = method == "HyPO"  # of its point, as the others' are on the right
+                axis.annotate(
+                    label,
+                    (kls[-1], rewards[-1]),
+                    xytext=(-7, 3) if left else (6, -11),
+                    textcoords="offset points",
+                    ha="right" if left else "left",
+                    fontsize=8,
+                )
             axis.plot(kls, rewards, color=COLOURS[method], marker=MARKERS[method], label=method)
         axis.set(
             title="up and to the left is better", xlabel="reverse KL to SFT, nats a response", ylabel="true reward"

@@ -38,7 +38,7 @@ def write(folders: dict[int, Path], scale: Scale, results_dir: Path) -> list[str
         "",
         f"![Reverse KL and true reward over training]({figure_1.name})",
         "",
-        "**What the weight of the KL buys**: DPO's and IPO's β, HyPO's λ",
+        "**What the weight of the KL buys**: sweeps of DPO's and IPO's β and of HyPO's λ",
         "",
         *frontier_table(found),
         "",
