@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = {seed: runs / f"seed-{seed}" for seed in range(options.seeds)}
     with workers(options.workers) as pool:
         for stage in _stages(folders, scale, runs / "logs"):
-            if not run_all(pool, stage):
-                return 1
+            try:
+                if not run_all(pool, stage):
+                    return 1
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                print("stopped: the same command goes on from here", file=sys.stderr)
+                return 130
     lines = report.write(folders, scale, options.results_dir)
     print("\n".join(lines))
     print(f"\n{options.results_dir / 'small.md'}, in {(time.perf_counter() - started) / 60:.0f} min")
