@@ -8,18 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from hypo_train.config import Config
-from hypo_train.data import (
-    DataReport,
-    Example,
-    Pair,
-    Prompt,
-    batch_indices,
-    batches_per_epoch,
-    load_examples,
-    load_pairs,
-    load_prompts,
-    longest_first,
-)
+from hypo_train.data.load import KINDS, load_split_rows
+from hypo_train.data.order import batch_indices, batches_per_epoch, longest_first
+from hypo_train.data.report import DataReport
+from hypo_train.data.rows import Example, Pair, Prompt
 
 # A run's steps draw from seeds of their own, above the small ones that evaluations use.
 SEEDS_PER_RUN = 2**31
@@ -114,6 +106,6 @@ class Plan:
 
 def load_plan(config: Config, tokenizer: Any, eos_token_ids: Sequence[int]) -> tuple[Plan, dict[str, DataReport]]:
     """Training and evaluation rows as the algorithm learns from them, and a report on each. Raises ``DataError``."""
-    load: Any = {"sft": load_examples, "rloo": load_prompts}.get(config.algorithm, load_pairs)
-    train_rows, eval_rows, reports = load(config, tokenizer, eos_token_ids)
+    kind: type[Any] = KINDS.get(config.algorithm, Pair)
+    train_rows, eval_rows, reports = load_split_rows(kind, config, tokenizer, eos_token_ids)
     return Plan(config, train_rows, eval_rows), reports

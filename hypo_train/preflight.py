@@ -25,7 +25,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from hypo_train.config import Config, ConfigError, load_config
 from hypo_train.costs.estimate import DeviceType, Estimate, SamplerKind, estimate
 from hypo_train.costs.memory import GIB
-from hypo_train.data import DataReport, Example, Pair, Prompt, check_texts
+from hypo_train.data.load import check_texts
+from hypo_train.data.report import DataReport
+from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.invocation import DryRun
 from hypo_train.model.architectures import known_architecture
 from hypo_train.model.load import check_causal, eos_token_ids, load_tokenizer, meta_model, outline, read_architecture

@@ -30,7 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.data import Pair, batches_per_epoch
+from hypo_train.data.order import batches_per_epoch
+from hypo_train.data.rows import Pair
 from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
 from hypo_train.model.policy import Policy

@@ -17,7 +17,7 @@ import torch
 from hypo_kernels import gemm
 from hypo_kernels.chunks import CPU_BUFFER_BYTES, CPU_ROWS
 from hypo_train.costs.rehearsal import Held, Rows, bytes_of, rehearse, rehearse_prompts
-from hypo_train.data import Example, Pair
+from hypo_train.data.rows import Example, Pair
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.plan import Plan

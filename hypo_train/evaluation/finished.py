@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hypo_train.config import Config
-from hypo_train.data import load_held_out
+from hypo_train.data.load import load_held_out
 from hypo_train.evaluation.settings import Settings
 from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
 from hypo_train.model.policy import Policy

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hypo_train.data import Example, Ids, Pair, Prompt
+from hypo_train.data.rows import Example, Ids, Pair, Prompt
 from hypo_train.evaluation.finished import FinishedRun
 from hypo_train.losses import (
     Reference,

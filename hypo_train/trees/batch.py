@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hypo_train.data import Example, Pair
+from hypo_train.data.rows import Example, Pair
 from hypo_train.trees.tree import Tree, pack, separate_rows
 
 Completions = Sequence[Sequence[int]]

@@ -12,9 +12,9 @@ import tiny
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
-from hypo_train import data
 from hypo_train.__main__ import main
 from hypo_train.config import Config
+from hypo_train.data import load
 from hypo_train.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -249,6 +249,6 @@ def test_a_fault_of_the_program_is_not_dressed_up_as_the_users(recipe, monkeypat
     def fail(*_, **__):
         raise ValueError("a bug in torch")
 
-    monkeypatch.setattr(data, "tokenize_pairs", fail)
+    monkeypatch.setattr(load, "tokenize", fail)
     with pytest.raises(ValueError, match="a bug in torch"):
         main(["--config", str(recipe())])

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hypo_train.config import load_config
 from hypo_train.convert_gguf import find_gguf, main
-from hypo_train.data import load_pairs
+from hypo_train.data.load import load_split_rows
+from hypo_train.data.rows import Pair
 from hypo_train.losses import token_losses
 from hypo_train.model.load import load_policy
 from hypo_train.train import train
@@ -112,7 +113,7 @@ def test_the_converted_model_answers_a_question(smollm2):
 def test_log_probs_of_real_rows_before_training_equal_transformers_own(smollm2, tmp_path):
     config = recipe("smollm2-lora.yaml", smollm2, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    pairs = load_pairs(config, tokenizer, [tokenizer.eos_token_id])[0][:2]
+    pairs = load_split_rows(Pair, config, tokenizer, [tokenizer.eos_token_id])[0][:2]
     model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
     sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     expected = torch.cat([tiny.plain_token_logprobs(model, *sequence) for sequence in sequences])

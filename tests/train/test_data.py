@@ -13,22 +13,14 @@ from tiny import CHATML
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hypo_train import data
 from hypo_train.config import Config
-from hypo_train.data import (
-    DataError,
-    Example,
-    Pair,
-    _epoch_order,
-    batch_indices,
-    batches_per_epoch,
-    load_examples,
-    load_pairs,
-    load_rows,
-    longest_first,
-    tokenize_examples,
-    tokenize_pairs,
-)
+from hypo_train.data import order, tokens
+from hypo_train.data.files import load_rows
+from hypo_train.data.formats import DataError
+from hypo_train.data.load import load_split_rows
+from hypo_train.data.order import _epoch_order, batch_indices, batches_per_epoch, longest_first
+from hypo_train.data.rows import Example, Pair
+from hypo_train.data.tokens import tokenize
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
@@ -65,7 +57,8 @@ def chat():
 
 
 def pairs_of(rows, tokenizer, *, max_prompt_length=100, max_completion_length=100, eos_token_ids=None, **options):
-    return tokenize_pairs(
+    return tokenize(
+        Pair,
         rows,
         tokenizer,
         max_prompt_length=max_prompt_length,
@@ -77,7 +70,7 @@ def pairs_of(rows, tokenizer, *, max_prompt_length=100, max_completion_length=10
 
 def examples_of(rows, tokenizer, **options):
     limits = {"max_prompt_length": 100, "max_completion_length": 100, "eos_token_ids": [tokenizer.eos_token_id]}
-    return tokenize_examples(rows, tokenizer, **{**limits, **options})
+    return tokenize(Example, rows, tokenizer, **{**limits, **options})
 
 
 def decoded(pair, tokenizer):
@@ -141,7 +134,7 @@ def test_an_eos_id_that_the_tokenizer_does_not_have_is_refused(plain):
 
 def test_no_eos_id_at_all_is_refused(plain):
     with pytest.raises(DataError, match="eos_token_ids is empty"):
-        tokenize_pairs([GOOD], plain, max_prompt_length=9, max_completion_length=9, eos_token_ids=[])
+        tokenize(Pair, [GOOD], plain, max_prompt_length=9, max_completion_length=9, eos_token_ids=[])
 
 
 def test_a_bos_stands_once_before_the_prompt_and_never_before_a_completion(with_bos):
@@ -445,7 +438,7 @@ def test_a_truncated_chat_prompt_still_asks_the_assistant(chat):
 
 
 def test_rows_keep_their_order_and_text_over_several_blocks(chat, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 3)
+    monkeypatch.setattr(tokens, "BLOCK", 3)
     rows = []
     for i in range(10):
         text = row(f"Q: {i}", f" yes {i}", f" no {i}")
@@ -652,7 +645,7 @@ def test_csv_cells_are_text(tmp_path):
 
 
 def test_without_held_out_rows_there_is_no_evaluation_set(tmp_path, plain):
-    train, held_out, reports = load_pairs(config_for(write("jsonl", tmp_path)), plain, [plain.eos_token_id])
+    train, held_out, reports = load_split_rows(Pair, config_for(write("jsonl", tmp_path)), plain, [plain.eos_token_id])
     assert ([pair.row for pair in train], held_out, list(reports)) == ([0, 1, 2, 3, 4, 5], [], ["train"])
     assert isinstance(train[0], Pair)
 
@@ -660,7 +653,7 @@ def test_without_held_out_rows_there_is_no_evaluation_set(tmp_path, plain):
 def test_held_out_rows_come_from_the_end_and_keep_their_numbers(tmp_path, plain):
     rows = [*ROWS[:5], row(rejected=""), *ROWS[4:]]
     config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), num_eval_rows=3)
-    train, held_out, reports = load_pairs(config, plain, [plain.eos_token_id])
+    train, held_out, reports = load_split_rows(Pair, config, plain, [plain.eos_token_id])
     assert [pair.row for pair in train] == [0, 1, 2, 3, 4]
     assert [pair.row for pair in held_out] == [6, 7]
     assert reports["eval"].dropped == {"an empty 'rejected'": [5]}
@@ -669,31 +662,31 @@ def test_held_out_rows_come_from_the_end_and_keep_their_numbers(tmp_path, plain)
 
 def test_a_test_split_is_the_evaluation_set(tmp_path, plain):
     config = config_for(write("folder", tmp_path), dataset_test_split="test")
-    train, held_out, _ = load_pairs(config, plain, [plain.eos_token_id])
+    train, held_out, _ = load_split_rows(Pair, config, plain, [plain.eos_token_id])
     assert (len(train), len(held_out)) == (6, 2)
 
 
 def test_holding_out_every_row_is_refused(tmp_path, plain):
     config = config_for(write("jsonl", tmp_path), num_eval_rows=6)
     with pytest.raises(DataError, match="num_eval_rows=6 leaves none of the 6 rows of split 'train'"):
-        load_pairs(config, plain, [plain.eos_token_id])
+        load_split_rows(Pair, config, plain, [plain.eos_token_id])
 
 
 def test_an_error_in_the_rows_names_the_file_and_the_split(tmp_path, plain):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"chosen": "a"}])
     with pytest.raises(DataError, match=r"rows\.jsonl', split 'train': .*columns are 'chosen'"):
-        load_pairs(config_for(path), plain, [plain.eos_token_id])
+        load_split_rows(Pair, config_for(path), plain, [plain.eos_token_id])
 
 
 def test_the_configs_lengths_are_applied(tmp_path, plain):
     config = config_for(write("jsonl", tmp_path), max_prompt_length=2, max_completion_length=3)
-    pairs, _, _ = load_pairs(config, plain, [plain.eos_token_id])
+    pairs, _, _ = load_split_rows(Pair, config, plain, [plain.eos_token_id])
     assert {(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs} == {(2, 3, 3)}
 
 
 def test_examples_are_loaded_with_their_held_out_rows(tmp_path, plain):
     config = config_for(write("jsonl", tmp_path), algorithm="sft", num_eval_rows=2)
-    train, held_out, _ = load_examples(config, plain, [plain.eos_token_id])
+    train, held_out, _ = load_split_rows(Example, config, plain, [plain.eos_token_id])
     assert [example.row for example in train + held_out] == [0, 1, 2, 3, 4, 5]
     assert isinstance(held_out[0], Example)
 
@@ -813,7 +806,7 @@ def test_the_order_of_batches_by_length_is_the_same_in_every_version():
 
 def test_an_epoch_is_put_in_order_once(monkeypatch):
     lengths, sorts = ragged(100), []
-    monkeypatch.setattr(data, "longest_first", lambda *arguments: sorts.append(1) or longest_first(*arguments))
+    monkeypatch.setattr(order, "longest_first", lambda *arguments: sorts.append(1) or longest_first(*arguments))
     _epoch_order.cache_clear()
     epoch_of(100, 4, lengths, seed=9)
     assert len(sorts) == 5, "a sort a mega-batch: of 25 batches, 6, 6, 6, 6 and 1"

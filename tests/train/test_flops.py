@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hypo_train.costs.flops import ModelFlops, Size, UncountedError, peak_bf16
-from hypo_train.data import Pair
+from hypo_train.data.rows import Pair
 from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model.load import load_policy
 from hypo_train.trees.batch import Batcher

@@ -27,7 +27,7 @@ from transformers import (
 
 from benchmarks.measure import peak_extra_bytes
 from hypo_train.config import Config
-from hypo_train.data import Pair
+from hypo_train.data.rows import Pair
 from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model.exactness import check_exactness
 from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer

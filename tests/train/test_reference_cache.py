@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import hypo_train.reference_cache as cache
 import hypo_train.train as loop
 from hypo_train.config import Config, ConfigError
-from hypo_train.data import Pair
+from hypo_train.data.rows import Pair
 from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
 from hypo_train.model.policy import Policy

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hypo_train.config import ConfigError
-from hypo_train.data import tokenize_prompts
-from hypo_train.formats import DataError
+from hypo_train.data.formats import DataError
+from hypo_train.data.rows import Prompt
+from hypo_train.data.tokens import tokenize
 from hypo_train.model.tree_model import ModelError
 from hypo_train.reward import FunctionReward
 from hypo_train.run import prepare
@@ -155,8 +156,8 @@ LIMITS = {"max_prompt_length": 16, "max_completion_length": 8, "eos_token_ids": 
 
 def test_prompts_are_those_of_the_pairs():
     rows = tiny.pair_rows()
-    alone, _ = tokenize_prompts([{"prompt": row["prompt"]} for row in rows], tiny.word_tokenizer(), **LIMITS)
-    of_pairs, _ = tokenize_prompts(rows, tiny.word_tokenizer(), **LIMITS)
+    alone, _ = tokenize(Prompt, [{"prompt": row["prompt"]} for row in rows], tiny.word_tokenizer(), **LIMITS)
+    of_pairs, _ = tokenize(Prompt, rows, tiny.word_tokenizer(), **LIMITS)
     assert [row.prompt for row in alone] == [row.prompt for row in of_pairs]
     assert [row.num_tokens for row in alone] == [len(row.prompt) for row in alone]
 
@@ -164,13 +165,13 @@ def test_prompts_are_those_of_the_pairs():
 def test_chat_prompts_end_where_the_assistant_begins():
     tokenizer = tiny.word_tokenizer(chat=True)
     messages = [{"role": "user", "content": "tell me about the film"}]
-    (row,), _ = tokenize_prompts([{"prompt": messages}], tokenizer, **LIMITS)
+    (row,), _ = tokenize(Prompt, [{"prompt": messages}], tokenizer, **LIMITS)
     assert tokenizer.decode(row.prompt).replace("\n", " ").split()[-2:] == ["<|im_start|>", "assistant"]
 
 
 def test_data_without_prompts_is_refused():
     with pytest.raises(DataError, match="prompts are the column 'prompt', or the common beginning"):
-        tokenize_prompts([{"text": "a"}], tiny.word_tokenizer(), **LIMITS)
+        tokenize(Prompt, [{"text": "a"}], tiny.word_tokenizer(), **LIMITS)
 
 
 def test_an_evaluation_scores_the_texts_of_its_samples(rloo):

@@ -12,17 +12,11 @@ import tiny
 from tokenizers import processors
 
 from hypo_train.config import Config
-from hypo_train.data import (
-    FORMATS,
-    load_examples,
-    load_pairs,
-    load_prompts,
-    tokenize_examples,
-    tokenize_pairs,
-    tokenize_prompts,
-)
-from hypo_train.formats import DataError, Unusable
-from hypo_train.tldr import Post
+from hypo_train.data.formats import DataError, Unusable
+from hypo_train.data.load import load_split_rows
+from hypo_train.data.rows import Example, Pair, Prompt
+from hypo_train.data.tldr import Post
+from hypo_train.data.tokens import FORMATS, tokenize
 
 POST = {"subreddit": "dogs", "title": "He is afraid", "post": "One.\nTwo.\n\nThree."}
 PROMPT = "SUBREDDIT: r/dogs\n\nTITLE: He is afraid\n\nPOST: One.\nTwo.\n\nThree.\n\nTL;DR:"
@@ -59,7 +53,7 @@ def test_every_format_has_a_name_in_the_configuration():
 
 @pytest.mark.parametrize("choice", [0, 1])
 def test_a_comparison_is_a_pair_in_the_order_of_its_choice(tokenizer, choice):
-    [pair], report = tokenize_pairs([comparison(choice)], tokenizer, **options(tokenizer))
+    [pair], report = tokenize(Pair, [comparison(choice)], tokenizer, **options(tokenizer))
     assert tokenizer.decode(pair.prompt) == PROMPT
     texts = [" bad<|endoftext|>", " good<|endoftext|>"]
     assert [tokenizer.decode(pair.chosen), tokenizer.decode(pair.rejected)] == [texts[choice], texts[1 - choice]]
@@ -68,30 +62,30 @@ def test_a_comparison_is_a_pair_in_the_order_of_its_choice(tokenizer, choice):
 
 @pytest.mark.parametrize("summary", ["good", " good"])
 def test_a_reference_follows_its_prompt_after_one_space(tokenizer, summary):
-    [example], _ = tokenize_examples([reference(summary=summary)], tokenizer, **options(tokenizer))
+    [example], _ = tokenize(Example, [reference(summary=summary)], tokenizer, **options(tokenizer))
     assert tokenizer.decode(example.prompt) == PROMPT
     assert tokenizer.decode(example.completion) == " good<|endoftext|>"
 
 
 def test_sft_on_comparisons_imitates_the_preferred_summary(tokenizer):
-    [example], _ = tokenize_examples([comparison(0)], tokenizer, **options(tokenizer))
+    [example], _ = tokenize(Example, [comparison(0)], tokenizer, **options(tokenizer))
     assert tokenizer.decode(example.completion) == " bad<|endoftext|>"
 
 
 @pytest.mark.parametrize("row", [reference(), comparison(), POST], ids=["reference", "comparison", "post"])
 def test_prompts_are_those_of_the_posts(tokenizer, row):
-    [prompt], _ = tokenize_prompts([row], tokenizer, **options(tokenizer))
+    [prompt], _ = tokenize(Prompt, [row], tokenizer, **options(tokenizer))
     assert tokenizer.decode(prompt.prompt) == PROMPT
 
 
 def test_braces_in_a_post_are_text(tokenizer):
-    [prompt], _ = tokenize_prompts([reference(post="{title} {0}", title="{post}")], tokenizer, **options(tokenizer))
+    [prompt], _ = tokenize(Prompt, [reference(post="{title} {0}", title="{post}")], tokenizer, **options(tokenizer))
     assert "TITLE: {post}\n\nPOST: {title} {0}\n\n" in tokenizer.decode(prompt.prompt)
 
 
 def test_a_long_summary_is_cut_and_reported(tokenizer):
     limits = options(tokenizer, max_completion_length=4)
-    [example], report = tokenize_examples([reference(summary="zq zq zq zq zq")], tokenizer, **limits)
+    [example], report = tokenize(Example, [reference(summary="zq zq zq zq zq")], tokenizer, **limits)
     assert len(example.completion) == 4
     assert example.completion[-1] == tokenizer.eos_token_id
     assert report.truncated_completions == 1
@@ -171,7 +165,7 @@ def test_a_post_without_line_breaks_is_cut_in_few_looks(tokenizer):
 
 def test_the_report_counts_the_prompts_whose_post_was_cut(tokenizer):
     rows = [reference(), reference(post="One more line.\n" * 200), reference(title="Another")]
-    examples, report = tokenize_examples(rows, tokenizer, **options(tokenizer))
+    examples, report = tokenize(Example, rows, tokenizer, **options(tokenizer))
     text = tokenizer.decode(examples[1].prompt)
     assert text.startswith("SUBREDDIT: r/dogs\n\nTITLE: He is afraid\n\nPOST: One more line.\n")
     assert text.endswith("One more line.\n\nTL;DR:")
@@ -188,7 +182,7 @@ def test_a_bos_that_the_tokenizer_adds_counts(tokenizer):
     )
     row = reference(post="a\nfilm\nand\nmeal")
     limits = options(with_bos, max_prompt_length=12)
-    [prompt], _ = tokenize_prompts([row], with_bos, **limits)
+    [prompt], _ = tokenize(Prompt, [row], with_bos, **limits)
     assert prompt.prompt[0] == with_bos.bos_token_id
     assert len(prompt.prompt) == 12
     assert with_bos.decode(prompt.prompt).split().count("<s>") == 1
@@ -219,7 +213,7 @@ def test_a_bos_that_the_tokenizer_adds_counts(tokenizer):
     ],
 )
 def test_a_row_that_cannot_be_used_is_dropped_with_its_reason(tokenizer, row, reason):
-    _, report = tokenize_pairs([comparison(), row], tokenizer, **options(tokenizer))
+    _, report = tokenize(Pair, [comparison(), row], tokenizer, **options(tokenizer))
     assert report.dropped == {reason: [1]}
 
 
@@ -229,16 +223,16 @@ def test_a_prompt_that_is_too_long_without_its_post_is_no_endless_loop():
 
 
 @pytest.mark.parametrize(
-    ("tokenize", "message"),
+    ("kind", "message"),
     [
-        (tokenize_pairs, "TL;DR preferences need the columns 'info', 'summaries' and 'choice'"),
-        (tokenize_examples, "SFT on TL;DR needs the columns 'subreddit', 'title', 'post' and 'summary'"),
-        (tokenize_prompts, "TL;DR prompts need the columns 'subreddit', 'title' and 'post'"),
+        (Pair, "TL;DR preferences need the columns 'info', 'summaries' and 'choice'"),
+        (Example, "SFT on TL;DR needs the columns 'subreddit', 'title', 'post' and 'summary'"),
+        (Prompt, "TL;DR prompts need the columns 'subreddit', 'title' and 'post'"),
     ],
 )
-def test_columns_of_another_format_are_named(tokenizer, tokenize, message):
+def test_columns_of_another_format_are_named(tokenizer, kind, message):
     with pytest.raises(DataError, match=r"the columns are 'prompt', 'chosen', 'rejected'") as caught:
-        tokenize(tiny.pair_rows(2), tokenizer, **options(tokenizer))
+        tokenize(kind, tiny.pair_rows(2), tokenizer, **options(tokenizer))
     assert str(caught.value).startswith(message)
 
 
@@ -258,13 +252,13 @@ def test_the_hubs_folders_load_with_their_splits(tmp_path, tokenizer):
     settings = {"model_name_or_path": "m", "dataset_name": str(folder), "dataset_format": "tldr"}
     config = Config(**settings, dataset_test_split="validation[:4]")
     ends = [tokenizer.eos_token_id]
-    train, held_out, reports = load_pairs(config, tokenizer, ends)
+    train, held_out, reports = load_split_rows(Pair, config, tokenizer, ends)
     assert (len(train), len(held_out)) == (12, 4)
     assert reports["train"].shortened_prompts == 1
     news = Config(**settings, dataset_test_split="validation_cnndm")
     with pytest.raises(DataError, match=r"3 of 3 rows dropped: 3 with a news article \(CNN/DM\) where the post should"):
-        load_pairs(news, tokenizer, ends)
-    prompts, _, _ = load_prompts(config, tokenizer, ends)
+        load_split_rows(Pair, news, tokenizer, ends)
+    prompts, _, _ = load_split_rows(Prompt, config, tokenizer, ends)
     assert [row.prompt for row in prompts] == [row.prompt for row in train]
 
 
@@ -275,7 +269,7 @@ def test_references_load_from_a_folder_and_from_json_lines(tmp_path, tokenizer):
     found = []
     for name in (folder, lines):
         config = Config(model_name_or_path="m", algorithm="sft", dataset_name=str(name), dataset_format="tldr")
-        examples, _, reports = load_examples(config, tokenizer, [tokenizer.eos_token_id])
+        examples, _, reports = load_split_rows(Example, config, tokenizer, [tokenizer.eos_token_id])
         found.append(examples)
         assert reports["train"].dropped == {}
     assert found[0] == found[1]
@@ -290,7 +284,7 @@ def test_openais_json_lines_of_comparisons_load(tmp_path, tokenizer):
         row["info"] = {name: row["info"][name] for name in ("id", "post", "title", "subreddit")}
     path = tiny.write_rows(tmp_path / "batch3.json", rows)
     config = Config(model_name_or_path="m", dataset_name=str(path), dataset_format="tldr", num_eval_rows=1)
-    train, held_out, _ = load_pairs(config, tokenizer, [tokenizer.eos_token_id])
+    train, held_out, _ = load_split_rows(Pair, config, tokenizer, [tokenizer.eos_token_id])
     assert (len(train), len(held_out)) == (4, 1)
 
 
@@ -298,6 +292,6 @@ def test_a_csv_of_posts_keeps_its_cells_as_text(tmp_path, tokenizer):
     path = tmp_path / "posts.csv"
     datasets.Dataset.from_list([reference(title="007", summary="NA")]).to_csv(path)
     config = Config(model_name_or_path="m", algorithm="sft", dataset_name=str(path), dataset_format="tldr")
-    [example], _, _ = load_examples(config, tokenizer, [tokenizer.eos_token_id])
+    [example], _, _ = load_split_rows(Example, config, tokenizer, [tokenizer.eos_token_id])
     assert "TITLE: 007" in tokenizer.decode(example.prompt)
     assert tokenizer.decode(example.completion) == " NA<|endoftext|>"

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hypo_train.config import load_config
-from hypo_train.data import batch_indices
+from hypo_train.data.order import batch_indices
 from hypo_train.log import read_metrics
 from hypo_train.metrics import Meter
 from hypo_train.run import prepare

@@ -1,0 +1,100 @@
+"""A split of a data set as it is: from a file, a folder or the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+from hypo_train.config import Config
+from hypo_train.data.formats import DataError, quoted
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_rows(config: Config, split: str) -> datasets.Dataset:
+    """One split of ``config.dataset_name``: a file, a folder of files, a saved data set or a Hub name.
+
+    Nothing is written beside a local file: what ``datasets`` caches goes to its own cache folder.
+    Raises ``DataError`` for what is missing, broken or empty, and for an unknown split.
+    """
+    name = config.dataset_name
+    try:
+        rows = _open(Path(name).expanduser(), config, split)
+    except DataError:
+        raise
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        # A build error says only that there was one; what went wrong is its cause.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        reason = " ".join(str(cause or error).split())
+        if "corresponds to no data" in reason:
+            reason = "there are no rows"
+        where = "" if Path(name).expanduser().exists() else "no local file or folder, and from the Hub: "
+        raise DataError(f"dataset_name={name!r}, split {split!r}: {where}{reason}") from error
+    if len(rows) == 0:
+        raise DataError(f"dataset_name={name!r}, split {split!r}: there are no rows")
+    return rows
+
+
+def _open(path: Path, config: Config, split: str) -> datasets.Dataset:
+    if path.is_file():
+        return _open_file(path, split)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _open_saved(path, split)
+    if path.exists():
+        return datasets.load_dataset(str(path), config.dataset_config, split=split)
+    name = config.dataset_name
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or path.suffix in FILE_FORMATS:
+        raise DataError(f"dataset_name={name!r}: there is no such file or folder; {_listing(path.parent)}")
+    return datasets.load_dataset(name, config.dataset_config, split=split)
+
+
+def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"nor is there a folder {str(folder)!r}"
+    names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir() or path.suffix in FILE_FORMATS)
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"in {str(folder)!r} there is {shown or 'no data file'}"
+
+
+def _open_file(path: Path, split: str) -> datasets.Dataset:
+    if path.suffix not in FILE_FORMATS:
+        raise DataError(f"dataset_name={str(path)!r}: the name should end in one of {', '.join(FILE_FORMATS)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"dataset_name={str(path)!r}: the file is empty")
+    options: dict[str, Any] = {}
+    if path.suffix == ".csv":
+        # Every cell is text: the completion "NA" is no missing value, "007" is no number.
+        columns = ("prompt", "chosen", "rejected", "completion", "subreddit", "title", "post", "summary")
+        options = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)}
+    try:
+        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split, **options)
+    except DatasetsError:
+        if path.suffix == ".jsonl":
+            _check_json_lines(path)
+        raise
+
+
+def _check_json_lines(path: Path) -> None:
+    """Name the line that makes a file unreadable, which the reader's own error does not."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                raise DataError(f"dataset_name={str(path)!r}: line {number} is not JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"dataset_name={str(path)!r}: line {number} is not a JSON object")
+
+
+def _open_saved(path: Path, split: str) -> datasets.Dataset:
+    saved = datasets.load_from_disk(str(path))
+    # A data set that was saved alone often has no split name; it is "train", as a single file is.
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+    if split not in splits:
+        raise DataError(f"dataset_name={str(path)!r}: there is no split {split!r}, only {quoted(splits)}")
+    return splits[split]

@@ -1,0 +1,128 @@
+"""The rows of a run: its splits, read and tokenised, with what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from hypo_train.config import Config
+from hypo_train.data.files import load_rows
+from hypo_train.data.formats import DataError, Unusable
+from hypo_train.data.report import DataReport
+from hypo_train.data.rows import Example, Pair, Prompt, Row
+from hypo_train.data.tokens import FORMATS, columns_of, kind_of, parts_of, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What an algorithm trains on; pairs, where it is none of these.
+KINDS: dict[str, type[Example] | type[Prompt]] = {"sft": Example, "rloo": Prompt}
+
+
+def load_split_rows(
+    kind: type[Row], config: Config, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+) -> tuple[list[Row], list[Row], dict[str, DataReport]]:
+    """Training rows, evaluation rows (none where the config holds out no rows) and a report on each.
+
+    The reports' keys are "train" and "eval". Raises ``DataError``.
+    """
+    found: dict[str, list[Row]] = {"eval": []}
+    reports = {}
+    for name, (rows, first_row) in _splits(config).items():
+        with _named(config, name):
+            found[name], reports[name] = tokenize(
+                kind, rows, tokenizer, first_row=first_row, **_limits(config, eos_token_ids)
+            )
+    return found["train"], found["eval"], reports
+
+
+def load_held_out(
+    config: Config, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+) -> tuple[list[Any], DataReport]:
+    """The rows to evaluate on and a report on them, as what their columns make of them: ``Pair``, ``Example`` or
+    ``Prompt``; SFT's are examples, a reward model's pairs.
+
+    Rows to train on are not needed where ``dataset_test_split`` names others. Raises ``DataError``.
+    """
+    if config.dataset_test_split is not None:
+        rows, first_row = load_rows(config, config.dataset_test_split), 0
+    elif config.num_eval_rows:
+        rows, first_row = _splits(config)["eval"]
+    else:
+        raise DataError("no rows to evaluate on: set dataset_test_split or num_eval_rows")
+    with _named(config, "eval"):
+        kind: type[Any] = Pair
+        if config.algorithm != "reward":
+            kind = kind_of(rows, config.dataset_format, prefers_pairs=config.algorithm != "sft")
+        return tokenize(kind, rows, tokenizer, first_row=first_row, **_limits(config, eos_token_ids))
+
+
+def _limits(config: Config, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+    return {
+        "max_prompt_length": config.max_prompt_length,
+        "max_completion_length": config.max_completion_length,
+        "eos_token_ids": eos_token_ids,
+        "dataset_format": config.dataset_format,
+    }
+
+
+def check_texts(config: Config) -> dict[str, DataReport]:
+    """What can be said of the rows without a tokenizer: which have texts that can be used, and not how long they are.
+
+    Chat messages are checked as far as no template is asked. Raises ``DataError``.
+    """
+    form, kind = FORMATS[config.dataset_format], KINDS.get(config.algorithm, Pair)
+    reports = {}
+    for name, (rows, first_row) in _splits(config).items():
+        dropped: dict[str, list[int]] = {}
+        with _named(config, name):
+            parts = parts_of(kind, form)(columns_of(rows))
+            for row, example in enumerate(rows, start=first_row):
+                try:
+                    form.row_text(row, example, parts, _AnyTemplate())  # type: ignore[arg-type]
+                except Unusable as reason:
+                    dropped.setdefault(str(reason), []).append(row)
+        used = len(rows) - sum(map(len, dropped.values()))
+        reports[name] = DataReport(len(rows), used, dropped, 0, 0, 0, 0, 0, 0, {})
+        if not used:
+            raise DataError(f"{name}: no row can be used: {reports[name].lines()[1]}")
+    return reports
+
+
+class _AnyTemplate:
+    """Stands in for a chat template that is not there, so that the rest of a row is checked."""
+
+    chat_template = ""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **_: Any) -> str:
+        return "".join(message["content"] for message in messages)
+
+
+def _splits(config: Config) -> dict[str, tuple[datasets.Dataset, int]]:
+    """The rows of "train" and, where some are held out, of "eval", with the index in the split of the first."""
+    train = load_rows(config, config.dataset_train_split)
+    if config.dataset_test_split is not None:
+        return {"train": (train, 0), "eval": (load_rows(config, config.dataset_test_split), 0)}
+    if not config.num_eval_rows:
+        return {"train": (train, 0)}
+    first_row = len(train) - config.num_eval_rows
+    if first_row <= 0:
+        raise DataError(
+            f"num_eval_rows={config.num_eval_rows} leaves none of the {len(train)} rows of split "
+            f"{config.dataset_train_split!r} for training"
+        )
+    held_out = train.select(range(first_row, len(train)))
+    return {"train": (train.select(range(first_row)), 0), "eval": (held_out, first_row)}
+
+
+@contextmanager
+def _named(config: Config, name: str) -> Iterator[None]:
+    """Data errors say of which data set and split they are."""
+    split = (config.dataset_test_split if name == "eval" else None) or config.dataset_train_split
+    try:
+        yield
+    except (DataError, UnicodeDecodeError) as error:  # the readers do not check that a text is UTF-8
+        raise DataError(f"dataset_name={config.dataset_name!r}, split {split!r}: {error}") from None

@@ -1,0 +1,251 @@
+"""Rows of text -> token ids.
+
+Every completion ends with exactly one EOS; a prompt has at most one BOS. Prompt and completion are
+tokenised apart, so that the prompt a sample continues has the very ids the offline completions continue.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from hypo_train.data.formats import DataError, Format, Preferences, RowText, Unusable
+from hypo_train.data.report import DataReport
+from hypo_train.data.rows import Example, Ids, Pair, Prompt, Row
+from hypo_train.data.tldr import Tldr
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+FORMATS: dict[str, Format] = {"preferences": Preferences(), "tldr": Tldr()}
+BLOCK = 1000  # rows tokenised in one call: a fast tokenizer runs a batch in parallel
+
+Rows: TypeAlias = "datasets.Dataset | Sequence[Mapping[str, Any]]"
+
+
+def tokenize(
+    kind: type[Row],
+    dataset: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    max_completion_length: int,
+    eos_token_ids: Sequence[int],
+    dataset_format: str = "preferences",
+    first_row: int = 0,
+) -> tuple[list[Row], DataReport]:
+    """Token ids of the rows that can be used as ``kind``, in order, and a report on all of them.
+
+    ``dataset_format`` is a key of ``FORMATS``: of "preferences", the columns are ``chosen``, ``rejected`` and, unless
+    it is their common beginning, ``prompt``; each is text or a list of chat messages. Examples are of ``prompt`` and
+    ``completion``, or of the chosen side of preferences; prompts are of preferences, or of rows with nothing but a
+    ``prompt``. Lengths are in tokens, EOS included; ``first_row`` is the index in the split of the first row. A
+    completion without an EOS gets the tokenizer's, or the first of ``eos_token_ids`` if the tokenizer's is not among
+    them. Raises ``DataError`` when a column is missing, when chat messages meet a tokenizer without a chat template,
+    and when no row can be used.
+    """
+    form = FORMATS[dataset_format]
+    parts = parts_of(kind, form)(columns_of(dataset))
+    wanted = {Pair: parts, Example: parts[:1], Prompt: ()}[kind]
+    rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
+    rows, report = _tokenize(dataset, form, rules, parts, wanted, first_row)
+    return [kind(row, prompt, *completions) for row, prompt, completions in rows], report
+
+
+def parts_of(kind: type[Any], form: Format) -> Callable[[KeysView[str]], tuple[str, ...]]:
+    """What finds the parts of a row that ``kind`` needs, from its columns."""
+    return {Pair: form.pair_parts, Example: form.example_parts, Prompt: form.prompt_parts}[kind]
+
+
+def kind_of(dataset: Rows, dataset_format: str, *, prefers_pairs: bool) -> type[Any]:
+    """Pairs where there are preferences and they matter, examples where there are completions, else prompts."""
+    form, columns = FORMATS[dataset_format], columns_of(dataset)
+    for kind in (Pair, Example) if prefers_pairs else (Example,):
+        try:
+            parts_of(kind, form)(columns)
+        except DataError:
+            continue
+        return kind
+    return Prompt
+
+
+def columns_of(dataset: Rows) -> KeysView[str]:
+    if len(dataset) == 0:
+        raise DataError("there are no rows")
+    return dataset[0].keys()
+
+
+@dataclass(frozen=True)
+class _TokenRules:
+    """What the ids of a prompt and of a completion have to keep to."""
+
+    tokenizer: PreTrainedTokenizerBase
+    bos: int | None
+    eos: int  # ends a completion that has none of ``stops``
+    stops: frozenset[int]
+    max_prompt_length: int
+    max_completion_length: int
+
+
+def _token_rules(
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: Sequence[int],
+    max_prompt_length: int,
+    max_completion_length: int,
+) -> _TokenRules:
+    if not eos_token_ids:
+        raise DataError("eos_token_ids is empty: without an EOS no completion ends")
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id in eos_token_ids else eos_token_ids[0]
+    if not 0 <= eos < len(tokenizer):
+        raise DataError(f"EOS id {eos} is not among the tokenizer's {len(tokenizer)} ids")
+    limits = (max_prompt_length, max_completion_length)
+    return _TokenRules(tokenizer, tokenizer.bos_token_id, eos, frozenset(eos_token_ids), *limits)
+
+
+def _tokenize(
+    dataset: Rows, form: Format, rules: _TokenRules, parts: Sequence[str], wanted: Sequence[str], first_row: int
+) -> tuple[list[tuple[int, Ids, list[Ids]]], DataReport]:
+    """(row, prompt, the ``wanted`` ones of the ``parts``) of each usable row, and the report."""
+    dropped: dict[str, list[int]] = {}
+    counts: Counter[str] = Counter()
+    rows = []
+
+    def texts() -> Iterator[RowText]:
+        for row, example in enumerate(dataset, start=first_row):
+            try:
+                yield form.row_text(row, example, parts, rules.tokenizer)
+            except Unusable as reason:
+                dropped.setdefault(str(reason), []).append(row)
+
+    usable = texts()
+    while block := list(islice(usable, BLOCK)):
+        for text, prompt, completions in _encode(block, rules.tokenizer, len(wanted)):
+            try:
+                rows.append((text.row, *_fit(text, prompt, completions, rules, wanted, counts)))
+            except Unusable as reason:
+                dropped.setdefault(str(reason), []).append(text.row)
+    lengths = {"prompt": [len(prompt) for _, prompt, _ in rows]}
+    for index, name in enumerate(wanted):
+        lengths[name] = [len(completions[index]) for _, _, completions in rows]
+    report = DataReport(
+        rows=len(dataset),
+        used=len(rows),
+        dropped={reason: sorted(indices) for reason, indices in dropped.items()},
+        completions=len(rows) * len(wanted),
+        truncated_prompts=counts["truncated_prompts"],
+        shortened_prompts=counts["shortened_prompts"],
+        truncated_completions=counts["truncated_completions"],
+        cut_at_eos=counts["cut_at_eos"],
+        doubled_bos=counts["doubled_bos"],
+        lengths={name: _quantiles(values) for name, values in lengths.items() if values},
+    )
+    if not rows:
+        raise DataError(f"no row can be used: {report.lines()[1]}")
+    return rows, report
+
+
+def _quantiles(values: list[int]) -> tuple[int, int, int]:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2], ordered[len(ordered) * 95 // 100], ordered[-1]
+
+
+def _encode(
+    block: list[RowText], tokenizer: PreTrainedTokenizerBase, num_wanted: int
+) -> Iterator[tuple[RowText, list[int], list[list[int]]]]:
+    """Each row with the ids of its prompt and completions; special tokens come with plain prompts alone."""
+    prompts = {
+        rendered: _ids(tokenizer, [text.prompt for text in block if text.rendered is rendered], special=not rendered)
+        for rendered in (False, True)
+    }
+    texts = [completion for text in block for completion in text.completions[:num_wanted]]
+    completions = _ids(tokenizer, texts, special=False)
+    for text in block:
+        yield text, next(prompts[text.rendered]), list(islice(completions, num_wanted))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> Iterator[list[int]]:
+    if not texts:  # tokenizers fail on an empty batch
+        return iter(())
+    batch = tokenizer(
+        texts,
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return iter(batch["input_ids"])
+
+
+def _fit(
+    text: RowText,
+    prompt: list[int],
+    completions: list[list[int]],
+    rules: _TokenRules,
+    names: Sequence[str],
+    counts: Counter[str],
+) -> tuple[Ids, list[Ids]]:
+    """Prompt and completions with BOS, EOS and lengths put right; ``counts`` notes what was done."""
+    ended = [_end_with_eos(ids, rules, name) for ids, name in zip(completions, names, strict=True)]
+    if len(set(ended)) < len(ended):
+        raise Unusable("the same tokens in 'chosen' and 'rejected'")
+    limit = rules.max_completion_length
+    short = [ids if len(ids) <= limit else ids[: limit - 1] + ids[-1:] for ids in ended]
+    if len(set(short)) < len(short):
+        raise Unusable("the same tokens in 'chosen' and 'rejected' up to max_completion_length")
+    clean = _clean_prompt(prompt, text.rendered, rules)
+    kept = _shortened(text, clean, rules)
+    counts["doubled_bos"] += rules.bos is not None and prompt[:2] == [rules.bos] * 2
+    if len(kept) < len(clean):
+        counts["truncated_prompts" if text.shorten is None else "shortened_prompts"] += 1
+    counts["truncated_completions"] += sum(len(ids) > limit for ids in ended)
+    for ids, whole in zip(completions, ended, strict=True):
+        # A template's line break after the EOS is no loss, text is.
+        rest = ids[len(whole) :]
+        counts["cut_at_eos"] += bool(rest and str(rules.tokenizer.decode(rest, skip_special_tokens=True)).strip())
+    return kept, short
+
+
+def _end_with_eos(ids: list[int], rules: _TokenRules, column: str) -> Ids:
+    """The ids up to their first EOS, or with one added."""
+    end = next((place for place, token in enumerate(ids) if token in rules.stops), len(ids))
+    if end == 0:
+        raise Unusable(f"an empty {column!r}")
+    return (*ids[:end], ids[end] if end < len(ids) else rules.eos)
+
+
+def _clean_prompt(ids: list[int], rendered: bool, rules: _TokenRules) -> Ids:
+    """At most one BOS in front; no EOS behind a plain prompt, where some tokenizers put one."""
+    start, end = 0, len(ids)
+    while rules.bos is not None and ids[start : start + 2] == [rules.bos] * 2:
+        start += 1
+    while not rendered and end - start > 1 and ids[end - 1] in {*rules.stops, rules.tokenizer.eos_token_id}:
+        end -= 1
+    if end == start:
+        raise Unusable("an empty 'prompt'")
+    return tuple(ids[start:end])
+
+
+def _shortened(text: RowText, ids: Ids, rules: _TokenRules) -> Ids:
+    """A prompt's ids, at most max_prompt_length of them."""
+    if len(ids) <= rules.max_prompt_length:
+        return ids
+    if text.shorten is None:
+        return _keep_end(ids, rules)
+
+    def encode(prompt: str) -> Ids:
+        (found,) = _ids(rules.tokenizer, [prompt], special=not text.rendered)
+        return _clean_prompt(found, text.rendered, rules)
+
+    return text.shorten(encode, rules.max_prompt_length)
+
+
+def _keep_end(ids: Ids, rules: _TokenRules) -> Ids:
+    """The last max_prompt_length ids, the first of them the BOS if the prompt had one."""
+    excess = len(ids) - rules.max_prompt_length
+    start = ids[:1] if ids[0] == rules.bos else ()
+    return start + ids[excess + len(start) :]
