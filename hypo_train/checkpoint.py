@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -39,7 +40,7 @@ _MACHINE_SETTINGS = ("fused", "foreach", "capturable")  # of this machine's opti
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message says why."""
+    """A checkpoint that cannot be loaded or saved; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,11 @@ def save_checkpoint(
     Raises:
         ValueError: `folder` is not named after `step`.
         TypeError: `extra` or a state holds something that JSON cannot.
+        CheckpointError: it cannot be written, as on a full disk. Whatever was saved before is as it was.
     """
     folder = Path(folder)
     if folder.name != checkpoint_folder(folder.parent, step).name:
         raise ValueError(f"the checkpoint of step {step} cannot be saved as {folder}: name it checkpoint-{step}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_temporaries(folder.parent)
-    temporary = folder.with_name(folder.name + _TEMPORARY)
-    temporary.mkdir()
-
     tensors, aliases = _unaliased(model_state)
     optimizer_tensors, optimizer_json = _optimizer_state(optimizer)
     trainer = {
@@ -92,21 +89,33 @@ def save_checkpoint(
         "scheduler": scheduler.state_dict(),
         "extra": dict(extra),
     }
-    (temporary / _TRAINER).write_text(json.dumps(trainer), encoding="utf-8")
-    save_file(tensors, temporary / _MODEL)
-    save_file(optimizer_tensors, temporary / _OPTIMIZER)
-    files = {name: _fingerprint(temporary / name) for name in _FILES}
-    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
-    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-
-    for name in (*_FILES, _MANIFEST):
-        _flush(temporary / name)
-    _flush(temporary)
+    temporary = folder.with_name(folder.name + _TEMPORARY)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_temporaries(folder.parent)
+        _write(temporary, step, tensors, optimizer_tensors, json.dumps(trainer))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot save {folder}: {error}; what was saved before is kept") from error
     replaced = _set_aside(folder) if folder.exists() else None
     temporary.rename(folder)
     _flush(folder.parent)
     if replaced:
         shutil.rmtree(replaced)
+
+
+def _write(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], trainer: str) -> None:
+    """A new folder with the files of a checkpoint, all of them on the disk."""
+    folder.mkdir()
+    (folder / _TRAINER).write_text(trainer, encoding="utf-8")
+    save_file(model, folder / _MODEL)
+    save_file(optimizer, folder / _OPTIMIZER)
+    files = {name: _fingerprint(folder / name) for name in _FILES}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    for name in (*_FILES, _MANIFEST):
+        _flush(folder / name)
+    _flush(folder)
 
 
 def load_checkpoint(

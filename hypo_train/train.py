@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from hypo_train.checkpoint import checkpoint_folder
 from hypo_train.config import Config
 from hypo_train.costs.memory import peak_memory
 from hypo_train.evaluation.held_out import Evaluation, evaluate
+from hypo_train.interrupt import Stopped, StopRequest
 from hypo_train.log import RunLog
 from hypo_train.metrics import Meter
 from hypo_train.run import Run, prepare, with_reference_logps
@@ -27,7 +29,12 @@ class Result:
 
 
 def train(config: Config, *, progress: bool = True) -> Result:
-    """Run ``config`` from its data to a saved model. Raises ValueError, before any training, if it cannot."""
+    """Run ``config`` from its data to a saved model.
+
+    Raises:
+        ValueError: it cannot be run; before any training.
+        Stopped: SIGTERM or SIGINT came, and the step that it came in is done and saved.
+    """
     refuse_to_overwrite(config)
     run, meter = prepare(config), Meter()
     first_step = resume(run, meter)
@@ -41,13 +48,13 @@ def train(config: Config, *, progress: bool = True) -> Result:
         resume_step=first_step,
         progress=progress,
     )
-    with log:
+    with log, StopRequest() as stop:
         (run.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        evaluation = _train_from(run, log, meter, first_step)
+        evaluation = _train_from(run, log, meter, first_step, stop)
     return Result(save_model(run), evaluation)
 
 
-def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int) -> Evaluation | None:
+def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:
     """Steps ``first_step`` to the end; the last evaluation."""
     config = run.config
     evaluation = None
@@ -67,8 +74,11 @@ def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int) -> Evaluat
             log.log(done, metrics | _costs(run))
         if last or (config.eval_steps and done % config.eval_steps == 0):
             evaluation = _evaluate(run, log, done)
-        if last or (config.save_steps and done % config.save_steps == 0):
+        stopped_by = None if last else stop.number
+        if last or stopped_by is not None or (config.save_steps and done % config.save_steps == 0):
             save(run, meter, done)
+        if stopped_by is not None:
+            raise Stopped(stopped_by, checkpoint_folder(run.output_dir, done))
     return evaluation
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +22,10 @@ import hypo_train.algorithms as algorithms
 import hypo_train.state as state
 import hypo_train.step as one_step
 import hypo_train.train as loop
+from hypo_train.__main__ import main
+from hypo_train.checkpoint import CheckpointError
 from hypo_train.config import ConfigError
+from hypo_train.interrupt import Stopped
 from hypo_train.log import read_metrics
 from hypo_train.model.policy import Policy
 from hypo_train.sampling import DecodeSampler
@@ -237,6 +242,91 @@ def test_a_finished_run_that_is_resumed_trains_no_more(interrupted, uninterrupte
     config = interrupted()
     train(config, progress=False)
     monkeypatch.setattr(loop, "train_step", None)
+    assert_same_run(resumed(config), uninterrupted)
+
+
+# Told to stop
+
+
+def signalled(patch, number, nth=8, times=1):
+    """``number`` comes ``times`` within the ``nth`` step of each run from now on."""
+    step, count = loop.train_step, 0
+
+    def train_step(*arguments):
+        nonlocal count
+        count += 1
+        for _ in range(times if count == nth else 0):
+            os.kill(os.getpid(), number)
+        step(*arguments)
+
+    patch.setattr(loop, "train_step", train_step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_run_that_is_told_to_stop_ends_its_step_saves_and_goes_on_later(
+    interrupted, uninterrupted, monkeypatch, capsys, number
+):
+    config, before = interrupted(), signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        signalled(patch, number)
+        with pytest.raises(Stopped, match=f"stopped by {number.name}, saved in .*checkpoint-8: ") as caught:
+            train(config, progress=False)
+    assert caught.value.checkpoint == Path(config.output_dir) / "checkpoint-8"
+    assert pickle.loads(pickle.dumps(caught.value)).signal is number
+    assert signal.getsignal(number) is before
+    assert f"{number.name}: ending the step, then saving; once more to stop at once" in capsys.readouterr().err
+    assert_same_run(resumed(config), uninterrupted)
+
+
+def test_a_second_signal_stops_where_it_is(interrupted, uninterrupted, monkeypatch):
+    config = interrupted()
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGINT, times=2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, progress=False)
+    assert not (Path(config.output_dir) / "checkpoint-8").exists()
+    assert_same_run(resumed(config), uninterrupted)
+
+
+def test_a_signal_in_the_last_step_changes_nothing(interrupted, uninterrupted, monkeypatch):
+    config = interrupted()
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM, nth=config.max_steps)
+        train(config, progress=False)
+    assert_same_run(config, uninterrupted)
+
+
+def test_the_command_line_says_how_to_go_on_and_exits_as_the_signal_asks(interrupted, tmp_path, monkeypatch, capfd):
+    config = interrupted()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.to_yaml(), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM)
+        assert main(["--config", str(recipe)]) == 128 + signal.SIGTERM
+    assert "hypo_train: stopped by SIGTERM, saved in " in capfd.readouterr().err
+
+
+# A disk that is full
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_it(interrupted, uninterrupted, monkeypatch):
+    config = interrupted()
+    write = state.save_checkpoint
+
+    def in_little_room(folder, **arguments):
+        allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if folder.name == "checkpoint-6":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, allowed[1]))  # bytes of a file
+        try:
+            write(folder, **arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save_checkpoint", in_little_room)
+        with pytest.raises(CheckpointError, match=r"cannot save .*checkpoint-6: .*; what was saved before is kept"):
+            train(config, progress=False)
+    assert sorted(path.name for path in Path(config.output_dir).glob("checkpoint-*")) == ["checkpoint-3"]
     assert_same_run(resumed(config), uninterrupted)
 
 

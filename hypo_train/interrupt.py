@@ -1,0 +1,59 @@
+"""SIGTERM and SIGINT: a run ends its step, saves, and leaves; a second signal stops it where it is."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """A run has saved and ended because it was told to; ``signal`` is what told it."""
+
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        self.signal = signal.Signals(number)
+        self.checkpoint = checkpoint
+        super().__init__(
+            f"stopped by {self.signal.name}, saved in {checkpoint}: --resume_from_checkpoint auto goes on from there"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes."""
+        return Stopped, (int(self.signal), self.checkpoint)
+
+
+class StopRequest:
+    """Whether a signal has asked the run in the ``with`` block to stop.
+
+    Only a main thread is sent signals: in any other one nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+        name = signal.Signals(number).name
+        print(f"\n{name}: ending the step, then saving; once more to stop at once", file=sys.stderr, flush=True)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
