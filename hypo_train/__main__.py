@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from hypo_train.config import Config, ConfigError, help_text, load_config
-from hypo_train.interrupt import Stopped
+from hypo_train.interrupt import NotFiniteError, Stopped
 from hypo_train.invocation import DryRun, take_dry_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 2 with one line for every mistake in the configuration, the data or the model; 128 and a
-    signal's number after it has stopped a run."""
+    """Exit status 0; 2 with one line for every mistake in the configuration, the data or the model; 1 after a loss that
+    is not finite, 128 and a signal's number after a signal has stopped a run."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else "demo"
     if command not in _COMMANDS and {"-h", "--help"} & set(argv):
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hypo_train: {error}", file=sys.stderr)
         return 2
+    except NotFiniteError as error:
+        print(f"hypo_train: {error}", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         print(f"hypo_train: {stopped}", file=sys.stderr)
         return 128 + stopped.signal

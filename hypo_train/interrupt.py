@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: a run ends its step, saves, and leaves; a second signal stops it where it is."""
+"""What ends a run before its time: numbers that are not finite, or SIGTERM and SIGINT.
+
+At a signal a run ends its step, saves and leaves; a second one stops it where it is.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,10 @@ class Stopped(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Between processes."""
         return Stopped, (int(self.signal), self.checkpoint)
+
+
+class NotFiniteError(ArithmeticError):
+    """NaN or infinity came out of a step; the message says which, and where its rows are."""
 
 
 class StopRequest:

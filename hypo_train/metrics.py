@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hypo_kernels import HypoLoss
 
+_NONE = -1
+
 
 class Meter:
     """Means of named values over a log interval, without a host read in between."""
@@ -40,6 +42,22 @@ class Meter:
         """Take up a saved :meth:`state`."""
         self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, (total, _) in state.items()}
         self._counts = {name: count for name, (_, count) in state.items()}
+
+
+class FiniteWatch:
+    """The first step that had a number which is not finite, kept on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first_bad = torch.full((), _NONE, dtype=torch.int64, device=device)
+
+    def see(self, step: int, value: Tensor) -> None:
+        """A number () of a step, counted from 0; the host does not wait for it."""
+        self._first_bad = torch.where(torch.isfinite(value) | (self._first_bad != _NONE), self._first_bad, step)
+
+    def first_bad(self) -> int | None:
+        """None: there was none. The host waits for the device."""
+        step = int(self._first_bad)
+        return None if step == _NONE else step
 
 
 def add_loss(meter: Meter, out: HypoLoss) -> None:

@@ -17,6 +17,7 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
+from hypo_train.metrics import FiniteWatch
 from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
@@ -46,6 +47,7 @@ class Run(Plan):
     report: list[str]  # what the user should know about the data, the model and the settings
     timer: PhaseTimer
     throughput: Throughput
+    finite: FiniteWatch
     # The reference's log-probs of each split's chosen and rejected, fp32 (rows, 2), where they are known beforehand.
     ref_logps: dict[str, Tensor] = field(default_factory=dict)
 
@@ -172,6 +174,7 @@ def prepare(config: Config) -> Run:
         report=report,
         timer=PhaseTimer(accelerator.device),
         throughput=throughput,
+        finite=FiniteWatch(accelerator.device),
     )
 
 

@@ -34,11 +34,14 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         drawn = samples.of_prompts(part.start, part.stop) if samples else None
         batch = MicroBatch(rows[part], indices[part], drawn, prompts)
         loss = loss_of(run, batch, meter)
+        run.finite.see(step, loss.detach())
         with timer.phase("backward"):
             run.accelerator.backward(loss * (_weight(batch.rows) / _weight(rows)))
     with timer.phase("optimizer"):
         if run.config.max_grad_norm > 0:
-            meter.add("grad_norm", _clip_gradients(run))
+            norm = _clip_gradients(run)
+            run.finite.see(step, norm)
+            meter.add("grad_norm", norm)
         run.optimizer.step()
         run.scheduler.step()
         run.optimizer.zero_grad()

@@ -12,6 +12,7 @@ from hypo_train.checkpoint import checkpoint_folder
 from hypo_train.config import Config
 from hypo_train.costs.memory import peak_memory
 from hypo_train.evaluation.held_out import Evaluation, evaluate
+from hypo_train.finite import stop_if_not_finite
 from hypo_train.interrupt import Stopped, StopRequest
 from hypo_train.log import RunLog
 from hypo_train.metrics import Meter
@@ -33,6 +34,7 @@ def train(config: Config, *, progress: bool = True) -> Result:
 
     Raises:
         ValueError: it cannot be run; before any training.
+        NotFiniteError: a loss or gradient is NaN or infinite.
         Stopped: SIGTERM or SIGINT came, and the step that it came in is done and saved.
     """
     refuse_to_overwrite(config)
@@ -62,24 +64,37 @@ def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int, stop: Stop
     if first_step == 0 and config.eval_steps:
         evaluation = _evaluate(run, log, 0)
     for step in range(first_step, run.total_steps):
-        with run.timer.step():
-            train_step(run, step, meter)
+        _step(run, step, meter)
         done = step + 1
         last = done == run.total_steps
+        stopped_by = None if last else stop.number
         log.advance(done)
-        if last or done % config.logging_steps == 0:
-            metrics = meter.read()  # metrics wait for the device here alone
+        logs = last or done % config.logging_steps == 0
+        evaluates = last or (config.eval_steps and done % config.eval_steps == 0)
+        saves = last or stopped_by is not None or (config.save_steps and done % config.save_steps == 0)
+        if logs or evaluates or saves:
+            stop_if_not_finite(run)  # from here on, and nowhere else, the host waits for the device
+        if logs:
+            metrics = meter.read()
             metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
             metrics["epoch"] = done / run.steps_per_epoch
             log.log(done, metrics | _costs(run))
-        if last or (config.eval_steps and done % config.eval_steps == 0):
+        if evaluates:
             evaluation = _evaluate(run, log, done)
-        stopped_by = None if last else stop.number
-        if last or stopped_by is not None or (config.save_steps and done % config.save_steps == 0):
+        if saves:
             save(run, meter, done)
         if stopped_by is not None:
             raise Stopped(stopped_by, checkpoint_folder(run.output_dir, done))
     return evaluation
+
+
+def _step(run: Run, step: int, meter: Meter) -> None:
+    try:
+        with run.timer.step():
+            train_step(run, step, meter)
+    except (RuntimeError, LookupError):  # weights that are not finite break a sampler before anybody has looked
+        stop_if_not_finite(run)
+        raise
 
 
 def _costs(run: Run) -> dict[str, float]:

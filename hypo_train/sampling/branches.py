@@ -193,11 +193,13 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The inverse distribution function of `probabilities` (..., V) fp32 at `uniforms` (..., m) fp64 in [0, 1).
 
     The sums are fp64: in fp32 a large vocabulary's tail would be lost in the rounding of a sum that is almost 1.
-    A token of probability 0 is never drawn.
+    A token of probability 0 is never drawn. Probabilities that are NaN draw some token: what is wrong shows in the
+    loss, while an index beyond the vocabulary would end the process on CUDA.
     """
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     below_one = uniforms.clamp(max=1 - 2**-52)  # so that the product stays below the last sum
-    return torch.searchsorted(cumulative, below_one * cumulative[..., -1:], right=True)
+    drawn = torch.searchsorted(cumulative, below_one * cumulative[..., -1:], right=True)
+    return drawn.clamp_(max=probabilities.shape[-1] - 1)
 
 
 class _BranchLayer(StaticLayer):

@@ -1,0 +1,41 @@
+"""A loss or gradient that is not finite stops the run before anything is saved, and leaves its rows to be looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hypo_train.checkpoint import latest_checkpoint
+from hypo_train.interrupt import NotFiniteError
+from hypo_train.records import write_json_lines
+from hypo_train.run import Run
+
+
+def stop_if_not_finite(run: Run) -> None:
+    """Raise NotFiniteError if a step so far had a loss or gradient that is not finite; the host waits for the device.
+
+    The step's rows are in ``not-finite-step-N.jsonl`` then. No checkpoint is of that step or a later one, so that a
+    run that goes on from the newest comes to it again, with the same rows and samples.
+    """
+    step = run.finite.first_bad()
+    if step is None:
+        return
+    path = run.output_dir / f"not-finite-step-{step + 1}.jsonl"
+    write_json_lines(path, [_record(run, run.train_rows[i]) for i in run.rows_of_step(step)])
+    raise NotFiniteError(
+        f"step {step + 1}: the loss or its gradient is not finite; its rows are in {path}. {_advice(run)}"
+    )
+
+
+def _advice(run: Run) -> str:
+    folder = latest_checkpoint(run.output_dir)
+    before = "There is no checkpoint yet" if folder is None else f"{folder} is from before it"
+    return f"{before}; a lower learning_rate, a longer warm-up or a lower max_grad_norm often helps"
+
+
+def _record(run: Run, row: Any) -> dict[str, Any]:
+    """The row's number in its split, its token ids and their texts."""
+    fields = dataclasses.asdict(row)
+    ids = {name: list(value) for name, value in fields.items() if name != "row"}
+    texts = {name: run.tokenizer.decode(value) for name, value in ids.items()}
+    return {"row": fields["row"], **texts, "ids": ids}

@@ -1,0 +1,88 @@
+"""A run whose numbers are no longer finite stops, names the step and leaves what can be looked at and gone on from."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import hypo_train.step as one_step
+from hypo_train.__main__ import main
+from hypo_train.interrupt import NotFiniteError
+from hypo_train.metrics import FiniteWatch
+from hypo_train.run import prepare
+from hypo_train.train import train
+
+
+def poisoned(patch, nth, value=math.nan):
+    """The loss of the ``nth`` micro-batch from now on is ``value``."""
+    loss_of, count = one_step.loss_of, 0
+
+    def loss(*arguments):
+        nonlocal count
+        count += 1
+        return loss_of(*arguments) * (value if count == nth else 1.0)
+
+    patch.setattr(one_step, "loss_of", loss)
+
+
+@pytest.fixture
+def long_run(settings):
+    return lambda **changes: settings(**{"max_steps": 12, "save_steps": 4, "logging_steps": 5, **changes})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_the_step_is_named_its_rows_are_kept_and_no_checkpoint_is_of_it(long_run, monkeypatch, value):
+    config = long_run(algorithm="dpo")
+    with monkeypatch.context() as patch:
+        poisoned(patch, 7, value)
+        with pytest.raises(NotFiniteError, match=r"step 7: the loss or its gradient is not finite") as caught:
+            train(config, progress=False)
+    folder = Path(config.output_dir)
+    assert f"{folder}/checkpoint-4 is from before it" in str(caught.value)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not (folder / "final").exists()
+    run = prepare(config)
+    records = [json.loads(line) for line in (folder / "not-finite-step-7.jsonl").read_text().splitlines()]
+    assert [record["ids"]["chosen"] for record in records] == [
+        list(run.train_rows[i].chosen) for i in run.rows_of_step(6)
+    ]
+    assert all(record["chosen"] == run.tokenizer.decode(record["ids"]["chosen"]) for record in records)
+    # What made it so has been mended: the run goes on from before.
+    assert train(config.model_copy(update={"resume_from_checkpoint": "auto"}), progress=False).model_dir.is_dir()
+
+
+@pytest.mark.parametrize("sampler", ["decode", "generate"])
+def test_weights_that_have_run_away_are_told_from_a_fault_of_the_sampler(long_run, monkeypatch, sampler):
+    with monkeypatch.context() as patch:
+        poisoned(patch, 1, math.inf)
+        with pytest.raises(NotFiniteError, match=r"step [123]: .* There is no checkpoint yet"):
+            train(long_run(sampler=sampler, max_grad_norm=0), progress=False)
+    monkeypatch.setattr(one_step, "_samples", lambda *_: {}["a fault"])
+    again = long_run(output_dir=f"{long_run().output_dir}-again")
+    with pytest.raises(KeyError, match="a fault"):
+        train(again, progress=False)
+
+
+def test_a_rate_that_is_far_too_high_ends_in_a_line_about_it(long_run):
+    with pytest.raises(NotFiniteError, match=r"step [23]: .* a lower learning_rate"):
+        train(long_run(learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0), progress=False)
+
+
+def test_the_command_line_says_it_in_a_line_and_exits_with_1(long_run, tmp_path, monkeypatch, capfd):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(long_run(algorithm="sft").to_yaml(), encoding="utf-8")
+    poisoned(monkeypatch, 3)
+    assert main(["--config", str(recipe)]) == 1
+    assert capfd.readouterr().err.count("hypo_train: step 3: the loss or its gradient is not finite") == 1
+
+
+def test_the_first_of_several_bad_steps_is_the_one_that_is_named():
+    watch = FiniteWatch(torch.device("cpu"))
+    assert watch.first_bad() is None
+    for step, value in enumerate([1.0, math.inf, 2.0, math.nan]):
+        watch.see(step, torch.tensor(value))
+    assert watch.first_bad() == 1
