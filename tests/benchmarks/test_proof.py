@@ -43,21 +43,23 @@ def test_an_outcome_is_written_before_the_next_step_begins(tmp_path: Path, monke
     assert run_kit(monkeypatch, results, python("first", ""), reads) == 0
 
 
-LIMIT = 8  # seconds, in which a busy machine has started a Python
+LIMIT = 8  # seconds, in which a busy machine has started a shell
+
+
+def shell(name: str, script: str) -> Step:
+    return Step(name, "a test's own", ("sh", "-c", script), limit=LIMIT, on_cpu=True)
 
 
 def test_a_step_at_its_limit_may_sum_up() -> None:
-    code = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('3 of 7 done')"
-    outcome = proof.run(python("slow", code, limit=LIMIT), cuda=False)
+    outcome = proof.run(shell("slow", "trap 'echo 3 of 7 done; exit 1' INT; while :; do sleep 0.1; done"), cuda=False)
     assert (outcome.status, outcome.note) == ("failed", f"stopped at its limit of {LIMIT} s: 3 of 7 done")
     assert outcome.seconds < LIMIT + proof.GRACE
 
 
 def test_a_step_that_does_not_stop_is_killed_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "GRACE", 1)
-    ignore = "import signal, subprocess; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True);"
-    code = f"{ignore} subprocess.run(['sleep', '600'])"  # its child holds the pipe, too
-    outcome = proof.run(python("stubborn", code, limit=LIMIT), cuda=False)
+    # Its child holds the pipe, too.
+    outcome = proof.run(shell("stubborn", "trap '' INT; echo on; sleep 600; sleep 600"), cuda=False)
     assert (outcome.status, outcome.note) == ("failed", f"stopped at its limit of {LIMIT} s: on")
     assert outcome.seconds < 30
 
