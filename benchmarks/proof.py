@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -187,16 +187,17 @@ def _passed_on(step: Step) -> tuple[int | None, list[str]]:
     At its limit a step is interrupted, as from a keyboard, so that pytest sums up and the sweep draws what there
     is; ``GRACE`` seconds later it is killed, with everything that it started.
     """
-    process = subprocess.Popen(
-        step.command,
-        cwd=ROOT,
-        env={**os.environ, **step.environment, "PATH": _path(), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # a group of its own, to be ended as one
-    )
+    with _heard_interrupts():
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env={**os.environ, **step.environment, "PATH": _path(), "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a group of its own, to be ended as one
+        )
     stopped = threading.Event()
 
     def stop() -> None:
@@ -220,6 +221,19 @@ def _passed_on(step: Step) -> tuple[int | None, list[str]]:
         if process.poll() is None:  # interrupted
             _end(process)
     return (None if stopped.is_set() else code), list(lines)
+
+
+@contextlib.contextmanager
+def _heard_interrupts() -> Iterator[None]:
+    """What is started here can be interrupted: a script's background jobs, and theirs, begin with SIGINT ignored."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -37,7 +37,8 @@ class NotFiniteError(ArithmeticError):
 class StopRequest:
     """Whether a signal has asked the run in the ``with`` block to stop.
 
-    Only a main thread is sent signals: in any other one nothing is ever requested.
+    Only a main thread is sent signals: in any other one nothing is ever requested. A signal that is ignored stays so: a
+    script's background jobs have no part in a Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._request) for number in heard}
         return self
 
     def __exit__(

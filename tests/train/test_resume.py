@@ -248,6 +248,14 @@ def test_a_finished_run_that_is_resumed_trains_no_more(interrupted, uninterrupte
 # Told to stop
 
 
+@pytest.fixture
+def heard():
+    """SIGINT is heard, as it is in a terminal; a script's background jobs begin with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def signalled(patch, number, nth=8, times=1):
     """``number`` comes ``times`` within the ``nth`` step of each run from now on."""
     step, count = loop.train_step, 0
@@ -262,6 +270,7 @@ def signalled(patch, number, nth=8, times=1):
     patch.setattr(loop, "train_step", train_step)
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_run_that_is_told_to_stop_ends_its_step_saves_and_goes_on_later(
     interrupted, uninterrupted, monkeypatch, capsys, number
@@ -278,6 +287,7 @@ def test_a_run_that_is_told_to_stop_ends_its_step_saves_and_goes_on_later(
     assert_same_run(resumed(config), uninterrupted)
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_signal_stops_where_it_is(interrupted, uninterrupted, monkeypatch):
     config = interrupted()
     with monkeypatch.context() as patch:
@@ -286,6 +296,17 @@ def test_a_second_signal_stops_where_it_is(interrupted, uninterrupted, monkeypat
             train(config, progress=False)
     assert not (Path(config.output_dir) / "checkpoint-8").exists()
     assert_same_run(resumed(config), uninterrupted)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(interrupted, uninterrupted, monkeypatch):
+    config, before = interrupted(), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            signalled(patch, signal.SIGINT)
+            train(config, progress=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_same_run(config, uninterrupted)
 
 
 def test_a_signal_in_the_last_step_changes_nothing(interrupted, uninterrupted, monkeypatch):
