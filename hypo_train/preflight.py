@@ -23,9 +23,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hypo_train.config import Config, ConfigError, load_config
-from hypo_train.costs.estimate import DeviceType, Estimate, SamplerKind, estimate
+from hypo_train.costs.estimate import Conditions, DeviceType, Estimate, SamplerKind, estimate
 from hypo_train.costs.memory import GIB
-from hypo_train.data.load import check_texts
+from hypo_train.data.load import KINDS, check_texts
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.invocation import DryRun
@@ -147,15 +147,9 @@ def _checked(config: Config, dry_run: DryRun) -> Findings:
             reward_model = _reward_model(config, source, found)
         if plan is None:
             found.warnings.append(f"without the data, memory is estimated for rows {_LONGEST}")
-        numbers = estimate(
-            plan or _assumed_plan(config),
-            trained,
-            device_type=device,
-            autocast=autocast,
-            shares_prompts=structure.shares_prompts is not False,
-            sampler=_sampler(config, structure),
-            reward_model=reward_model,
-        )
+        shares_prompts = structure.shares_prompts is not False
+        conditions = Conditions(device, autocast, shares_prompts, _sampler(config, structure))
+        numbers = estimate(plan or _assumed_plan(config), trained, conditions, reward_model=reward_model)
         _describe_memory(config, numbers, device, autocast, found)
     return found
 
@@ -351,11 +345,12 @@ def _lines(reports: dict[str, DataReport]) -> list[str]:
 def _longest_rows(config: Config, count: int) -> Rows:
     """As many rows of the largest lengths."""
     prompt, completion = (0,) * config.max_prompt_length, (0,) * config.max_completion_length
-    if config.algorithm == "sft":
+    kind = KINDS.get(config.algorithm, Pair)
+    if kind is Pair:
+        return [Pair(0, prompt, completion, completion)] * count
+    if kind is Example:
         return [Example(0, prompt, completion)] * count
-    if config.algorithm == "rloo":
-        return [Prompt(0, prompt)] * count
-    return [Pair(0, prompt, completion, completion)] * count
+    return [Prompt(0, prompt)] * count
 
 
 def _assumed_plan(config: Config) -> Plan:

@@ -34,6 +34,20 @@ SamplerKind = Literal["decode", "generate", "vllm"]
 _BYTES_PER_SAMPLED_LOGIT = 4 + 4 + 4 + 8
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """How a run computes, as far as memory depends on it."""
+
+    device_type: DeviceType
+    autocast: bool  # compute under bfloat16
+    shares_prompts: bool  # whether it runs trees
+    sampler: SamplerKind | None  # what draws a step's samples; None where none are drawn
+
+    def prompts_run_first(self, plan: Plan) -> bool:
+        """Whether sampling goes on from the training pass's own run of the prompts."""
+        return plan.may_run_prompts_first and self.sampler == "decode" and self.shares_prompts
+
+
 class Component(NamedTuple):
     """Bytes that something takes while samples are drawn, in a micro-batch's two passes, and as weights change."""
 
@@ -75,37 +89,27 @@ class Estimate:
 
 
 def estimate(
-    plan: Plan,
-    trained: Policy | RewardModel,
-    *,
-    device_type: DeviceType,
-    autocast: bool,
-    shares_prompts: bool,
-    sampler: SamplerKind | None,
-    reward_model: Any = None,
+    plan: Plan, trained: Policy | RewardModel, conditions: Conditions, *, reward_model: Any = None
 ) -> Estimate:
-    """Of a run on one device.
+    """Of a run on one device; vLLM's own memory is not counted.
 
     Args:
         trained: on the meta device, as :func:`hypo_train.model.load.outline` makes it.
-        autocast: compute under bfloat16.
-        shares_prompts: whether it runs trees.
-        sampler: what draws a step's samples; None where none are drawn. vLLM's own memory is not counted.
         reward_model: a module on the meta device.
     """
     config, parameters = plan.config, list(trained.parameters())
     learned = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
     size = bytes_of(learned)
-    held = _training_pass(plan, trained, device_type, autocast, shares_prompts, sampler)
-    draws = _sampling(plan, trained, device_type, autocast, shares_prompts, sampler)
+    held = _training_pass(plan, trained, conditions)
+    draws = _sampling(plan, trained, conditions)
     kept = draws if config.keep_sampling_memory else _Draws()
     # On a CPU, AdamW makes two temporaries of a tensor's size; on CUDA it is one kernel.
     largest = max(bytes_of([p]) for p in learned)
     always = [
         (f"frozen weights ({config.dtype})", bytes_of([*frozen, *trained.buffers()]) if frozen else 0),
         ("trained weights (float32)", size),
-        ("the reference's copy of them", _reference_bytes(plan, trained, device_type)),
+        ("the reference's copy of them", _reference_bytes(plan, trained, conditions.device_type)),
         ("the reward model", 0 if reward_model is None else bytes_of(reward_model.parameters())),
         ("AdamW's two moments (float32)", 2 * size),
     ]
@@ -117,14 +121,10 @@ def estimate(
         Component("the loss: a chunk of logits, its gradients", 0, held.loss, 0),
         Component("the sampler's copy of weights", draws.weights, kept.weights, kept.weights),
         Component("the sampler's keys and values", draws.kv, kept.kv, kept.kv),
-        Component("AdamW's temporaries", 0, 0, 2 * largest if device_type == "cpu" else 0),
+        Component("AdamW's temporaries", 0, 0, 2 * largest if conditions.device_type == "cpu" else 0),
     ]
     present = [part for part in components if any(part[1:])]
     return Estimate(present, config.draws_samples, draws.kv_of_a_prompt, draws.kv)
-
-
-def runs_prompts_first(plan: Plan, sampler: SamplerKind | None, shares_prompts: bool) -> bool:
-    return plan.may_run_prompts_first and sampler == "decode" and shares_prompts
 
 
 def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: DeviceType) -> int:
@@ -138,29 +138,22 @@ def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: Dev
     return bytes_of(trained.reference_parameters.values()) if asked_in_steps or waits_here else 0
 
 
-def _training_pass(
-    plan: Plan,
-    trained: Policy | RewardModel,
-    device_type: DeviceType,
-    autocast: bool,
-    shares_prompts: bool,
-    sampler: SamplerKind | None,
-) -> Held:
+def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> Held:
     """The run's largest micro-batch, forward and backward."""
     rows = [plan.train_rows[i] for i in plan.largest_micro_batch()]
     prompts, branches = [len(row.prompt) for row in rows], [_branch_lengths(plan, row) for row in rows]
-    laid_out = (Rows.packed if shares_prompts else Rows.separate)(prompts, branches)
+    laid_out = (Rows.packed if conditions.shares_prompts else Rows.separate)(prompts, branches)
     held = rehearse(
         trained,
         laid_out,
-        device_type=device_type,
-        autocast=autocast,
-        chunk_bytes=_chunk_bytes(plan, trained, laid_out.counted, max(map(sum, branches)), device_type, autocast),
+        device_type=conditions.device_type,
+        autocast=conditions.autocast,
+        chunk_bytes=_chunk_bytes(plan, trained, laid_out.counted, max(map(sum, branches)), conditions),
         accumulates=not plan.one_micro_batch,
     )
-    if runs_prompts_first(plan, sampler, shares_prompts) and device_type == "cuda":
+    if conditions.prompts_run_first(plan) and conditions.device_type == "cuda":
         # Attention of the branches keeps keys and values of its own, the prompts' among them.
-        again = sum(prompts) * _kv_bytes_per_token(trained, autocast)
+        again = sum(prompts) * _kv_bytes_per_token(trained, conditions.autocast)
         return Held(held.casts, held.activations + again, held.loss, held.gradients, held.temporary)
     return held
 
@@ -176,19 +169,19 @@ def _branch_lengths(plan: Plan, row: Any) -> list[int]:
 
 
 def _chunk_bytes(
-    plan: Plan, trained: Policy | RewardModel, counted: int, largest_group: int, device_type: DeviceType, autocast: bool
+    plan: Plan, trained: Policy | RewardModel, counted: int, largest_group: int, conditions: Conditions
 ) -> int:
     """Temporaries of a call of the loss, as :func:`hypo_kernels.chunks.max_rows` plans them: never more than the
     budget, and less where the rows are few or a CPU's caches want it."""
     if isinstance(trained, RewardModel):
         return 0
-    weight, device = trained.head().weight, torch.device(device_type)
+    weight, device = trained.head().weight, torch.device(conditions.device_type)
     vocab, width = weight.shape
-    compute = torch.bfloat16 if autocast else torch.float32
+    compute = torch.bfloat16 if conditions.autocast else torch.float32
     operand = gemm.operand_dtype(device, compute)
     buffers = 2 if plan.config.kl_estimator == "exact" else 1
     per_row = buffers * (4 * vocab + width * (2 * operand.itemsize + 3 * 4))
-    if device_type == "cpu":
+    if device.type == "cpu":
         counted = min(counted, max(largest_group, CPU_BUFFER_BYTES // per_row, CPU_ROWS))
     budget = plan.config.max_chunk_bytes
     is_operand = weight.dtype == compute == operand
@@ -205,14 +198,8 @@ class _Draws(NamedTuple):
     activations: int = 0
 
 
-def _sampling(
-    plan: Plan,
-    trained: Policy | RewardModel,
-    device_type: DeviceType,
-    autocast: bool,
-    shares_prompts: bool,
-    sampler: SamplerKind | None,
-) -> _Draws:
+def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> _Draws:
+    sampler, device_type, autocast = conditions.sampler, conditions.device_type, conditions.autocast
     if sampler in (None, "vllm") or not isinstance(trained, Policy) or not plan.config.draws_samples:
         return _Draws()
     config, per_token = plan.config, _kv_bytes_per_token(trained, autocast)
@@ -228,7 +215,7 @@ def _sampling(
         of_a_prompt, prefilled = n * (longest + new) * per_token, count * n
     logits = count * n * trained.head().weight.shape[0] * _BYTES_PER_SAMPLED_LOGIT
     options: dict[str, Any] = {"device_type": device_type, "autocast": autocast}
-    if runs_prompts_first(plan, sampler, shares_prompts):
+    if conditions.prompts_run_first(plan):
         kept = rehearse_prompts(trained, [longest] * count, **options, gradients=True).total
         activations = kept + max(count * longest * per_token, logits)
     else:

@@ -203,14 +203,19 @@ def _open(kind: Any, config: Config, path: str, *, autocast: bool, new: Sequence
             )
     except Exception as error:
         raise ModelError(f"cannot load the model {path!r}: {first_line(error)}") from error
-    if missing := sorted(set(found["missing_keys"]) - set(new)):
+    refuse_missing(found, path, new)
+    _disable_dropout(model)
+    return model
+
+
+def refuse_missing(loading_info: dict[str, Any], path: str, new: Sequence[str] = ()) -> None:
+    """Raise ModelError for weights, but the ``new`` ones, that a checkpoint lacks and transformers draws at random."""
+    if missing := sorted(set(loading_info["missing_keys"]) - set(new)):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         names = ", ".join(missing[:3])
         raise ModelError(
             f"the checkpoint {path!r} lacks weights: {names}{more}; choose a complete one (or train it first)"
         )
-    _disable_dropout(model)
-    return model
 
 
 @contextmanager

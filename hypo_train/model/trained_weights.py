@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from hypo_train.model.load import refuse_missing
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError, first_line
 
@@ -60,8 +61,7 @@ def _saved_weights(folder: Path, *, trust_remote_code: bool) -> dict[str, Tensor
     except Exception as error:  # transformers raises a different class for every way to fail
         raise ModelError(f"cannot load the model {str(folder)!r}: {first_line(error)}") from error
     model, info = found
-    if missing := sorted(info["missing_keys"]):  # which transformers would draw at random
-        raise ModelError(f"{str(folder)!r} is no whole model: it has no {', '.join(missing[:3])}")
+    refuse_missing(info, str(folder))
     return dict(model.named_parameters())
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import peak_extra_bytes
 from hypo_train.config import Config
-from hypo_train.costs.estimate import estimate
+from hypo_train.costs.estimate import Conditions, estimate
 from hypo_train.costs.rehearsal import Rows, bytes_of, rehearse
 from hypo_train.metrics import Meter
 from hypo_train.model.architectures import known_architecture
@@ -143,14 +143,8 @@ def measured_peak(config):
 
 def estimated(config, run):
     trained = outline(config, run.trained.base.config, device_type="cpu", autocast=bool(config.bf16))
-    return estimate(
-        Plan(config, run.train_rows, run.eval_rows),
-        trained,
-        device_type="cpu",
-        autocast=bool(config.bf16),
-        shares_prompts=run.trained.shares_prompts,
-        sampler="decode",
-    )
+    conditions = Conditions("cpu", bool(config.bf16), run.trained.shares_prompts, "decode")
+    return estimate(Plan(config, run.train_rows, run.eval_rows), trained, conditions)
 
 
 FAST = [

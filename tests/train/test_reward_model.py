@@ -132,17 +132,23 @@ def test_rloo_learns_from_a_reward_model_of_its_own_tokens(rloo, saved_classifie
     assert "eval_reward" in lines[-1]
 
 
-def test_a_classifier_with_another_tokenizer_reads_texts_and_the_run_says_so(rloo, saved_model, tmp_path):
+def saved_bert(folder, *, max_position_embeddings):
+    """A tiny encoder as reward model, whose tokenizer is not the policies', and that tokenizer."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tiny.WORDS) + 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, num_labels=1, pad_token_id=0, max_position_embeddings=64,
+        intermediate_size=32, num_labels=1, pad_token_id=0, max_position_embeddings=max_position_embeddings,
     )  # fmt: skip
     model = BertForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path / "bert")
+    model.save_pretrained(folder)
     tokenizer = tiny.word_tokenizer()
     tokenizer.add_tokens(["another"])
-    tokenizer.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def test_a_classifier_with_another_tokenizer_reads_texts_and_the_run_says_so(rloo, saved_model, tmp_path):
+    model, tokenizer = saved_bert(tmp_path / "bert", max_position_embeddings=64)
     run = prepare(rloo(tmp_path / "bert"))
     assert isinstance(run.reward.reward, ClassifierReward)
     assert "the reward model reads texts: its tokenizer is not the policy's" in run.report
@@ -161,16 +167,7 @@ def test_a_classifier_with_another_tokenizer_reads_texts_and_the_run_says_so(rlo
 
 
 def test_a_text_that_is_too_long_for_its_classifier_loses_its_beginning(rloo, tmp_path):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tiny.WORDS) + 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, num_labels=1, pad_token_id=0, max_position_embeddings=4,
-    )  # fmt: skip
-    model = BertForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path / "bert")
-    tokenizer = tiny.word_tokenizer()
-    tokenizer.add_tokens(["another"])
-    tokenizer.save_pretrained(tmp_path / "bert")
+    model, tokenizer = saved_bert(tmp_path / "bert", max_position_embeddings=4)
     run = prepare(rloo(tmp_path / "bert"))  # whose prompts and completions may have 24 tokens
     words = tokenizer("tell me about the film it was good").input_ids
     with torch.no_grad():
