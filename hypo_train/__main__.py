@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from hypo_train.config import Config, ConfigError, help_text, load_config
-from hypo_train.interrupt import NotFiniteError, Stopped
+from hypo_train.interrupt import ElsewhereError, NotFiniteError, Stopped
 from hypo_train.invocation import DryRun, take_dry_run
 
 
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except NotFiniteError as error:
         print(f"hypo_train: {error}", file=sys.stderr)
+        return 1
+    except ElsewhereError as error:
+        print(f"hypo_train: another process has failed: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         print(f"hypo_train: {stopped}", file=sys.stderr)

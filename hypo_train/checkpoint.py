@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MANIFEST = "checkpoint.json"
 _MODEL, _OPTIMIZER, _TRAINER = "model.safetensors", "optimizer.safetensors", "trainer.json"
 _FILES = (_MODEL, _OPTIMIZER, _TRAINER)

@@ -12,14 +12,19 @@ from hypo_train.run import Run
 
 
 def stop_if_not_finite(run: Run) -> None:
-    """Raise NotFiniteError if a step so far had a loss or gradient that is not finite; the host waits for the device.
+    """Raise NotFiniteError if a step so far had a loss or gradient that is not finite, on any process; the host waits
+    for the device.
 
     The step's rows are in ``not-finite-step-N.jsonl`` then. No checkpoint is of that step or a later one, so that a
     run that goes on from the newest comes to it again, with the same rows and samples.
     """
-    step = run.finite.first_bad()
-    if step is None:
-        return
+    steps = [step for step in run.processes.gather(run.finite.first_bad()) if step is not None]
+    if steps:
+        raise_not_finite(run, min(steps))
+
+
+def raise_not_finite(run: Run, step: int) -> None:
+    """Keep the rows of ``step``, counted from 0, and raise NotFiniteError."""
     path = run.output_dir / f"not-finite-step-{step + 1}.jsonl"
     write_json_lines(path, [_record(run, run.train_rows[i]) for i in run.rows_of_step(step)])
     raise NotFiniteError(

@@ -1,4 +1,4 @@
-"""What ends a run before its time: numbers that are not finite, or SIGTERM and SIGINT.
+"""What ends a run before its time: numbers that are not finite, another process's end, or SIGTERM and SIGINT.
 
 At a signal a run ends its step, saves and leaves; a second one stops it where it is.
 """
@@ -32,6 +32,10 @@ class Stopped(Exception):
 
 class NotFiniteError(ArithmeticError):
     """NaN or infinity came out of a step; the message says which, and where its rows are."""
+
+
+class ElsewhereError(RuntimeError):
+    """Another process of the run has failed, and has said why itself."""
 
 
 class StopRequest:

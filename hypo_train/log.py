@@ -31,7 +31,31 @@ SHOWN = {
 }
 
 
-class RunLog:
+class SilentLog:
+    """Of a process that leaves the log to the main one."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step."""
+
+    def advance(self, step: int) -> None:
+        """``step`` steps are done."""
+
+    def message(self, text: str) -> None:
+        """Print a line."""
+
+    def close(self) -> None:
+        """Close what was opened."""
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RunLog(SilentLog):
     """The log of one run; a context manager that closes what it opened.
 
     Args:
@@ -100,11 +124,6 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._progress:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hypo_kernels import HypoLoss
+from hypo_train.processes import Processes
 
 _NONE = -1
 
@@ -25,18 +26,20 @@ class Meter:
         self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0) + values.numel()
 
-    def read(self) -> dict[str, float]:
-        """The means so far, in one transfer; the meter starts anew."""
-        if not self._sums:
-            return {}
-        sums = torch.stack(list(self._sums.values())).tolist()
-        means = {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
+    def read(self, processes: Processes | None = None) -> dict[str, float]:
+        """The means so far, of all ``processes``, in one transfer from the device; the meter starts anew."""
+        states = [self.state()] if processes is None else processes.gather(self.state())
         self._sums, self._counts = {}, {}
-        return means
+        names = dict.fromkeys(name for state in states for name in state)
+        found = {name: [state[name] for state in states if name in state] for name in names}
+        return {name: sum(total for total, _ in parts) / sum(n for _, n in parts) for name, parts in found.items()}
 
     def state(self) -> dict[str, tuple[float, int]]:
         """Sum and count of each name, to go on from in a resumed run."""
-        return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values())).tolist()
+        return {name: (total, self._counts[name]) for name, total in zip(self._sums, sums, strict=True)}
 
     def load(self, state: dict[str, tuple[float, int]]) -> None:
         """Take up a saved :meth:`state`."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from hypo_train.config import Config
+from hypo_train.data.formats import DataError
 from hypo_train.data.load import KINDS, load_split_rows
 from hypo_train.data.order import batch_indices, batches_per_epoch, longest_first
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt
+from hypo_train.processes import ALONE, Share
 
 # A run's steps draw from seeds of their own, above the small ones that evaluations use.
 SEEDS_PER_RUN = 2**31
@@ -21,11 +23,12 @@ Rows = Sequence[Pair] | Sequence[Example] | Sequence[Prompt]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows every step trains on, and in which micro-batches."""
+    """Which rows every step trains on, and which of them this process takes, in which micro-batches."""
 
     config: Config
     train_rows: Rows
     eval_rows: Rows
+    share: Share = field(default=ALONE, kw_only=True)
 
     @cached_property
     def total_steps(self) -> int:
@@ -39,8 +42,10 @@ class Plan:
 
     @property
     def batch_size(self) -> int:
-        """Rows of an optimizer step."""
-        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        """Rows of an optimizer step, of all processes; as many for each of them."""
+        config, count = self.config, self.share.count
+        wanted = config.per_device_train_batch_size * config.gradient_accumulation_steps * count
+        return wanted if count == 1 else min(wanted, len(self.train_rows) // count * count)
 
     @property
     def max_new_tokens(self) -> int:
@@ -58,7 +63,7 @@ class Plan:
         if budget is None:
             return self.config.gradient_accumulation_steps == 1
         longest = sorted((length + self.max_sampled for length in self._row_lengths), reverse=True)
-        return sum(longest[: self.batch_size]) <= budget
+        return sum(longest[: self.batch_size // self.share.count]) <= budget
 
     @property
     def may_run_prompts_first(self) -> bool:
@@ -80,11 +85,11 @@ class Plan:
         yield slice(start, len(lengths))
 
     def largest_micro_batch(self) -> list[int]:
-        """The training rows of the run's micro-batch of most tokens, if samples are as long as they may be."""
+        """The training rows of this process's micro-batch of most tokens, if samples are as long as they may be."""
         longest = [length + self.max_sampled for length in self._row_lengths]
         largest: list[int] = []
         for step in range(self.total_steps):
-            rows = self.rows_of_step(step)
+            rows = self.share.of(self.rows_of_step(step))
             parts = [rows[part] for part in self.micro_batches([longest[i] for i in rows])]
             largest = max([largest, *parts], key=lambda part: sum(longest[i] for i in part))
         return largest
@@ -94,7 +99,8 @@ class Plan:
         return (self.config.seed + 1) * SEEDS_PER_RUN + step
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Which training rows an optimizer step trains on, longest first: micro-batches are cut in this order."""
+        """Which training rows an optimizer step trains on, longest first: processes divide them, and micro-batches are
+        cut, in this order."""
         grouped = self._row_lengths if self.config.group_by_length else None
         indices = batch_indices(len(self.train_rows), self.batch_size, step, self.config.seed, grouped)
         return longest_first(indices, self._row_lengths)
@@ -104,8 +110,15 @@ class Plan:
         return tuple(row.num_tokens for row in self.train_rows)
 
 
-def load_plan(config: Config, tokenizer: Any, eos_token_ids: Sequence[int]) -> tuple[Plan, dict[str, DataReport]]:
+def load_plan(
+    config: Config, tokenizer: Any, eos_token_ids: Sequence[int], share: Share = ALONE
+) -> tuple[Plan, dict[str, DataReport]]:
     """Training and evaluation rows as the algorithm learns from them, and a report on each. Raises ``DataError``."""
     kind: type[Any] = KINDS.get(config.algorithm, Pair)
     train_rows, eval_rows, reports = load_split_rows(kind, config, tokenizer, eos_token_ids)
-    return Plan(config, train_rows, eval_rows), reports
+    if len(train_rows) < share.count:
+        raise DataError(
+            f"{len(train_rows)} training rows for {share.count} processes: each of them needs a row in every step, "
+            "start fewer"
+        )
+    return Plan(config, train_rows, eval_rows, share=share), reports

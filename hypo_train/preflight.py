@@ -376,7 +376,7 @@ def _describe_steps(config: Config, plan: Plan, found: Findings) -> None:
         found.steps.append(f"{config.num_generations} samples of each prompt, of up to {plan.max_new_tokens} tokens")
     if plan.batch_size > len(plan.train_rows):
         found.warnings.append(f"a step has room for {plan.batch_size} {kind}, and there are {len(plan.train_rows)}")
-    if known := splits_to_precompute(config, plan.train_rows, plan.eval_rows, plan.total_steps):
+    if known := splits_to_precompute(plan):
         found.steps.append(f"the reference's log-probs of {' and '.join(sorted(known))} pairs are computed beforehand")
     found.steps.append(f"largest micro-batch: {_size(plan)}")
     found.steps.append(f"output in {config.output_dir}")

@@ -30,12 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.data.order import batches_per_epoch
 from hypo_train.data.rows import Pair
 from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
+from hypo_train.plan import Plan
+from hypo_train.processes import Processes, Share
 from hypo_train.trees.batch import Batcher
 
 FORMAT_VERSION = 1  # of the file, and of how the values are computed: raised when either changes
@@ -56,21 +57,20 @@ def precompute_pays(rows: Sequence[Pair], passes: float, *, prompts_shared: bool
     return once <= passes * (completions if prompts_shared else once)
 
 
-def splits_to_precompute(
-    config: Config, train_rows: Sequence[Any], eval_rows: Sequence[Any], total_steps: int
-) -> set[str]:
+def splits_to_precompute(plan: Plan) -> set[str]:
     """Which of "train" and "eval" have their reference log-probs computed before the first step."""
-    splits = {"train"} | ({"eval"} if eval_rows else set())
+    config: Config = plan.config
+    rows: dict[str, Any] = {"train": plan.train_rows, "eval": plan.eval_rows}
+    splits = {split for split in rows if rows[split]}
     if config.precompute_ref_log_probs is not None:
         return splits if config.precompute_ref_log_probs else set()
     if config.algorithm == "rloo" or not config.has_reference or config.kl_estimator == "exact":
         return set()
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    epochs = total_steps / batches_per_epoch(len(train_rows), batch_size)
-    evaluations = 1 + math.ceil(total_steps / config.eval_steps) if config.eval_steps else 1
+    epochs = plan.total_steps / plan.steps_per_epoch
+    evaluations = 1 + math.ceil(plan.total_steps / config.eval_steps) if config.eval_steps else 1
     pays = {
-        "train": precompute_pays(train_rows, epochs, prompts_shared=config.algorithm == "hypo"),
-        "eval": precompute_pays(eval_rows, evaluations, prompts_shared=False),
+        "train": precompute_pays(rows["train"], epochs, prompts_shared=config.algorithm == "hypo"),
+        "eval": precompute_pays(rows["eval"], evaluations, prompts_shared=False),
     }
     return {split for split in splits if pays[split]}
 
@@ -103,6 +103,7 @@ def pair_reference_logps(
     *,
     batcher: Batcher,
     device: torch.device,
+    processes: Processes,
     autocast: bool,
     folder: Path,
     split: str,
@@ -111,6 +112,7 @@ def pair_reference_logps(
     """Log-probs of each row's chosen and rejected under the frozen reference, fp32 (len(rows), 2) on ``device``.
 
     Args:
+        processes: divide the rows; the main one reads and writes the file.
         autocast: compute under bfloat16 autocast, as the steps do.
         folder: the cache's, which can be written.
         split: what the rows are called in the lines that are printed.
@@ -120,25 +122,38 @@ def pair_reference_logps(
         ModelError: a log-prob is not finite.
     """
     path = folder / f"{cache_key(policy, rows, config, autocast=autocast)}.safetensors"
-    if path.exists():
-        try:
-            logps = _read(path, len(rows))
-        except (_UnusableError, OSError, SafetensorError) as error:
-            _say(f"{split}: {path} is not used, and is computed anew: {error}")
-        else:
-            _say(f"{split}: reference log-probs of {len(rows):,} pairs read from {path}")
-            return logps.to(device)
+    known = processes.on_main(lambda: _kept(path, len(rows), split))
+    if known is not None:
+        return known.to(device)
     started = time.monotonic()
-    logps = _computed(policy, rows, config, batcher, device, autocast, f"{split}: reference log-probs", progress)
-    _check_finite(logps, rows)
+    label = f"{split}: reference log-probs"
+    computed = _computed(policy, rows, config, batcher, device, processes, autocast, label, progress)
+    _check_finite(computed, rows)
     spent = tqdm.format_interval(time.monotonic() - started)
+    processes.on_main(lambda: _keep(path, computed, policy, f"{label} of {len(rows):,} pairs computed in {spent}"))
+    return computed.to(device)
+
+
+def _kept(path: Path, num_rows: int, split: str) -> Tensor | None:
+    """What the file holds; None where there is none that can be used."""
+    if not path.exists():
+        return None
+    try:
+        logps = _read(path, num_rows)
+    except (_UnusableError, OSError, SafetensorError) as error:
+        _say(f"{split}: {path} is not used, and is computed anew: {error}")
+        return None
+    _say(f"{split}: reference log-probs of {num_rows:,} pairs read from {path}")
+    return logps
+
+
+def _keep(path: Path, logps: Tensor, policy: Policy, what: str) -> None:
     try:
         _write(path, logps, policy)
     except OSError as error:  # a disk that filled up is no reason to lose the pass
-        _say(f"{split}: reference log-probs of {len(rows):,} pairs computed in {spent}, not kept: {error}")
+        _say(f"{what}, not kept: {error}")
     else:
-        _say(f"{split}: reference log-probs of {len(rows):,} pairs computed in {spent}, kept in {path}")
-    return logps.to(device)
+        _say(f"{what}, kept in {path}")
 
 
 def cache_key(policy: Policy, rows: Sequence[Pair], config: Config, *, autocast: bool) -> str:
@@ -185,6 +200,7 @@ def _computed(
     config: Config,
     batcher: Batcher,
     device: torch.device,
+    processes: Processes,
     autocast: bool,
     label: str,
     progress: bool,
@@ -193,12 +209,16 @@ def _computed(
     order = sorted(range(len(rows)), key=lambda i: -rows[i].num_tokens)
     size = config.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    logps = torch.empty(len(rows), 2, dtype=torch.float32)
+    mine = processes.share.of(batches)
+    found = []
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        for batch in _shown(batches, label, len(rows)) if progress else batches:
+        for batch in _shown(mine, label, sum(map(len, mine))) if progress else mine:
             tree = batcher.pairs([rows[i] for i in batch], []).to(device)
-            found = policy.reference(tree, sequence_logprobs_of(tree, config))
-            logps[batch] = found.float().view(2, -1).T.cpu()
+            found.append(policy.reference(tree, sequence_logprobs_of(tree, config)).float().view(2, -1).T.cpu())
+    logps = torch.empty(len(rows), 2, dtype=torch.float32)
+    for rank, of_rank in enumerate(processes.gather(found)):
+        for batch, values in zip(Share(rank, processes.count).of(batches), of_rank, strict=True):
+            logps[batch] = values
     return logps
 
 

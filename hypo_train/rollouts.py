@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hypo_kernels import HypoLoss
 from hypo_train.metrics import Meter
+from hypo_train.processes import ALONE, Share
 from hypo_train.sampling import PromptKV, Sampler
 from hypo_train.trees.tree import Tree
 
@@ -66,8 +67,9 @@ class Rollouts:
         total_steps: of the run; nothing is drawn beyond it.
         num_generations: samples a prompt.
         max_new_tokens: of a sample, EOS included.
-        prompts_of: the prompts of a step, token ids, the same at every call.
+        prompts_of: the prompts of a step, token ids, the same at every call; of all processes.
         seed_of: the seed of the draw that begins at a step.
+        share: which of the prompts are this process's.
 
     Raises:
         ValueError: ``num_steps`` below 1.
@@ -83,6 +85,7 @@ class Rollouts:
         max_new_tokens: int,
         prompts_of: Callable[[int], list[list[int]]],
         seed_of: Callable[[int], int],
+        share: Share = ALONE,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}: a draw serves at least 1 step")
@@ -92,6 +95,7 @@ class Rollouts:
         self.num_generations = num_generations
         self.max_new_tokens = max_new_tokens
         self.prompts_of = prompts_of
+        self.share = share
         self.seed_of = seed_of
         self._ahead: dict[int, StepSamples] = {}  # of the steps of this window that are still to come
 
@@ -115,14 +119,22 @@ class Rollouts:
         return self._ahead.pop(step)
 
     def _draw(self, steps: range, prompt_kv: PromptKV | None) -> dict[int, StepSamples]:
-        """One call of the sampler for the prompts of all ``steps``."""
-        prompts = [self.prompts_of(step) for step in steps]
+        """One call of the sampler for this process's prompts of all ``steps``."""
+        everywhere = [self.prompts_of(step) for step in steps]
+        first = [0, *accumulate(len(of_step) for of_step in everywhere)]
+        prompts = [self.share.of(of_step) for of_step in everywhere]
+        numbers = [
+            start + place
+            for start, of_step in zip(first, everywhere, strict=False)
+            for place in self.share.places(len(of_step))
+        ]
         samples = self.sampler.sample(
             [prompt for of_step in prompts for prompt in of_step],
             self.num_generations,
             self.max_new_tokens,
             seed=self.seed_of(steps[0]),
             prompt_kv=prompt_kv,
+            numbers=numbers,
         )
         completions = samples.completions()
         bounds = [0, *accumulate(len(of_step) for of_step in prompts)]

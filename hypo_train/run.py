@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hypo_train.config import Config, ConfigError
+from hypo_train.config import Config
 from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
@@ -24,8 +24,9 @@ from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.plan import Plan, load_plan
+from hypo_train.processes import Processes
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
-from hypo_train.reward import Reward, load_function, load_reward
+from hypo_train.reward import Reward, RewardFunction, load_function, load_reward
 from hypo_train.rollouts import Rollouts
 from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, VLLMSampler, serves
 from hypo_train.trees.batch import Batcher
@@ -36,6 +37,7 @@ class Run(Plan):
     """Everything a step needs, built and checked before the first one."""
 
     accelerator: Accelerator
+    processes: Processes
     tokenizer: Any
     trained: Policy | RewardModel  # bare, for its parameters
     model: Any  # the same as accelerate wraps it, for the forward pass that trains
@@ -105,6 +107,7 @@ class Run(Plan):
             num_generations=self.config.num_generations,
             max_new_tokens=self.max_new_tokens,
             prompts_of=lambda step: [list(self.train_rows[i].prompt) for i in self.rows_of_step(step)],
+            share=self.share,
             seed_of=self.step_seed,
         )
 
@@ -113,12 +116,19 @@ def prepare(config: Config) -> Run:
     """Load and check everything, cheapest first: configuration, data, then the model."""
     function = None if config.reward is None else load_function(config.reward)
     accelerator = build_accelerator(config)
+    processes = Processes()
+    return processes.together(lambda: _prepared(config, function, accelerator, processes))
+
+
+def _prepared(
+    config: Config, function: RewardFunction | None, accelerator: Accelerator, processes: Processes
+) -> Run:
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
     ends = eos_token_ids(generation_config(config), tokenizer)
-    plan, reports = load_plan(config, tokenizer, ends)
+    plan, reports = load_plan(config, tokenizer, ends, processes.share)
     total_steps = plan.total_steps
-    if splits_to_precompute(config, plan.train_rows, plan.eval_rows, total_steps):
+    if splits_to_precompute(plan):
         require_writable(cache_folder(config))
     reward, why_texts = load_reward(config, function, tokenizer, ends, accelerator)
     torch.manual_seed(config.seed)  # the first weights of an adapter or a score
@@ -161,6 +171,7 @@ def prepare(config: Config) -> Run:
     return Run(
         config=config,
         accelerator=accelerator,
+        processes=processes,
         tokenizer=tokenizer,
         trained=trained,
         model=model,
@@ -170,6 +181,7 @@ def prepare(config: Config) -> Run:
         scheduler=scheduler,
         train_rows=plan.train_rows,
         eval_rows=plan.eval_rows,
+        share=plan.share,
         reward=reward,
         report=report,
         timer=PhaseTimer(accelerator.device),
@@ -225,7 +237,7 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
     if not isinstance(run.trained, Policy):
         return run
     splits: dict[str, Any] = {"train": run.train_rows, "eval": run.eval_rows}
-    wanted = splits_to_precompute(config, run.train_rows, run.eval_rows, run.total_steps)
+    wanted = splits_to_precompute(run)
     for split in [name for name in splits if name in wanted]:
         run.ref_logps[split] = pair_reference_logps(
             run.policy,
@@ -233,6 +245,7 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
             config,
             batcher=run.batcher,
             device=run.accelerator.device,
+            processes=run.processes,
             autocast=run.accelerator.mixed_precision == "bf16",
             folder=cache_folder(config),
             split=split,
@@ -255,7 +268,4 @@ def generation_config(config: Config) -> GenerationConfig | None:
 
 def build_accelerator(config: Config) -> Accelerator:
     bf16 = torch.cuda.is_available() if config.bf16 is None else config.bf16
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
-    if accelerator.num_processes > 1:
-        raise ConfigError(f"started as {accelerator.num_processes} processes: training runs on one device so far")
-    return accelerator
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())

@@ -33,19 +33,27 @@ FREE_WITHOUT_RLOO = {"reward", "reward_model_path", "missing_eos_penalty"}
 
 
 def save(run: Run, meter: Meter, step: int) -> None:
-    save_checkpoint(
-        checkpoint_folder(run.output_dir, step),
-        step=step,
-        model_state=run.trained.trained_parameters(),
-        optimizer=run.optimizer,
-        scheduler=run.scheduler,
-        extra={
-            "config": run.config.model_dump(),
-            "meter": meter.state(),
-            "rollouts": run.rollouts.state() if run.config.draws_samples else [],
-        },
-    )
-    prune(run.output_dir, run.config.save_total_limit)
+    """A checkpoint of all processes, which the main one writes."""
+    meters = run.processes.gather(meter.state())
+    rollouts = run.processes.gather(run.rollouts.state() if run.config.draws_samples else [])
+
+    def write() -> None:
+        save_checkpoint(
+            checkpoint_folder(run.output_dir, step),
+            step=step,
+            model_state=run.trained.trained_parameters(),
+            optimizer=run.optimizer,
+            scheduler=run.scheduler,
+            extra={
+                "config": run.config.model_dump(),
+                "rows_a_step": run.batch_size,
+                "meters": meters,  # by rank, as what follows
+                "rollouts": rollouts,
+            },
+        )
+        prune(run.output_dir, run.config.save_total_limit)
+
+    run.processes.on_main(write)
 
 
 def refuse_to_overwrite(config: Config) -> None:
@@ -72,7 +80,7 @@ def resume(run: Run, meter: Meter) -> int:
     wanted = run.config.resume_from_checkpoint
     if wanted is None:
         return 0
-    folder = checkpoint_to_resume(run.config)
+    folder = run.processes.on_main(lambda: checkpoint_to_resume(run.config))
     if folder is None:
         run.report.append(f"no checkpoint in {run.output_dir}: starting from the beginning")
         return 0
@@ -81,25 +89,58 @@ def resume(run: Run, meter: Meter) -> int:
         optimizer=run.optimizer,
         scheduler=run.scheduler,
         verify=wanted != "auto",
-        accept=lambda extra: _check_same_run(run.config, extra["config"], folder),
+        accept=lambda extra: _check_same_run(run, extra, folder),
     )
     parameters = run.trained.trained_parameters()
     with torch.no_grad():
         for name, saved in checkpoint.model_state.items():
             parameters[name].copy_(saved)
-    meter.load(checkpoint.extra["meter"])
+    _load_meter(meter, checkpoint.extra["meters"], run)
     if run.config.draws_samples:
-        run.rollouts.load(checkpoint.extra["rollouts"])
+        run.rollouts.load(_mine(checkpoint.extra["rollouts"], run, folder))
     if run.sampler is not None:
         run.sampler.weights_changed(checkpoint.step)
     run.report.append(f"continuing from {folder}, step {checkpoint.step}")
     return checkpoint.step
 
 
-def _check_same_run(config: Config, saved: dict[str, Any], folder: Path) -> None:
+def _load_meter(meter: Meter, states: list[dict[str, tuple[float, int]]], run: Run) -> None:
+    """What each process had counted; all of it on the main one, where there were not as many processes."""
+    if len(states) == run.share.count:
+        meter.load(states[run.share.rank])
+        return
+    together: dict[str, tuple[float, int]] = {}
+    for name, (total, count) in (item for state in states for item in state.items()):
+        before = together.get(name, (0.0, 0))
+        together[name] = (before[0] + total, before[1] + count)
+    meter.load(together if run.processes.is_main else {})
+
+
+def _mine(rollouts: list[list[Any]], run: Run, folder: Path) -> list[Any]:
+    """This process's part of the samples that were drawn ahead."""
+    if len(rollouts) == run.share.count:
+        return rollouts[run.share.rank]
+    if any(rollouts):
+        raise ConfigError(
+            f"{folder} holds samples that {len(rollouts)} processes have drawn ahead (rollout_steps="
+            f"{run.config.rollout_steps}), and these are {run.share.count}: go on with as many"
+        )
+    return []
+
+
+def _check_same_run(run: Run, extra: dict[str, Any], folder: Path) -> None:
+    config, saved = run.config, extra["config"]
     defaults = {name: field.default for name, field in Config.model_fields.items()}
     saved, now = defaults | saved, config.model_dump()  # a setting that is newer than the checkpoint had its default
     free = FREE_TO_CHANGE if config.algorithm == "rloo" else FREE_TO_CHANGE | FREE_WITHOUT_RLOO
+    if len(extra["meters"]) != run.share.count:
+        free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # how other devices cut a step up
+        if extra["rows_a_step"] != run.batch_size:
+            raise ConfigError(
+                f"{folder} is of a run with {extra['rows_a_step']} rows a step on {len(extra['meters'])} processes, "
+                f"and this one has {run.batch_size} on {run.share.count}: change gradient_accumulation_steps or "
+                "per_device_train_batch_size, so that a step has as many"
+            )
     changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in now.items()
@@ -112,8 +153,12 @@ def _check_same_run(config: Config, saved: dict[str, Any], folder: Path) -> None
 def save_model(run: Run) -> Path:
     """The final model and its tokenizer, complete or not there at all."""
     folder, unfinished = run.output_dir / "final", run.output_dir / "final.tmp"
-    for old in (folder, unfinished):
-        shutil.rmtree(old, ignore_errors=True)
-    run.trained.save_pretrained(unfinished)
-    run.tokenizer.save_pretrained(unfinished)
-    return unfinished.rename(folder)
+
+    def write() -> Path:
+        for old in (folder, unfinished):
+            shutil.rmtree(old, ignore_errors=True)
+        run.trained.save_pretrained(unfinished)
+        run.tokenizer.save_pretrained(unfinished)
+        return unfinished.rename(folder)
+
+    return run.processes.on_main(write)

@@ -7,6 +7,7 @@ but the weights, the optimizer's, the step's number and what was sampled ahead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,17 +27,22 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
     timer = run.timer
     torch.manual_seed(run.step_seed(step))
     with timer.phase("data"):
-        indices = run.rows_of_step(step)
+        everywhere = run.rows_of_step(step)  # on all processes
+        indices = run.share.of(everywhere)
         rows: list[Any] = [run.train_rows[i] for i in indices]
+        # Of the step's mean loss, which the processes' gradients are averaged to.
+        weight = _weight([run.train_rows[i] for i in everywhere]) / run.share.count
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None
     for part in run.micro_batches(_lengths(rows, samples)):
         drawn = samples.of_prompts(part.start, part.stop) if samples else None
         batch = MicroBatch(rows[part], indices[part], drawn, prompts)
-        loss = loss_of(run, batch, meter)
-        run.finite.see(step, loss.detach())
-        with timer.phase("backward"):
-            run.accelerator.backward(loss * (_weight(batch.rows) / _weight(rows)))
+        last = part.stop == len(rows)
+        with nullcontext() if last else run.accelerator.no_sync(run.model):  # processes exchange gradients once
+            loss = loss_of(run, batch, meter)
+            run.finite.see(step, loss.detach())
+            with timer.phase("backward"):
+                run.accelerator.backward(loss * (_weight(batch.rows) / weight))
     with timer.phase("optimizer"):
         if run.config.max_grad_norm > 0:
             norm = _clip_gradients(run)

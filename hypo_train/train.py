@@ -11,10 +11,11 @@ import torch
 from hypo_train.checkpoint import checkpoint_folder
 from hypo_train.config import Config
 from hypo_train.costs.memory import peak_memory
+from hypo_train.costs.throughput import of_all_processes
 from hypo_train.evaluation.held_out import Evaluation, evaluate
-from hypo_train.finite import stop_if_not_finite
+from hypo_train.finite import raise_not_finite, stop_if_not_finite
 from hypo_train.interrupt import Stopped, StopRequest
-from hypo_train.log import RunLog
+from hypo_train.log import RunLog, SilentLog
 from hypo_train.metrics import Meter
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
@@ -40,23 +41,26 @@ def train(config: Config, *, progress: bool = True) -> Result:
     refuse_to_overwrite(config)
     run, meter = prepare(config), Meter()
     first_step = resume(run, meter)
-    for line in run.report:
+    is_main = run.processes.is_main
+    for line in run.report if is_main else []:
         print(line, flush=True)
-    run = with_reference_logps(run, progress=progress)
-    log = RunLog(
-        run.output_dir,
-        run.total_steps,
-        tensorboard=config.tensorboard,
-        resume_step=first_step,
-        progress=progress,
-    )
-    with log, StopRequest() as stop:
+    run = with_reference_logps(run, progress=progress and is_main)
+    log = SilentLog()
+    if is_main:
+        log = RunLog(
+            run.output_dir,
+            run.total_steps,
+            tensorboard=config.tensorboard,
+            resume_step=first_step,
+            progress=progress,
+        )
         (run.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    with log, StopRequest() as stop:
         evaluation = _train_from(run, log, meter, first_step, stop)
     return Result(save_model(run), evaluation)
 
 
-def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:
+def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:
     """Steps ``first_step`` to the end; the last evaluation."""
     config = run.config
     evaluation = None
@@ -67,7 +71,7 @@ def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int, stop: Stop
         _step(run, step, meter)
         done = step + 1
         last = done == run.total_steps
-        stopped_by = None if last else stop.number
+        stopped_by = None if last else run.processes.max(stop.number or 0) or None
         log.advance(done)
         logs = last or done % config.logging_steps == 0
         evaluates = last or (config.eval_steps and done % config.eval_steps == 0)
@@ -75,7 +79,7 @@ def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int, stop: Stop
         if logs or evaluates or saves:
             stop_if_not_finite(run)  # from here on, and nowhere else, the host waits for the device
         if logs:
-            metrics = meter.read()
+            metrics = meter.read(run.processes)
             metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
             metrics["epoch"] = done / run.steps_per_epoch
             log.log(done, metrics | _costs(run))
@@ -93,7 +97,8 @@ def _step(run: Run, step: int, meter: Meter) -> None:
         with run.timer.step():
             train_step(run, step, meter)
     except (RuntimeError, LookupError):  # weights that are not finite break a sampler before anybody has looked
-        stop_if_not_finite(run)
+        if (bad := run.finite.first_bad()) is not None:  # here: other processes may not have come to this
+            raise_not_finite(run, bad)
         raise
 
 
@@ -101,10 +106,11 @@ def _costs(run: Run) -> dict[str, float]:
     """What the steps since the last call took: time by phases, work and its rates, memory."""
     steps = run.timer.steps
     times = run.timer.read()
-    return times | run.throughput.read(steps, steps * times["time/step"]) | peak_memory(run.accelerator.device)
+    here = times | run.throughput.read(steps, steps * times["time/step"]) | peak_memory(run.accelerator.device)
+    return of_all_processes(run.processes.gather(here))
 
 
-def _evaluate(run: Run, log: RunLog, step: int) -> Evaluation | None:
+def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
     if not run.eval_rows:
         return None
     if run.config.has_reference:
@@ -114,7 +120,7 @@ def _evaluate(run: Run, log: RunLog, step: int) -> Evaluation | None:
     if run.config.has_reference and not run.steps_ask_reference:
         run.policy.reference_to(torch.device("cpu"))
     log.log(step, evaluation.metrics)
-    if not evaluation.samples:
+    if not (evaluation.samples and run.processes.is_main):
         return evaluation
     folder = run.output_dir / "samples"
     folder.mkdir(exist_ok=True)

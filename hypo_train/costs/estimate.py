@@ -132,7 +132,7 @@ def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: Dev
     config = plan.config
     if not isinstance(trained, Policy) or not config.has_reference:
         return 0
-    known = splits_to_precompute(config, plan.train_rows, plan.eval_rows, plan.total_steps)
+    known = splits_to_precompute(plan)
     asked_in_steps = config.draws_samples or "train" not in known
     waits_here = device_type == "cpu" and bool(plan.eval_rows)
     return bytes_of(trained.reference_parameters.values()) if asked_in_steps or waits_here else 0

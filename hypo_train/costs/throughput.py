@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hypo_train.costs.flops import ModelFlops, Size
 from hypo_train.trees.tree import Tree
@@ -64,3 +64,20 @@ class Throughput:
         self._rows, self._tokens = 0, 0
         self._computed.clear()
         return metrics
+
+
+# Of metrics that say what one device did, and of those that all devices did together; the others are a mean.
+_MOST = ("memory/",)
+_TOGETHER = ("tokens_per_second", "train_samples_per_second", "tflops_per_second")
+
+
+def of_all_processes(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What a step cost on each process, as one: rates added up, the most memory, mean seconds, FLOPs and ``mfu``."""
+    found = {}
+    for name in dict.fromkeys(name for of_one in costs for name in of_one):
+        values = [of_one[name] for of_one in costs if name in of_one]
+        if name.startswith(_MOST):
+            found[name] = max(values)
+        else:
+            found[name] = sum(values) / (1 if name in _TOGETHER else len(values))
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from hypo_train.config import Config
+from hypo_train.config import Config, ConfigError
 from hypo_train.data.load import load_held_out
 from hypo_train.evaluation.settings import Settings
 from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
@@ -18,6 +18,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.trained_weights import put_trained_weights
 from hypo_train.model.tree_model import ModelError
+from hypo_train.processes import Processes
 from hypo_train.reward import Reward, load_function, load_reward
 from hypo_train.run import build_accelerator, build_sampler, generation_config
 from hypo_train.sampling import Sampler
@@ -30,6 +31,7 @@ class FinishedRun:
 
     config: Config
     accelerator: Accelerator
+    processes: Processes
     tokenizer: Any
     trained: Policy | RewardModel
     has_reference: bool
@@ -62,6 +64,9 @@ def prepare_finished(settings: Settings) -> FinishedRun:
     config = _as_loaded(settings)
     function = None if config.reward is None else load_function(config.reward)
     accelerator = build_accelerator(config)
+    processes = Processes()
+    if processes.count > 1:
+        raise ConfigError(f"started as {processes.count} processes: evaluate runs in one, start it without torchrun")
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
     _check_tokenizers(settings, tokenizer)
@@ -86,6 +91,7 @@ def prepare_finished(settings: Settings) -> FinishedRun:
     return FinishedRun(
         config=config,
         accelerator=accelerator,
+        processes=processes,
         tokenizer=tokenizer,
         trained=trained,
         has_reference=settings.reference is not None,

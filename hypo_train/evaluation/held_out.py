@@ -62,9 +62,9 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
     with eval_mode(run.trained):
         meter = Meter()
         size = config.per_device_eval_batch_size
-        for start in _bar(range(0, len(run.eval_rows), size), "rows", progress):
+        for start in _bar(run.processes.share.of(range(0, len(run.eval_rows), size)), "rows", progress):
             _add_rows(meter, run, start, start + size)
-        metrics = meter.read()
+        metrics = meter.read(run.processes)
         samples = []
         if run.sampler is not None:
             samples = _samples(run, kl_rule or KLRule(), progress=progress)
@@ -107,31 +107,38 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
 
 
 def _samples(run: Run | FinishedRun, kl_rule: KLRule, *, progress: bool) -> list[dict[str, Any]]:
-    """One record for each of ``num_eval_samples`` completions of each evaluation prompt."""
+    """One record for each of ``num_eval_samples`` completions of each evaluation prompt, of all processes."""
+    config = run.config
+    starts = range(0, min(config.num_eval_prompts, len(run.eval_rows)), config.per_device_eval_batch_size)
+    mine = [_samples_of(run, kl_rule, start) for start in _bar(run.processes.share.of(starts), "samples", progress)]
+    batches = run.processes.gather(mine)
+    return [record for i in range(len(starts)) for record in batches[i % len(batches)][i // len(batches)]]
+
+
+def _samples_of(run: Run | FinishedRun, kl_rule: KLRule, start: int) -> list[dict[str, Any]]:
+    """The records of one batch of prompts, drawn from seeds of its own."""
     assert run.sampler is not None
     config, records = run.config, []
-    rows = run.eval_rows[: config.num_eval_prompts]
-    size, n = config.per_device_eval_batch_size, config.num_eval_samples
-    for start in _bar(range(0, len(rows), size), "samples", progress):
-        batch = rows[start : start + size]
-        prompts = [list(row.prompt) for row in batch]
-        drawn = run.sampler.sample(prompts, n, run.max_new_tokens, seed=start)
-        completions, ended = drawn.completions(), drawn.ended.tolist()
-        kl = _log_ratios(run, prompts, completions, kl_rule)
-        if kl_rule.ends:
-            completions = [_up_to_end(completion, kl_rule.ends) for completion in completions]
-            ended = [completion[-1] in kl_rule.ends for completion in completions]
-        rewards = None if run.reward is None else run.reward(prompts, completions).tolist()
-        for i, completion in enumerate(completions):
-            row = batch[i // n]
-            record: dict[str, Any] = {"row": row.row, "prompt": _text(run, row.prompt)}
-            record["completion"] = _text(run, completion)
-            if (reference := _reference_response(row)) is not None:
-                record["reference"] = _text(run, reference)
-            record |= {"length": len(completion), "ended": ended[i], "kl": kl[i]}
-            if rewards is not None:
-                record["reward"] = rewards[i]
-            records.append(record)
+    n = config.num_eval_samples
+    batch = run.eval_rows[: config.num_eval_prompts][start : start + config.per_device_eval_batch_size]
+    prompts = [list(row.prompt) for row in batch]
+    drawn = run.sampler.sample(prompts, n, run.max_new_tokens, seed=start)
+    completions, ended = drawn.completions(), drawn.ended.tolist()
+    kl = _log_ratios(run, prompts, completions, kl_rule)
+    if kl_rule.ends:
+        completions = [_up_to_end(completion, kl_rule.ends) for completion in completions]
+        ended = [completion[-1] in kl_rule.ends for completion in completions]
+    rewards = None if run.reward is None else run.reward(prompts, completions).tolist()
+    for i, completion in enumerate(completions):
+        row = batch[i // n]
+        record: dict[str, Any] = {"row": row.row, "prompt": _text(run, row.prompt)}
+        record["completion"] = _text(run, completion)
+        if (reference := _reference_response(row)) is not None:
+            record["reference"] = _text(run, reference)
+        record |= {"length": len(completion), "ended": ended[i], "kl": kl[i]}
+        if rewards is not None:
+            record["reward"] = rewards[i]
+        records.append(record)
     return records
 
 
@@ -169,7 +176,7 @@ def _log_ratios(
     return (run.policy(tree, logprobs) - run.policy.reference(tree, logprobs)).tolist()
 
 
-def _bar(starts: range, what: str, progress: bool) -> Iterable[int]:
+def _bar(starts: Sequence[int], what: str, progress: bool) -> Iterable[int]:
     """The same batches, with a bar on a terminal."""
     return tqdm(starts, desc=what, unit="batch", disable=not (progress and sys.stderr.isatty()), dynamic_ncols=True)
 

@@ -50,8 +50,9 @@ class _Draws(NamedTuple):
 class DecodeSampler:
     """Draws by decoding all branches of all prompts together; prompts are prefilled, and their KV held, once.
 
-    Random numbers belong to (seed, row, token), so neither the plan of batches nor an early end of other rows
-    changes a draw by more than the rounding of a product of another shape.
+    Random numbers belong to (seed, the prompt's number, token), so neither the plan of batches nor an early end of
+    other rows, nor how many processes divide a draw, changes it by more than the rounding of a product of another
+    shape.
 
     Args:
         model: a decoder with a language-model head, or a PeftModel around one, that `serves` finds nothing
@@ -125,6 +126,7 @@ class DecodeSampler:
         *,
         seed: int,
         prompt_kv: PromptKV | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Samples:
         """See `Sampler.sample`.
 
@@ -140,7 +142,10 @@ class DecodeSampler:
         shape = replace(self._kv_shape, dtype=compute_dtype(self.model))
         # On the host: the same numbers whatever the device.
         generator = torch.Generator().manual_seed(seed)
-        uniforms = torch.rand(len(prompts), n, max_new_tokens, dtype=torch.float64, generator=generator)
+        of_all = torch.rand(
+            1 + max(numbers or [len(prompts) - 1]), n, max_new_tokens, dtype=torch.float64, generator=generator
+        )
+        uniforms = of_all if numbers is None else of_all[list(numbers)]
         draws = _Draws(
             tokens=torch.full(uniforms.shape, self.pad_token_id, device=device),
             mask=torch.zeros(uniforms.shape, dtype=torch.bool, device=device),

@@ -23,6 +23,7 @@ from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
+from hypo_train.plan import Plan
 from hypo_train.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.train import train
@@ -66,6 +67,7 @@ def logps_of(run, folder, *, rows=None, autocast=False, config=None):
         config or run.config,
         batcher=run.batcher,
         device=run.accelerator.device,
+        processes=run.processes,
         autocast=autocast,
         folder=folder,
         split="train",
@@ -478,10 +480,11 @@ def test_each_split_is_precomputed_where_it_pays_unless_the_config_decides(chang
         dataset_name="d",
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
+        max_steps=steps,
         **changes,
     )
-    assert splits_to_precompute(config, pairs(100, 50, 48), pairs(100, 50, 4), steps) == set(expected)
-    assert splits_to_precompute(config, pairs(100, 50, 48), [], steps) == set(expected) - {"eval"}
+    assert splits_to_precompute(Plan(config, pairs(100, 50, 48), pairs(100, 50, 4))) == set(expected)
+    assert splits_to_precompute(Plan(config, pairs(100, 50, 48), [])) == set(expected) - {"eval"}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Recorder:
     def __init__(self, weights=0, *, score=True):
         self.weights, self.score, self.calls = weights, score, []
 
-    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, numbers=None):
         self.calls.append((prompts, n, max_new_tokens, seed))
         rng = random.Random(f"{seed},{self.weights}")
         lengths = torch.tensor([rng.randint(1, max_new_tokens) for _ in range(n * len(prompts))])
@@ -47,7 +47,7 @@ class Recorder:
 class Untouched(Recorder):
     """A sampler that no one may call."""
 
-    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, numbers=None):
         raise AssertionError("drawn again")
 
 

@@ -62,7 +62,7 @@ class RecordedSampler:
         self.live, self.takes_prompt_kv = sampler.live, sampler.takes_prompt_kv
         self.prompts, self.drawn, self.seeds = [], [], []
 
-    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, numbers=None):
         samples = self.sampler.sample(prompts, n, max_new_tokens, seed=seed, prompt_kv=prompt_kv)
         self.prompts.append(prompts)
         self.drawn.append(samples)

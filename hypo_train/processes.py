@@ -1,0 +1,122 @@
+"""The processes of a run, one a device: which part of the work is whose, and what the hosts tell each other.
+
+What training itself exchanges (gradients, sharded weights) is accelerate's. Hosts agree through a group of their own,
+on CPU tensors, so that no accelerator is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from hypo_train.interrupt import ElsewhereError
+
+T = TypeVar("T")
+# A main process writes checkpoints and keeps reference log-probs while the others wait.
+_PATIENCE = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's part of work that all of them divide: every ``count``-th piece from number ``rank`` on.
+
+    Pieces sorted by size are so divided that all processes have much the same.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    def of(self, pieces: Sequence[T]) -> list[T]:
+        return list(pieces[self.rank :: self.count])
+
+    def places(self, num_pieces: int) -> range:
+        """Which of so many pieces are this process's."""
+        return range(self.rank, num_pieces, self.count)
+
+
+ALONE = Share()
+
+
+class Processes:
+    """The processes of a run; alone, a process is its own main process and waits for nobody.
+
+    Every method is called by all processes, in the same order.
+    """
+
+    def __init__(self) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.share = Share(dist.get_rank(), dist.get_world_size()) if distributed else ALONE
+        self._hosts: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
+
+    @property
+    def count(self) -> int:
+        return self.share.count
+
+    @property
+    def is_main(self) -> bool:
+        return self.share.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's ``value``, which can be pickled, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self._hosts)
+        return values
+
+    def max(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.count == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
+        return int(found)
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives on the main process, for all of them, which wait for it.
+
+        Raises:
+            ElsewhereError: on the others, where it has raised on the main process.
+        """
+        if self.count == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except Exception as raised:
+                error = raised
+                outcome[1] = f"{type(raised).__name__}: {raised}"
+        dist.broadcast_object_list(outcome, src=0, group=self._hosts)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            raise ElsewhereError(outcome[1])
+        return cast(T, outcome[0])
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives here, if it raises nowhere.
+
+        Raises:
+            ElsewhereError: where it has raised on another process only.
+        """
+        if self.count == 1:
+            return function()
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+        failed = [rank for rank, bad in enumerate(self.gather(error is not None)) if bad]
+        if error is not None and self.share.rank == failed[0]:
+            raise error
+        if failed:
+            raise ElsewhereError(f"process {failed[0]} has failed")
+        return cast(T, result)

@@ -1,0 +1,112 @@
+"""Two processes train as one does: the same rows, samples, losses and weights, whatever they divide."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_config, new_model, reward_of_length, save, without_costs
+
+from hypo_train.config import Config
+from hypo_train.log import read_metrics
+from hypo_train.train import train
+
+WORLD = 2
+STEPS = 20
+assert reward_of_length
+REWARD = "tiny:reward_of_length"
+FULL = {"learning_rate": 1e-3}
+LORA = {"use_peft": True, "lora_r": 4}
+LAST = {"num_layers_unfrozen": 1}
+CASES = {
+    "hypo": FULL,
+    "hypo, micro-batches": {**FULL, "max_tokens_per_micro_batch": 60},
+    "hypo, exact KL, LoRA": {**LORA, "kl_estimator": "exact"},
+    "hypo, LoRA, samples drawn ahead": {**LORA, "rollout_steps": 3},
+    "hypo, last layer": LAST,
+    "dpo, GPT-NeoX": {"algorithm": "dpo", **FULL},
+    "ipo, LoRA": {"algorithm": "ipo", **LORA},
+    "rloo": {"algorithm": "rloo", "reward": REWARD, "beta": 0.1, **FULL},
+    "reward": {"algorithm": "reward", **FULL},
+    "sft": {"algorithm": "sft", **FULL},
+    "separate rows": {**FULL, "attn_implementation": "sdpa"},
+}
+
+
+def launch(folder: Path, configs: list[Config], world: int = WORLD, **environment: str) -> list[str]:
+    """The processes' standard errors, by rank."""
+    folder.mkdir(exist_ok=True)
+    (folder / "configs.json").write_text(json.dumps([config.model_dump() for config in configs]), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("ranks.py"), folder],
+            env=os.environ
+            | shared
+            | path
+            | {"OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r)}
+            | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(world)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    return errors
+
+
+def config_of(name: str, folder: Path, model: Path, world: int = 1) -> Config:
+    folder.mkdir(parents=True, exist_ok=True)
+    changes = {"per_device_train_batch_size": 4 // world, "num_eval_rows": 8, "max_steps": STEPS, **CASES[name]}
+    # Adam divides by a gradient's size: of one that is zero but for rounding, it would train on the rounding.
+    changes |= {"adam_epsilon": 1e-5}
+    return make_config(folder, model, **changes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case as one process has run it, in ``one``, and as two have, in ``two``."""
+    folder = tmp_path_factory.mktemp("processes")
+    models = {name: save(new_model(name), folder / name) for name in ("llama", "gpt_neox")}
+    of = {name: models["gpt_neox" if "NeoX" in name else "llama"] for name in CASES}
+    launch(folder / "launch", [config_of(name, folder / "two" / name, of[name], WORLD) for name in CASES])
+    for name in CASES:
+        train(config_of(name, folder / "one" / name, of[name]), progress=False)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_log_what_one_does(name: str, runs: Path) -> None:
+    one, two = (read_metrics(runs / count / name / "run" / "metrics.jsonl") for count in ("one", "two"))
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    assert len(one) == STEPS + 1
+    for line, expected in zip(two, one, strict=True):
+        line, expected = without_costs(line), without_costs(expected)
+        for of_one in (line, expected):
+            of_one.pop("sampling/effective_sample_size", None)  # of a micro-batch, which processes divide
+        assert line.keys() == expected.keys()
+        for key, value in expected.items():
+            assert line[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (key, line["step"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_save_what_one_does(name: str, runs: Path) -> None:
+    one, two = (load_file(next((runs / n / name / "run" / "final").glob("*.safetensors"))) for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    samples = [(runs / n / name / "run" / "samples" / f"step-{STEPS}.jsonl") for n in ("one", "two")]
+    assert samples[0].exists() == samples[1].exists()
+    if samples[0].exists():
+        texts = [[json.loads(line)["completion"] for line in path.read_text().splitlines()] for path in samples]
+        assert texts[0] == texts[1]
