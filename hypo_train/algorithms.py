@@ -93,7 +93,7 @@ def _run_trunk(run: Run, batch: MicroBatch, tree: Tree) -> Trunk | None:
 def _through_policy(
     run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | None, loss: HeadFunction[HypoLoss], meter: Meter
 ) -> Tensor:
-    with run.timer.phase("forward"):
+    with run.timer.phase("forward"), run.accelerator.autocast():
         out = run.model(tree, _timed(run.timer, loss), prompts=batch.prompts, trunk=trunk)
     run.throughput.policy(tree, len(batch.rows))
     add_loss(meter, out)
@@ -105,7 +105,7 @@ def _reward(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     """A reward model's Bradley–Terry loss, of pairs."""
     with run.timer.phase("data"):
         tree = run.batcher.scored_pairs(batch.rows).to(run.accelerator.device)
-    with run.timer.phase("forward"):
+    with run.timer.phase("forward"), run.accelerator.autocast():
         rewards = run.model(tree, _timed(run.timer, rewards_of(tree))).view(-1, 2)
         losses = bradley_terry_loss(rewards)
     run.throughput.policy(tree, len(batch.rows))
@@ -117,7 +117,7 @@ def _sft(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     """Mean negative log-prob of the completions' tokens."""
     with run.timer.phase("data"):
         tree = run.batcher.examples(batch.rows).to(run.accelerator.device)
-    with run.timer.phase("forward"):
+    with run.timer.phase("forward"), run.accelerator.autocast():
         losses = run.model(tree, _timed(run.timer, token_losses(tree, run.config)))
     run.throughput.policy(tree, len(batch.rows))
     meter.add("loss", losses)

@@ -30,6 +30,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from hypo_train.model.sharding import local, sharded_as, whole
+from hypo_train.processes import Processes
+
 FORMAT_VERSION = 2
 _MANIFEST = "checkpoint.json"
 _MODEL, _OPTIMIZER, _TRAINER = "model.safetensors", "optimizer.safetensors", "trainer.json"
@@ -65,6 +68,7 @@ def save_checkpoint(
     optimizer: Optimizer,
     scheduler: LRScheduler,
     extra: Mapping[str, Any],
+    processes: Processes | None = None,
 ) -> None:
     """Write one checkpoint, atomically, in place of whatever `folder` held.
 
@@ -72,6 +76,7 @@ def save_checkpoint(
         folder: `checkpoint_folder(output_dir, step)`.
         model_state: what cannot be rebuilt otherwise, in general the trained parameters.
         extra: the caller's own state, as JSON (data cursor, random states).
+        processes: all of them call this, to put sharded weights together; the main one's are written. None = alone.
 
     Raises:
         ValueError: `folder` is not named after `step`.
@@ -81,19 +86,30 @@ def save_checkpoint(
     folder = Path(folder)
     if folder.name != checkpoint_folder(folder.parent, step).name:
         raise ValueError(f"the checkpoint of step {step} cannot be saved as {folder}: name it checkpoint-{step}")
-    tensors, aliases = _unaliased(model_state)
-    optimizer_tensors, optimizer_json = _optimizer_state(optimizer)
+    is_main = processes is None or processes.is_main
+    tensors, aliases = _unaliased(model_state, keep=is_main)
+    optimizer_tensors, optimizer_json = _optimizer_state(optimizer, keep=is_main)
     trainer = {
         "aliases": aliases,
         "optimizer": optimizer_json,
         "scheduler": scheduler.state_dict(),
         "extra": dict(extra),
     }
+    text = json.dumps(trainer)
+
+    def write() -> None:
+        _put(folder, step, tensors, optimizer_tensors, text)
+
+    write() if processes is None else processes.on_main(write)
+
+
+def _put(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], trainer: str) -> None:
+    """A whole checkpoint in the place of what `folder` held. Raises CheckpointError."""
     temporary = folder.with_name(folder.name + _TEMPORARY)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_temporaries(folder.parent)
-        _write(temporary, step, tensors, optimizer_tensors, json.dumps(trainer))
+        _write(temporary, step, model, optimizer, trainer)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot save {folder}: {error}; what was saved before is kept") from error
@@ -214,27 +230,33 @@ def _damage(folder: Path, *, checksums: bool) -> str | None:
     return None
 
 
-def _unaliased(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _unaliased(state: Mapping[str, Tensor], *, keep: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, a tied one once, and {its other name: the name it is kept under}."""
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[Any, str] = {}
     for name, tensor in state.items():
-        place = (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and place in names:
+        place = (tensor.device, tensor.dtype, local(tensor).data_ptr(), tensor.shape, tensor.stride())
+        if local(tensor).numel() and place in names:
             aliases[name] = names[place]
         else:
             names[place] = name
             kept[name] = tensor
-    return _standalone(kept), aliases
+    return _standalone(kept, keep=keep), aliases
 
 
-def _standalone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous on the CPU, each alone in its memory, as safetensors asks: a view is copied out."""
+def _standalone(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Contiguous on the CPU, each alone in its memory, as safetensors asks: a view is copied out.
+
+    What is sharded is put together, which all processes take part in; one that does not ``keep`` it gets nothing.
+    """
     result: dict[str, Tensor] = {}
     taken = set()
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
+        together = whole(tensor.detach())
+        if not keep:
+            continue
+        tensor = together.cpu().contiguous()
         if tensor.untyped_storage().data_ptr() in taken:
             tensor = tensor.clone()
         taken.add(tensor.untyped_storage().data_ptr())
@@ -242,7 +264,7 @@ def _standalone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _optimizer_state(optimizer: Optimizer, *, keep: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state's tensors by key, and all the rest of it as JSON."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -252,7 +274,7 @@ def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str,
         for name, value in entries.items():
             if torch.is_tensor(value):
                 tensors[f"state/{index}/{name}"] = value
-    return _standalone(tensors), {
+    return _standalone(tensors, keep=keep), {
         "param_groups": state["param_groups"],
         "shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups],
         "values": values,
@@ -262,9 +284,11 @@ def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str,
 def _load_optimizer(folder: Path, saved: dict[str, Any], optimizer: Optimizer) -> None:
     _check_same_parameters(saved["shapes"], optimizer)
     state = {int(index): dict(values) for index, values in saved["values"].items()}
+    parameters = list(_parameters(optimizer))
     for key, tensor in load_file(folder / _OPTIMIZER).items():
         _, number, name = key.split("/", 2)
-        state[int(number)][name] = tensor
+        like = parameters[int(number)]
+        state[int(number)][name] = sharded_as(tensor, like) if tensor.shape == like.shape else tensor
     groups = [_restored_group(*pair) for pair in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     # load_state_dict casts a state to its parameter's dtype, which would round an fp32 state of a bf16 weight.

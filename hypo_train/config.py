@@ -87,6 +87,9 @@ class Config(BaseModel):
     head; none means peft's choice for the architecture."""
     num_layers_unfrozen: PositiveInt | None = None
     """Train only the last so many decoder layers, the final norm and an untied head; none trains all."""
+    fsdp: bool = False
+    """Shard weights, gradients and the optimizer's state over the processes (PyTorch's FSDP2), for models that do not
+    fit a device; without it each process holds all of them (DDP)."""
     share_trunk: bool = True
     """Run the frozen layers below num_layers_unfrozen once for policy and reference."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
@@ -305,6 +308,11 @@ def _conflicts(c: Config) -> list[str]:
         (
             c.use_peft and c.num_layers_unfrozen is not None,
             f"use_peft=true with num_layers_unfrozen={c.num_layers_unfrozen}: choose one of the two",
+        ),
+        (
+            c.fsdp and c.use_peft and c.algorithm == "reward",
+            "fsdp=true with use_peft=true and algorithm=reward: its adapter could not be merged in the end, leave fsdp "
+            "out",
         ),
         (
             c.dataset_test_split is not None and c.num_eval_rows > 0,

@@ -70,7 +70,8 @@ class Plan:
         """Whether sampling may go on from the training pass's own run of the prompts, where model and sampler can."""
         c = self.config
         # Several micro-batches would have to hold their graphs until all of them are sampled.
-        exact = c.reuse_prompt_kv and c.lora_dropout == 0 and c.rollout_steps == 1
+        # A sharded model's weights are whole in one forward pass at a time.
+        exact = c.reuse_prompt_kv and c.lora_dropout == 0 and c.rollout_steps == 1 and not c.fsdp
         return c.draws_samples and exact and self.one_micro_batch
 
     def micro_batches(self, lengths: Sequence[int]) -> Iterator[slice]:

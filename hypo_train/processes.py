@@ -69,6 +69,16 @@ class Processes:
         dist.all_gather_object(values, value, group=self._hosts)
         return values
 
+    def turns(self, pieces: Sequence[T], *, alike: bool) -> list[tuple[T, bool]]:
+        """This process's pieces, and whether each counts.
+
+        ``alike``: every process has as many, where they make passes together; the last piece, which does not count,
+        fills up those that have fewer.
+        """
+        mine = [(piece, True) for piece in self.share.of(pieces)]
+        wanted = -(-len(pieces) // self.count) if alike else 0
+        return mine + [(pieces[-1], False)] * (wanted - len(mine))
+
     def max(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.count == 1:

@@ -34,9 +34,10 @@ from hypo_train.data.rows import Pair
 from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
 from hypo_train.model.policy import Policy
+from hypo_train.model.sharding import whole
 from hypo_train.model.tree_model import ModelError
 from hypo_train.plan import Plan
-from hypo_train.processes import Processes, Share
+from hypo_train.processes import Processes
 from hypo_train.trees.batch import Batcher
 
 FORMAT_VERSION = 1  # of the file, and of how the values are computed: raised when either changes
@@ -191,7 +192,7 @@ def _reference_weights(policy: Policy) -> dict[str, list[Any]]:
     tensors: dict[str, Tensor] = dict(policy.named_buffers())
     tensors |= {name: p for name, p in policy.named_parameters() if not p.requires_grad}
     tensors |= policy.reference_parameters
-    return {name: [str(t.dtype), list(t.shape), fingerprint(t)] for name, t in tensors.items()}
+    return {name: [str(t.dtype), list(t.shape), fingerprint(whole(t))] for name, t in tensors.items()}
 
 
 def _computed(
@@ -209,15 +210,16 @@ def _computed(
     order = sorted(range(len(rows)), key=lambda i: -rows[i].num_tokens)
     size = config.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    mine = processes.share.of(batches)
+    turns = processes.turns(batches, alike=config.fsdp)
+    mine = [batch for batch, _ in turns]
     found = []
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         for batch in _shown(mine, label, sum(map(len, mine))) if progress else mine:
             tree = batcher.pairs([rows[i] for i in batch], []).to(device)
             found.append(policy.reference(tree, sequence_logprobs_of(tree, config)).float().view(2, -1).T.cpu())
     logps = torch.empty(len(rows), 2, dtype=torch.float32)
-    for rank, of_rank in enumerate(processes.gather(found)):
-        for batch, values in zip(Share(rank, processes.count).of(batches), of_rank, strict=True):
+    for of_rank in processes.gather(list(zip(mine, found, strict=True))):
+        for batch, values in of_rank:
             logps[batch] = values
     return logps
 

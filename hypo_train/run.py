@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hypo_train.config import Config
+from hypo_train.config import Config, ConfigError
 from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
@@ -28,7 +29,7 @@ from hypo_train.processes import Processes
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import Reward, RewardFunction, load_function, load_reward
 from hypo_train.rollouts import Rollouts
-from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, VLLMSampler, serves
+from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, ShardedSampler, VLLMSampler, serves
 from hypo_train.trees.batch import Batcher
 
 
@@ -87,7 +88,8 @@ class Run(Plan):
     @property
     def shares_trunk(self) -> bool:
         """Whether the frozen layers below the trained ones run once for policy and reference, where both run."""
-        return self.config.share_trunk and self.steps_ask_reference and bool(self.trained.trunk_layers)
+        shares = self.config.share_trunk and not self.config.fsdp  # a sharded model's layers run all or none
+        return shares and self.steps_ask_reference and bool(self.trained.trunk_layers)
 
     @property
     def prompts_run_first(self) -> bool:
@@ -117,12 +119,11 @@ def prepare(config: Config) -> Run:
     function = None if config.reward is None else load_function(config.reward)
     accelerator = build_accelerator(config)
     processes = Processes()
+    _check_processes(config, processes.count)
     return processes.together(lambda: _prepared(config, function, accelerator, processes))
 
 
-def _prepared(
-    config: Config, function: RewardFunction | None, accelerator: Accelerator, processes: Processes
-) -> Run:
+def _prepared(config: Config, function: RewardFunction | None, accelerator: Accelerator, processes: Processes) -> Run:
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
     ends = eos_token_ids(generation_config(config), tokenizer)
@@ -137,7 +138,15 @@ def _prepared(
         trained = load_reward_model(config, pad_token_id=tokenizer.pad_token_id, autocast=autocast)
     else:
         trained = load_policy(config, autocast=autocast)
-    trained.to(accelerator.device)
+    if not config.fsdp:
+        trained.to(accelerator.device)
+    # What looks at the model's own passes does so while its weights are whole.
+    throughput, why_uncounted = _throughput(config, trained, accelerator)
+    sampler, why_generate = None, None
+    if isinstance(trained, Policy):
+        sampler, why_generate = build_sampler(config, trained, ends, tokenizer.pad_token_id)
+    if config.fsdp:
+        trained.shard(accelerator.device, autocast=autocast)
     parameters = trained.trained_parameters()
     optimizer = build_optimizer(
         parameters.items(),
@@ -149,12 +158,10 @@ def _prepared(
     scheduler = build_scheduler(
         optimizer, config.lr_scheduler_type, round(config.warmup_ratio * total_steps), total_steps
     )
-    model, optimizer = accelerator.prepare(trained, optimizer)
-    sampler, why_generate = None, None
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    model: Any = trained if config.fsdp else accelerator.prepare_model(trained)
     if isinstance(trained, Policy):
         trained.reference_to(accelerator.device)
-        sampler, why_generate = build_sampler(config, trained, ends, tokenizer.pad_token_id)
-    throughput, why_uncounted = _throughput(config, trained, accelerator)
     count = sum(p.numel() for p in parameters.values())
     everything = sum(p.numel() for p in trained.parameters())
     report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
@@ -190,6 +197,25 @@ def _prepared(
     )
 
 
+def _check_processes(config: Config, count: int) -> None:
+    if count == 1 and config.fsdp:
+        raise ConfigError("fsdp=true in one process: start several, as with torchrun --nproc_per_node 8 -m hypo_train")
+    if count > 1 and config.sampler == "vllm":
+        raise ConfigError(f"sampler=vllm in {count} processes: it runs in one so far, use sampler: auto")
+    for variable, what in _NOT_OURS.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ConfigError(f"{variable} is set: {what}")
+
+
+# What accelerate's launcher may have been told to do.
+_NOT_OURS = {
+    "ACCELERATE_USE_FSDP": "set fsdp: true here, and start with torchrun or accelerate launch --multi_gpu",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not served, set fsdp: true here (ZeRO-3's sharding) and start with "
+    "torchrun or accelerate launch --multi_gpu",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not served, set fsdp: true here and start with torchrun",
+}
+
+
 def build_sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: int) -> tuple[Sampler, str | None]:
     """The configured engine, and why it is not the fast one where that was left to us."""
     why = serves(policy.model) if config.sampler in ("auto", "decode") else None
@@ -209,9 +235,13 @@ def build_sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token
             return VLLMSampler(policy.model, config.model_name_or_path, max_model_len=longest, **options), None
         except ImportError as error:
             raise ModelError(f"sampler=vllm: {error}") from error
-    engine: Any = GenerateSampler if config.sampler == "generate" or why is not None else DecodeSampler
+    engine: Any = GenerateSampler
+    if config.sampler != "generate" and why is None:
+        engine = DecodeSampler
+        if config.fsdp:  # there is nothing to copy from, and no graph to capture, that outlasts a draw
+            options |= {"merge_lora": False, "capture": False}
     sampler: Sampler = engine(policy.model, **options)
-    return sampler, why
+    return ShardedSampler(sampler, policy) if config.fsdp else sampler, why
 
 
 def _throughput(
@@ -224,7 +254,8 @@ def _throughput(
     elif device.type == "cuda" and accelerator.mixed_precision == "bf16":
         peak = peak_bf16(torch.cuda.get_device_name(device))
     try:
-        with accelerator.autocast():
+        own = next(trained.parameters()).device  # what is to be sharded is still on the CPU
+        with torch.autocast(own.type, torch.bfloat16, enabled=accelerator.mixed_precision == "bf16"):
             return Throughput(ModelFlops.of(trained), peak), None
     except UncountedError as error:
         return Throughput(None, peak), str(error)

@@ -11,6 +11,7 @@ import torch
 from hypo_train.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from hypo_train.config import Config, ConfigError
 from hypo_train.metrics import Meter
+from hypo_train.model.sharding import sharded_as
 from hypo_train.run import Run
 
 # What may change between a run and its continuation without changing what the steps compute.
@@ -37,23 +38,21 @@ def save(run: Run, meter: Meter, step: int) -> None:
     meters = run.processes.gather(meter.state())
     rollouts = run.processes.gather(run.rollouts.state() if run.config.draws_samples else [])
 
-    def write() -> None:
-        save_checkpoint(
-            checkpoint_folder(run.output_dir, step),
-            step=step,
-            model_state=run.trained.trained_parameters(),
-            optimizer=run.optimizer,
-            scheduler=run.scheduler,
-            extra={
-                "config": run.config.model_dump(),
-                "rows_a_step": run.batch_size,
-                "meters": meters,  # by rank, as what follows
-                "rollouts": rollouts,
-            },
-        )
-        prune(run.output_dir, run.config.save_total_limit)
-
-    run.processes.on_main(write)
+    save_checkpoint(
+        checkpoint_folder(run.output_dir, step),
+        step=step,
+        model_state=run.trained.trained_parameters(),
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
+        extra={
+            "config": run.config.model_dump(),
+            "rows_a_step": run.batch_size,
+            "meters": meters,  # by rank, as what follows
+            "rollouts": rollouts,
+        },
+        processes=run.processes,
+    )
+    run.processes.on_main(lambda: prune(run.output_dir, run.config.save_total_limit))
 
 
 def refuse_to_overwrite(config: Config) -> None:
@@ -94,7 +93,7 @@ def resume(run: Run, meter: Meter) -> int:
     parameters = run.trained.trained_parameters()
     with torch.no_grad():
         for name, saved in checkpoint.model_state.items():
-            parameters[name].copy_(saved)
+            parameters[name].copy_(sharded_as(saved, parameters[name]))
     _load_meter(meter, checkpoint.extra["meters"], run)
     if run.config.draws_samples:
         run.rollouts.load(_mine(checkpoint.extra["rollouts"], run, folder))
@@ -154,10 +153,12 @@ def save_model(run: Run) -> Path:
     """The final model and its tokenizer, complete or not there at all."""
     folder, unfinished = run.output_dir / "final", run.output_dir / "final.tmp"
 
+    state = run.trained.whole_state()
+
     def write() -> Path:
         for old in (folder, unfinished):
             shutil.rmtree(old, ignore_errors=True)
-        run.trained.save_pretrained(unfinished)
+        run.trained.save_pretrained(unfinished, state)
         run.tokenizer.save_pretrained(unfinished)
         return unfinished.rename(folder)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from hypo_train.algorithms import MicroBatch, loss_of
 from hypo_train.data.rows import Example
 from hypo_train.metrics import Meter
+from hypo_train.model.sharding import whole
 from hypo_train.model.tree_model import PromptPass
 from hypo_train.rollouts import StepSamples
 from hypo_train.run import Run
@@ -34,7 +35,7 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         weight = _weight([run.train_rows[i] for i in everywhere]) / run.share.count
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None
-    for part in run.micro_batches(_lengths(rows, samples)):
+    for part in _micro_batches(run, _lengths(rows, samples)):
         drawn = samples.of_prompts(part.start, part.stop) if samples else None
         batch = MicroBatch(rows[part], indices[part], drawn, prompts)
         last = part.stop == len(rows)
@@ -53,6 +54,17 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         run.optimizer.zero_grad()
     if run.sampler is not None:
         run.sampler.weights_changed(step + 1)
+
+
+def _micro_batches(run: Run, lengths: Sequence[int]) -> list[slice]:
+    """Of this process's rows of so many tokens: as many as the others have, where passes are made together."""
+    parts = list(run.micro_batches(lengths))
+    wanted = run.processes.max(len(parts)) if run.config.fsdp else len(parts)
+    while len(parts) < wanted:  # all processes have as many rows, so there is one to cut
+        i = max(range(len(parts)), key=lambda i: parts[i].stop - parts[i].start)
+        start, stop = parts[i].start, parts[i].stop
+        parts[i : i + 1] = [slice(start, (start + stop) // 2), slice((start + stop) // 2, stop)]
+    return parts
 
 
 def _lengths(rows: Sequence[Any], samples: StepSamples | None) -> list[int]:
@@ -101,4 +113,4 @@ def _prompt_kv(run: Run, prompts: PromptPass) -> PromptKV:
 def _clip_gradients(run: Run) -> Tensor:
     """Global norm before clipping, ()."""
     norm = run.accelerator.clip_grad_norm_(run.trained.trained_parameters().values(), run.config.max_grad_norm)
-    return torch.as_tensor(norm)
+    return whole(torch.as_tensor(norm))

@@ -62,8 +62,9 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
     with eval_mode(run.trained):
         meter = Meter()
         size = config.per_device_eval_batch_size
-        for start in _bar(run.processes.share.of(range(0, len(run.eval_rows), size)), "rows", progress):
-            _add_rows(meter, run, start, start + size)
+        starts = run.processes.turns(range(0, len(run.eval_rows), size), alike=config.fsdp)
+        for start, counts in _bar(starts, "rows", progress):
+            _add_rows(meter if counts else Meter(), run, start, start + size)
         metrics = meter.read(run.processes)
         samples = []
         if run.sampler is not None:
@@ -110,7 +111,10 @@ def _samples(run: Run | FinishedRun, kl_rule: KLRule, *, progress: bool) -> list
     """One record for each of ``num_eval_samples`` completions of each evaluation prompt, of all processes."""
     config = run.config
     starts = range(0, min(config.num_eval_prompts, len(run.eval_rows)), config.per_device_eval_batch_size)
-    mine = [_samples_of(run, kl_rule, start) for start in _bar(run.processes.share.of(starts), "samples", progress)]
+    mine = []
+    for start, counts in _bar(run.processes.turns(starts, alike=config.fsdp), "samples", progress):
+        records = _samples_of(run, kl_rule, start)
+        mine += [records] if counts else []
     batches = run.processes.gather(mine)
     return [record for i in range(len(starts)) for record in batches[i % len(batches)][i // len(batches)]]
 
@@ -176,7 +180,7 @@ def _log_ratios(
     return (run.policy(tree, logprobs) - run.policy.reference(tree, logprobs)).tolist()
 
 
-def _bar(starts: Sequence[int], what: str, progress: bool) -> Iterable[int]:
+def _bar(starts: Sequence[tuple[int, bool]], what: str, progress: bool) -> Iterable[tuple[int, bool]]:
     """The same batches, with a bar on a terminal."""
     return tqdm(starts, desc=what, unit="batch", disable=not (progress and sys.stderr.isatty()), dynamic_ncols=True)
 

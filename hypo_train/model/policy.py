@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from hypo_kernels.head import LMHead, LoRA
 from hypo_train.model.mode import eval_mode
+from hypo_train.model.sharding import exchanged, is_sharded
 from hypo_train.model.tree_model import ModelError, TreeModel, Trunk
 from hypo_train.trees.tree import Tree
 
@@ -73,10 +74,22 @@ class Policy(TreeModel[Head]):
         if self._reference_dropped:
             raise RuntimeError("the reference was dropped, and is asked for")
         with eval_mode(self), self.model.disable_adapter() if self.is_peft else nullcontext():
+            if is_sharded(self):  # whose layers put their own parameters together, whatever a call is given
+                with exchanged(self, self.reference_parameters):
+                    found: T = self(tree, function, trunk=trunk)
+                    return found
             return functional_call(self, self.reference_parameters, (tree, function), {"trunk": trunk})
 
+    def shard(self, device: torch.device, *, autocast: bool) -> None:
+        """See ``TreeModel.shard``: the reference's parameters too, which are still those that training starts from."""
+        super().shard(device, autocast=autocast)
+        own = self.trained_parameters()
+        self.reference_parameters = {name: own[name].detach().clone() for name in self.reference_parameters}
+
     def reference_to(self, device: torch.device) -> None:
-        """Move the reference's parameters, which are no module's own, to ``device``."""
+        """Move the reference's parameters, which are no module's own, to ``device``; sharded, they stay."""
+        if is_sharded(self):
+            return
         self.reference_parameters = {name: p.to(device) for name, p in self.reference_parameters.items()}
 
     def drop_reference(self) -> None:
@@ -84,10 +97,11 @@ class Policy(TreeModel[Head]):
         self.reference_parameters = {}
         self._reference_dropped = True
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None) -> None:
         """Weights (LoRA: the adapter) that ``AutoModelForCausalLM.from_pretrained(folder)`` loads."""
         # Beside an adapter on the head, peft would save the frozen head and embedding in full.
-        self.model.save_pretrained(folder, **({"save_embedding_layers": False} if self.is_peft else {}))
+        options = {"save_embedding_layers": False} if self.is_peft else {}
+        self.model.save_pretrained(folder, state_dict=state, **options)
 
 
 def _active_lora(layer: Any) -> LoRA | None:

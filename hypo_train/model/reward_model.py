@@ -29,11 +29,11 @@ class RewardModel(TreeModel[nn.Module]):
         """Of each sequence of a tree that :meth:`.batch.Batcher.scored` has laid out, fp32 (S,)."""
         return self(tree, rewards_of(tree))
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None) -> None:
         """Weights (LoRA: merged) that ``AutoModelForSequenceClassification.from_pretrained(folder)`` loads."""
         # An adapter's folder would leave the score to peft, which the classifier alone does not ask.
         model = copy.deepcopy(self.model).merge_and_unload() if self.is_peft else self.model
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
 
 
 def rewards_of(tree: Tree) -> Callable[[Tensor, nn.Module], Tensor]:

@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hypo_train.model.trunk import frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
+from hypo_train.model.sharding import is_sharded, shard, unsharded, whole
+from hypo_train.model.trunk import decoder_layers, frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
 from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
 from hypo_train.trees.tree import Tree
 
@@ -91,9 +92,38 @@ class TreeModel(nn.Module, ABC, Generic[H]):
     def head(self) -> H:
         """What is above the hidden states, with the live weights; for use inside ``forward``."""
 
+    def shard(self, device: torch.device, *, autocast: bool) -> None:
+        """Spread the weights over all processes, which each have them whole until then.
+
+        Raises:
+            ModelError: the model has no list of layers.
+        """
+        layers = decoder_layers(self.base.get_decoder())
+        if layers is None:
+            raise ModelError(f"fsdp: {type(self.base).__name__} has no list of layers to shard by, leave fsdp out")
+        shard(self, layers, device, autocast=autocast)
+
+    def whole_state(self) -> dict[str, Tensor] | None:
+        """Weights by the name that the model has for them, put together on the CPU; None: they are not sharded."""
+        if not is_sharded(self):
+            return None
+        return {name: whole(tensor.detach()).cpu() for name, tensor in self.model.state_dict().items()}
+
+    def inside(self, function: Callable[[], T]) -> T:
+        """``function()`` where it may read every weight, sharded or not, and run layers as often as it likes."""
+        if not is_sharded(self):
+            return function()
+
+        def with_all(hidden: Tensor, head: H) -> T:
+            with unsharded(self):
+                return function()
+
+        found: T = self(None, with_all)
+        return found
+
     def forward(
         self,
-        tree: Tree,
+        tree: Tree | None,
         function: Callable[[Tensor, H], T],
         *,
         prompts: PromptPass | None = None,
@@ -102,7 +132,10 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         """``function(hidden (T, D), head)`` of the rows that predict the tree's targets.
 
         What has run already is gone on from: ``prompts`` (:meth:`run_prompts` on the tree's prompts), ``trunk``.
+        No tree: no layer runs, and there is no row.
         """
+        if tree is None:
+            return function(torch.empty(0), self.head())
         if prompts is None:
             hidden = self._decode(tree, Part(tree.layout) if tree.layout else None, trunk and trunk.whole)
         else:
@@ -154,8 +187,11 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     @abstractmethod
-    def save_pretrained(self, folder: Path) -> None:
-        """Weights that the transformers class of its kind loads with ``from_pretrained(folder)``."""
+    def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None) -> None:
+        """Weights that the transformers class of its kind loads with ``from_pretrained(folder)``.
+
+        ``state``: :meth:`whole_state`, which all processes have to ask for.
+        """
 
 
 def _branches(tree: Tree, prompts: PromptPass) -> Part:

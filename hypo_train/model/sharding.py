@@ -1,0 +1,90 @@
+"""Weights spread over the processes by PyTorch's FSDP2: a layer's are put together when it runs, and only then.
+
+Everything that is more than a forward and a backward pass has to say so here: to run another model's weights, to call
+the layers many times, to read weights whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, *, autocast: bool) -> None:
+    """Spread the weights over all processes, in place: those of a layer together, and all that is in none of them."""
+    # Under autocast products are in bf16 anyway: so are the weights that the processes exchange. Gradients add in fp32.
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if autocast else None
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        # Always, the root too: whoever asks for parameters outside of a forward pass gets the sharded ones.
+        "reshard_after_forward": True,
+        "mp_policy": precision or MixedPrecisionPolicy(),
+    }
+    for layer in layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """All weights whole on every process, inside a forward pass of ``model``: its layers may run any number of times,
+    on each process as often as it needs."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+@contextmanager
+def exchanged(model: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
+    """``model`` with the weights ``others``, sharded as its own are, in the place of its own of the same names."""
+    own = dict(model.named_parameters())
+    _exchange(own, others)
+    try:
+        yield
+    finally:
+        _exchange(own, others)
+
+
+@torch.no_grad()
+def _exchange(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    for name, other in others.items():
+        mine, its = local(own[name]), local(other)
+        kept = mine.clone()
+        mine.copy_(its)
+        its.copy_(kept)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, which all processes ask for; any other one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, sharded as ``like``, which has its shape, is; or as it was."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
