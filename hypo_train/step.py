@@ -48,7 +48,8 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         if run.config.max_grad_norm > 0:
             norm = _clip_gradients(run)
             run.finite.see(step, norm)
-            meter.add("grad_norm", norm)
+            if run.processes.is_main:  # one number of all processes
+                meter.add("grad_norm", norm)
         run.optimizer.step()
         run.scheduler.step()
         run.optimizer.zero_grad()

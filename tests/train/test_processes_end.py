@@ -1,0 +1,135 @@
+"""Several processes that are stopped, resumed or lose one of them: started as a user does, with torchrun's variables."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_config, new_model, save, without_costs
+
+from hypo_train.config import Config
+from hypo_train.log import read_metrics
+from hypo_train.train import train
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+
+
+def start(config: Config, world: int) -> list["subprocess.Popen[str]"]:
+    """The processes of ``python -m hypo_train``, by rank."""
+    file = Path(config.output_dir).with_suffix(".yaml")
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "hypo_train", "--config", str(file)],
+            env=os.environ | shared | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(world)
+    ]
+
+
+def ended(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str, str]]:
+    """Exit status, standard output and standard error of each, by rank."""
+    found = [process.communicate(timeout=200) for process in processes]
+    return [(process.returncode, out, error) for process, (out, error) in zip(processes, found, strict=True)]
+
+
+def config_of(folder: Path, **changes: object) -> Config:
+    folder.mkdir(exist_ok=True)
+    model = save(new_model("llama"), folder / "model")
+    small = {"per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 3, "num_eval_rows": 8}
+    return make_config(folder, model, **{**small, "adam_epsilon": 1e-5, **changes})
+
+
+def lines_of(config: Config) -> list[dict[str, float]]:
+    return [without_costs(line) for line in read_metrics(Path(config.output_dir) / "metrics.jsonl")]
+
+
+def cut_to(config: Config, step: int, folder: Path, **changes: object) -> Config:
+    """A copy of a run as a kill right after its checkpoint of ``step`` would have left it, to be gone on with."""
+    shutil.copytree(config.output_dir, folder)
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    shutil.rmtree(folder / "final")
+    return config.model_copy(update={"output_dir": str(folder), "resume_from_checkpoint": "auto", **changes})
+
+
+def final(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(next((Path(config.output_dir) / "final").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(tmp_path, fsdp):
+    config = config_of(tmp_path, fsdp=fsdp, logging_steps=2)
+    assert [status for status, _, _ in ended(start(config, 2))] == [0, 0]
+    again = cut_to(config, 3, tmp_path / "again")
+    found = ended(start(again, 2))
+    assert [status for status, _, _ in found] == [0, 0], found
+    assert lines_of(again) == lines_of(config)
+    assert all(torch.equal(value, final(config)[name]) for name, value in final(again).items())
+
+    alone = cut_to(config, 3, tmp_path / "alone", per_device_train_batch_size=4, fsdp=False)
+    train(alone, progress=False)
+    for line, expected in zip(lines_of(alone), lines_of(config), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_a_run_with_other_rows_a_step_is_not_gone_on_with(tmp_path):
+    config = config_of(tmp_path)
+    ended(start(config, 2))
+    alone = cut_to(config, 3, tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"4 rows a step on 2 processes, and this one has 2 on 1"):
+        train(alone, progress=False)
+
+
+def test_a_signal_to_one_process_ends_the_step_and_saves_on_all(tmp_path):
+    config = config_of(tmp_path, max_steps=100_000, save_steps=0)
+    processes = start(config, 2)
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    give_up = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < give_up:
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    (main, _, said), (other, _, _) = ended(processes)
+    assert (main, other) == (128 + signal.SIGTERM,) * 2
+    saved = [path.name for path in Path(config.output_dir).glob("checkpoint-*")]
+    assert len(saved) == 1
+    assert f"stopped by SIGTERM, saved in {config.output_dir}/{saved[0]}" in said
+
+
+def failing_on_the_second(prompt: str, completion: str) -> float:
+    """A reward that a config can name: one process's machine is broken."""
+    if os.environ["RANK"] == "1":
+        raise ValueError("this machine is broken")
+    return 0.0
+
+
+def test_a_process_that_fails_says_why_and_the_others_end_too(tmp_path):
+    config = config_of(tmp_path, algorithm="rloo", reward="test_processes_end:failing_on_the_second")
+    (main, _, _), (other, _, error) = ended(start(config, 2))
+    assert main not in (0, None)
+    assert other not in (0, None)
+    assert "this machine is broken" in error
+
+
+def test_a_mistake_in_the_configuration_is_said_once(tmp_path):
+    config = config_of(tmp_path, per_device_train_batch_size=2)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "tell", "chosen": "a", "rejected": "b"}\n')
+    (main, _, said), (other, _, also) = ended(start(config.model_copy(update={"num_eval_rows": 0}), 2))
+    assert (main, other) == (2, 2) or main == 2
+    assert "1 training rows for 2 processes" in said
+    assert "1 training rows for 2 processes" not in also
