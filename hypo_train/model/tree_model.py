@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hypo_train.model.sharding import is_sharded, shard, unsharded, whole
+from hypo_train.model.sharding import is_sharded, local, shard, unsharded, whole
 from hypo_train.model.trunk import decoder_layers, frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
 from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
 from hypo_train.trees.tree import Tree
@@ -104,10 +104,14 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         shard(self, layers, device, autocast=autocast)
 
     def whole_state(self) -> dict[str, Tensor] | None:
-        """Weights by the name that the model has for them, put together on the CPU; None: they are not sharded."""
+        """Weights by the name that the model has for them, put together on the CPU, a tied one once; None: they are not
+        sharded."""
         if not is_sharded(self):
             return None
-        return {name: whole(tensor.detach()).cpu() for name, tensor in self.model.state_dict().items()}
+        state = self.model.state_dict()
+        once = {local(tensor).data_ptr(): tensor for tensor in state.values()}
+        together = {place: whole(tensor.detach()).cpu() for place, tensor in once.items()}
+        return {name: together[local(tensor).data_ptr()] for name, tensor in state.items()}
 
     def inside(self, function: Callable[[], T]) -> T:
         """``function()`` where it may read every weight, sharded or not, and run layers as often as it likes."""

@@ -39,7 +39,7 @@ CASES = {
     "fsdp, exact KL, LoRA": {**LORA, "fsdp": True, "kl_estimator": "exact"},
     "fsdp, last layer, checkpointing": {**LAST, "fsdp": True, "gradient_checkpointing": True},
     "fsdp, dpo, GPT-NeoX": {"algorithm": "dpo", **FULL, "fsdp": True},
-    "fsdp, generate": {**FULL, "fsdp": True, "attn_implementation": "sdpa", "sampler": "generate"},
+    "fsdp, separate rows": {**FULL, "fsdp": True, "attn_implementation": "sdpa"},
     "fsdp, reward": {"algorithm": "reward", **FULL, "fsdp": True},
     "fsdp, sft": {"algorithm": "sft", **FULL, "fsdp": True},
     "separate rows": {**FULL, "attn_implementation": "sdpa"},
@@ -106,7 +106,8 @@ def test_two_processes_log_what_one_does(name: str, runs: Path) -> None:
         line, expected = ({k: v for k, v in of_one.items() if "sampling/" not in k} for of_one in (line, expected))
         assert line.keys() == expected.keys()
         for key, value in expected.items():
-            assert line[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (key, line["step"])
+            close = 1e-4 if key == "grad_norm" else 1e-5  # of all entries: more of their rounding
+            assert line[key] == pytest.approx(value, rel=close, abs=close), (key, line["step"])
 
 
 @pytest.mark.parametrize("name", CASES)

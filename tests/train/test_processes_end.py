@@ -130,6 +130,7 @@ def test_a_mistake_in_the_configuration_is_said_once(tmp_path):
     config = config_of(tmp_path, per_device_train_batch_size=2)
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "tell", "chosen": "a", "rejected": "b"}\n')
     (main, _, said), (other, _, also) = ended(start(config.model_copy(update={"num_eval_rows": 0}), 2))
-    assert (main, other) == (2, 2) or main == 2
+    assert main == 2
+    assert other != 0
     assert "1 training rows for 2 processes" in said
     assert "1 training rows for 2 processes" not in also
