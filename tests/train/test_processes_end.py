@@ -1,4 +1,4 @@
-"""Several processes that are stopped, resumed or lose one of them: started as a user does, with torchrun's variables."""
+"""Several processes that are stopped, resumed or lose one of them: started as a user does, with torchrun."""
 
 import os
 import shutil
@@ -31,10 +31,11 @@ def start(config: Config, world: int) -> list["subprocess.Popen[str]"]:
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    shared |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "hypo_train", "--config", str(file)],
-            env=os.environ | shared | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r)},
+            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
