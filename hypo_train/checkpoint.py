@@ -99,7 +99,7 @@ def save_checkpoint(
         raise CheckpointError(f"cannot save {folder}: {error}; what was saved before is kept") from error
     replaced = _set_aside(folder) if folder.exists() else None
     temporary.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     if replaced:
         shutil.rmtree(replaced)
 
@@ -114,8 +114,8 @@ def _write(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[st
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for name in (*_FILES, _MANIFEST):
-        _flush(folder / name)
-    _flush(folder)
+        flush(folder / name)
+    flush(folder)
 
 
 def load_checkpoint(
@@ -323,7 +323,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the system to put a file, or a folder's list of names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
