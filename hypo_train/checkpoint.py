@@ -92,7 +92,7 @@ def save_checkpoint(
     temporary = folder.with_name(folder.name + _TEMPORARY)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(folder.parent)
+        remove_temporaries(folder.parent)
         _write(temporary, step, tensors, optimizer_tensors, json.dumps(trainer))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -337,8 +337,8 @@ def _set_aside(folder: Path) -> Path:
     return folder.rename(folder.with_name(f"{folder.name}.old{_TEMPORARY}"))
 
 
-def _remove_temporaries(output_dir: Path) -> None:
-    """What a killed save or removal left behind."""
+def remove_temporaries(output_dir: Path) -> None:
+    """Remove what a killed save or removal left behind."""
     for path in output_dir.glob(f"checkpoint-*{_TEMPORARY}"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -16,6 +16,7 @@ from hypo_train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     prune,
+    remove_temporaries,
     save_checkpoint,
 )
 from hypo_train.config import Config, ConfigError
@@ -101,6 +102,7 @@ def resume(run: Run, meter: Meter) -> int:
         run.rollouts.load(checkpoint.extra["rollouts"])
     if run.sampler is not None:
         run.sampler.weights_changed(checkpoint.step)
+    remove_temporaries(run.output_dir)  # a run that is at its end saves no more, and would leave them
     run.report.append(f"continuing from {folder}, step {checkpoint.step}")
     if checkpoint.step >= run.total_steps:
         run.report.append("all steps are done: the final model is saved from there, and nothing is trained")

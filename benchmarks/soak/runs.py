@@ -12,13 +12,13 @@ import yaml
 from hypo_train.demo import stages, world
 
 NUM_ROWS = 28
-# Between two saves lie lines and evaluations, and between two draws of rollouts saves.
+# Saves fall between two lines, whose means they have to hold, and between two draws of rollouts.
 INTERVALS: dict[str, Any] = {
     "max_steps": 7,
     "save_steps": 2,
     "save_total_limit": 2,
     "eval_steps": 3,
-    "logging_steps": 1,
+    "logging_steps": 3,
     "num_eval_rows": 4,
     "num_eval_prompts": 4,
 }

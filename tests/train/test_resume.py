@@ -415,6 +415,18 @@ def test_the_final_model_of_a_finished_run_is_there_until_it_is_saved_again(inte
     assert [path.name for path in Path(config.output_dir).glob("final*")] == ["final"]
 
 
+def test_what_a_kill_in_the_last_removal_leaves_behind_is_gone_after_the_resume(interrupted, monkeypatch):
+    config = interrupted(save_total_limit=1)
+    with monkeypatch.context() as patch:
+        die(patch, state.shutil, "rmtree", 3)  # the fourth save removes the third checkpoint
+        with pytest.raises(Killed):
+            train(config, progress=False)
+    folder = Path(config.output_dir)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-12", "checkpoint-9.old.tmp"}
+    resumed(config)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-12"]
+
+
 # Which checkpoint
 
 
