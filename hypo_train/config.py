@@ -370,6 +370,14 @@ def load_config(argv: Sequence[str]) -> Config:
     return config
 
 
+def checked(values: dict[str, Any]) -> Config:
+    """The configuration of these values by field. Raises ``ConfigError``, which lists every problem in one line."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(error))) from None
+
+
 _SHORT = {"resume": "resume_from_checkpoint"}  # flags of another name than their field
 _BARE = {"resume_from_checkpoint": "auto"}  # what a flag without a value means
 
