@@ -45,26 +45,16 @@ HYPO = {"kl_coef": 0.05, "max_new_tokens": 6}
 def make(tmp_path, saved_model):
     """``make(HyPOTrainer, kl_coef=0.1)`` is a trainer of a tiny model that writes to ``tmp_path``."""
 
-    def trainer(
-        kind=HyPOTrainer,
-        *,
-        model=None,
-        policy=None,
-        peft_config=None,
-        eval_dataset=None,
-        name="out",
-        rows=None,
-        **changes,
-    ):
+    def trainer(kind=HyPOTrainer, *, model=None, policy=None, rows=ROWS, name="out", **changes):
         folder = model or saved_model()
+        given = {key: changes.pop(key, None) for key in ("eval_dataset", "peft_config")}
         settings = {"output_dir": str(tmp_path / name), "save_strategy": "no", **SMALL, **changes}
-        args = HyPOConfig(**settings) if kind is HyPOTrainer else trl.DPOConfig(**settings)
         return kind(
             policy or str(folder),
-            args=args,
+            args=HyPOConfig(**settings) if kind is HyPOTrainer else trl.DPOConfig(**settings),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(folder),
-            **data,
+            **given,
         )
 
     return trainer
