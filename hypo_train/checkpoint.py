@@ -108,14 +108,14 @@ def _put(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str,
     temporary = folder.with_name(folder.name + _TEMPORARY)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(folder.parent)
+        remove_temporaries(folder.parent)
         _write(temporary, step, model, optimizer, trainer)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot save {folder}: {error}; what was saved before is kept") from error
     replaced = _set_aside(folder) if folder.exists() else None
     temporary.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     if replaced:
         shutil.rmtree(replaced)
 
@@ -130,8 +130,8 @@ def _write(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[st
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for name in (*_FILES, _MANIFEST):
-        _flush(folder / name)
-    _flush(folder)
+        flush(folder / name)
+    flush(folder)
 
 
 def load_checkpoint(
@@ -347,7 +347,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the system to put a file, or a folder's list of names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -361,8 +361,8 @@ def _set_aside(folder: Path) -> Path:
     return folder.rename(folder.with_name(f"{folder.name}.old{_TEMPORARY}"))
 
 
-def _remove_temporaries(output_dir: Path) -> None:
-    """What a killed save or removal left behind."""
+def remove_temporaries(output_dir: Path) -> None:
+    """Remove what a killed save or removal left behind."""
     for path in output_dir.glob(f"checkpoint-*{_TEMPORARY}"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -378,6 +378,18 @@ def load_config(argv: Sequence[str]) -> Config:
     return config
 
 
+def checked(values: dict[str, Any]) -> Config:
+    """The configuration of these values by field. Raises ``ConfigError``, which lists every problem in one line."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(error))) from None
+
+
+_SHORT = {"resume": "resume_from_checkpoint"}  # flags of another name than their field
+_BARE = {"resume_from_checkpoint": "auto"}  # what a flag without a value means
+
+
 def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
     """Flag name -> the tokens that follow it. ``--name=value`` and dashes inside a name are understood."""
     flags: dict[str, list[str]] = {}
@@ -386,6 +398,7 @@ def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]
         if token.startswith("--"):
             name, equals, value = token[2:].partition("=")
             name = name.replace("-", "_")
+            name = _SHORT.get(name, name)
             if name in flags:
                 problems.append(f"--{name} is given more than once")
             flags[name] = [value] if equals else []
@@ -401,7 +414,7 @@ def _flag_value(name: str, tokens: list[str]) -> Any:
     """What the flag's text means for its field, for pydantic to check; numbers stay text, which it reads."""
     types = _types(Config.model_fields[name].annotation)
     if not tokens:
-        return True if bool in types else ""
+        return True if bool in types else _BARE.get(name, "")
     if len(tokens) > 1:
         return tokens
     if NoneType in types and tokens[0].lower() in ("none", "null"):
@@ -449,7 +462,8 @@ def _read_base(base: Any, problems: list[str], heirs: Sequence[str]) -> dict[str
 
 def _nearest(name: str, prefix: str = "") -> str:
     """The end of an unknown name's message; ``prefix`` is that of a flag."""
-    names = difflib.get_close_matches(name, [*Config.model_fields, "config" if prefix else "base"], n=1)
+    known = [*Config.model_fields, "config" if prefix else "base"]
+    names = difflib.get_close_matches(name, known, n=1) or [field for field in known if field.startswith(f"{name}_")]
     return f": did you mean {prefix}{names[0]}?" if names else " (--help lists the fields)"
 
 
@@ -512,6 +526,7 @@ def help_text() -> str:
         "fields, --field alone overrides it. A line base: other.yaml, relative to the file, takes every",
         "field that the file leaves out from another one.",
         "",
+        "  --resume [FOLDER]       go on from that checkpoint, or from the newest complete one in output_dir",
         "  --dry-run               check everything but weights, write nothing, print what would be trained",
         "                          and the memory it takes; exit status 2 where the run would be refused",
         "  --dry_run_model NAME    a model (folder or Hub name) that stands in for one that is not there yet",

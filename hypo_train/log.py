@@ -37,6 +37,9 @@ class SilentLog:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step."""
 
+    def flush(self) -> None:
+        """Put what was logged on the disk."""
+
     def advance(self, step: int) -> None:
         """``step`` steps are done."""
 
@@ -104,6 +107,10 @@ class RunLog(SilentLog):
                 self._tensorboard.add_scalar(name, value, global_step=step)
         self._show(step, metrics)
 
+    def flush(self) -> None:
+        """What was logged is on the disk when this returns, even if the power fails: for before a checkpoint."""
+        os.fsync(self._file.fileno())
+
     def advance(self, step: int) -> None:
         """Move the bar: `step` steps are done."""
         if self._bar is not None:
@@ -158,6 +165,15 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is no JSON object: {line[:80]!r}")
         found.append(metrics)
     return found
+
+
+# Names of metrics, by their beginnings, that say what a step cost and not what it computed.
+COSTS = ("time/", "flops/", "memory/", "tokens_per_second", "train_samples_per_second", "tflops_per_second", "mfu")
+
+
+def without_costs(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics without what differs from machine to machine, and after a resume: time, work and memory."""
+    return {name: value for name, value in metrics.items() if not name.startswith(COSTS)}
 
 
 def _cut(path: Path, resume_step: int) -> None:

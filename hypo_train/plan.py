@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,8 +97,13 @@ class Plan:
         return largest
 
     def step_seed(self, step: int) -> int:
-        """The seed of everything random in a step."""
+        """The seed of what all processes draw in a step, each its part: the samples."""
         return (self.config.seed + 1) * SEEDS_PER_RUN + step
+
+    def own_seed(self, step: int) -> int:
+        """The seed of what a process draws for itself in a step, as dropout and a reward function do."""
+        seed, rank = self.step_seed(step), self.share.rank
+        return seed if rank == 0 else random.Random(f"{seed}/{rank}").getrandbits(63)
 
     def rows_of_step(self, step: int) -> list[int]:
         """Which training rows an optimizer step trains on, longest first: processes divide them, and micro-batches are

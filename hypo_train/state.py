@@ -7,8 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
-from hypo_train.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from hypo_train.checkpoint import (
+    CheckpointError,
+    checkpoint_folder,
+    flush,
+    latest_checkpoint,
+    load_checkpoint,
+    prune,
+    remove_temporaries,
+    save_checkpoint,
+)
 from hypo_train.config import Config, ConfigError
 from hypo_train.metrics import Meter
 from hypo_train.model.sharding import sharded_as
@@ -100,7 +111,10 @@ def resume(run: Run, meter: Meter) -> int:
         run.rollouts.load(_mine(checkpoint.extra["rollouts"], run, folder))
     if run.sampler is not None:
         run.sampler.weights_changed(checkpoint.step)
+    run.processes.on_main(lambda: remove_temporaries(run.output_dir))  # a run that is at its end saves no more, and would leave them
     run.report.append(f"continuing from {folder}, step {checkpoint.step}")
+    if checkpoint.step >= run.total_steps:
+        run.report.append("all steps are done: the final model is saved from there, and nothing is trained")
     return checkpoint.step
 
 
@@ -151,16 +165,29 @@ def _check_same_run(run: Run, extra: dict[str, Any], folder: Path) -> None:
 
 
 def save_model(run: Run) -> Path:
-    """The final model and its tokenizer, complete or not there at all."""
-    folder, unfinished = run.output_dir / "final", run.output_dir / "final.tmp"
-
+    """The final model and its tokenizer, complete on the disk or not there at all; one of before stays until then."""
     state = run.trained.whole_state()
+    return run.processes.on_main(lambda: _write_model(run, state))
 
-    def write() -> Path:
-        for old in (folder, unfinished):
-            shutil.rmtree(old, ignore_errors=True)
+
+def _write_model(run: Run, state: dict[str, Tensor] | None) -> Path:
+    folder, unfinished, replaced = (run.output_dir / name for name in ("final", "final.tmp", "final.old.tmp"))
+    for left_behind in (unfinished, replaced):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    try:
         run.trained.save_pretrained(unfinished, state)
         run.tokenizer.save_pretrained(unfinished)
-        return unfinished.rename(folder)
-
-    return run.processes.on_main(write)
+        for path in (*unfinished.iterdir(), unfinished):
+            flush(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot save {folder}: {error}; training is done and its last checkpoint is kept: "
+            "--resume_from_checkpoint auto saves the model from there"
+        ) from error
+    if folder.exists():
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    flush(run.output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return folder

@@ -1,7 +1,8 @@
 """One optimizer step: ``batch → sample → micro-batches' losses → backward → clip → step``.
 
-Everything random in a step is a function of (seed, step), and so is its batch: a resumed run needs no state
-but the weights, the optimizer's, the step's number and what was sampled ahead.
+Everything random in a step is a function of (seed, step), and so is its batch: what a reward function draws from
+Python's, NumPy's or torch's own generators too. A resumed run needs no state but the weights, the optimizer's, the
+step's number and what was sampled ahead.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from hypo_train.model.tree_model import PromptPass
 from hypo_train.rollouts import StepSamples
 from hypo_train.run import Run
 from hypo_train.sampling import PromptKV
+from hypo_train.seeding import seed_everything
 
 
 def train_step(run: Run, step: int, meter: Meter) -> None:
     """One optimizer step; its statistics go to ``meter``, its time and work to the run's timer and throughput."""
     timer = run.timer
-    torch.manual_seed(run.step_seed(step))
+    seed_everything(run.own_seed(step))
     with timer.phase("data"):
         everywhere = run.rows_of_step(step)  # on all processes
         indices = run.share.of(everywhere)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hypo_train.checkpoint import checkpoint_folder
+from hypo_train.checkpoint import checkpoint_folder, flush
 from hypo_train.config import Config
 from hypo_train.costs.memory import peak_memory
 from hypo_train.costs.throughput import of_all_processes
@@ -86,6 +86,7 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
         if evaluates:
             evaluation = _evaluate(run, log, done)
         if saves:
+            log.flush()
             save(run, meter, done)
         if stopped_by is not None:
             raise Stopped(stopped_by, checkpoint_folder(run.output_dir, done))
@@ -125,5 +126,7 @@ def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
     folder = run.output_dir / "samples"
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples]
-    (folder / f"step-{step}.jsonl").write_text("".join(lines), encoding="utf-8")
+    path = folder / f"step-{step}.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    flush(path)
     return evaluation

@@ -27,6 +27,7 @@ from hypo_train.model.mode import eval_mode
 from hypo_train.model.policy import Head
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.run import Run
+from hypo_train.seeding import seed_everything
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class KLRule:
 
 @torch.no_grad()
 def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress: bool = False) -> Evaluation:
-    """Evaluate on the run's held-out rows, with the same random numbers at every step: a curve compares like
-    with like.
+    """Evaluate on the run's held-out rows, with the same random numbers at every step, a reward function's too: a curve
+    compares like with like.
 
     Preference rows give ``eval_loss``, ``eval_rewards/*`` and ``eval_logps/*``, or a reward model's ``eval_accuracy``
     and ``eval_margin``; examples give the mean ``eval_loss`` of a token in nats. The first ``num_eval_prompts``
@@ -59,6 +60,7 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
     reward, where one is configured.
     """
     config = run.config
+    seed_everything(config.seed)
     with eval_mode(run.trained):
         meter = Meter()
         size = config.per_device_eval_batch_size

@@ -101,10 +101,23 @@ def made_ready(model: Any, config: Config, *, device_type: str) -> Policy | Rewa
     """
     trained = _as_configured(model, config, device_type)
     if isinstance(trained, RewardModel):
-        _share_prompts(trained, config, lambda: check_rewards(trained))
+        _share_prompts(trained, config.attn_implementation, lambda: check_rewards(trained))
     else:
-        _share_prompts(trained, config, lambda: check_exactness(trained))
+        _share_prompts(trained, config.attn_implementation, lambda: check_exactness(trained))
     return trained
+
+
+def policy_of(model: Any, *, is_peft: bool, temperature: float) -> Policy:
+    """A transformers model (or peft's around one) whose trained parameters others have chosen and whose reference they
+    keep, on trees where it is proved to run so exactly.
+
+    Raises:
+        ModelError: it cannot be trained exactly.
+    """
+    policy = Policy(model, is_peft=is_peft, temperature=temperature)
+    policy.drop_reference()
+    _share_prompts(policy, "auto", lambda: check_exactness(policy))
+    return policy
 
 
 def _as_configured(model: Any, config: Config, device_type: str) -> Policy | RewardModel:
@@ -183,7 +196,7 @@ def as_reward_model(classifier: Any, config: Config) -> RewardModel:
     """A classifier that runs trees, or separate rows. Raises ModelError where it does not run so exactly."""
     _check_window(classifier, config.max_prompt_length + config.max_completion_length)
     reward_model = RewardModel(classifier, is_peft=False)
-    _share_prompts(reward_model, config, lambda: check_rewards(reward_model))
+    _share_prompts(reward_model, config.attn_implementation, lambda: check_rewards(reward_model))
     return reward_model
 
 
@@ -252,10 +265,10 @@ def _made_trainable(model: Any, config: Config, device_type: str) -> Any:
     return model
 
 
-def _share_prompts(model: TreeModel[Any], config: Config, check: Callable[[], str | None]) -> None:
+def _share_prompts(model: TreeModel[Any], attn_implementation: str, check: Callable[[], str | None]) -> None:
     """Run trees where the ``check`` proves that the model does so exactly, and separate rows elsewhere."""
     plain = model.base.config._attn_implementation
-    if config.attn_implementation == "auto":
+    if attn_implementation == "auto":
         model.base.set_attn_implementation(NAME)
     model.why_separate_rows = check()
     if not model.shares_prompts:

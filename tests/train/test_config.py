@@ -58,6 +58,10 @@ def test_flags_override_the_file_and_the_file_overrides_the_defaults(recipe):
         (["--learning_rate=3e-6"], "learning_rate", 3e-6),
         (["--learning-rate", "3e-6"], "learning_rate", 3e-6),
         (["--max_steps", "-1"], "max_steps", -1),
+        (["--resume"], "resume_from_checkpoint", "auto"),
+        (["--resume", "auto"], "resume_from_checkpoint", "auto"),
+        (["--resume", "runs/hypo/checkpoint-5"], "resume_from_checkpoint", "runs/hypo/checkpoint-5"),
+        (["--resume_from_checkpoint"], "resume_from_checkpoint", "auto"),
         (["--gradient_checkpointing"], "gradient_checkpointing", True),
         (["--gradient_checkpointing", "selective"], "gradient_checkpointing", "selective"),
         (["--tensorboard", "false"], "tensorboard", False),
@@ -104,6 +108,15 @@ def test_a_typo_in_a_flag_suggests_the_nearest_flag():
         [*REQUIRED, "--num_generation", "4"]
     )
     assert "unknown flag --confg: did you mean --config?" in problem([*REQUIRED, "--confg", "x.yaml"])
+
+
+def test_the_beginning_of_a_name_suggests_the_name():
+    assert "unknown flag --missing_eos: did you mean --missing_eos_penalty?" in problem([*REQUIRED, "--missing_eos=1"])
+
+
+def test_the_short_and_the_long_flag_of_a_field_together_are_one_too_many():
+    flags = [*REQUIRED, "--resume", "--resume_from_checkpoint", "auto"]
+    assert "--resume_from_checkpoint is given more than once" in problem(flags)
 
 
 def test_a_name_that_resembles_none_points_to_the_help():
@@ -178,7 +191,7 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
         ("--eval_steps 5", "eval_steps=5: nothing to evaluate on, set dataset_test_split or num_eval_rows"),
         ("--seed 1 2", "seed=['1', '2']: should be a valid integer"),
         ("--learning_rate", "learning_rate='': needs a value"),
-        ("--resume_from_checkpoint", "resume_from_checkpoint='': needs a value"),
+        ("--ref_logps_cache_dir", "ref_logps_cache_dir='': needs a value"),
         ("--seed 1 --seed 2", "--seed is given more than once"),
     ],
 )

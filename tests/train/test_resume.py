@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -26,7 +27,7 @@ from hypo_train.__main__ import main
 from hypo_train.checkpoint import CheckpointError
 from hypo_train.config import ConfigError
 from hypo_train.interrupt import Stopped
-from hypo_train.log import read_metrics
+from hypo_train.log import read_metrics, without_costs
 from hypo_train.model.policy import Policy
 from hypo_train.sampling import DecodeSampler
 from hypo_train.train import train
@@ -63,7 +64,7 @@ def interrupted(settings):
 def metrics_of(config):
     """Every line of metrics.jsonl, timings aside."""
     lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-    return [tiny.without_costs(line) for line in lines]
+    return [without_costs(line) for line in lines]
 
 
 def final_weights(config):
@@ -178,7 +179,7 @@ PHASES = {
     "after an evaluation, before its line": (loop, "evaluate", 3, True),
     "after a line is logged": (loop.RunLog, "log", 6, True),
     "before a checkpoint": (loop, "save", 2, False),
-    "within a checkpoint": (os, "fsync", 9, False),
+    "within a checkpoint": (os, "fsync", 12, False),
     "before the final model": (loop, "save_model", 1, False),
     "within the final model": (Policy, "save_pretrained", 1, True),
 }
@@ -238,11 +239,47 @@ def test_every_way_to_train_is_resumed_exactly(interrupted, monkeypatch, changes
     assert_same_run(resumed(killed), whole)
 
 
-def test_a_finished_run_that_is_resumed_trains_no_more(interrupted, uninterrupted, monkeypatch):
+RANDOM_REWARD = """
+import random
+import numpy
+import torch
+
+def reward(prompt, completion):
+    return random.random() + float(numpy.random.rand()) + torch.rand(()).item()
+"""
+
+
+def test_a_reward_that_draws_random_numbers_draws_the_same_after_a_resume(interrupted, tmp_path, monkeypatch):
+    (tmp_path / "drawing.py").write_text(RANDOM_REWARD, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {"algorithm": "rloo", "reward": "drawing:reward"}
+    whole, killed = interrupted("whole", **changes), interrupted("killed", **changes)
+    train(whole, progress=False)
+    for nth in (2, 9):  # before the first checkpoint, and after one
+        with monkeypatch.context() as patch:
+            die(patch, loop, "train_step", nth)
+            with pytest.raises(Killed):
+                resumed(killed)
+    assert_same_run(resumed(killed), whole)
+
+
+def test_a_gpt_neox_model_gets_its_trained_head_back(interrupted, saved_model, monkeypatch):
+    base = saved_model("gpt_neox")
+    whole, killed = interrupted("whole", model=base), interrupted("killed", model=base)
+    train(whole, progress=False)
+    killed_run(killed, monkeypatch)
+    continued, expected = resumed(killed), final_weights(whole)
+    [head] = [name for name in expected if name.startswith(("embed_out", "lm_head"))]
+    assert not torch.equal(expected[head], load_file(base / "model.safetensors")[head]), "the head was trained"
+    assert_same_run(continued, whole)
+
+
+def test_a_finished_run_that_is_resumed_trains_no_more(interrupted, uninterrupted, monkeypatch, capsys):
     config = interrupted()
     train(config, progress=False)
     monkeypatch.setattr(loop, "train_step", None)
     assert_same_run(resumed(config), uninterrupted)
+    assert "all steps are done: the final model is saved from there" in capsys.readouterr().out
 
 
 # Told to stop
@@ -349,6 +386,45 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_it(interrupted, u
             train(config, progress=False)
     assert sorted(path.name for path in Path(config.output_dir).glob("checkpoint-*")) == ["checkpoint-3"]
     assert_same_run(resumed(config), uninterrupted)
+
+
+def test_a_final_model_that_finds_no_room_can_be_saved_later(interrupted, uninterrupted, monkeypatch):
+    config = interrupted()
+
+    def in_no_room(self, folder):
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "save_pretrained", in_no_room)
+        with pytest.raises(CheckpointError, match=r"cannot save .*final: .*No space left.*auto saves the model"):
+            train(config, progress=False)
+    assert not list(Path(config.output_dir).glob("final*"))
+    assert_same_run(resumed(config), uninterrupted)
+
+
+def test_the_final_model_of_a_finished_run_is_there_until_it_is_saved_again(interrupted, uninterrupted, monkeypatch):
+    config = interrupted()
+    train(config, progress=False)
+    with monkeypatch.context() as patch:
+        die(patch, Policy, "save_pretrained", 1, afterwards=True)
+        with pytest.raises(Killed):
+            resumed(config)
+    assert_same_run(config, uninterrupted)
+    assert_same_run(resumed(config), uninterrupted)
+    assert [path.name for path in Path(config.output_dir).glob("final*")] == ["final"]
+
+
+def test_what_a_kill_in_the_last_removal_leaves_behind_is_gone_after_the_resume(interrupted, monkeypatch):
+    config = interrupted(save_total_limit=1)
+    with monkeypatch.context() as patch:
+        die(patch, state.shutil, "rmtree", 3)  # the fourth save removes the third checkpoint
+        with pytest.raises(Killed):
+            train(config, progress=False)
+    folder = Path(config.output_dir)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-12", "checkpoint-9.old.tmp"}
+    resumed(config)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-12"]
 
 
 # Which checkpoint

@@ -11,7 +11,7 @@ import torch
 from hypo_train.costs.flops import ModelFlops, Rates, UncountedError
 from hypo_train.costs.memory import peak_memory
 from hypo_train.costs.throughput import Throughput
-from hypo_train.log import read_metrics
+from hypo_train.log import read_metrics, without_costs
 from hypo_train.train import train
 from hypo_train.trees.batch import Batcher
 
@@ -83,7 +83,7 @@ def costs_of(config):
     """The costs of each line that is no evaluation's."""
     train(config, progress=False)
     lines = [line for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
-    return [{name: line[name] for name in line.keys() - tiny.without_costs(line).keys()} for line in lines]
+    return [{name: line[name] for name in line.keys() - without_costs(line).keys()} for line in lines]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hypo_train.config import load_config
 from hypo_train.data.order import batch_indices
-from hypo_train.log import read_metrics
+from hypo_train.log import read_metrics, without_costs
 from hypo_train.metrics import Meter
 from hypo_train.run import prepare
 from hypo_train.train import train, train_step
@@ -45,7 +45,7 @@ def metrics_of(config):
 
 
 def without_timings(lines):
-    return [tiny.without_costs(line) for line in lines]
+    return [without_costs(line) for line in lines]
 
 
 def trained(config):
@@ -124,7 +124,7 @@ def test_three_steps_of_every_algorithm(settings, algorithm, way):
     *steps, evaluation = metrics_of(config)
     expected = OF_STEPS | {"sft": {"loss"}, "hypo": OF_PAIRS | OF_SAMPLES}.get(algorithm, OF_PAIRS)
     for number, line in enumerate(steps, start=1):
-        assert set(tiny.without_costs(line)) == expected
+        assert set(without_costs(line)) == expected
         assert line["step"] == number
         assert all(math.isfinite(value) for value in line.values())
     assert steps[0]["loss"] != steps[2]["loss"]

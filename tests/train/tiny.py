@@ -185,12 +185,6 @@ def perturb(parameters, *, seed=0, size=0.05):
             parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def without_costs(line):
-    """A line of metrics without what differs from machine to machine and after a resume: time, work and memory."""
-    costs = ("time/", "flops/", "memory/", "tokens_per_second", "train_samples_per_second", "tflops_per_second", "mfu")
-    return {name: value for name, value in line.items() if not name.startswith(costs)}
-
-
 def reward_of_length(prompt, completion):
     """A true reward that a config can name."""
     return float(len(completion.split()))

@@ -1,0 +1,104 @@
+"""Moments of a run at which it can be killed: inside every phase of a step and every operation on its files.
+
+    step: backward                       a phase of a step begins (or goes on)
+    save: os.fsync, save: os.rename      an operation on files is about to be done, or is done, inside an area
+    save: half of model.safetensors      a file of tensors is written in part
+    final model: begins, final model: ends
+
+Which area a moment belongs to is the innermost of ``AREAS`` that runs; outside of them, files are not looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypo_train import checkpoint, log, state, train
+from hypo_train.costs.timing import PhaseTimer
+
+# (module or class, function, area)
+AREAS = (
+    (train, "prepare", "preparing"),
+    (train, "resume", "loading"),
+    (train, "with_reference_logps", "reference log-probs"),
+    (log.RunLog, "__init__", "opening the log"),
+    (train, "_evaluate", "evaluation"),
+    (log.RunLog, "log", "logging"),
+    (log.RunLog, "flush", "logging"),
+    (train, "save", "save"),
+    (state, "prune", "prune"),
+    (train, "save_model", "final model"),
+)
+# What comes before the first step and after the last one: a signal ends a run there at once.
+OUTSIDE_OF_THE_LOOP = ("preparing", "loading", "reference log-probs", "opening the log", "final model")
+_OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audited before they are done
+
+Reached = Callable[..., None]  # (name of the moment, what to do to the files first if the run dies there)
+
+
+def watch(reached: Reached) -> None:
+    """Have ``reached`` called at every moment from now on. For a process of its own: it cannot be undone."""
+    areas: list[str] = []
+    for owner, name, area in AREAS:
+        setattr(owner, name, _within(getattr(owner, name), area, areas, reached))
+    _watch_phases(reached)
+    _watch_files(areas, reached)
+
+
+def _within(function: Callable[..., Any], area: str, areas: list[str], reached: Reached) -> Callable[..., Any]:
+    def watched(*args: Any, **options: Any) -> Any:
+        reached(f"{area}: begins")
+        areas.append(area)
+        try:
+            result = function(*args, **options)
+        finally:
+            areas.pop()
+        reached(f"{area}: ends")
+        return result
+
+    return watched
+
+
+def _watch_phases(reached: Reached) -> None:
+    enter, leave = PhaseTimer._enter, PhaseTimer._leave
+
+    def watched_enter(self: PhaseTimer, name: str) -> None:
+        enter(self, name)
+        reached(f"step: {name}")
+
+    def watched_leave(self: PhaseTimer) -> None:
+        leave(self)
+        if self._open:
+            reached(f"step: {self._open[-1]}")
+
+    vars_of: Any = PhaseTimer
+    vars_of._enter, vars_of._leave = watched_enter, watched_leave
+
+
+def _watch_files(areas: list[str], reached: Reached) -> None:
+    fsync, save_file = os.fsync, checkpoint.save_file
+
+    def audited(event: str, args: tuple[Any, ...]) -> None:
+        if areas and (event in _OPERATIONS or (event == "open" and _writes(args[1]))):
+            reached(f"{areas[-1]}: {event}")
+
+    def watched_fsync(descriptor: Any) -> None:
+        fsync(descriptor)
+        if areas:
+            reached(f"{areas[-1]}: os.fsync")
+
+    def watched_save_file(tensors: Any, path: Path, *args: Any) -> None:
+        save_file(tensors, path, *args)
+        reached(f"save: half of {path.name}", lambda: os.truncate(path, path.stat().st_size // 2))
+        reached(f"save: {path.name}")
+
+    of_os, of_checkpoint = vars(os), vars(checkpoint)
+    of_os["fsync"], of_checkpoint["save_file"] = watched_fsync, watched_save_file
+    sys.addaudithook(audited)
+
+
+def _writes(mode: Any) -> bool:
+    return isinstance(mode, str) and bool(set(mode) & set("wax+"))

@@ -1,0 +1,284 @@
+"""HyPO for users of TRL: ``HyPOTrainer`` is a ``DPOTrainer`` with this project's loss and sampler in it.
+
+    from hypo_train.trl import HyPOConfig, HyPOTrainer
+
+    trainer = HyPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=HyPOConfig("out", kl_coef=1e-3), train_dataset=dataset)
+    trainer.train()
+
+Data sets, models, adapters, checkpoints, callbacks and loggers are TRL's own. Of a step, everything between the batch
+and its loss is replaced: each prompt's samples are drawn from the live weights, prompts are computed once for their
+pair and samples where the model's attention can, and loss and gradients come straight from hidden states.
+
+Metrics are TRL's, less the four that need logits (entropy, logits/chosen, logits/rejected, mean_token_accuracy), and
+``kl``, the reverse KL to the reference of a whole sample, with ``completions/mean_length`` and
+``completions/clipped_ratio``.
+
+TRL reports each trainer to Hugging Face when it is made; this one does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from hypo_kernels import HypoLoss
+from hypo_train.config import Config, ConfigError, checked
+from hypo_train.data.formats import DataError
+from hypo_train.data.rows import Pair
+from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
+from hypo_train.model.load import eos_token_ids, policy_of
+from hypo_train.model.mode import eval_mode
+from hypo_train.plan import SEEDS_PER_RUN
+from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, Samples, serves
+from hypo_train.trees.batch import Batcher
+from hypo_train.trees.tree import Tree
+
+_NEEDS = "hypo_train.trl needs TRL: pip install 'trl>=1.16'"
+try:
+    import trl
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl.trainer.utils import use_adapter
+except ImportError as error:
+    raise ImportError(_NEEDS) from error
+if Version(trl.__version__) < Version("1.16"):
+    raise ImportError(f"{_NEEDS} (found {trl.__version__})")
+
+
+@dataclass
+class HyPOConfig(trl.DPOConfig):  # type: ignore[misc]
+    """``DPOConfig`` and what HyPO adds.
+
+    Raises:
+        ConfigError: a value that is out of range, or an option of DPO that HyPO's loss does not have.
+    """
+
+    kl_coef: float = field(
+        default=1e-4,
+        metadata={"help": "Weight of the reverse KL to the reference, a sum over response tokens; 0 is DPO."},
+    )
+    num_generations: int = field(
+        default=2, metadata={"help": "Samples a prompt, each the others' baseline; at least 2."}
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens a sample may have, EOS included."})
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of policy and reference: of samples and of every log-probability of the loss."},
+    )
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "Added to a sample's log-ratio for each of its tokens."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_options(self)
+        self.loss_settings()
+
+    def loss_settings(self) -> Config:
+        """The same settings as this project's own loop has them."""
+        return checked(
+            {
+                "algorithm": "hypo" if self.kl_coef else "dpo",
+                "model_name_or_path": "the trainer's",
+                "dataset_name": "the trainer's",
+                "beta": self.beta,
+                "kl_coef": self.kl_coef,
+                "num_generations": self.num_generations,
+                "max_new_tokens": self.max_new_tokens,
+                "temperature": self.temperature,
+                "length_penalty": self.length_penalty,
+            }
+        )
+
+
+def _refuse_options(args: HyPOConfig) -> None:
+    """Raise for what would be ignored in silence otherwise."""
+    rules = [
+        (args.loss_type != ["sigmoid"], "loss_type", "HyPO's preference term is DPO's, use 'sigmoid'"),
+        (args.loss_weights not in (None, [1.0]), "loss_weights", "there is one loss, leave it out"),
+        (args.label_smoothing != 0, "label_smoothing", "the sigmoid loss of TRL has none, use 0"),
+        (args.f_divergence_type != "reverse_kl", "f_divergence_type", "use 'reverse_kl'"),
+        (args.ld_alpha is not None, "ld_alpha", "all tokens count alike, use None"),
+        (args.use_weighting, "use_weighting", "pairs count alike, use False"),
+        (args.sync_ref_model, "sync_ref_model", "the reference stays as it is, use False"),
+        (bool(args.router_aux_loss_coef), "router_aux_loss_coef", "there is no auxiliary loss, use 0"),
+        (args.truncation_mode != "keep_start", "truncation_mode", "pairs share their prompt, use 'keep_start'"),
+        (args.precompute_ref_log_probs, "precompute_ref_log_probs", "samples ask the reference anyway, use False"),
+        (args.use_liger_kernel, "use_liger_kernel", 'use model_init_kwargs={"use_kernels": True}'),
+    ]
+    problems = [f"{name}={getattr(args, name)!r}: {fix}" for broken, name, fix in rules if broken]
+    if problems:
+        raise ConfigError("HyPOConfig: " + "; ".join(problems))
+
+
+class HyPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
+    """``DPOTrainer`` that trains HyPO (arXiv 2406.01462); with ``kl_coef=0`` its loss and gradients are DPO's.
+
+    Takes what ``DPOTrainer`` takes, in its order; ``args`` is a :class:`HyPOConfig`. One process.
+
+    Raises:
+        ConfigError: ``args`` of another class, ``compute_metrics``, images, several processes.
+        DataError: a prompt of no tokens.
+        ModelError: the loss would not be exactly the model's own.
+    """
+
+    _tag_names = ("trl", "hypo")
+    _name = "HyPO"
+    _paper = {  # noqa: RUF012
+        "title": "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage",
+        "id": "2406.01462",
+    }
+
+    def __init__(self, model: Any, ref_model: Any = None, args: HyPOConfig | None = None, **options: Any) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = HyPOConfig(f"{name.split('/')[-1]}-HyPO")
+        _refuse_arguments(args, options)
+        super().__init__(model, ref_model, args, **options)
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(f"started as {self.accelerator.num_processes} processes: HyPOTrainer runs on one so far")
+        _refuse_empty_prompts(self.train_dataset)
+        self._settings = args.loss_settings()
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        is_peft = hasattr(unwrapped, "peft_config")
+        self._policy = policy_of(unwrapped, is_peft=is_peft, temperature=args.temperature)
+        self._reference = self._policy
+        if self.ref_model is not None:
+            frozen = self.accelerator.unwrap_model(self.ref_model).requires_grad_(False)
+            self._reference = policy_of(frozen, is_peft=False, temperature=args.temperature)
+        shares_prompts = self._policy.shares_prompts and self._reference.shares_prompts
+        self._batcher = Batcher(self._tokenizer.pad_token_id, shares_prompts=shares_prompts)
+        self.sampler = self._new_sampler()
+        self._drawn_at, self._draws = -1, 0  # the step of the last draw, and how many there were at it
+
+    def _new_sampler(self) -> Sampler:
+        model = self._policy.model
+        engine: Any = GenerateSampler if serves(model) else DecodeSampler
+        sampler: Sampler = engine(
+            model,
+            eos_token_ids=eos_token_ids(self._policy.base.generation_config, self._tokenizer),
+            pad_token_id=self._tokenizer.pad_token_id,
+            temperature=self._settings.temperature,
+        )
+        return sampler
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Tensor:
+        """The mean loss () of a batch of P pairs: (2 P, L) token ids, the chosen ones first."""
+        pairs = _pairs(inputs)
+        with self.accelerator.autocast():
+            samples = self._samples([list(pair.prompt) for pair in pairs]) if self._settings.draws_samples else None
+            completions = samples.completions() if samples else []
+            tree = self._batcher.pairs(pairs, completions).to(self.accelerator.device)
+            reference = Reference(logps=self._ref_logps(tree))
+            out = self._policy(tree, preference_loss(tree, reference, len(pairs), self._settings))
+        self._add_metrics(inputs, out, samples)
+        return out.loss
+
+    def _samples(self, prompts: list[list[int]]) -> Samples:
+        """``num_generations`` completions of each prompt, from the weights as they are. What is drawn is a function of
+        the seed, the step and the batch's number in it, so that a resumed run draws the same."""
+        step = self.state.global_step if self.model.training else -2
+        if step != self._drawn_at:
+            self._drawn_at, self._draws = step, 0
+        if step >= 0:
+            self.sampler.weights_changed(step)
+        seed = self._draws
+        if step >= 0:
+            seed += (self.args.seed + 1) * SEEDS_PER_RUN + step * self.args.gradient_accumulation_steps
+        self._draws += 1
+        n, longest = self._settings.num_generations, self.args.max_new_tokens
+        samples = self.sampler.sample(prompts, n, longest, seed=seed)
+        self.sampler.release()
+        return samples
+
+    @torch.no_grad()
+    def _ref_logps(self, tree: Tree) -> Tensor:
+        """(S,) of the tree's sequences: of ``ref_model``, of the adapter that the model came with, or without any."""
+        model = self._policy.model
+        adapter: Any = nullcontext()
+        if self._reference is self._policy:
+            adapter = use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
+        with adapter, eval_mode(self._reference):
+            return self._reference(tree, sequence_logprobs_of(tree, self._settings))
+
+    def _add_metrics(self, inputs: dict[str, Tensor], out: HypoLoss, samples: Samples | None) -> None:
+        mode, pairs = "train" if self.model.training else "eval", len(out.chosen_rewards)
+        found = {
+            "rewards/chosen": out.chosen_rewards.mean(),
+            "rewards/rejected": out.rejected_rewards.mean(),
+            "rewards/accuracies": (out.margins > 0).float().mean(),
+            "rewards/margins": out.margins.mean(),
+            "logps/chosen": out.logps[:pairs].mean(),
+            "logps/rejected": out.logps[pairs : 2 * pairs].mean(),
+        }
+        if samples is not None:
+            found["kl"] = out.kl.mean()
+            found["completions/mean_length"] = samples.mask.sum(1).float().mean()
+            found["completions/clipped_ratio"] = (~samples.ended).float().mean()
+        found["num_tokens"] = inputs["attention_mask"].sum()
+        values = torch.stack([value.detach().double() for value in found.values()]).tolist()  # one wait for the device
+        if mode == "train":
+            self._total_train_tokens += int(values[-1])
+        for name, value in zip(list(found)[:-1], values, strict=False):
+            self._metrics[mode][name].append(value)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """As ``DPOTrainer``'s, with the same samples' random numbers each time: a curve compares like with like."""
+        self._drawn_at = -1
+        metrics: dict[str, float] = super().evaluate(*args, **options)
+        return metrics
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """transformers leaves weights as they are that it saves under another name, such as the head of GPT-NeoX; a
+        resumed run would go on with the base model's."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._policy.is_peft:
+            base = self._policy.base
+            saved = type(base).from_pretrained(resume_from_checkpoint, dtype=base.dtype)
+            base.load_state_dict(saved.state_dict())
+
+
+def _refuse_arguments(args: Any, options: dict[str, Any]) -> None:
+    if not isinstance(args, HyPOConfig):
+        raise ConfigError(f"args is a {type(args).__name__}: use HyPOConfig, which has all fields of DPOConfig")
+    if options.get("compute_metrics") is not None:
+        raise ConfigError("compute_metrics: there are no logits to give it, leave it out")
+    processing_class = options.get("processing_class")
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ConfigError(f"processing_class is a {type(processing_class).__name__}: HyPOTrainer takes a tokenizer")
+    dataset = options.get("train_dataset")
+    columns: Sequence[str] = getattr(dataset, "column_names", None) or ()
+    if {"image", "images"} & set(columns):
+        raise ConfigError("train_dataset has images: HyPOTrainer trains on text")
+
+
+def _refuse_empty_prompts(dataset: Any) -> None:
+    """A sample needs something to follow; TRL moves the end of a prompt that merges with its completion to that."""
+    prompts = dataset["prompt_ids"] if isinstance(dataset, Dataset) else ()  # a stream's are seen as they come
+    empty = next((row for row, prompt in enumerate(prompts) if not prompt), None)
+    if empty is not None:
+        raise DataError(
+            f"row {empty} of train_dataset has an empty prompt once it is tokenised: give it text that ends where a "
+            "token ends (a space, a line break), or a chat template"
+        )
+
+
+def _pairs(inputs: dict[str, Tensor]) -> list[Pair]:
+    """The token ids of a batch, read from the device in one go."""
+    rows = torch.stack([inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")], dim=-1).tolist()
+    prompts, completions = [], []
+    for row in rows:
+        prompts.append(tuple(token for token, seen, counted in row if seen and not counted))
+        completions.append(tuple(token for token, _, counted in row if counted))
+    half = len(rows) // 2
+    return [Pair(i, prompts[i], completions[i], completions[half + i]) for i in range(half)]

@@ -1,0 +1,283 @@
+"""``HyPOTrainer`` in TRL: with no KL it is DPO, with one its loss is this project's, and TRL's own machinery works."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from hypo_kernels import fused_hypo_loss
+from hypo_train.config import ConfigError
+from hypo_train.data.formats import DataError
+from hypo_train.sampling import DecodeSampler
+from hypo_train.trees.tree import separate_rows
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+from hypo_train.trl import HyPOConfig, HyPOTrainer  # noqa: E402
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+SMALL = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 3e-3,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "beta": 0.3,
+}
+# TRL joins prompt and completion as they are.
+ROWS = [{**row, "prompt": row["prompt"] + " "} for row in tiny.pair_rows()]
+HYPO = {"kl_coef": 0.05, "max_new_tokens": 6}
+
+
+@pytest.fixture
+def make(tmp_path, saved_model):
+    """``make(HyPOTrainer, kl_coef=0.1)`` is a trainer of a tiny model that writes to ``tmp_path``."""
+
+    def trainer(kind=HyPOTrainer, *, model=None, policy=None, rows=ROWS, name="out", **changes):
+        folder = model or saved_model()
+        given = {key: changes.pop(key, None) for key in ("eval_dataset", "peft_config")}
+        settings = {"output_dir": str(tmp_path / name), "save_strategy": "no", **SMALL, **changes}
+        return kind(
+            policy or str(folder),
+            args=HyPOConfig(**settings) if kind is HyPOTrainer else trl.DPOConfig(**settings),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            **given,
+        )
+
+    return trainer
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Prompts and samples of every draw from now on."""
+    found, sample = [], DecodeSampler.sample
+
+    def noted(self, prompts, *arguments, **keywords):
+        samples = sample(self, prompts, *arguments, **keywords)
+        found.append((prompts, samples))
+        return samples
+
+    monkeypatch.setattr(DecodeSampler, "sample", noted)
+    return found
+
+
+class Gradients(TrainerCallback):
+    """Every step's, as the optimizer sees them."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def trained(trainer):
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    return trainer, gradients.steps
+
+
+def logged(trainer, *names):
+    return [[line[name] for name in names] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("way", ["full", "lora", "gpt_neox"])
+def test_without_a_kl_losses_rewards_and_gradients_are_those_of_dpo(make, saved_model, way):
+    model = saved_model("gpt_neox") if way == "gpt_neox" else None
+    options = {"model": model, "peft_config": LORA if way == "lora" else None, "lr_scheduler_type": "constant"}
+    (ours, gradients), (theirs, expected) = (
+        trained(make(kl_coef=0.0, **options)),
+        trained(make(trl.DPOTrainer, **options)),
+    )
+    assert len(gradients) == len(expected) == 3
+    for found, truth in zip(gradients, expected, strict=True):
+        assert found.keys() == truth.keys()
+        for name, gradient in truth.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    names = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"]
+    names += ["logps/rejected", "num_tokens"]
+    torch.testing.assert_close(
+        torch.tensor(logged(ours, *names)), torch.tensor(logged(theirs, *names)), rtol=1e-4, atol=1e-4
+    )
+    assert logged(ours, "rewards/margins")[-1] != [0.0]
+    assert "kl" not in ours.state.log_history[0]
+
+
+def test_the_loss_on_a_batch_and_its_samples_is_this_projects_own(make, drawn):
+    trainer, _ = trained(make(**HYPO, temperature=0.7))  # away from the reference
+    batch = next(iter(trainer.get_train_dataloader()))
+    drawn.clear()
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    [(prompts, samples)] = drawn
+    completions = samples.completions()
+    assert len(completions) == 2 * len(prompts) == 8
+
+    # Plain rows of the batch and the samples, no tree, through the models as TRL holds them.
+    rows, counted = batch["input_ids"], batch["completion_mask"]
+    pairs = [rows[i][counted[i] == 1].tolist() for i in range(8)]
+    assert [rows[i][(counted[i] == 0) & (batch["attention_mask"][i] == 1)].tolist() for i in range(4)] == prompts
+    sequences = [(i % 4, completion) for i, completion in enumerate(pairs)]
+    sequences += [(i // 2, completion) for i, completion in enumerate(completions)]
+    tree = separate_rows(prompts, sequences, pad_token_id=tiny.PAD)
+
+    def hidden(model):
+        inputs = {"input_ids": tree.input_ids, "attention_mask": tree.attention_mask}
+        return model.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)[tree.rows]
+
+    with torch.no_grad():
+        ref_hidden = hidden(trainer.ref_model)
+    expected = fused_hypo_loss(
+        hidden(trainer.model),
+        trainer.model.lm_head.weight,
+        tree.targets,
+        tree.cu_seqlens,
+        num_pairs=4,
+        ref_hidden=ref_hidden,
+        ref_lm_head_weight=trainer.ref_model.lm_head.weight.detach(),
+        beta=0.3,
+        kl_coef=0.05,
+        temperature=0.7,
+        impl="reference",
+    )
+    expected.loss.backward()
+    torch.testing.assert_close(loss, expected.loss)
+    assert expected.kl.abs().max() > 1e-3
+    assert trainer._metrics["train"]["kl"] == [pytest.approx(expected.kl.mean().item(), rel=1e-4)]
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_samples_come_from_the_weights_as_they_are(make, drawn, peft_config):
+    trainer, _ = trained(make(peft_config=peft_config, gradient_accumulation_steps=1, **HYPO))
+    assert [samples.version for _, samples in drawn] == [0, 1, 2]
+    model = trainer.model.eval()
+    trainer.sampler.score = True
+    trainer.sampler.weights_changed(3)
+    samples = trainer.sampler.sample([[5, 20, 6]], 2, 6, seed=0)
+    for tokens, logprobs in zip(samples.completions(), samples.logprobs, strict=True):
+        now = tiny.plain_token_logprobs(model, [5, 20, 6], tokens)
+        torch.testing.assert_close(logprobs[: len(tokens)], now, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter() if peft_config else contextlib.nullcontext():
+        before = trainer.ref_model or model
+        then = tiny.plain_token_logprobs(before, [5, 20, 6], samples.completions()[0])
+    assert (then - samples.logprobs[0][: len(then)]).abs().max() > 1e-2
+
+
+def test_the_reference_of_an_adapter_that_the_model_came_with_is_that_adapter(make, saved_model):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved_model()), LORA)
+    trainer = make(model=saved_model(), policy=model, gradient_checkpointing=False, **HYPO)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert trainer._metrics["train"]["kl"] == [0.0]
+    assert trainer._metrics["train"]["rewards/margins"] == [0.0]
+    assert [name for name, p in model.named_parameters() if p.requires_grad and ".ref." in name] == []
+
+
+@pytest.mark.parametrize("way", ["full", "lora", "gpt_neox"])
+def test_a_run_trains_evaluates_saves_and_resumes_as_if_it_was_not_interrupted(make, saved_model, way):
+    options = {
+        "model": saved_model("gpt_neox") if way == "gpt_neox" else None,
+        "peft_config": LORA if way == "lora" else None,
+        "eval_dataset": datasets.Dataset.from_list(ROWS[:4]),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+        **HYPO,
+    }
+    whole, resumed = make(name="whole", **options), make(name="resumed", **options)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    names = ["loss", "kl", "rewards/margins", "completions/mean_length", "completions/clipped_ratio"]
+    assert logged(resumed, *names) == logged(whole, *names)
+    assert resumed.state.log_history[2]["eval_kl"] == whole.state.log_history[2]["eval_kl"] != 0
+    for (name, found), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    whole.save_model()
+    kind = AutoPeftModelForCausalLM if way == "lora" else AutoModelForCausalLM
+    loaded = kind.from_pretrained(whole.args.output_dir)
+    torch.testing.assert_close(
+        tiny.plain_logits(loaded.eval(), [5, 20, 6]), tiny.plain_logits(whole.model.eval(), [5, 20, 6])
+    )
+    card = (Path(whole.args.output_dir) / "README.md").read_text(encoding="utf-8")
+    assert "2406.01462" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "ipo"}, r"loss_type=\['ipo'\]: HyPO's preference term is DPO's, use 'sigmoid'"),
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1: the sigmoid loss of TRL has none, use 0"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: samples ask the reference anyway"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end': pairs share their prompt"),
+        ({"sync_ref_model": True}, "sync_ref_model=True: the reference stays as it is"),
+        ({"num_generations": 1}, "num_generations=1: hypo compares the samples of a prompt, use at least 2"),
+        ({"kl_coef": -1.0}, "kl_coef=-1.0: should be greater than or equal to 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: should be greater than 0"),
+        ({"temperature": 0.0}, "temperature=0.0: should be greater than 0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The `'keep_end'`:FutureWarning")
+def test_an_option_that_cannot_be_served_is_refused_before_anything_is_loaded(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        HyPOConfig(str(tmp_path), bf16=False, use_cpu=True, **changes)
+
+
+def test_a_config_of_dpo_and_metrics_of_logits_are_refused(tmp_path):
+    plain = trl.DPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(ConfigError, match="args is a DPOConfig: use HyPOConfig"):
+        HyPOTrainer("no-model", args=plain)
+    args = HyPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(ConfigError, match="compute_metrics: there are no logits"):
+        HyPOTrainer("no-model", args=args, compute_metrics=print)
+
+
+def test_a_prompt_that_tokenises_to_nothing_is_named_by_its_row(make):
+    rows = [*ROWS[:2], {"prompt": "film", "chosen": "good", "rejected": "bad"}]  # one unknown word
+    with pytest.raises(DataError, match="row 2 of train_dataset has an empty prompt once it is tokenised"):
+        make(rows=rows, **HYPO)
+
+
+def test_nothing_is_reported_to_anybody(make, monkeypatch):
+    sent = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **report: sent.append(report))
+    make(trl.DPOTrainer)
+    assert len(sent) == 1, "TRL's own trainer reports"
+    make(**HYPO)
+    assert len(sent) == 1
+
+
+def test_without_trl_the_import_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "hypo_train.trl")
+    with pytest.raises(ImportError, match=r"hypo_train.trl needs TRL: pip install 'trl>=1.16'"):
+        importlib.import_module("hypo_train.trl")
+
+
+def test_a_trl_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.15.2")
+    monkeypatch.delitem(sys.modules, "hypo_train.trl")
+    with pytest.raises(ImportError, match=r"pip install 'trl>=1.16' \(found 1.15.2\)"):
+        importlib.import_module("hypo_train.trl")
