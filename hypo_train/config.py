@@ -168,16 +168,21 @@ class Config(BaseModel):
     max_new_tokens: PositiveInt | None = None
     """Tokens a sample may have, EOS included; none means max_completion_length."""
 
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "muon"] = "adamw_torch"
+    """Optimizer. adamw_torch is AdamW, fused on CUDA; adamw_torch_fused is so on a CPU too; adamw_8bit has moments of 8
+    bits (needs bitsandbytes), those of embeddings of 32; adafactor has no momentum and a row and a column for a
+    matrix's second moments; muon orthogonalises the updates of matrices, AdamW does the embeddings, the head, norms
+    and biases."""
     learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, of every optimizer; muon's updates have the size of AdamW's."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the steps over which the learning rate rises linearly from zero."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of matrices."""
     adam_beta1: BelowOne = 0.9
-    """Decay of AdamW's mean of the gradients."""
+    """Decay of AdamW's mean of the gradients; adafactor has none."""
     adam_beta2: BelowOne = 0.999
     """Decay of AdamW's mean of the squared gradients."""
     adam_epsilon: PositiveFloat = 1e-8
@@ -485,7 +490,7 @@ _GROUPS = {  # the first field of each group of ``--help``
     "dataset_name": "data",
     "beta": "objective",
     "sampler": "sampling",
-    "learning_rate": "optimisation",
+    "optim": "optimisation",
     "eval_steps": "evaluation",
     "logging_steps": "logging and saving",
 }

@@ -22,7 +22,7 @@ from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model,
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
-from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.optim import build_optimizer, build_scheduler, require_optimizer
 from hypo_train.plan import Plan, load_plan
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import Reward, load_function, load_reward
@@ -112,6 +112,7 @@ class Run(Plan):
 def prepare(config: Config) -> Run:
     """Load and check everything, cheapest first: configuration, data, then the model."""
     function = None if config.reward is None else load_function(config.reward)
+    require_optimizer(config)
     accelerator = build_accelerator(config)
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
@@ -131,6 +132,8 @@ def prepare(config: Config) -> Run:
     parameters = trained.trained_parameters()
     optimizer = build_optimizer(
         parameters.items(),
+        optim=config.optim,
+        roles=trained.parameter_roles,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
