@@ -85,6 +85,17 @@ class Config(BaseModel):
     lora_target_modules: list[str] | Text | None = None
     """Modules to adapt: names (the LM head's too), one regular expression, or "all-linear", which is all but the
     head; none means peft's choice for the architecture."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: scale the update by lora_alpha / sqrt(lora_r) instead."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (DoRA): a trained magnitude for each row of the adapted weight. Not on the LM head."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights of all linear layers but the LM head in 4 bits (QLoRA); needs use_peft and bitsandbytes.
+    The reference is the quantised model."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Code of the 4 bits: quantiles of a normal distribution, or floating point."""
+    use_bnb_nested_quant: bool = False
+    """Quantise the scales of the 4-bit blocks too, which saves 0.4 bits a weight."""
     num_layers_unfrozen: PositiveInt | None = None
     """Train only the last so many decoder layers, the final norm and an untied head; none trains all."""
     share_trunk: bool = True
@@ -310,6 +321,18 @@ def _conflicts(c: Config) -> list[str]:
         (
             c.use_peft and c.num_layers_unfrozen is not None,
             f"use_peft=true with num_layers_unfrozen={c.num_layers_unfrozen}: choose one of the two",
+        ),
+        *(
+            (
+                getattr(c, name) and not c.use_peft,
+                f"{name}=true without use_peft: it is about a LoRA adapter, set use_peft: true (or leave it out)",
+            )
+            for name in ("use_rslora", "use_dora", "load_in_4bit")
+        ),
+        (
+            c.load_in_4bit and c.algorithm == "reward",
+            "load_in_4bit=true with algorithm=reward: a reward model is saved whole, its adapter merged, which 4 bits "
+            "would round; use load_in_4bit: false",
         ),
         (
             c.dataset_test_split is not None and c.num_eval_rows > 0,

@@ -20,6 +20,7 @@ from hypo_train.costs.timing import PhaseTimer
 from hypo_train.metrics import FiniteWatch
 from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
 from hypo_train.model.policy import Policy
+from hypo_train.model.quantization import num_elements, require_quantization
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.optim import build_optimizer, build_scheduler, require_optimizer
@@ -113,6 +114,7 @@ def prepare(config: Config) -> Run:
     """Load and check everything, cheapest first: configuration, data, then the model."""
     function = None if config.reward is None else load_function(config.reward)
     require_optimizer(config)
+    require_quantization(config)
     accelerator = build_accelerator(config)
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
@@ -149,7 +151,7 @@ def prepare(config: Config) -> Run:
         sampler, why_generate = build_sampler(config, trained, ends, tokenizer.pad_token_id)
     throughput, why_uncounted = _throughput(config, trained, accelerator)
     count = sum(p.numel() for p in parameters.values())
-    everything = sum(p.numel() for p in trained.parameters())
+    everything = sum(map(num_elements, trained.parameters()))
     report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
     report.append(f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}")
     if trained.why_separate_rows is not None:

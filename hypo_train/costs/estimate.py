@@ -19,6 +19,7 @@ from hypo_kernels.chunks import CPU_BUFFER_BYTES, CPU_ROWS
 from hypo_train.costs.rehearsal import Held, Rows, bytes_of, rehearse, rehearse_prompts
 from hypo_train.data.rows import Example, Pair
 from hypo_train.model.policy import Policy
+from hypo_train.model.quantization import bytes_in_4_bits, quantizable
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.optim import footprint
 from hypo_train.plan import Plan
@@ -118,12 +119,21 @@ def estimate(
         ("the reward model", 0 if reward_model is None else bytes_of(reward_model.parameters())),
         (optimizer.what, optimizer.state),
     ]
+    packed = [p for p in quantizable(trained.base) if not p.requires_grad] if config.load_in_4bit else []
+    if packed:
+        in_4_bits = sum(bytes_in_4_bits(p.numel(), nested=config.use_bnb_nested_quant) for p in packed)
+        always[0] = (
+            "frozen weights (4 bits, the rest " + config.dtype + ")",
+            always[0][1] - bytes_of(packed) + in_4_bits,
+        )
+    unpacked = max((bytes_of([p]) for p in packed), default=0)
     components = [
         *(Component(name, number, number, number) for name, number in always),
         Component("gradients (float32)", 0, held.gradients, size),
         Component("autocast's copies of weights (bfloat16)", 0, held.casts, 0),
         Component("activations", draws.activations, held.activations + held.temporary, 0),
         Component("the loss: a chunk of logits, its gradients", 0, held.loss, 0),
+        Component("a layer's weights, unpacked", unpacked, unpacked, 0),
         Component("the sampler's copy of weights", draws.weights, kept.weights, kept.weights),
         Component("the sampler's keys and values", draws.kv, kept.kv, kept.kv),
         Component("the optimizer's temporaries", 0, 0, optimizer.temporary),

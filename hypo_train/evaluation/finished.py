@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from hypo_train.config import Config
+from hypo_train.config import Config, ConfigError
 from hypo_train.data.load import load_held_out
 from hypo_train.evaluation.settings import Settings
 from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
@@ -106,6 +106,11 @@ def _as_loaded(settings: Settings) -> Config:
         return config.model_copy(update={"model_name_or_path": str(settings.model_dir), **whole})
     if settings.reference_is_start:
         return config
+    if config.load_in_4bit:
+        raise ConfigError(
+            "the run trained on weights of 4 bits, which another reference does not have: export it with --merge, and "
+            "evaluate the result with --model_name_or_path"
+        )
     # All weights may differ from those of another reference.
     other = {"model_name_or_path": settings.reference, "use_peft": False, "num_layers_unfrozen": None}
     return config.model_copy(update=other)
