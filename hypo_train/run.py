@@ -51,6 +51,7 @@ class Run(Plan):
     finite: FiniteWatch
     # The reference's log-probs of each split's chosen and rejected, fp32 (rows, 2), where they are known beforehand.
     ref_logps: dict[str, Tensor] = field(default_factory=dict)
+    data_report: dict[str, list[str]] = field(default_factory=dict)  # what became of the rows of each split
 
     @property
     def policy(self) -> Policy:
@@ -180,6 +181,7 @@ def prepare(config: Config) -> Run:
         timer=PhaseTimer(accelerator.device),
         throughput=throughput,
         finite=FiniteWatch(accelerator.device),
+        data_report={split: part.lines() for split, part in reports.items()},
     )
 
 

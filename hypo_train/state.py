@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hypo_train.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from hypo_train.config import Config, ConfigError
 from hypo_train.metrics import Meter
+from hypo_train.model.trained_weights import put_saved
+from hypo_train.model_card import write_card
 from hypo_train.run import Run
 
 # What may change between a run and its continuation without changing what the steps compute.
@@ -83,10 +83,7 @@ def resume(run: Run, meter: Meter) -> int:
         verify=wanted != "auto",
         accept=lambda extra: _check_same_run(run.config, extra["config"], folder),
     )
-    parameters = run.trained.trained_parameters()
-    with torch.no_grad():
-        for name, saved in checkpoint.model_state.items():
-            parameters[name].copy_(saved)
+    put_saved(run.trained, checkpoint.model_state, folder)
     meter.load(checkpoint.extra["meter"])
     if run.config.draws_samples:
         run.rollouts.load(checkpoint.extra["rollouts"])
@@ -116,4 +113,5 @@ def save_model(run: Run) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     run.trained.save_pretrained(unfinished)
     run.tokenizer.save_pretrained(unfinished)
+    write_card(unfinished, run.config, run.output_dir)
     return unfinished.rename(folder)

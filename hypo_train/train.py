@@ -16,6 +16,7 @@ from hypo_train.finite import stop_if_not_finite
 from hypo_train.interrupt import Stopped, StopRequest
 from hypo_train.log import RunLog
 from hypo_train.metrics import Meter
+from hypo_train.model_card import write_data_report
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
 from hypo_train.step import train_step
@@ -52,6 +53,7 @@ def train(config: Config, *, progress: bool = True) -> Result:
     )
     with log, StopRequest() as stop:
         (run.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        write_data_report(run.output_dir, run.data_report)
         evaluation = _train_from(run, log, meter, first_step, stop)
     return Result(save_model(run), evaluation)
 

@@ -5,6 +5,7 @@ What the policy was loaded with stays its reference, so that an evaluation after
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hypo_train.model.load import refuse_missing
 from hypo_train.model.policy import Policy
+from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, first_line
 
 ADAPTER_FILE = "adapter_config.json"
@@ -46,6 +48,22 @@ def put_trained_weights(policy: Policy, folder: Path, *, trust_remote_code: bool
                     f"{str(folder)!r} and its reference differ in {name}, which was not trained: the model that the "
                     "run started from has changed since"
                 )
+
+
+def put_saved(trained: Policy | RewardModel, saved: Mapping[str, Tensor], folder: Path) -> None:
+    """Give a model the trained parameters of a checkpoint, which ``folder`` held.
+
+    Raises:
+        ModelError: the checkpoint is of other parameters than those that the model trains.
+    """
+    parameters = trained.trained_parameters()
+    shapes, wanted = ({name: t.shape for name, t in of.items()} for of in (saved, parameters))
+    if shapes != wanted:
+        differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+        raise ModelError(f"{str(folder)!r} is a checkpoint of another model: it differs in {differing[0]}")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            parameters[name].copy_(tensor)
 
 
 def _saved_weights(folder: Path, *, trust_remote_code: bool) -> dict[str, Tensor]:

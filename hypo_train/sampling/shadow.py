@@ -8,15 +8,19 @@ neither. The live weights are never merged into: rounding would add up.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hypo_train.model.quantization import dequantized, is_quantized
 from hypo_train.sampling.protocol import base_model
+
+_TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # peft's place for a module that is trained whole
 
 
 class Shadow:
@@ -82,8 +86,10 @@ class Shadow:
         return state
 
 
-def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(model: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model by its name without adapters, one at a time, LoRA merged into it, 4 bits unpacked.
+
+    ``dtype``: what they are cast to; None = each in its own, fp32 where it is packed.
 
     Raises:
         ValueError: see `unmergeable`.
@@ -93,14 +99,15 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     base = base_model(model)
     adapted = [(name, layer) for name, layer in linear_layers(base) if is_adapted(layer)]
     for name, layer in adapted:
-        yield f"{name}.weight", merged_weight(layer)
+        yield f"{name}.weight", merged_weight(layer, dtype).detach()
         bias = layer_bias(layer)
         if bias is not None:
-            yield f"{name}.bias", bias.detach()
+            yield f"{name}.bias", bias.detach().to(dtype or bias.dtype)
     inside = tuple(f"{name}." for name, _ in adapted)
     for name, parameter in base.named_parameters():
-        if not name.startswith(inside):
-            yield name, dequantized(parameter) if is_quantized(parameter) else parameter.detach()
+        if not name.startswith(inside) and ".original_module." not in name:  # which a trained copy has replaced
+            weight = dequantized(parameter) if is_quantized(parameter) else parameter.detach()
+            yield _TRAINED_COPY.sub(".", name), weight.to(dtype or weight.dtype)
 
 
 def is_adapted(layer: Any) -> bool:
@@ -112,19 +119,22 @@ def layer_bias(layer: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def merged_weight(layer: Any) -> Tensor:
-    """(out, in) in the base weight's dtype, fp32 where that is packed; the adapters are added in fp32."""
+def merged_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """(out, in), a Conv1D's (in, out), in ``dtype``: None is the base weight's, fp32 where that is packed.
+
+    The adapters are added in fp32.
+    """
     base = layer.base_layer.weight if is_adapted(layer) else layer.weight
     weight = dequantized(base) if is_quantized(base) else base
     if not is_adapted(layer) or layer.disable_adapters:
-        return weight
+        return weight.to(dtype or weight.dtype)
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     deltas = (layer.scaling[n] * (layer.lora_B[n].weight.float() @ layer.lora_A[n].weight.float()) for n in names)
-    merged = sum(deltas, weight.float())
+    merged = sum(deltas, (weight.t() if layer.fan_in_fan_out else weight).float())
     if names and layer.lora_variant.get(names[0]) is not None:  # DoRA: rows of a trained length, as peft computes it
         magnitude = layer.lora_magnitude_vector[names[0]].weight.float()
         merged = (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1) * merged
-    return merged.to(weight.dtype)
+    return (merged.t() if layer.fan_in_fan_out else merged).to(dtype or weight.dtype)
 
 
 def unmergeable(model: Any) -> str | None:
@@ -133,7 +143,7 @@ def unmergeable(model: Any) -> str | None:
     for name, layer in linear_layers(base):
         if not is_adapted(layer):
             continue
-        plain = isinstance(layer.base_layer, nn.Linear) and not layer.merged
+        plain = isinstance(layer.base_layer, nn.Linear | Conv1D) and not layer.merged
         for adapter in layer.lora_A:
             variant = layer.lora_variant.get(adapter)
             dora_alone = type(variant).__name__ == "DoraLinearVariant" and len(layer.lora_A) == 1
