@@ -23,6 +23,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import keep_scales, quantizable, quantization_options
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, TreeModel, first_line
+from hypo_train.model.weight_files import SAFETENSORS_ONLY, refuse_pickles, why_not_read
 from hypo_train.trees.attention import NAME
 
 # Parameters from which on selective checkpointing is a CPU's default: it looks at every operation, which took longer
@@ -205,10 +206,11 @@ def _open(kind: Any, config: Config, path: str, *, autocast: bool, new: Sequence
                 attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                **SAFETENSORS_ONLY,
                 **options,
             )
     except Exception as error:
-        raise ModelError(f"cannot load the model {path!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot load the model {path!r}: {first_line(error)}{why_not_read(path, error)}") from error
     refuse_missing(found, path, new)
     _disable_dropout(model)
     return model
@@ -287,6 +289,8 @@ def _check_source(name: str, field: str = "model_name_or_path") -> None:
         raise ModelError(f"{field}: there is no folder {name!r}")
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model")
+    if path.is_dir():
+        refuse_pickles(path, field)
 
 
 def read_architecture(config: Config) -> Any:

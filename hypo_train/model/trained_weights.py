@@ -17,6 +17,7 @@ from hypo_train.model.load import refuse_missing
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, first_line
+from hypo_train.model.weight_files import SAFETENSORS_ONLY, refuse_pickles
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -28,6 +29,7 @@ def put_trained_weights(policy: Policy, folder: Path, *, trust_remote_code: bool
         ModelError: the folder's model cannot be loaded, has other parameters, or differs from the policy in ones
             that the policy does not train, which its reference would then have as well.
     """
+    refuse_pickles(folder, "the trained model")
     if policy.is_peft:
         _put_adapter(policy, folder)
         return
@@ -68,7 +70,7 @@ def put_saved(trained: Policy | RewardModel, saved: Mapping[str, Tensor], folder
 
 def _saved_weights(folder: Path, *, trust_remote_code: bool) -> dict[str, Tensor]:
     """By name, fp32: what is trained is saved so, whatever the type of the frozen weights beside it."""
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, **SAFETENSORS_ONLY}
     try:
         if (folder / ADAPTER_FILE).is_file():
             from peft import AutoPeftModelForCausalLM
