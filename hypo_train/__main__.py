@@ -91,8 +91,23 @@ def _judge(argv: Sequence[str]) -> int:
     return run(settings)
 
 
+def _export(argv: Sequence[str]) -> int:
+    from hypo_train.export.settings import load_settings
+
+    settings = load_settings(argv)
+    from hypo_train.export.command import run
+
+    _quiet_libraries()
+    return run(settings)
+
+
 # Each checks its arguments before it imports anything heavy.
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"demo": _demo, "evaluate": _evaluate, "judge": _judge}
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": _demo,
+    "evaluate": _evaluate,
+    "export": _export,
+    "judge": _judge,
+}
 
 
 def _quiet_libraries() -> None:

@@ -269,7 +269,8 @@ def _optimizer_state(optimizer: Optimizer, *, keep: bool) -> tuple[dict[str, Ten
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
+    for index, found in state["state"].items():
+        entries = _flat(found)
         values[str(index)] = {name: value for name, value in entries.items() if not torch.is_tensor(value)}
         for name, value in entries.items():
             if torch.is_tensor(value):
@@ -279,6 +280,14 @@ def _optimizer_state(optimizer: Optimizer, *, keep: bool) -> tuple[dict[str, Ten
         "shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups],
         "values": values,
     }
+
+
+def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state without inner dicts: bitsandbytes hides its 8-bit tensors in one from FSDP, and loads them
+    without it as well."""
+    inner = [value for value in entries.values() if isinstance(value, dict)]
+    outer = {name: value for name, value in entries.items() if not isinstance(value, dict)}
+    return {name: value for of in (outer, *inner) for name, value in of.items()}
 
 
 def _load_optimizer(folder: Path, saved: dict[str, Any], optimizer: Optimizer) -> None:

@@ -85,6 +85,17 @@ class Config(BaseModel):
     lora_target_modules: list[str] | Text | None = None
     """Modules to adapt: names (the LM head's too), one regular expression, or "all-linear", which is all but the
     head; none means peft's choice for the architecture."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: scale the update by lora_alpha / sqrt(lora_r) instead."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (DoRA): a trained magnitude for each row of the adapted weight. Not on the LM head."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights of all linear layers but the LM head in 4 bits (QLoRA); needs use_peft and bitsandbytes.
+    The reference is the quantised model."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Code of the 4 bits: quantiles of a normal distribution, or floating point."""
+    use_bnb_nested_quant: bool = False
+    """Quantise the scales of the 4-bit blocks too, which saves 0.4 bits a weight."""
     num_layers_unfrozen: PositiveInt | None = None
     """Train only the last so many decoder layers, the final norm and an untied head; none trains all."""
     fsdp: bool = False
@@ -171,16 +182,21 @@ class Config(BaseModel):
     max_new_tokens: PositiveInt | None = None
     """Tokens a sample may have, EOS included; none means max_completion_length."""
 
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "muon"] = "adamw_torch"
+    """Optimizer. adamw_torch is AdamW, fused on CUDA; adamw_torch_fused is so on a CPU too; adamw_8bit has moments of 8
+    bits (needs bitsandbytes), those of embeddings of 32; adafactor has no momentum and a row and a column for a
+    matrix's second moments; muon orthogonalises the updates of matrices, AdamW does the embeddings, the head, norms
+    and biases."""
     learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, of every optimizer; muon's updates have the size of AdamW's."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the steps over which the learning rate rises linearly from zero."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of matrices."""
     adam_beta1: BelowOne = 0.9
-    """Decay of AdamW's mean of the gradients."""
+    """Decay of AdamW's mean of the gradients; adafactor has none."""
     adam_beta2: BelowOne = 0.999
     """Decay of AdamW's mean of the squared gradients."""
     adam_epsilon: PositiveFloat = 1e-8
@@ -309,6 +325,23 @@ def _conflicts(c: Config) -> list[str]:
             c.use_peft and c.num_layers_unfrozen is not None,
             f"use_peft=true with num_layers_unfrozen={c.num_layers_unfrozen}: choose one of the two",
         ),
+        *(
+            (
+                getattr(c, name) and not c.use_peft,
+                f"{name}=true without use_peft: it is about a LoRA adapter, set use_peft: true (or leave it out)",
+            )
+            for name in ("use_rslora", "use_dora", "load_in_4bit")
+        ),
+        (
+            c.load_in_4bit and c.algorithm == "reward",
+            "load_in_4bit=true with algorithm=reward: a reward model is saved whole, its adapter merged, which 4 bits "
+            "would round; use load_in_4bit: false",
+        ),
+        (
+            c.fsdp and not c.optim.startswith("adamw_torch"),
+            f"fsdp=true with optim={c.optim}: it is not served on sharded weights, use optim: adamw_torch",
+        ),
+        (c.fsdp and c.load_in_4bit, "fsdp=true with load_in_4bit=true: 4-bit weights cannot be sharded, choose one"),
         (
             c.fsdp and c.use_peft and c.algorithm == "reward",
             "fsdp=true with use_peft=true and algorithm=reward: its adapter could not be merged in the end, leave fsdp "
@@ -507,7 +540,7 @@ _GROUPS = {  # the first field of each group of ``--help``
     "dataset_name": "data",
     "beta": "objective",
     "sampler": "sampling",
-    "learning_rate": "optimisation",
+    "optim": "optimisation",
     "eval_steps": "evaluation",
     "logging_steps": "logging and saving",
 }
@@ -520,6 +553,7 @@ def help_text() -> str:
         "       python -m hypo_train demo --help          the demo's options",
         "       python -m hypo_train --config recipe.yaml --learning_rate 1e-6",
         "       python -m hypo_train evaluate --help      evaluation of a finished run, or of any model",
+        "       python -m hypo_train export --help        a run's model or adapter for transformers, peft and vLLM",
         "       python -m hypo_train judge --help         win-rates of samples",
         "",
         "--config reads a flat YAML file of the fields below; --field value, --field=value or, for yes/no",

@@ -1,47 +1,203 @@
-"""AdamW and the learning rate over the run."""
+"""The optimizer that a run names, and the learning rate over the run.
+
+Names and settings are transformers' (and so TRL's) where it has them. One learning rate serves every parameter.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from hypo_train.config import Config, ConfigError
+
 SCHEDULES = ("linear", "cosine", "constant")
+
+# What a parameter does, as far as an optimizer asks.
+Role = Literal["embedding", "head", "matrix", "vector"]
+
+_MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the moments of smaller parameters in fp32
+_BLOCK = 256  # elements that share one fp32 scale there
+
+
+def require_optimizer(config: Config) -> None:
+    """Raise ConfigError where the run's optimizer needs a package that is not installed."""
+    if config.optim == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("optim=adamw_8bit needs bitsandbytes: pip install bitsandbytes (or use optim: adamw_torch)")
+
+
+def parameter_roles(model: nn.Module, head: nn.Module | None) -> dict[str, Role]:
+    """The role of each of the model's parameters, by name. A tied head is an embedding."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    of_head = set() if head is None else {id(p) for p in head.parameters()}
+
+    def role(parameter: nn.Parameter) -> Role:
+        if id(parameter) in tables:
+            return "embedding"
+        if id(parameter) in of_head:
+            return "head"
+        return "matrix" if parameter.ndim == 2 else "vector"
+
+    return {name: role(parameter) for name, parameter in model.named_parameters()}
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     learning_rate: float,
+    optim: str = "adamw_torch",
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-) -> AdamW:
-    """AdamW over the parameters that require gradients, fused where all of them lie on CUDA.
+    roles: Mapping[str, Role] | None = None,
+) -> Optimizer:
+    """The optimizer called ``optim`` over the parameters that require gradients.
 
     Weights that multiply (two dimensions or more) decay; biases and norm scales do not.
+
+    Args:
+        optim: as in ``Config``; :func:`require_optimizer` has found nothing against it.
+        betas, eps: of Adam and what is like it.
+        roles: see :func:`parameter_roles`; None = every parameter of two dimensions is a matrix.
 
     Raises:
         ValueError: none of the parameters requires a gradient.
     """
-    trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("there is nothing to train: no parameter requires a gradient")
+    adam: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps}
+    if optim == "adafactor":
+        return _adafactor(_groups([p for _, p in trained], weight_decay), learning_rate)
+    if optim == "adamw_8bit":
+        return _adamw_8bit(trained, roles, weight_decay, adam)
+    on_cuda = all(p.is_cuda for _, p in trained)
+    adam["fused"] = True if on_cuda or optim == "adamw_torch_fused" else None
+    if optim == "muon":
+        return _muon(trained, roles, weight_decay, adam)
+    return AdamW(_groups([p for _, p in trained], weight_decay), **adam)
+
+
+def _groups(parameters: Sequence[nn.Parameter], weight_decay: float, **options: Any) -> list[dict[str, Any]]:
+    """Parameter groups: of those that decay, and of those that do not."""
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay, **options},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, **options},
     ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=learning_rate,
-        betas=betas,
-        eps=eps,
-        fused=True if all(p.is_cuda for p in trained) else None,
-    )
+    return [group for group in groups if group["params"]]
+
+
+def _split(
+    named: Sequence[tuple[str, nn.Parameter]], roles: Mapping[str, Role] | None, wanted: Role
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Those of a role, and all others."""
+    found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in named:
+        role = roles[name] if roles is not None else "matrix" if parameter.ndim == 2 else "vector"
+        found[role != wanted].append(parameter)
+    return found
+
+
+def _adafactor(groups: list[dict[str, Any]], learning_rate: float) -> Optimizer:
+    """transformers', with the learning rate that it is given, as its Trainer sets it."""
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+
+
+def _adamw_8bit(
+    named: Sequence[tuple[str, nn.Parameter]],
+    roles: Mapping[str, Role] | None,
+    weight_decay: float,
+    adam: Mapping[str, Any],
+) -> Optimizer:
+    """bitsandbytes' AdamW with moments of 8 bits; those of embeddings have 32, as transformers' Trainer has it."""
+    from bitsandbytes.optim import AdamW8bit
+
+    class AdamW8bitByGroup(AdamW8bit):  # whose own choice by parameter goes by id, in one table a process
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            return super().get_config(gindex, pindex, group) | {"optim_bits": group["optim_bits"]}
+
+    embeddings, others = _split(named, roles, "embedding")
+    groups = [*_groups(others, weight_decay, optim_bits=8), *_groups(embeddings, weight_decay, optim_bits=32)]
+    return AdamW8bitByGroup(groups, min_8bit_size=_MIN_8BIT_SIZE, **adam)
+
+
+def _muon(
+    named: Sequence[tuple[str, nn.Parameter]],
+    roles: Mapping[str, Role] | None,
+    weight_decay: float,
+    adam: Mapping[str, Any],
+) -> Optimizer:
+    matrices, others = _split(named, roles, "matrix")
+    if not matrices:
+        raise ValueError("optim=muon: none of the trained parameters is a matrix, use optim: adamw_torch")
+    # Updates of the size of AdamW's, so that one learning rate serves both.
+    muon = Muon(matrices, lr=adam["lr"], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, AdamW(_groups(others, weight_decay), **adam) if others else None)
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon for the matrices between the embeddings and the head, AdamW for everything else; one state, one step."""
+
+    def __init__(self, muon: Muon, adamw: AdamW | None) -> None:
+        self._parts: list[Optimizer] = [muon] if adamw is None else [muon, adamw]
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all parameters."""
+        start = 0
+        for part in self._parts:  # groups and state are this optimizer's, which a loaded state has replaced
+            stop = start + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[start:stop], self.state
+            start = stop
+            part.step()
+
+
+class Footprint(NamedTuple):
+    """Bytes that an optimizer takes beside weights and gradients."""
+
+    what: str
+    state: int
+    temporary: int  # while it changes weights
+
+
+def footprint(
+    optim: str, named: Iterable[tuple[str, nn.Parameter]], *, roles: Mapping[str, Role], device_type: str
+) -> Footprint:
+    """Of the trained parameters, fp32 and on any device, with the optimizer called ``optim`` on ``device_type``."""
+    shapes = [(roles[name], p.shape, p.numel()) for name, p in named if p.requires_grad]
+    largest = 4 * max(count for _, _, count in shapes)
+    eight = [(2 * count + 8 * math.ceil(count / _BLOCK), count) for _, _, count in shapes]
+    moments = 8 * sum(count for _, _, count in shapes)
+    # On a CPU, AdamW makes two temporaries of a tensor's size; on CUDA, and where it is fused, it is one kernel.
+    plain = 2 * largest if device_type == "cpu" else 0
+    if optim == "adafactor":
+        factored = sum(4 * (s.numel() // s[-1] + s.numel() // s[-2]) if len(s) >= 2 else 4 * n for _, s, n in shapes)
+        return Footprint("Adafactor's rows and columns (float32)", factored, 2 * largest)
+    if optim == "adamw_8bit":
+        small = [r == "embedding" or n < _MIN_8BIT_SIZE for r, _, n in shapes]
+        state = sum(8 * n if fp32 else packed for fp32, (packed, n) in zip(small, eight, strict=True))
+        return Footprint("AdamW's two moments (8 bits, embeddings 32)", state, 5 * plain // 2)
+    if optim == "muon":
+        state = sum((4 if role == "matrix" else 8) * count for role, _, count in shapes)
+        matrices = [s for role, s, _ in shapes if role == "matrix"]
+        return Footprint(
+            "Muon's momentum, AdamW's moments (float32)", state, max(plain, *map(_newton_schulz, matrices))
+        )
+    return Footprint("AdamW's two moments (float32)", moments, 0 if optim == "adamw_torch_fused" else plain)
+
+
+def _newton_schulz(shape: torch.Size) -> int:
+    """Bytes of an orthogonalisation: the fp32 update, two bf16 matrices of its size, two of its short side squared."""
+    return 4 * shape.numel() + 2 * 2 * shape.numel() + 2 * 2 * min(shape) ** 2
 
 
 def build_scheduler(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: int) -> LambdaLR:

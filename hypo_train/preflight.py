@@ -33,8 +33,10 @@ from hypo_train.model.architectures import known_architecture
 from hypo_train.model.load import check_causal, eos_token_ids, load_tokenizer, meta_model, outline, read_architecture
 from hypo_train.model.miniature import UNKNOWN, Structure, look_at_structure
 from hypo_train.model.policy import Policy
+from hypo_train.model.quantization import require_quantization
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, first_line
+from hypo_train.optim import require_optimizer
 from hypo_train.plan import Plan, Rows, load_plan
 from hypo_train.reference_cache import splits_to_precompute
 from hypo_train.reward import load_function
@@ -120,6 +122,10 @@ def _checked(config: Config, dry_run: DryRun) -> Findings:
         refuse_to_overwrite(config)
     with found.collected():
         checkpoint_to_resume(config)
+    with found.collected():
+        require_optimizer(config)
+    with found.collected():
+        require_quantization(config)
     with found.collected():
         if config.reward is not None:
             load_function(config.reward)
@@ -266,7 +272,9 @@ def _describe_model(
     found.model.append(f"{type(trained.base).__name__}, {layers} layers, {everything:,} parameters")
     how = "all"
     if config.use_peft:
-        how = f"LoRA, rank {config.lora_r}, on {', '.join(_adapted(trained))}"
+        kind = "DoRA" if config.use_dora else "LoRA"
+        below = ", over weights of 4 bits" if config.load_in_4bit else ""
+        how = f"{kind}, rank {config.lora_r}, on {', '.join(_adapted(trained))}{below}"
     elif config.num_layers_unfrozen is not None:
         how = f"the last {config.num_layers_unfrozen} layers, the final norm and an untied head"
     found.model.append(
@@ -371,7 +379,7 @@ def _describe_steps(config: Config, plan: Plan, found: Findings) -> None:
         f"{config.algorithm}: {plan.total_steps:,} steps of {plan.batch_size} {kind} in {how}, {epochs:.3g} epochs"
     )
     rate = f"{config.lr_scheduler_type}, warm-up {round(config.warmup_ratio * plan.total_steps)} steps"
-    found.steps.append(f"learning rate {config.learning_rate:g} ({rate})")
+    found.steps.append(f"{config.optim}, learning rate {config.learning_rate:g} ({rate})")
     if config.draws_samples:
         found.steps.append(f"{config.num_generations} samples of each prompt, of up to {plan.max_new_tokens} tokens")
     if plan.batch_size > len(plan.train_rows):

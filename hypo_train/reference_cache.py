@@ -34,6 +34,7 @@ from hypo_train.data.rows import Pair
 from hypo_train.fingerprint import fingerprint
 from hypo_train.losses import sequence_logprobs_of
 from hypo_train.model.policy import Policy
+from hypo_train.model.quantization import scales
 from hypo_train.model.sharding import whole
 from hypo_train.model.tree_model import ModelError
 from hypo_train.plan import Plan
@@ -192,6 +193,8 @@ def _reference_weights(policy: Policy) -> dict[str, list[Any]]:
     tensors: dict[str, Tensor] = dict(policy.named_buffers())
     tensors |= {name: p for name, p in policy.named_parameters() if not p.requires_grad}
     tensors |= policy.reference_parameters
+    quantized = {f"{name}.{scale}": t for name, p in tensors.items() for scale, t in scales(p).items()}
+    tensors |= quantized  # equal codes under other scales are other weights
     return {name: [str(t.dtype), list(t.shape), fingerprint(whole(t))] for name, t in tensors.items()}
 
 

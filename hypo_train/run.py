@@ -21,9 +21,10 @@ from hypo_train.costs.timing import PhaseTimer
 from hypo_train.metrics import FiniteWatch
 from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
 from hypo_train.model.policy import Policy
+from hypo_train.model.quantization import num_elements, require_quantization
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
-from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.optim import build_optimizer, build_scheduler, require_optimizer
 from hypo_train.plan import Plan, load_plan
 from hypo_train.processes import Processes
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
@@ -53,6 +54,7 @@ class Run(Plan):
     finite: FiniteWatch
     # The reference's log-probs of each split's chosen and rejected, fp32 (rows, 2), where they are known beforehand.
     ref_logps: dict[str, Tensor] = field(default_factory=dict)
+    data_report: dict[str, list[str]] = field(default_factory=dict)  # what became of the rows of each split
 
     @property
     def policy(self) -> Policy:
@@ -117,6 +119,8 @@ class Run(Plan):
 def prepare(config: Config) -> Run:
     """Load and check everything, cheapest first: configuration, data, then the model."""
     function = None if config.reward is None else load_function(config.reward)
+    require_optimizer(config)
+    require_quantization(config)
     accelerator = build_accelerator(config)
     processes = Processes()
     _check_processes(config, processes.count)
@@ -150,6 +154,8 @@ def _prepared(config: Config, function: RewardFunction | None, accelerator: Acce
     parameters = trained.trained_parameters()
     optimizer = build_optimizer(
         parameters.items(),
+        optim=config.optim,
+        roles=trained.parameter_roles,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -163,7 +169,7 @@ def _prepared(config: Config, function: RewardFunction | None, accelerator: Acce
     if isinstance(trained, Policy):
         trained.reference_to(accelerator.device)
     count = sum(p.numel() for p in parameters.values())
-    everything = sum(p.numel() for p in trained.parameters())
+    everything = sum(map(num_elements, trained.parameters()))
     report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
     report.append(f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}")
     if trained.why_separate_rows is not None:
@@ -194,6 +200,7 @@ def _prepared(config: Config, function: RewardFunction | None, accelerator: Acce
         timer=PhaseTimer(accelerator.device),
         throughput=throughput,
         finite=FiniteWatch(accelerator.device),
+        data_report={split: part.lines() for split, part in reports.items()},
     )
 
 

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from hypo_train.checkpoint import (
 )
 from hypo_train.config import Config, ConfigError
 from hypo_train.metrics import Meter
-from hypo_train.model.sharding import sharded_as
+from hypo_train.model.trained_weights import put_saved
+from hypo_train.model_card import write_card
 from hypo_train.run import Run
 
 # What may change between a run and its continuation without changing what the steps compute.
@@ -102,16 +102,14 @@ def resume(run: Run, meter: Meter) -> int:
         verify=wanted != "auto",
         accept=lambda extra: _check_same_run(run, extra, folder),
     )
-    parameters = run.trained.trained_parameters()
-    with torch.no_grad():
-        for name, saved in checkpoint.model_state.items():
-            parameters[name].copy_(sharded_as(saved, parameters[name]))
+    put_saved(run.trained, checkpoint.model_state, folder)
     _load_meter(meter, checkpoint.extra["meters"], run)
     if run.config.draws_samples:
         run.rollouts.load(_mine(checkpoint.extra["rollouts"], run, folder))
     if run.sampler is not None:
         run.sampler.weights_changed(checkpoint.step)
-    run.processes.on_main(lambda: remove_temporaries(run.output_dir))  # a run that is at its end saves no more, and would leave them
+    # A run that is at its end saves no more, and would leave them.
+    run.processes.on_main(lambda: remove_temporaries(run.output_dir))
     run.report.append(f"continuing from {folder}, step {checkpoint.step}")
     if checkpoint.step >= run.total_steps:
         run.report.append("all steps are done: the final model is saved from there, and nothing is trained")
@@ -177,6 +175,7 @@ def _write_model(run: Run, state: dict[str, Tensor] | None) -> Path:
     try:
         run.trained.save_pretrained(unfinished, state)
         run.tokenizer.save_pretrained(unfinished)
+        write_card(unfinished, run.config, run.output_dir)
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
     except (OSError, SafetensorError) as error:

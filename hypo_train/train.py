@@ -17,6 +17,7 @@ from hypo_train.finite import raise_not_finite, stop_if_not_finite
 from hypo_train.interrupt import Stopped, StopRequest
 from hypo_train.log import RunLog, SilentLog
 from hypo_train.metrics import Meter
+from hypo_train.model_card import write_data_report
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
 from hypo_train.step import train_step
@@ -55,6 +56,7 @@ def train(config: Config, *, progress: bool = True) -> Result:
             progress=progress,
         )
         (run.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        write_data_report(run.output_dir, run.data_report)
     with log, StopRequest() as stop:
         evaluation = _train_from(run, log, meter, first_step, stop)
     return Result(save_model(run), evaluation)

@@ -1,6 +1,6 @@
 """What memory a run will take, component by component, before it starts: exact where shapes decide, else rehearsed.
 
-Weights, copies, gradients and AdamW's moments follow from the model itself, made trainable as a run makes it.
+Weights, copies, gradients and the optimizer's state follow from the model itself, made trainable as a run makes it.
 Activations come from a rehearsal of the run's largest micro-batch (:mod:`hypo_train.costs.rehearsal`), with samples
 as long as they may be. Memory is what tensors take: an allocator's slack and CUDA's own context come on top.
 Evaluations are not counted. On a CPU this was 1 % below to 9 % above the peak of real steps of a small model (full,
@@ -19,7 +19,9 @@ from hypo_kernels.chunks import CPU_BUFFER_BYTES, CPU_ROWS
 from hypo_train.costs.rehearsal import Held, Rows, bytes_of, rehearse, rehearse_prompts
 from hypo_train.data.rows import Example, Pair
 from hypo_train.model.policy import Policy
+from hypo_train.model.quantization import bytes_in_4_bits, quantizable
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.optim import footprint
 from hypo_train.plan import Plan
 from hypo_train.reference_cache import splits_to_precompute
 from hypo_train.sampling.branches import num_slots
@@ -104,24 +106,37 @@ def estimate(
     held = _training_pass(plan, trained, conditions)
     draws = _sampling(plan, trained, conditions)
     kept = draws if config.keep_sampling_memory else _Draws()
-    # On a CPU, AdamW makes two temporaries of a tensor's size; on CUDA it is one kernel.
-    largest = max(bytes_of([p]) for p in learned)
+    optimizer = footprint(
+        config.optim,
+        trained.trained_parameters().items(),
+        roles=trained.parameter_roles,
+        device_type=conditions.device_type,
+    )
     always = [
         (f"frozen weights ({config.dtype})", bytes_of([*frozen, *trained.buffers()]) if frozen else 0),
         ("trained weights (float32)", size),
         ("the reference's copy of them", _reference_bytes(plan, trained, conditions.device_type)),
         ("the reward model", 0 if reward_model is None else bytes_of(reward_model.parameters())),
-        ("AdamW's two moments (float32)", 2 * size),
+        (optimizer.what, optimizer.state),
     ]
+    packed = [p for p in quantizable(trained.base) if not p.requires_grad] if config.load_in_4bit else []
+    if packed:
+        in_4_bits = sum(bytes_in_4_bits(p.numel(), nested=config.use_bnb_nested_quant) for p in packed)
+        always[0] = (
+            "frozen weights (4 bits, the rest " + config.dtype + ")",
+            always[0][1] - bytes_of(packed) + in_4_bits,
+        )
+    unpacked = max((bytes_of([p]) for p in packed), default=0)
     components = [
         *(Component(name, number, number, number) for name, number in always),
         Component("gradients (float32)", 0, held.gradients, size),
         Component("autocast's copies of weights (bfloat16)", 0, held.casts, 0),
         Component("activations", draws.activations, held.activations + held.temporary, 0),
         Component("the loss: a chunk of logits, its gradients", 0, held.loss, 0),
+        Component("a layer's weights, unpacked", unpacked, unpacked, 0),
         Component("the sampler's copy of weights", draws.weights, kept.weights, kept.weights),
         Component("the sampler's keys and values", draws.kv, kept.kv, kept.kv),
-        Component("AdamW's temporaries", 0, 0, 2 * largest if conditions.device_type == "cpu" else 0),
+        Component("the optimizer's temporaries", 0, 0, optimizer.temporary),
     ]
     present = [part for part in components if any(part[1:])]
     return Estimate(present, config.draws_samples, draws.kv_of_a_prompt, draws.kv)

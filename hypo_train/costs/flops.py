@@ -12,7 +12,6 @@ prompt's tokens are counted once for all of its completions, and frozen layers o
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hypo_train.model.mode import eval_mode
 from hypo_train.model.policy import Head, Policy
+from hypo_train.model.quantization import num_elements
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.trunk import decoder_layers
 from hypo_train.trees.attention import Layout, causal
@@ -137,7 +137,7 @@ def _probe(policy: Policy | RewardModel) -> tuple[list[_Linear], bool]:
         (x,) = args
         if x[..., 0].numel() != tree.num_tokens:
             raise UncountedError(f"{type(module).__name__} is not called once for each token")
-        flops, trained = 2.0 * math.prod(module.weight.shape), module.weight.requires_grad
+        flops, trained = 2.0 * num_elements(module.weight), module.weight.requires_grad
         found.append(_Linear(id(module.weight), flops, trained, x.requires_grad, layer_of.get(id(module))))
 
     decoder = policy.base.get_decoder()

@@ -56,7 +56,7 @@ def write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int, size
 
     Returns the true reward of one more sample for each held-out row: what a policy's samples are held against.
     """
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     sampler = GenerateSampler(model, eos_token_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
     rows: list[dict[str, str]] = []

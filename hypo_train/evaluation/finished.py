@@ -112,6 +112,11 @@ def _as_loaded(settings: Settings) -> Config:
         return config.model_copy(update={"model_name_or_path": str(settings.model_dir), **whole})
     if settings.reference_is_start:
         return config
+    if config.load_in_4bit:
+        raise ConfigError(
+            "the run trained on weights of 4 bits, which another reference does not have: export it with --merge, and "
+            "evaluate the result with --model_name_or_path"
+        )
     # All weights may differ from those of another reference.
     other = {"model_name_or_path": settings.reference, "use_peft": False, "num_layers_unfrozen": None}
     return config.model_copy(update=other)

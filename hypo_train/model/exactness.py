@@ -38,7 +38,7 @@ def check_exactness(policy: Policy) -> str | None:
     prompts = [[(7 * i + 1 + p) % vocab for i in range(5 + p)] for p in range(2)]
     branches = [(0, [(11 * i + 3) % vocab for i in range(4)]), (0, [(5 * i + 2) % vocab for i in range(6)])]
     branches.append((1, [(3 * i + 4) % vocab for i in range(5)]))
-    precise = all(p.dtype == torch.float32 for p in policy.parameters())
+    precise = all(p.dtype == torch.float32 for p in policy.parameters() if p.is_floating_point())
 
     def run(tree: Tree, function: HeadFunction[T]) -> T:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=not precise):

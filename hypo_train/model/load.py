@@ -20,8 +20,10 @@ from hypo_train.model.checkpointing import Checkpointing
 from hypo_train.model.exactness import check_exactness, check_rewards
 from hypo_train.model.liger import use_layer_kernels
 from hypo_train.model.policy import Policy
+from hypo_train.model.quantization import keep_scales, quantizable, quantization_options
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, TreeModel, first_line
+from hypo_train.model.weight_files import SAFETENSORS_ONLY, refuse_pickles, why_not_read
 from hypo_train.trees.attention import NAME
 
 # Parameters from which on selective checkpointing is a CPU's default: it looks at every operation, which took longer
@@ -65,7 +67,9 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
     """
     _check_source(config.model_name_or_path)
     check_causal(read_architecture(config), config)
-    model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast)
+    options = quantization_options(config, autocast=autocast)
+    model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast, **options)
+    keep_scales(model)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
     if config.use_liger_kernel:
         use_layer_kernels(model)
@@ -143,6 +147,9 @@ def outline(config: Config, architecture: Any, *, device_type: str, autocast: bo
         architecture.num_labels = 1
     model = meta_model(AutoModelForSequenceClassification if of_reward else AutoModelForCausalLM, config, architecture)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
+    if config.load_in_4bit:
+        for weight in quantizable(model):  # which reach every product in the type that it computes in
+            weight.data = weight.data.to(torch.bfloat16 if autocast else torch.float32)
     return _as_configured(model, config, device_type)
 
 
@@ -212,10 +219,11 @@ def _open(kind: Any, config: Config, path: str, *, autocast: bool, new: Sequence
                 attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                **SAFETENSORS_ONLY,
                 **options,
             )
     except Exception as error:
-        raise ModelError(f"cannot load the model {path!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot load the model {path!r}: {first_line(error)}{why_not_read(path, error)}") from error
     refuse_missing(found, path, new)
     _disable_dropout(model)
     return model
@@ -294,6 +302,8 @@ def _check_source(name: str, field: str = "model_name_or_path") -> None:
         raise ModelError(f"{field}: there is no folder {name!r}")
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model")
+    if path.is_dir():
+        refuse_pickles(path, field)
 
 
 def read_architecture(config: Config) -> Any:
@@ -362,6 +372,8 @@ def _with_lora(model: Any, config: Config) -> Any:
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         bias="none",
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         task_type="SEQ_CLS" if config.algorithm == "reward" else "CAUSAL_LM",  # which trains the new score too
     )
     try:

@@ -5,6 +5,7 @@ What the policy was loaded with stays its reference, so that an evaluation after
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from hypo_train.model.load import refuse_missing
 from hypo_train.model.policy import Policy
+from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.sharding import sharded_as
 from hypo_train.model.tree_model import ModelError, first_line
+from hypo_train.model.weight_files import SAFETENSORS_ONLY, refuse_pickles
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -26,6 +30,7 @@ def put_trained_weights(policy: Policy, folder: Path, *, trust_remote_code: bool
         ModelError: the folder's model cannot be loaded, has other parameters, or differs from the policy in ones
             that the policy does not train, which its reference would then have as well.
     """
+    refuse_pickles(folder, "the trained model")
     if policy.is_peft:
         _put_adapter(policy, folder)
         return
@@ -48,9 +53,25 @@ def put_trained_weights(policy: Policy, folder: Path, *, trust_remote_code: bool
                 )
 
 
+def put_saved(trained: Policy | RewardModel, saved: Mapping[str, Tensor], folder: Path) -> None:
+    """Give a model the trained parameters of a checkpoint, which ``folder`` held.
+
+    Raises:
+        ModelError: the checkpoint is of other parameters than those that the model trains.
+    """
+    parameters = trained.trained_parameters()
+    shapes, wanted = ({name: t.shape for name, t in of.items()} for of in (saved, parameters))
+    if shapes != wanted:
+        differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+        raise ModelError(f"{str(folder)!r} is a checkpoint of another model: it differs in {differing[0]}")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            parameters[name].copy_(sharded_as(tensor, parameters[name]))
+
+
 def _saved_weights(folder: Path, *, trust_remote_code: bool) -> dict[str, Tensor]:
     """By name, fp32: what is trained is saved so, whatever the type of the frozen weights beside it."""
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, **SAFETENSORS_ONLY}
     try:
         if (folder / ADAPTER_FILE).is_file():
             from peft import AutoPeftModelForCausalLM

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hypo_train.model.sharding import is_sharded, local, shard, unsharded, whole
 from hypo_train.model.trunk import decoder_layers, frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
+from hypo_train.optim import Role, parameter_roles
 from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
 from hypo_train.trees.tree import Tree
 
@@ -189,6 +190,11 @@ class TreeModel(nn.Module, ABC, Generic[H]):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @property
+    def parameter_roles(self) -> dict[str, Role]:
+        """What each parameter does, as far as an optimizer asks."""
+        return parameter_roles(self, getattr(self.base, "score", None) or self.base.get_output_embeddings())
 
     @abstractmethod
     def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None) -> None:

@@ -14,7 +14,7 @@ from hypo_train.sampling.branches import Branches, KVShape, Rules, attention, nu
 from hypo_train.sampling.capture import CapturedBranches, bucket, fingerprint
 from hypo_train.sampling.prefill import prefill
 from hypo_train.sampling.protocol import Distribution, PromptKV, Samples, base_model, check_request
-from hypo_train.sampling.shadow import Shadow, is_adapted, linear_layers, unmergeable
+from hypo_train.sampling.shadow import Shadow, is_adapted, linear_layers, quantized, unmergeable
 from hypo_train.sampling.support import (
     attention_window,
     compute_dtype,
@@ -64,8 +64,8 @@ class DecodeSampler:
             only one for which HyPO's KL estimate is unbiased. top_k = 0 and top_p = 1 do not truncate.
         merge_lora: decode from a copy with LoRA merged into it, made anew after `weights_changed`, instead of
             adding the adapter's products at every step. None = for 128 new tokens and more, where the
-            adapter is plain LoRA. Under autocast on CUDA, weights of another dtype are copied, cast and merged
-            in any case: a step would cast them all.
+            adapter is LoRA or DoRA on weights that are not packed. Under autocast on CUDA, weights of another
+            dtype are copied, cast and merged in any case: a step would cast them all.
         capture: run the step as a CUDA graph; None = on CUDA. Its KV buffers stay from call to call, until
             `release`; prompts fill them up to the next of 128, 256, 512, ... tokens. A step that cannot be
             captured raises.
@@ -282,7 +282,7 @@ def copy_to_decode_from(
     """Whether decoding in ``dtype`` reads a :class:`Shadow` of the model's weights, and the dtype of that."""
     layers = [layer for _, layer in linear_layers(base_model(model))]
     cast = device_type == "cuda" and any(layer.weight.dtype != dtype for layer in layers)
-    mergeable = unmergeable(model) is None
+    mergeable = unmergeable(model) is None and quantized(model) is None
     long = max_new_tokens >= _MERGE_FROM_TOKENS
     merge = any(map(is_adapted, layers)) and (long and mergeable if merge_lora is None else merge_lora)
     return merge or (cast and mergeable), dtype if cast else None

@@ -8,14 +8,19 @@ neither. The live weights are never merged into: rounding would add up.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from hypo_train.model.quantization import dequantized, is_quantized
 from hypo_train.sampling.protocol import base_model
+
+_TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # peft's place for a module that is trained whole
 
 
 class Shadow:
@@ -25,11 +30,11 @@ class Shadow:
     that are held in another one. Everything else is the live model's own tensors.
 
     Raises:
-        ValueError: see `unmergeable`.
+        ValueError: see `unmergeable` and `quantized`.
     """
 
     def __init__(self, live: Any, dtype: torch.dtype | None) -> None:
-        if reason := unmergeable(live):
+        if reason := unmergeable(live) or quantized(live):
             raise ValueError(reason)
         base = base_model(live)
         self.dtype = dtype
@@ -81,8 +86,10 @@ class Shadow:
         return state
 
 
-def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model by its name without adapters, one at a time, LoRA merged into it.
+def merged_weights(model: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the model by its name without adapters, one at a time, LoRA merged into it, 4 bits unpacked.
+
+    ``dtype``: what they are cast to; None = each in its own, fp32 where it is packed.
 
     Raises:
         ValueError: see `unmergeable`.
@@ -92,14 +99,15 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     base = base_model(model)
     adapted = [(name, layer) for name, layer in linear_layers(base) if is_adapted(layer)]
     for name, layer in adapted:
-        yield f"{name}.weight", merged_weight(layer)
+        yield f"{name}.weight", merged_weight(layer, dtype).detach()
         bias = layer_bias(layer)
         if bias is not None:
-            yield f"{name}.bias", bias.detach()
+            yield f"{name}.bias", bias.detach().to(dtype or bias.dtype)
     inside = tuple(f"{name}." for name, _ in adapted)
     for name, parameter in base.named_parameters():
-        if not name.startswith(inside):
-            yield name, parameter.detach()
+        if not name.startswith(inside) and ".original_module." not in name:  # which a trained copy has replaced
+            weight = dequantized(parameter) if is_quantized(parameter) else parameter.detach()
+            yield _TRAINED_COPY.sub(".", name), weight.to(dtype or weight.dtype)
 
 
 def is_adapted(layer: Any) -> bool:
@@ -111,27 +119,44 @@ def layer_bias(layer: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def merged_weight(layer: Any) -> Tensor:
-    """(out, in) in the base weight's dtype; the adapters are added in fp32."""
+def merged_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """(out, in), a Conv1D's (in, out), in ``dtype``: None is the base weight's, fp32 where that is packed.
+
+    The adapters are added in fp32.
+    """
+    base = layer.base_layer.weight if is_adapted(layer) else layer.weight
+    weight = dequantized(base) if is_quantized(base) else base
     if not is_adapted(layer) or layer.disable_adapters:
-        return layer.weight
+        return weight.to(dtype or weight.dtype)
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    deltas = (layer.get_delta_weight(name).float() for name in names)
-    return sum(deltas, layer.weight.float()).to(layer.weight.dtype)
+    deltas = (layer.scaling[n] * (layer.lora_B[n].weight.float() @ layer.lora_A[n].weight.float()) for n in names)
+    merged = sum(deltas, (weight.t() if layer.fan_in_fan_out else weight).float())
+    if names and layer.lora_variant.get(names[0]) is not None:  # DoRA: rows of a trained length, as peft computes it
+        magnitude = layer.lora_magnitude_vector[names[0]].weight.float()
+        merged = (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1) * merged
+    return (merged.t() if layer.fan_in_fan_out else merged).to(dtype or weight.dtype)
 
 
 def unmergeable(model: Any) -> str | None:
-    """Why adapters cannot be merged: DoRA and its like, a bias of the adapter's, layers that are not linear."""
+    """Why adapters cannot be merged: variants but DoRA, a bias of the adapter's, layers that are not linear."""
     base = base_model(model)
     for name, layer in linear_layers(base):
         if not is_adapted(layer):
             continue
-        plain = isinstance(layer.base_layer, nn.Linear) and not layer.merged
+        plain = isinstance(layer.base_layer, nn.Linear | Conv1D) and not layer.merged
         for adapter in layer.lora_A:
-            plain = plain and layer.lora_variant.get(adapter) is None and not layer.lora_bias[adapter]
+            variant = layer.lora_variant.get(adapter)
+            dora_alone = type(variant).__name__ == "DoraLinearVariant" and len(layer.lora_A) == 1
+            plain = plain and (variant is None or dora_alone) and not layer.lora_bias[adapter]
         if not plain:
-            return f"the adapter on {name} is not plain LoRA on a linear layer, so it cannot be merged"
+            return f"the adapter on {name} is not plain LoRA or DoRA on a linear layer, so it cannot be merged"
     return None
+
+
+def quantized(model: Any) -> str | None:
+    """Why there is no copy with adapters merged in: weights of 4 bits, which one would unpack."""
+    packed = any(map(is_quantized, base_model(model).parameters()))
+    return "weights are held in 4 bits, and a copy with the adapter merged would unpack them" if packed else None
 
 
 def linear_layers(base: nn.Module) -> list[tuple[str, Any]]:

@@ -135,7 +135,7 @@ def _decoded_and_plain_logits(model: Any) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _precision_of(model: Any) -> Iterator[None]:
-    """Weights of fp32 alone compute in fp32; a mixture of dtypes computes under autocast only."""
-    precise = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    """Weights of fp32 alone, or of 4 bits, compute in fp32; a mixture of dtypes computes under autocast only."""
+    precise = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=not precise):
         yield

@@ -58,6 +58,7 @@ class VLLMSampler:
         self._engine = vllm.LLM(
             model=name_or_path,
             dtype=dtype,
+            load_format="safetensors",  # never a pickle, which could run code
             gpu_memory_utilization=gpu_memory_utilization,
             max_model_len=max_model_len,
             generation_config="vllm",  # not the checkpoint's, which would temper and truncate

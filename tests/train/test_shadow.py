@@ -129,9 +129,9 @@ def test_weights_cast_once_compute_what_autocast_computes_with_them():
         assert torch.equal(shadow.model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_adapters_that_are_more_than_plain_lora_are_refused():
-    model = lora_model(use_dora=True)
-    with pytest.raises(ValueError, match="is not plain LoRA on a linear layer"):
+def test_adapters_that_are_more_than_lora_and_dora_are_refused():
+    model = lora_model("gpt_neox", lora_bias=True)
+    with pytest.raises(ValueError, match="is not plain LoRA or DoRA on a linear layer"):
         sampler_of(model, merge_lora=True).sample(PROMPTS, 1, 2, seed=1)
     sampler = sampler_of(model)
     sampler.eos_token_ids = list(range(12))  # long responses are asked for, none is drawn
@@ -139,9 +139,21 @@ def test_adapters_that_are_more_than_plain_lora_are_refused():
     assert sampler.live, "left to itself, the sampler decodes from what cannot be merged as it is"
 
 
+@pytest.mark.parametrize("merge_lora", [True, False])
+def test_dora_draws_from_the_weights_of_the_last_update(merge_lora):
+    model = lora_model(use_dora=True).train()
+    sampler = sampler_of(model, merge_lora=merge_lora)
+    for step in range(2):
+        tiny.perturb(trained(model), seed=step, size=0.2)
+        sampler.weights_changed(step)
+        assert_drawn_from(model, sampler.sample(PROMPTS, 3, 8, seed=1), 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=lambda o: next(iter(o), "lora"))
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_merged_weights_have_the_names_and_values_of_a_model_without_adapters(architecture):
-    model = lora_model(architecture)
+def test_merged_weights_have_the_names_and_values_of_a_model_without_adapters(architecture, options):
+    model = lora_model(architecture, **options)
+    tiny.perturb(trained(model), size=0.2)  # a magnitude of DoRA starts as the length of its row
     found = dict(merged_weights(model))
     merged = copy.deepcopy(model).merge_and_unload()
     expected = dict(merged.named_parameters())

@@ -1,0 +1,123 @@
+"""One export: loaded, written beside its place, and put there whole."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from hypo_train.checkpoint import CheckpointError
+from hypo_train.config import ConfigError
+from hypo_train.export.settings import Settings
+from hypo_train.export.source import Source
+from hypo_train.model.load import load_tokenizer, read_architecture
+from hypo_train.model.policy import Policy
+from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.tree_model import ModelError
+from hypo_train.model_card import write_card
+from hypo_train.run import generation_config
+from hypo_train.sampling.shadow import merged_weights
+
+
+def run(settings: Settings) -> int:
+    """Write the folder and say what it is. Exit status 0."""
+    source = Source.find(settings.source)
+    whole = _is_whole(settings, source)
+    tokenizer = load_tokenizer(source.config)
+    start = read_architecture(source.config)
+    trained = source.load(pad_token_id=tokenizer.pad_token_id)
+    dtype = getattr(torch, settings.dtype) if settings.dtype else (start.dtype or torch.float32)
+
+    def write(folder: Path) -> None:
+        if whole:
+            save_whole(trained, folder, dtype, generation_config(source.config))
+        else:
+            trained.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_card(folder, source.config, source.run, step=_step(source))
+
+    put_whole(settings.output_dir, write)
+    kind = str(dtype).removeprefix("torch.") if whole else "adapter"
+    print(f"{source.folder} exported to {settings.output_dir} ({kind})")
+    return 0
+
+
+def _is_whole(settings: Settings, source: Source) -> bool:
+    """Whether a whole model is written, and not an adapter. Raises ConfigError for flags that do not fit the run."""
+    adapter = source.config.use_peft and source.config.algorithm != "reward"
+    if settings.merge and not source.config.use_peft:
+        raise ConfigError("--merge: the run trained no adapter and its model is whole, leave it out")
+    if adapter and not settings.merge and settings.dtype is not None:
+        raise ConfigError(f"--dtype {settings.dtype}: an adapter keeps the float32 it was trained in, add --merge")
+    return settings.merge or not adapter
+
+
+def _step(source: Source) -> int | None:
+    return int(source.folder.resolve().name.removeprefix("checkpoint-")) if source.is_checkpoint else None
+
+
+def save_whole(
+    trained: Policy | RewardModel, folder: Path, dtype: torch.dtype, generation: GenerationConfig | None
+) -> None:
+    """The model without adapters, as its transformers class saves one.
+
+    Raises:
+        ModelError: an adapter that cannot be merged, or a weight that does not fit ``dtype``.
+    """
+    try:
+        weights = dict(merged_weights(trained.model, dtype))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ModelError(f"{broken[0]} is not finite in {str(dtype).removeprefix('torch.')}: use --dtype float32")
+    plain = _without_adapters(trained.base, dtype, unties=_unties(trained, weights))
+    weights |= {name: buffer for name, buffer in trained.base.named_buffers() if name in plain.state_dict()}
+    unknown = plain.load_state_dict(weights, strict=False, assign=True).unexpected_keys
+    plain.tie_weights()
+    left = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]
+    if unknown or left:
+        raise ModelError(f"{type(plain).__name__} cannot be written: {(unknown + left)[0]} has no place or no value")
+    if generation is not None:
+        plain.generation_config = generation
+    plain.save_pretrained(folder)
+
+
+def _unties(trained: Policy | RewardModel, weights: dict[str, Any]) -> bool:
+    """Whether a merged adapter has made a head another one than the embeddings that it was tied to."""
+    head = trained.base.get_output_embeddings()
+    return hasattr(head, "lora_A") and head.weight is trained.base.get_input_embeddings().weight
+
+
+def _without_adapters(base: Any, dtype: torch.dtype, *, unties: bool) -> Any:
+    """A model of the same class, without weights."""
+    config = copy.deepcopy(base.config)
+    config.dtype = dtype
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for part in (config, config.get_text_config()) if unties else ():
+        part.tie_word_embeddings = False
+    with torch.device("meta"):
+        return type(base)(config).eval()
+
+
+def put_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """A new folder that is there with all that ``write`` writes, or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk.
+    """
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed export left behind
+    try:
+        unfinished.mkdir(parents=True)
+        write(unfinished)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,86 @@
+"""Frozen weights held in 4 bits under a LoRA adapter (QLoRA), by bitsandbytes.
+
+The head and the embeddings keep their type: the loss reads the head's weight as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from hypo_train.config import Config, ConfigError
+
+_BLOCK = 64  # elements that share one scale
+_NESTED_BLOCK = 256  # scales that share a scale of their own
+
+
+def require_quantization(config: Config) -> None:
+    """Raise ConfigError where 4 bits are asked for and their package is not installed."""
+    if config.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_4bit=true needs bitsandbytes: pip install bitsandbytes (or load_in_4bit: false)")
+
+
+def quantization_options(config: Config, *, autocast: bool) -> dict[str, Any]:
+    """What ``from_pretrained`` is asked for."""
+    if not config.load_in_4bit:
+        return {}
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16 if autocast else torch.float32,
+    )
+    return {"quantization_config": settings}
+
+
+def keep_scales(model: nn.Module) -> None:
+    """Keep the 4-bit weights as they were loaded, in every pass.
+
+    On CPUs with bf16 products, bitsandbytes would repack them in the first pass without gradients, and round their
+    scales: the model that is trained and sampled from would not be the one that was loaded.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether a parameter holds packed 4-bit codes."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def num_elements(parameter: Tensor) -> int:
+    """Of the weight itself, where 4-bit codes are packed."""
+    return parameter.quant_state.shape.numel() if is_quantized(parameter) else parameter.numel()  # type: ignore[attr-defined]
+
+
+def dequantized(parameter: Tensor) -> Tensor:
+    """The weight as its layer computes with it, fp32."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state).float()  # type: ignore[attr-defined]
+
+
+def scales(parameter: Tensor) -> dict[str, Tensor]:
+    """What makes weights of a parameter's codes, by name; nothing for a parameter that is not quantised."""
+    if not is_quantized(parameter):
+        return {}
+    return parameter.quant_state.as_dict(packed=True)  # type: ignore[attr-defined]
+
+
+def quantizable(model: Any) -> list[nn.Parameter]:
+    """The weights of every linear layer but the head, which 4 bits are for where they are no adapter's."""
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    return [layer.weight for layer in layers]
+
+
+def bytes_in_4_bits(count: int, *, nested: bool) -> int:
+    """Of ``count`` weights: half a byte each, and a block's scale in fp32, or in 8 bits with scales of their own."""
+    blocks = -(-count // _BLOCK)
+    return -(-count // 2) + (blocks + 4 * -(-blocks // _NESTED_BLOCK) if nested else 4 * blocks)
