@@ -36,7 +36,7 @@ OF_PAIRS = {
     "logps/chosen",
     "logps/rejected",
 }
-OF_SAMPLES = {"kl", "completions/mean_length"}
+OF_SAMPLES = {"kl", "kl_se", "completions/mean_length"}
 OF_STEPS = {"step", "grad_norm", "learning_rate", "epoch"}
 
 
