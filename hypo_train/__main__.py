@@ -88,8 +88,19 @@ def _judge(argv: Sequence[str]) -> int:
     return run(settings)
 
 
+def _report(argv: Sequence[str]) -> int:
+    from hypo_train.report.command import main as report
+
+    return report(argv)
+
+
 # Each checks its arguments before it imports anything heavy.
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"demo": _demo, "evaluate": _evaluate, "judge": _judge}
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": _demo,
+    "evaluate": _evaluate,
+    "judge": _judge,
+    "report": _report,
+}
 
 
 def _quiet_libraries() -> None:

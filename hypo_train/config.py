@@ -499,6 +499,7 @@ def help_text() -> str:
         "       python -m hypo_train --config recipe.yaml --learning_rate 1e-6",
         "       python -m hypo_train evaluate --help      evaluation of a finished run, or of any model",
         "       python -m hypo_train judge --help         win-rates of samples",
+        "       python -m hypo_train report RUN [RUN ...] one HTML page about runs, side by side",
         "",
         "--config reads a flat YAML file of the fields below; --field value, --field=value or, for yes/no",
         "fields, --field alone overrides it. A line base: other.yaml, relative to the file, takes every",

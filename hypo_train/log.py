@@ -131,14 +131,21 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line that is no JSON object.
     """
-    content = Path(path).read_text(encoding="utf-8")
-    found = []
-    for number, line in enumerate(content.split("\n")[:-1], start=1):
-        metrics = _parse(line)
-        if metrics is None:
-            raise ValueError(f"{path}, line {number} is no JSON object: {line[:80]!r}")
-        found.append(metrics)
+    found, broken = readable_lines(Path(path))
+    if broken:
+        line = Path(path).read_bytes().split(b"\n")[broken[0] - 1].decode("utf-8", errors="replace")
+        raise ValueError(f"{path}, line {broken[0]} is no JSON object: {line[:80]!r}")
     return found
+
+
+def readable_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The JSON objects of a file's lines, NaN and infinities as floats, and the numbers of the lines that hold none.
+
+    A last line still being written is neither.
+    """
+    parsed = [_parse(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    broken = [number for number, found in enumerate(parsed, start=1) if found is None]
+    return [found for found in parsed if found is not None], broken
 
 
 def _cut(path: Path, resume_step: int) -> None:

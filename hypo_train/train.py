@@ -11,11 +11,14 @@ import torch
 from hypo_train.checkpoint import checkpoint_folder
 from hypo_train.config import Config
 from hypo_train.costs.memory import peak_memory
+from hypo_train.device import device_name
+from hypo_train.environment import Attempt
 from hypo_train.evaluation.held_out import Evaluation, evaluate
 from hypo_train.finite import stop_if_not_finite
 from hypo_train.interrupt import Stopped, StopRequest
 from hypo_train.log import RunLog
 from hypo_train.metrics import Meter
+from hypo_train.report.ending import report_at_the_end
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
 from hypo_train.step import train_step
@@ -50,10 +53,13 @@ def train(config: Config, *, progress: bool = True) -> Result:
         resume_step=first_step,
         progress=progress,
     )
-    with log, StopRequest() as stop:
-        (run.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        evaluation = _train_from(run, log, meter, first_step, stop)
-    return Result(save_model(run), evaluation)
+    device = device_name(run.accelerator.device)
+    attempt = Attempt(run.output_dir, first_step=first_step, total_steps=run.total_steps, device=device)
+    with report_at_the_end(run.output_dir), attempt:
+        with log, StopRequest() as stop:
+            (run.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            evaluation = _train_from(run, log, meter, first_step, stop)
+        return Result(save_model(run), evaluation)
 
 
 def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:
