@@ -140,9 +140,12 @@ def _values_at(steps: Sequence[float], phase: Series) -> list[float]:
 
 
 def _legend(curves: Sequence[Curve]) -> Html:
+    """Among several runs, dots are said to be evaluations once, below."""
+    lines = [curve for curve in curves if curve.kind != "dots"]
+    shown = lines + [curve for curve in curves if curve.colour not in {line.colour for line in lines}]
     items = [
         element("li", element("span", class_=f"swatch {curve.kind} {curve.colour}"), element("bdi", curve.series.label))
-        for curve in curves
+        for curve in (shown if len(lines) > 1 else curves)
     ]
     return element("ul", *items, class_="legend")
 
@@ -150,6 +153,8 @@ def _legend(curves: Sequence[Curve]) -> Html:
 def _notes(curves: Sequence[Curve]) -> Html | None:
     """What a reader has to know to read the curves."""
     notes = []
+    if sum(curve.kind != "dots" for curve in curves) > 1 and any(curve.kind == "dots" for curve in curves):
+        notes.append("Dots: evaluations.")
     if any(curve.series.has_errors for curve in curves):
         notes.append("Bands and bars: one standard error.")
     means = max((curve.series.per_point for curve in curves), default=1)

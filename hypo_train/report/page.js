@@ -1,6 +1,6 @@
 "use strict";
 // Values under the pointer. Without this the page has all that it says, but for these.
-const curves = JSON.parse(document.getElementById("curves").textContent);
+const curves = JSON.parse(document.getElementById("hover-data").textContent);
 
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const chart = curves[figure.dataset.chart];

@@ -33,8 +33,9 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     Raises:
         ConfigError: a folder is no run, or ``path`` is a file that is no report.
     """
+    runs = read_runs(list(folders))
     _require_report(path)
-    content = page(read_runs(list(folders)))
+    content = page(runs)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(content, encoding="utf-8")
@@ -62,7 +63,7 @@ def page(runs: Sequence[RecordedRun]) -> str:
             element("header", element("h1", _title(runs)), _contents([title for title, _ in kept]), class_="top"),
             element("main", _headline(runs), *(_section(title, content) for title, content in kept)),
             element("footer", f"Written {_now()} by python -m hypo_train report. It loads nothing from anywhere."),
-            data("curves", charts.hover),
+            data("hover-data", charts.hover),
         ]
     )
     resources = files("hypo_train.report")

@@ -57,10 +57,7 @@ def _prompt(runs: Sequence[RecordedRun], answers: Sequence[Sequence[Mapping[str,
     for number, (run, answer) in enumerate(zip(runs, answers, strict=True)):
         colour = f"c{number % 8}" if len(runs) > 1 else "c0"
         who = [element("span", class_=f"swatch {colour}"), foreign(run.name)]
-        if not answer:
-            boxes.append(_box(element("span", *who, class_="who"), None, None))
-        for sample in answer:
-            boxes.append(_box(element("span", *who, class_="who"), sample["completion"], sample))
+        boxes += [_box(element("span", *who, class_="who"), sample["completion"], sample) for sample in answer]
     return element(
         "article",
         element("h3", f"Row {asked['row']}") if isinstance(asked.get("row"), int) else None,
@@ -69,9 +66,10 @@ def _prompt(runs: Sequence[RecordedRun], answers: Sequence[Sequence[Mapping[str,
     )
 
 
-def _box(who: Html, completion: str | None, sample: Mapping[str, Any] | None) -> Html:
-    said = element("p", "no sample of this prompt", class_="note") if completion is None else _text(completion, "said")
-    return element("div", element("header", who, _figures(sample) if sample else None), said, class_="answer")
+def _box(who: Html, completion: str, sample: Mapping[str, Any] | None) -> Html:
+    """``sample``: None of the data's own response, of which there are no figures."""
+    figures = _figures(sample) if sample else None
+    return element("div", element("header", who, figures), _text(completion, "said"), class_="answer")
 
 
 def _figures(sample: Mapping[str, Any]) -> Html:
