@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl`, TensorBoard scalars, a progress bar.
+"""What a run says: `metrics.jsonl`, its trackers, a progress bar.
 
 `metrics.jsonl` is the record. It has one line a log call, `{"step": 10, "loss": 0.69, ...}`, and a run that was
 killed and resumed leaves the file of an uninterrupted one.
@@ -18,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hypo_train.trackers import Trackers
+
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {
     "loss": "loss",
@@ -35,16 +37,13 @@ class RunLog:
     """The log of one run; a context manager that closes what it opened.
 
     Args:
-        output_dir: where `metrics.jsonl` and `tensorboard/` go; made if need be.
+        output_dir: where `metrics.jsonl` goes; made if need be.
         total_steps: the run's length, for the time left.
-        tensorboard: also write TensorBoard scalars.
+        trackers: that metrics go to as well; closed with the log.
         resume_step: the step of the checkpoint the run goes on from: what an earlier attempt logged after it is
             dropped. Log a step before saving its checkpoint, or its line is lost when the run dies in between.
             0 = a new run: an old file is emptied.
         progress: show a bar on a terminal, and a line a log call elsewhere; False shows neither.
-
-    Raises:
-        ImportError: TensorBoard is asked for and not installed.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class RunLog:
         output_dir: Path | str,
         total_steps: int,
         *,
-        tensorboard: bool,
+        trackers: Trackers | None = None,
         resume_step: int = 0,
         progress: bool,
     ) -> None:
@@ -63,7 +62,7 @@ class RunLog:
         self._first_step = resume_step
         self._started = time.monotonic()
         self._shown: dict[str, str] = {}
-        self._tensorboard = _summary_writer(path.parent / "tensorboard", resume_step) if tensorboard else None
+        self._trackers = trackers
         _cut(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         self._bar = None
@@ -75,9 +74,8 @@ class RunLog:
         line = {"step": step, **{name: _to_json(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, global_step=step)
+        if self._trackers is not None:
+            self._trackers.log(step, metrics)
         self._show(step, metrics)
 
     def advance(self, step: int) -> None:
@@ -93,8 +91,8 @@ class RunLog:
     def close(self) -> None:
         """Close the files and the bar; closing twice does nothing."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._trackers is not None:
+            self._trackers.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -194,12 +192,3 @@ def _formatted(metrics: Mapping[str, float], prefix: str) -> dict[str, str]:
     """{label: value} of the metrics worth a look while the run goes."""
     found = {label: metrics[prefix + name] for name, label in SHOWN.items() if prefix + name in metrics}
     return {prefix + label: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for label, value in found.items()}
-
-
-def _summary_writer(folder: Path, resume_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
-    except ImportError as error:
-        raise ImportError("tensorboard is not installed: pip install tensorboard, or set tensorboard: false") from error
-    # TensorBoard hides what an earlier attempt logged from this step on.
-    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from hypo_train.report.ending import report_at_the_end
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
 from hypo_train.step import train_step
+from hypo_train.trackers import Trackers, require_trackers
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,21 @@ def train(config: Config, *, progress: bool = True) -> Result:
         Stopped: SIGTERM or SIGINT came, and the step that it came in is done and saved.
     """
     refuse_to_overwrite(config)
+    require_trackers(config)
     run, meter = prepare(config), Meter()
     first_step = resume(run, meter)
     for line in run.report:
         print(line, flush=True)
-    run = with_reference_logps(run, progress=progress)
-    log = RunLog(
-        run.output_dir,
-        run.total_steps,
-        tensorboard=config.tensorboard,
-        resume_step=first_step,
-        progress=progress,
-    )
+    trackers = Trackers(config, first_step)
+    with closing(trackers):
+        run = with_reference_logps(run, progress=progress)
+        return _run(run, meter, first_step, trackers, progress=progress)
+
+
+def _run(run: Run, meter: Meter, first_step: int, trackers: Trackers, *, progress: bool) -> Result:
+    """The steps and the final model, with what the run says of itself on the way and at its end."""
+    config = run.config
+    log = RunLog(run.output_dir, run.total_steps, trackers=trackers, resume_step=first_step, progress=progress)
     device = device_name(run.accelerator.device)
     attempt = Attempt(run.output_dir, first_step=first_step, total_steps=run.total_steps, device=device)
     with report_at_the_end(run.output_dir), attempt:
