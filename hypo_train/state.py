@@ -44,6 +44,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
         extra={
             "config": run.config.model_dump(),
             "meter": meter.state(),
+            "num_tokens": run.throughput.num_tokens,
             "rollouts": run.rollouts.state() if run.config.draws_samples else [],
         },
     )
@@ -90,6 +91,9 @@ def resume(run: Run, meter: Meter) -> int:
         for name, saved in checkpoint.model_state.items():
             parameters[name].copy_(saved)
     meter.load(checkpoint.extra["meter"])
+    run.throughput.num_tokens = checkpoint.extra.get("num_tokens", 0)
+    if "num_tokens" not in checkpoint.extra:
+        run.report.append(f"num_tokens counts from step {checkpoint.step} on: {folder} is from before it was kept")
     if run.config.draws_samples:
         run.rollouts.load(checkpoint.extra["rollouts"])
     if run.sampler is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypo_train.costs.phases import OTHER, PHASES
 from hypo_train.report.charts import Curve, hover_data, line_chart, stacked_chart
-from hypo_train.report.html import Html, element, join
+from hypo_train.report.html import Html, element, foreign, join
 from hypo_train.report.runs import RecordedRun
 from hypo_train.report.series import Series, series
 
@@ -122,7 +122,7 @@ class Charts:
             class_="legend",
         )
         return element(
-            "figure", element("h3", title), stacked_chart(title, layers, steps), element("figcaption", legend)
+            "figure", foreign(title, "h3"), stacked_chart(title, layers, steps), element("figcaption", legend)
         )
 
 

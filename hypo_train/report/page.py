@@ -60,7 +60,7 @@ def page(runs: Sequence[RecordedRun]) -> str:
     kept = [(title, content) for title, content in sections if content is not None]
     body = join(
         [
-            element("header", element("h1", _title(runs)), _contents([title for title, _ in kept]), class_="top"),
+            element("header", foreign(_title(runs), "h1"), _contents([title for title, _ in kept]), class_="top"),
             element("main", _headline(runs), *(_section(title, content) for title, content in kept)),
             element("footer", f"Written {_now()} by python -m hypo_train report. It loads nothing from anywhere."),
             data("hover-data", charts.hover),

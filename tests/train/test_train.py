@@ -37,7 +37,7 @@ OF_PAIRS = {
     "logps/rejected",
 }
 OF_SAMPLES = {"kl", "kl_se", "completions/mean_length"}
-OF_STEPS = {"step", "grad_norm", "learning_rate", "epoch"}
+OF_STEPS = {"step", "grad_norm", "learning_rate", "epoch", "num_tokens"}
 
 
 def metrics_of(config):
