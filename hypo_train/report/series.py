@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 MOST_POINTS = 150
 _LARGEST = 1e100  # whose sums and squares are finite too
@@ -65,6 +65,6 @@ def _error(value: Any) -> float:
     return float(value) if is_number(value) and abs(value) < _LARGEST else 0.0
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Not a bool, which is an int to Python."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
