@@ -112,9 +112,12 @@ def add_loss(meter: Meter, out: HypoLoss, num_generations: int) -> None:
 
 
 def add_online_rewards(meter: Meter, rewards: Tensor, num_generations: int) -> None:
-    """Rewards (N,) of samples, ``num_generations`` consecutive ones a prompt: their mean, and a prompt's spread."""
+    """Rewards (N,) of samples, ``num_generations`` consecutive ones a prompt: their mean, a prompt's spread, and the
+    share of prompts that have none, from which RLOO learns nothing."""
+    spreads = rewards.view(-1, num_generations).std(dim=1)
     meter.add("reward", rewards)
-    meter.add("reward_std", rewards.view(-1, num_generations).std(dim=1))
+    meter.add("reward_std", spreads)
+    meter.add("frac_reward_zero_std", (spreads == 0).double())
 
 
 def add_rewards(meter: Meter, rewards: Tensor, losses: Tensor) -> None:

@@ -36,7 +36,7 @@ QUIET = {
 
 def require_trackers(config: Config) -> None:
     """Raise ConfigError for a tracker of ``report_to`` that is not installed, or that nobody is logged in to."""
-    missing = [PACKAGES[name] for name in config.report_to if find_spec(PACKAGES[name]) is None]
+    missing = [PACKAGES[name] for name in config.report_to if not _is_installed(PACKAGES[name])]
     if missing:
         raise ConfigError(
             f"report_to={list(config.report_to)}: {', '.join(missing)} is not installed: pip install "
@@ -126,6 +126,12 @@ def _started(name: str, config: Config, first_step: int) -> Any:
     if name == "mlflow":
         tracker.store_init_configuration(settings_to_show(config))
     return tracker
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name is none: W&B makes a ``wandb`` wherever it has been used."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _flat(value: Any) -> str | int | float | bool:

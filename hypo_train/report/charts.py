@@ -16,6 +16,11 @@ WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 24
 
 
+def run_colour(number: int) -> str:
+    """The class of a run's colour; the ninth run has the first one's again."""
+    return f"c{number % 8}"
+
+
 @dataclass(frozen=True)
 class Curve:
     """A series as it is drawn."""

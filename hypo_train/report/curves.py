@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypo_train.costs.phases import OTHER, PHASES
-from hypo_train.report.charts import Curve, hover_data, line_chart, stacked_chart
+from hypo_train.report.charts import Curve, hover_data, line_chart, run_colour, stacked_chart
 from hypo_train.report.html import Html, element, foreign, join
 from hypo_train.report.runs import RecordedRun
 from hypo_train.report.series import Series, series
@@ -88,7 +88,7 @@ class Charts:
         curves = []
         found = [(metric, of) for metric, of in panel.metrics if any(_logs(run, metric))]
         for place, (metric, of) in enumerate(found):
-            colour = f"c{(number if len(self._runs) > 1 else place) % COLOURS}"
+            colour = run_colour(number if len(self._runs) > 1 else place)
             kind = "dashed" if place else "line"
             for lines, name, part in ((run.trained, metric, ""), (run.evaluated, f"eval_{metric}", "evaluation")):
                 label = ", ".join(filter(None, [run.name if len(self._runs) > 1 else "", of, part])) or "training"
@@ -124,9 +124,6 @@ class Charts:
         return element(
             "figure", foreign(title, "h3"), stacked_chart(title, layers, steps), element("figcaption", legend)
         )
-
-
-COLOURS = 8
 
 
 def _logs(run: RecordedRun, metric: str) -> list[dict[str, Any]]:

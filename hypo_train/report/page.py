@@ -16,6 +16,7 @@ from typing import Any
 
 from hypo_train.config import ConfigError
 from hypo_train.report import tables
+from hypo_train.report.charts import run_colour
 from hypo_train.report.curves import Charts
 from hypo_train.report.html import GENERATOR, Html, data, document, element, foreign, join
 from hypo_train.report.numbers import duration, short, with_error
@@ -110,7 +111,11 @@ def _headline(runs: Sequence[RecordedRun]) -> Html:
 
 
 def _card(number: int, run: RecordedRun, among_others: bool) -> Html:
-    name = element("h2", element("span", class_=f"swatch c{number % 8}"), foreign(run.name)) if among_others else None
+    name = (
+        element("h2", element("span", class_=f"swatch {run_colour(number)}"), foreign(run.name))
+        if among_others
+        else None
+    )
     trained = [
         _ALGORITHMS.get(str(run.config.get("algorithm")), "A run"),
         " of ",
@@ -151,7 +156,9 @@ def _progress(run: RecordedRun) -> Html:
     )
     seconds = tables.attempt_seconds(run)
     if seconds is not None:
-        parts.append(duration(seconds) + (f" in {len(run.attempts)} attempts" if len(run.attempts) > 1 else ""))
+        killed = any(not is_number(attempt.get("seconds")) for attempt in run.attempts)
+        attempts = f" in {len(run.attempts)} attempts" if len(run.attempts) > 1 else ""
+        parts.append(("more than " if killed else "") + duration(seconds) + attempts)
     elif run.last_written is not None:
         parts.append(f"last line written {run.last_written:%Y-%m-%d %H:%M UTC}")
     return join(["· ", " · ".join(parts)])

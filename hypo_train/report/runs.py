@@ -57,8 +57,8 @@ class RecordedRun:
     @property
     def ending(self) -> str | None:
         """How it ended; None: nothing says that it has."""
-        if self.attempts and self.attempts[-1].get("ended"):
-            return str(self.attempts[-1]["ended"])
+        if self.attempts:  # what else the folder has may be of an earlier one
+            return str(self.attempts[-1]["ended"]) if self.attempts[-1].get("ended") else None
         if (self.folder / "final").is_dir():
             return "finished"
         return f"not finite in step {self.not_finite_step}" if self.not_finite_step is not None else None

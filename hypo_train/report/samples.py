@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hypo_train.report.charts import run_colour
 from hypo_train.report.html import Html, element, foreign, join
 from hypo_train.report.numbers import short
 from hypo_train.report.runs import RecordedRun
@@ -55,8 +56,7 @@ def _prompt(runs: Sequence[RecordedRun], answers: Sequence[Sequence[Mapping[str,
     )
     boxes = [] if reference is None else [_box(element("span", "in the data", class_="who"), reference, None)]
     for number, (run, answer) in enumerate(zip(runs, answers, strict=True)):
-        colour = f"c{number % 8}" if len(runs) > 1 else "c0"
-        who = [element("span", class_=f"swatch {colour}"), foreign(run.name)]
+        who = [element("span", class_=f"swatch {run_colour(number)}"), foreign(run.name)]
         boxes += [_box(element("span", *who, class_="who"), sample["completion"], sample) for sample in answer]
     return element(
         "article",

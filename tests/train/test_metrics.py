@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from hypo_train.metrics import Meter
+from hypo_train.metrics import Meter, add_online_rewards
 
 
 def groups(count, size=2, seed=0):
@@ -61,3 +61,10 @@ def test_a_meter_that_was_saved_between_two_readings_reads_the_same():
         meter.add_groups("kl", values[5:])
     assert second.read() == whole.read()
     assert whole.read() == {}
+
+
+def test_prompts_whose_rewards_are_all_equal_are_counted():
+    meter = Meter()
+    add_online_rewards(meter, torch.tensor([1.0, 1.0, 2.0, 4.0]), num_generations=2)
+    found = meter.read()
+    assert found == {"reward": 2.0, "reward_std": pytest.approx(0.5**0.5), "frac_reward_zero_std": 0.5}

@@ -171,6 +171,16 @@ def test_values_that_are_no_numbers_or_not_finite_leave_the_other_points(tmp_pat
     assert "inf" not in re.findall(r'points="([^"]*)"', page(read_runs([run])))
 
 
+def test_a_run_that_goes_on_after_an_attempt_that_was_killed_is_no_longer_what_that_one_was(tmp_path):
+    run = recorded.write_run(tmp_path / "one", ended=None)
+    (run / "not-finite-step-7.jsonl").write_text("")
+    (attempt,) = json.loads((run / "environment.json").read_text())["attempts"]
+    assert "no end recorded" in shown(run)
+    attempts = [attempt, {**attempt, "first_step": 10, "ended": "finished", "seconds": 5}]
+    (run / "environment.json").write_text(json.dumps({"attempts": attempts}))
+    assert "finished · step 20 of 20 · more than 5.0 s in 2 attempts" in shown(run)
+
+
 def test_how_a_run_ended_is_said(tmp_path):
     run = recorded.write_run(tmp_path / "one", ended="stopped by SIGTERM")
     assert "stopped by SIGTERM · step 20 of 20" in shown(run)

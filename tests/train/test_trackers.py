@@ -85,6 +85,14 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(setting
     assert capsys.readouterr().err.count("pip install wandb mlflow") == 2
 
 
+def test_a_folder_that_a_tracker_has_left_is_no_package(settings, monkeypatch, tmp_path):
+    (tmp_path / "here" / "mlflow_of_before").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    monkeypatch.setitem(hypo_train.trackers.PACKAGES, "mlflow", "mlflow_of_before")
+    with pytest.raises(ConfigError, match="mlflow_of_before is not installed"):
+        require_trackers(settings(report_to=["mlflow"]))
+
+
 @pytest.mark.parametrize(
     ("environment", "accepted"),
     [
@@ -98,7 +106,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(setting
     ids=str,
 )
 def test_wandb_without_a_login_is_refused_before_anything_else(settings, monkeypatch, tmp_path, environment, accepted):
-    monkeypatch.setattr(hypo_train.trackers, "find_spec", lambda name: True)
+    monkeypatch.setattr(hypo_train.trackers, "_is_installed", lambda name: True)
     (tmp_path / "netrc").write_text("machine wandb.example login user password key\n")
     (tmp_path / "netrc").chmod(0o600)
     for variable in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
