@@ -101,12 +101,19 @@ def _export(argv: Sequence[str]) -> int:
     return run(settings)
 
 
+def _report(argv: Sequence[str]) -> int:
+    from hypo_train.report.command import main as report
+
+    return report(argv)
+
+
 # Each checks its arguments before it imports anything heavy.
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "evaluate": _evaluate,
     "export": _export,
     "judge": _judge,
+    "report": _report,
 }
 
 

@@ -96,7 +96,7 @@ def _through_policy(
     with run.timer.phase("forward"), run.accelerator.autocast():
         out = run.model(tree, _timed(run.timer, loss), prompts=batch.prompts, trunk=trunk)
     run.throughput.policy(tree, len(batch.rows))
-    add_loss(meter, out)
+    add_loss(meter, out, run.config.num_generations)
     add_importance(meter, out)
     return out.loss
 

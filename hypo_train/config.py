@@ -237,8 +237,13 @@ class Config(BaseModel):
     """Save a checkpoint every so many steps; 0 means only at the end."""
     save_total_limit: PositiveInt = 2
     """Checkpoints to keep; older ones are deleted."""
-    tensorboard: bool = True
-    """Write TensorBoard event files as well as metrics.jsonl."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default=["tensorboard"])
+    """Trackers that metrics go to as well as to metrics.jsonl, of tensorboard, wandb, trackio and mlflow; none means
+    none of them. Nothing is sent anywhere but by those that are named."""
+    run_name: Text | None = None
+    """Name of the run in wandb, trackio and mlflow; none means the last part of output_dir."""
+    project: Text = "hypo_train"
+    """Project of the run in wandb and trackio, experiment in mlflow."""
 
     @property
     def draws_samples(self) -> bool:
@@ -261,6 +266,20 @@ class Config(BaseModel):
         types = _types(cls.model_fields[info.field_name or ""].annotation)
         if isinstance(value, bool) and bool not in types:
             raise ValueError(f"should be {_type_name(types)}, not true or false")
+        return value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none_is_a_list(cls, value: Any) -> Any:
+        if value is None or value in ("none", ["none"]):
+            return []
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("should name each tracker once")
         return value
 
     @model_validator(mode="after")
@@ -381,6 +400,12 @@ def _conflicts(c: Config) -> list[str]:
     return [problem for broken, problem in rules if broken]
 
 
+_RENAMED = {  # a field of before -> what to write now
+    "tensorboard": "tensorboard is report_to now: report_to: [tensorboard] for true (the default), report_to: none for "
+    "false",
+}
+
+
 def load_config(argv: Sequence[str]) -> Config:
     """The configuration that ``argv`` (without the program's name) asks for; flags override ``--config``'s file,
     which overrides its ``base``.
@@ -399,7 +424,7 @@ def load_config(argv: Sequence[str]) -> Config:
         if name in Config.model_fields:
             values[name] = _flag_value(name, tokens)
         else:
-            problems.append(f"unknown flag --{name}{_nearest(name, '--')}")
+            problems.append(_RENAMED.get(name) or f"unknown flag --{name}{_nearest(name, '--')}")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -476,7 +501,7 @@ def _read_file(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dic
     keys = Counter(str(key.value) for key, _ in node.value)  # ``values`` silently keeps the last of equal keys
     problems += [f"{key} is given more than once in {path}" for key, count in keys.items() if count > 1]
     unknown = [key for key in values if key not in Config.model_fields and key != "base"]
-    problems += [f"unknown key {key!r} in {path}{_nearest(str(key))}" for key in unknown]
+    problems += [_RENAMED.get(key) or f"unknown key {key!r} in {path}{_nearest(str(key))}" for key in unknown]
     own = {key: value for key, value in values.items() if key in Config.model_fields}
     return _read_base(values["base"], problems, [*heirs, path]) | own if "base" in values else own
 
@@ -555,6 +580,7 @@ def help_text() -> str:
         "       python -m hypo_train evaluate --help      evaluation of a finished run, or of any model",
         "       python -m hypo_train export --help        a run's model or adapter for transformers, peft and vLLM",
         "       python -m hypo_train judge --help         win-rates of samples",
+        "       python -m hypo_train report RUN [RUN ...] one HTML page about runs, side by side",
         "",
         "--config reads a flat YAML file of the fields below; --field value, --field=value or, for yes/no",
         "fields, --field alone overrides it. A line base: other.yaml, relative to the file, takes every",

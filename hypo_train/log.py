@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl`, TensorBoard scalars, a progress bar.
+"""What a run says: `metrics.jsonl`, its trackers, a progress bar.
 
 `metrics.jsonl` is the record. It has one line a log call, `{"step": 10, "loss": 0.69, ...}`, and a run that was
 killed and resumed leaves the file of an uninterrupted one.
@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+from hypo_train.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {
@@ -62,16 +64,13 @@ class RunLog(SilentLog):
     """The log of one run; a context manager that closes what it opened.
 
     Args:
-        output_dir: where `metrics.jsonl` and `tensorboard/` go; made if need be.
+        output_dir: where `metrics.jsonl` goes; made if need be.
         total_steps: the run's length, for the time left.
-        tensorboard: also write TensorBoard scalars.
+        trackers: that metrics go to as well; closed with the log.
         resume_step: the step of the checkpoint the run goes on from: what an earlier attempt logged after it is
             dropped. Log a step before saving its checkpoint, or its line is lost when the run dies in between.
             0 = a new run: an old file is emptied.
         progress: show a bar on a terminal, and a line a log call elsewhere; False shows neither.
-
-    Raises:
-        ImportError: TensorBoard is asked for and not installed.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class RunLog(SilentLog):
         output_dir: Path | str,
         total_steps: int,
         *,
-        tensorboard: bool,
+        trackers: Trackers | None = None,
         resume_step: int = 0,
         progress: bool,
     ) -> None:
@@ -90,7 +89,7 @@ class RunLog(SilentLog):
         self._first_step = resume_step
         self._started = time.monotonic()
         self._shown: dict[str, str] = {}
-        self._tensorboard = _summary_writer(path.parent / "tensorboard", resume_step) if tensorboard else None
+        self._trackers = trackers
         _cut(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         self._bar = None
@@ -102,9 +101,8 @@ class RunLog(SilentLog):
         line = {"step": step, **{name: _to_json(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, global_step=step)
+        if self._trackers is not None:
+            self._trackers.log(step, metrics)
         self._show(step, metrics)
 
     def flush(self) -> None:
@@ -124,8 +122,8 @@ class RunLog(SilentLog):
     def close(self) -> None:
         """Close the files and the bar; closing twice does nothing."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._trackers is not None:
+            self._trackers.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -157,14 +155,21 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line that is no JSON object.
     """
-    content = Path(path).read_text(encoding="utf-8")
-    found = []
-    for number, line in enumerate(content.split("\n")[:-1], start=1):
-        metrics = _parse(line)
-        if metrics is None:
-            raise ValueError(f"{path}, line {number} is no JSON object: {line[:80]!r}")
-        found.append(metrics)
+    found, broken = readable_lines(Path(path))
+    if broken:
+        line = Path(path).read_bytes().split(b"\n")[broken[0] - 1].decode("utf-8", errors="replace")
+        raise ValueError(f"{path}, line {broken[0]} is no JSON object: {line[:80]!r}")
     return found
+
+
+def readable_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The JSON objects of a file's lines, NaN and infinities as floats, and the numbers of the lines that hold none.
+
+    A last line still being written is neither.
+    """
+    parsed = [_parse(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    broken = [number for number, found in enumerate(parsed, start=1) if found is None]
+    return [found for found in parsed if found is not None], broken
 
 
 # Names of metrics, by their beginnings, that say what a step cost and not what it computed.
@@ -222,12 +227,3 @@ def _formatted(metrics: Mapping[str, float], prefix: str) -> dict[str, str]:
     """{label: value} of the metrics worth a look while the run goes."""
     found = {label: metrics[prefix + name] for name, label in SHOWN.items() if prefix + name in metrics}
     return {prefix + label: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for label, value in found.items()}
-
-
-def _summary_writer(folder: Path, resume_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
-    except ImportError as error:
-        raise ImportError("tensorboard is not installed: pip install tensorboard, or set tensorboard: false") from error
-    # TensorBoard hides what an earlier attempt logged from this step on.
-    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)

@@ -42,6 +42,7 @@ from hypo_train.reference_cache import splits_to_precompute
 from hypo_train.reward import load_function
 from hypo_train.run import generation_config
 from hypo_train.state import checkpoint_to_resume, refuse_to_overwrite
+from hypo_train.trackers import require_trackers
 
 RECIPES = Path(__file__).parent / "recipes"
 DEVICES = (24, 48, 80, 141)  # GiB, of common ones
@@ -126,6 +127,8 @@ def _checked(config: Config, dry_run: DryRun) -> Findings:
         require_optimizer(config)
     with found.collected():
         require_quantization(config)
+    with found.collected():
+        require_trackers(config)
     with found.collected():
         if config.reward is not None:
             load_function(config.reward)

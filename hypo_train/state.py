@@ -20,7 +20,7 @@ from hypo_train.checkpoint import (
     save_checkpoint,
 )
 from hypo_train.config import Config, ConfigError
-from hypo_train.metrics import Meter
+from hypo_train.metrics import Meter, added_up
 from hypo_train.model.trained_weights import put_saved
 from hypo_train.model_card import write_card
 from hypo_train.run import Run
@@ -33,7 +33,9 @@ FREE_TO_CHANGE = {
     "peak_tflops",
     "save_steps",
     "save_total_limit",
-    "tensorboard",
+    "report_to",
+    "run_name",
+    "project",
     "eval_steps",
     "num_eval_prompts",
     "num_eval_samples",
@@ -47,9 +49,12 @@ FREE_WITHOUT_RLOO = {"reward", "reward_model_path", "missing_eos_penalty"}
 
 def save(run: Run, meter: Meter, step: int) -> None:
     """A checkpoint of all processes, which the main one writes."""
-    meters = run.processes.gather(meter.state())
-    rollouts = run.processes.gather(run.rollouts.state() if run.config.draws_samples else [])
-
+    own = {
+        "meter": meter.state(),
+        "num_tokens": run.throughput.num_tokens,
+        "rollouts": run.rollouts.state() if run.config.draws_samples else [],
+    }
+    parts = run.processes.gather(own)
     save_checkpoint(
         checkpoint_folder(run.output_dir, step),
         step=step,
@@ -59,8 +64,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
         extra={
             "config": run.config.model_dump(),
             "rows_a_step": run.batch_size,
-            "meters": meters,  # by rank, as what follows
-            "rollouts": rollouts,
+            "processes": parts,  # by rank
         },
         processes=run.processes,
     )
@@ -103,9 +107,7 @@ def resume(run: Run, meter: Meter) -> int:
         accept=lambda extra: _check_same_run(run, extra, folder),
     )
     put_saved(run.trained, checkpoint.model_state, folder)
-    _load_meter(meter, checkpoint.extra["meters"], run)
-    if run.config.draws_samples:
-        run.rollouts.load(_mine(checkpoint.extra["rollouts"], run, folder))
+    _load_parts(run, meter, checkpoint.extra["processes"], folder)
     if run.sampler is not None:
         run.sampler.weights_changed(checkpoint.step)
     # A run that is at its end saves no more, and would leave them.
@@ -116,28 +118,24 @@ def resume(run: Run, meter: Meter) -> int:
     return checkpoint.step
 
 
-def _load_meter(meter: Meter, states: list[dict[str, tuple[float, int]]], run: Run) -> None:
-    """What each process had counted; all of it on the main one, where there were not as many processes."""
-    if len(states) == run.share.count:
-        meter.load(states[run.share.rank])
-        return
-    together: dict[str, tuple[float, int]] = {}
-    for name, (total, count) in (item for state in states for item in state.items()):
-        before = together.get(name, (0.0, 0))
-        together[name] = (before[0] + total, before[1] + count)
-    meter.load(together if run.processes.is_main else {})
-
-
-def _mine(rollouts: list[list[Any]], run: Run, folder: Path) -> list[Any]:
-    """This process's part of the samples that were drawn ahead."""
-    if len(rollouts) == run.share.count:
-        return rollouts[run.share.rank]
-    if any(rollouts):
+def _load_parts(run: Run, meter: Meter, parts: list[dict[str, Any]], folder: Path) -> None:
+    """What each process had counted and drawn ahead; all of it on the main one, where there were not as many."""
+    if len(parts) == run.share.count:
+        own = parts[run.share.rank]
+    elif any(part["rollouts"] for part in parts):
         raise ConfigError(
-            f"{folder} holds samples that {len(rollouts)} processes have drawn ahead (rollout_steps="
+            f"{folder} holds samples that {len(parts)} processes have drawn ahead (rollout_steps="
             f"{run.config.rollout_steps}), and these are {run.share.count}: go on with as many"
         )
-    return []
+    elif run.processes.is_main:
+        meters = [part["meter"] for part in parts]
+        own = {"meter": added_up(meters), "num_tokens": sum(part["num_tokens"] for part in parts), "rollouts": []}
+    else:
+        own = {"meter": {}, "num_tokens": 0, "rollouts": []}
+    meter.load(own["meter"])
+    run.throughput.num_tokens = own["num_tokens"]
+    if run.config.draws_samples:
+        run.rollouts.load(own["rollouts"])
 
 
 def _check_same_run(run: Run, extra: dict[str, Any], folder: Path) -> None:
@@ -145,11 +143,11 @@ def _check_same_run(run: Run, extra: dict[str, Any], folder: Path) -> None:
     defaults = {name: field.default for name, field in Config.model_fields.items()}
     saved, now = defaults | saved, config.model_dump()  # a setting that is newer than the checkpoint had its default
     free = FREE_TO_CHANGE if config.algorithm == "rloo" else FREE_TO_CHANGE | FREE_WITHOUT_RLOO
-    if len(extra["meters"]) != run.share.count:
+    if len(extra["processes"]) != run.share.count:
         free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # how other devices cut a step up
         if extra["rows_a_step"] != run.batch_size:
             raise ConfigError(
-                f"{folder} is of a run with {extra['rows_a_step']} rows a step on {len(extra['meters'])} processes, "
+                f"{folder} is of a run with {extra['rows_a_step']} rows a step on {len(extra['processes'])} processes, "
                 f"and this one has {run.batch_size} on {run.share.count}: change gradient_accumulation_steps or "
                 "per_device_train_batch_size, so that a step has as many"
             )

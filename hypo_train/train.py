@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +14,19 @@ from hypo_train.checkpoint import checkpoint_folder, flush
 from hypo_train.config import Config
 from hypo_train.costs.memory import peak_memory
 from hypo_train.costs.throughput import of_all_processes
+from hypo_train.device import device_name
+from hypo_train.environment import Attempt
 from hypo_train.evaluation.held_out import Evaluation, evaluate
 from hypo_train.finite import raise_not_finite, stop_if_not_finite
 from hypo_train.interrupt import Stopped, StopRequest
 from hypo_train.log import RunLog, SilentLog
 from hypo_train.metrics import Meter
 from hypo_train.model_card import write_data_report
+from hypo_train.report.ending import report_at_the_end
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
 from hypo_train.step import train_step
+from hypo_train.trackers import Trackers, require_trackers
 
 
 @dataclass(frozen=True)
@@ -40,26 +46,35 @@ def train(config: Config, *, progress: bool = True) -> Result:
         Stopped: SIGTERM or SIGINT came, and the step that it came in is done and saved.
     """
     refuse_to_overwrite(config)
+    require_trackers(config)
     run, meter = prepare(config), Meter()
     first_step = resume(run, meter)
-    is_main = run.processes.is_main
-    for line in run.report if is_main else []:
+    for line in run.report if run.processes.is_main else []:
         print(line, flush=True)
-    run = with_reference_logps(run, progress=progress and is_main)
-    log = SilentLog()
-    if is_main:
-        log = RunLog(
-            run.output_dir,
-            run.total_steps,
-            tensorboard=config.tensorboard,
-            resume_step=first_step,
-            progress=progress,
-        )
-        (run.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        write_data_report(run.output_dir, run.data_report)
-    with log, StopRequest() as stop:
-        evaluation = _train_from(run, log, meter, first_step, stop)
-    return Result(save_model(run), evaluation)
+    trackers = run.processes.together(lambda: Trackers(config, first_step) if run.processes.is_main else None)
+    with closing(trackers) if trackers else nullcontext():
+        run = with_reference_logps(run, progress=progress and run.processes.is_main)
+        with _recorded(run, first_step, trackers, progress=progress) as log:
+            with StopRequest() as stop:
+                evaluation = _train_from(run, log, meter, first_step, stop)
+            return Result(save_model(run), evaluation)
+
+
+@contextmanager
+def _recorded(run: Run, first_step: int, trackers: Trackers | None, *, progress: bool) -> Iterator[SilentLog]:
+    """The run's log, and what else it says of itself on the way and at its end: the main process's to write."""
+    if not run.processes.is_main:
+        yield SilentLog()
+        return
+    folder, device = run.output_dir, device_name(run.accelerator.device)
+    with (
+        report_at_the_end(folder),
+        Attempt(folder, first_step=first_step, total_steps=run.total_steps, device=device),
+        RunLog(folder, run.total_steps, trackers=trackers, resume_step=first_step, progress=progress) as log,
+    ):
+        (folder / "config.yaml").write_text(run.config.to_yaml(), encoding="utf-8")
+        write_data_report(folder, run.data_report)
+        yield log
 
 
 def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:

@@ -23,6 +23,7 @@ class Throughput:
         """``flops``: None where the model's are not known; ``peak_flops``: the device's, a second, where known."""
         self._flops = flops
         self._peak_flops = peak_flops
+        self.num_tokens = 0  # through the policy since the run's first step; a resumed run puts it back
         self._rows = 0
         self._tokens = 0
         self._computed: defaultdict[str, float] = defaultdict(float)
@@ -31,6 +32,7 @@ class Throughput:
         """A tree of ``num_rows`` rows of the data went through the policy, forward and backward."""
         self._rows += num_rows
         self._tokens += tree.num_tokens
+        self.num_tokens += tree.num_tokens
         if self._flops is not None:
             size = Size.of(tree)
             self._computed["policy"] += self._flops.policy.of(size) + self._flops.backward.of(size)
@@ -50,8 +52,10 @@ class Throughput:
             self._computed["sample"] += self._flops.policy.of(size)
 
     def read(self, steps: int, seconds: float) -> dict[str, float]:
-        """Of ``steps`` steps that took ``seconds``: rates, and the mean FLOPs of a step's parts. Starts anew."""
-        metrics = {
+        """Of ``steps`` steps that took ``seconds``: rates, and the mean FLOPs of a step's parts. Starts anew, but for
+        the run's ``num_tokens``, in which a prompt that several completions share counts once."""
+        metrics: dict[str, float] = {
+            "num_tokens": self.num_tokens,
             "tokens_per_second": self._tokens / seconds,
             "train_samples_per_second": self._rows / seconds,
         }
@@ -68,11 +72,11 @@ class Throughput:
 
 # Of metrics that say what one device did, and of those that all devices did together; the others are a mean.
 _MOST = ("memory/",)
-_TOGETHER = ("tokens_per_second", "train_samples_per_second", "tflops_per_second")
+_TOGETHER = ("num_tokens", "tokens_per_second", "train_samples_per_second", "tflops_per_second")
 
 
 def of_all_processes(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What a step cost on each process, as one: rates added up, the most memory, mean seconds, FLOPs and ``mfu``."""
+    """What a step cost on each process, as one: rates and counts add up, memory is the most, the rest is a mean."""
     found = {}
     for name in dict.fromkeys(name for of_one in costs for name in of_one):
         values = [of_one[name] for of_one in costs if name in of_one]

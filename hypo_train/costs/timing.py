@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-PHASES = ("data", "sample", "reward", "reference", "forward", "loss", "backward", "optimizer")
-OTHER = "other"  # what no phase covers
+from hypo_train.costs.phases import OTHER, PHASES
 
 
 class PhaseTimer:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hypo_train.demo import report, world
 from hypo_train.demo.stages import Sizes, configure, train_language_model, write_pairs
+from hypo_train.report.page import REPORT_FILE, write_report
 from hypo_train.train import train
 
 SIZES = Sizes()
@@ -43,7 +44,10 @@ def main(argv: Sequence[str]) -> int:
     table = report.table(outcomes)
     (output_dir / "table.md").write_text(table, encoding="utf-8")
     picture = report.draw(outcomes, output_dir / "curves.png")
-    print(f"\n{table}\ncurves: {picture}\ntime: {(time.perf_counter() - started) / 60:.1f} minutes")
+    page = output_dir / REPORT_FILE
+    write_report([run for outcome in outcomes for run in outcome.runs.values()], page)
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{table}\ncurves: {picture}\nsamples and settings: {page}\ntime: {minutes:.1f} minutes")
     return 0
 
 

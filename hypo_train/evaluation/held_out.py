@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -28,6 +29,7 @@ from hypo_train.model.policy import Head
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.run import Run
 from hypo_train.seeding import seed_everything
+from hypo_train.standard_error import standard_error
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
     Preference rows give ``eval_loss``, ``eval_rewards/*`` and ``eval_logps/*``, or a reward model's ``eval_accuracy``
     and ``eval_margin``; examples give the mean ``eval_loss`` of a token in nats. The first ``num_eval_prompts``
     prompts are sampled, but for a reward model: ``eval_kl`` is the mean over samples of log π − log π_ref, which
-    estimates the trajectory's KL(π‖π_ref), and ``eval_kl_se`` its standard error; ``eval_reward`` is the mean
-    reward, where one is configured.
+    estimates the trajectory's KL(π‖π_ref), and ``eval_kl_se`` its standard error over prompts; ``eval_reward`` is the
+    mean reward, where one is configured.
     """
     config = run.config
     seed_everything(config.seed)
@@ -74,9 +76,9 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
             if not config.keep_sampling_memory:
                 run.sampler.release()
     if samples and run.has_reference:
-        metrics |= _mean_and_error("kl", [sample["kl"] for sample in samples])
+        metrics |= _mean_and_error("kl", samples)
     if samples and run.reward is not None:
-        metrics |= _mean_and_error("reward", [sample["reward"] for sample in samples])
+        metrics |= _mean_and_error("reward", samples)
     if samples:
         metrics["completions/mean_length"] = statistics.fmean(sample["length"] for sample in samples)
         metrics["completions/clipped_ratio"] = statistics.fmean(not sample["ended"] for sample in samples)
@@ -106,7 +108,7 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
     else:
         reference = Reference(logps=run.eval_ref_logps[start:stop].T.flatten())
     out = run.policy(tree, preference_loss(tree, reference, len(rows), run.config))
-    add_loss(meter, out)
+    add_loss(meter, out, num_generations=1)  # there are no samples among the pairs
 
 
 def _samples(run: Run | FinishedRun, kl_rule: KLRule, *, progress: bool) -> list[dict[str, Any]]:
@@ -187,7 +189,8 @@ def _bar(starts: Sequence[tuple[int, bool]], what: str, progress: bool) -> Itera
     return tqdm(starts, desc=what, unit="batch", disable=not (progress and sys.stderr.isatty()), dynamic_ncols=True)
 
 
-def _mean_and_error(name: str, values: list[float]) -> dict[str, float]:
-    """Mean and standard error of the mean."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return {name: statistics.fmean(values), f"{name}_se": error}
+def _mean_and_error(name: str, samples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean over samples, and its standard error over prompts: NaN of a single one."""
+    values = [sample[name] for sample in samples]
+    error = standard_error(values, [sample["row"] for sample in samples])
+    return {name: statistics.fmean(values), f"{name}_se": math.nan if error is None else error}

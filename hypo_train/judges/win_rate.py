@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from hypo_train.judges.protocol import Comparison, Verdict
+from hypo_train.standard_error import standard_error
 
 _SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
@@ -29,18 +28,3 @@ def summary(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]) -> d
         "length": statistics.fmean(len(c.completion.strip()) for c, _ in judged) if judged else None,
         "length_other": statistics.fmean(len(c.other.strip()) for c, _ in judged) if judged else None,
     }
-
-
-def standard_error(scores: Sequence[float], rows: Sequence[int]) -> float | None:
-    """Of the mean of ``scores``, where those of one row may depend on each other; None for a single row.
-
-    With one score a row it is the standard deviation over √n.
-    """
-    mean = statistics.fmean(scores) if scores else 0.0
-    sums: dict[int, float] = defaultdict(float)
-    for score, row in zip(scores, rows, strict=True):
-        sums[row] += score - mean
-    count = len(sums)
-    if count < 2:
-        return None
-    return math.sqrt(count / (count - 1) * sum(value**2 for value in sums.values())) / len(scores)

@@ -139,7 +139,7 @@ def test_a_model_of_thirty_layers_is_served_in_bf16(smollm2, tmp_path, way):
 @needs_smollm2
 def test_the_recipe_trains_and_the_saved_model_still_answers(smollm2, tmp_path):
     flags = "--max_steps 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --num_eval_prompts 2"
-    flags += " --eval_steps 0 --save_steps 0 --num_eval_rows 2 --max_new_tokens 8 --tensorboard false --bf16 false"
+    flags += " --eval_steps 0 --save_steps 0 --num_eval_rows 2 --max_new_tokens 8 --report_to none --bf16 false"
     result = train(recipe("smollm2-lora.yaml", smollm2, tmp_path, *flags.split()), progress=False)
     assert result.evaluation is not None
     assert all(torch.isfinite(torch.tensor(value)) for value in result.evaluation.metrics.values())

@@ -226,6 +226,7 @@ def test_a_demo_in_miniature_ends_in_a_table_and_curves(tmp_path, monkeypatch, c
         assert re.fullmatch(r"-?\d+\.\d\d ± \d+\.\d\d", row[4])
         assert 0 <= float(row[2]) <= 1
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "2 runs: dpo, hypo" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
     folder = tmp_path / "seed-3"
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]

@@ -85,6 +85,11 @@ def kindness(prompt, completion):
     return float(sum(word in tiny.GOOD for word in completion.split()) - len(prompt.split()) / 100)
 
 
+def error_over_prompts(values):
+    """Of the mean of three prompts of two samples each: those of a prompt are not independent."""
+    return statistics.stdev([statistics.fmean(values[i : i + 2]) for i in (0, 2, 4)]) / math.sqrt(3)
+
+
 @pytest.mark.parametrize("algorithm", ["hypo", "dpo", "ipo"])
 def test_the_reverse_kl_and_the_reward_are_means_over_the_samples(settings, algorithm):
     run, initial = moved_run(settings(algorithm=algorithm, **HELD_OUT))
@@ -96,11 +101,11 @@ def test_the_reverse_kl_and_the_reward_are_means_over_the_samples(settings, algo
     ratios = [log_ratio(run, initial, prompts[i // 2], y) for i, y in enumerate(COMPLETIONS)]
     assert statistics.stdev(ratios) > 0.1
     assert found["eval_kl"] == pytest.approx(sum(ratios) / 6, abs=1e-4)
-    assert found["eval_kl_se"] == pytest.approx(statistics.stdev(ratios) / math.sqrt(6), abs=1e-4)
+    assert found["eval_kl_se"] == pytest.approx(error_over_prompts(ratios), abs=1e-4)
     texts = [run.tokenizer.decode(prompt).split() for prompt in prompts]
     rewards = [kind - len(texts[i // 2]) / 100 for i, kind in enumerate([1, 0, 1, 0, 2, 0])]
     assert found["eval_reward"] == pytest.approx(sum(rewards) / 6)
-    assert found["eval_reward_se"] == pytest.approx(statistics.stdev(rewards) / math.sqrt(6))
+    assert found["eval_reward_se"] == pytest.approx(error_over_prompts(rewards))
     assert found["eval_completions/mean_length"] == pytest.approx((5 + 2 + 6 + 1 + 5 + 4) / 6)
     assert found["eval_completions/clipped_ratio"] == pytest.approx(1 / 6)
 
@@ -173,8 +178,9 @@ def test_the_samples_are_kept_with_what_was_said_of_them(settings):
     json.dumps(samples)
 
 
-def test_one_sample_has_no_standard_error(settings):
-    run, _ = moved_run(settings(num_eval_rows=4, num_eval_prompts=1))
+@pytest.mark.parametrize("num_eval_samples", [1, 3])
+def test_one_prompt_has_no_standard_error(settings, num_eval_samples):
+    run, _ = moved_run(settings(num_eval_rows=4, num_eval_prompts=1, num_eval_samples=num_eval_samples))
     metrics = evaluate(run).metrics
     assert math.isfinite(metrics["eval_kl"])
     assert math.isnan(metrics["eval_kl_se"])
@@ -200,9 +206,10 @@ def test_the_sampled_kl_estimates_the_true_kl(settings, saved_model):
     for token in set(range(len(tiny.WORDS))) - {tiny.EOS}:
         second, reference = next_logps([*prompt, token])
         exact += float(first[token].exp() * (second.exp() * (second - reference)).sum())
-    metrics = evaluate(run).metrics
+    evaluation = evaluate(run)
+    error = statistics.stdev(sample["kl"] for sample in evaluation.samples) / math.sqrt(4096)  # given the prompt
     assert exact > 0.1
-    assert abs(metrics["eval_kl"] - exact) < 4 * metrics["eval_kl_se"] < 0.2 * exact
+    assert abs(evaluation.metrics["eval_kl"] - exact) < 4 * error < 0.2 * exact
 
 
 # What an evaluation leaves alone

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import shutil
 import statistics
 from itertools import chain
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hypo_train.__main__ import main
 from hypo_train.log import read_metrics
+from hypo_train.standard_error import standard_error
 from hypo_train.train import train
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
@@ -152,7 +152,7 @@ def test_the_kl_is_of_the_distributions_at_the_temperature_that_is_reported(sett
     check_log_ratios(run, saved_model(), samples, temperature)
     ratios = [sample["kl"] for sample in samples]
     assert found["metrics"]["eval_kl"] == pytest.approx(statistics.fmean(ratios))
-    assert found["metrics"]["eval_kl_se"] == pytest.approx(statistics.stdev(ratios) / math.sqrt(8))
+    assert found["metrics"]["eval_kl_se"] == pytest.approx(standard_error(ratios, [s["row"] for s in samples]))
 
 
 def test_every_position_counts_where_the_mask_says_so_and_texts_still_end_at_their_eos(settings, evaluated, tmp_path):
@@ -260,7 +260,7 @@ def test_a_reward_model_takes_the_place_of_the_runs_reward(settings, evaluated, 
     assert all((sample["reward"] < -50) == (not sample["ended"]) for sample in samples)
     rewards = [sample["reward"] for sample in samples]
     assert found["metrics"]["eval_reward"] == pytest.approx(statistics.fmean(rewards))
-    assert found["metrics"]["eval_reward_se"] == pytest.approx(statistics.stdev(rewards) / math.sqrt(8))
+    assert found["metrics"]["eval_reward_se"] == pytest.approx(standard_error(rewards, [s["row"] for s in samples]))
 
 
 def test_a_start_that_has_changed_since_is_noticed(settings, saved_model, tmp_path, capsys):

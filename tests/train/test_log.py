@@ -10,8 +10,7 @@ from hypo_train.log import RunLog, read_metrics
 
 
 def run_log(output_dir, **options):
-    settings = {"tensorboard": False, "progress": False, **options}
-    return RunLog(output_dir, 10, **settings)
+    return RunLog(output_dir, 10, **{"progress": False, **options})
 
 
 def lines(output_dir):
@@ -158,39 +157,6 @@ def test_resuming_where_no_file_is_makes_one(tmp_path):
     assert lines(tmp_path) == ['{"step": 5, "loss": 1.0}']
 
 
-# TensorBoard
-
-
-def scalars(output_dir, name):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(output_dir / "tensorboard"))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(name)]
-
-
-def test_tensorboard_has_every_scalar_once_after_a_resume(tmp_path):
-    with run_log(tmp_path, tensorboard=True) as log:
-        for step in range(1, 7):
-            log.log(step, {"loss": -1.0 if step > 4 else float(step)})
-    with run_log(tmp_path, tensorboard=True, resume_step=4) as log:
-        for step in range(5, 9):
-            log.log(step, {"loss": float(step)})
-    assert scalars(tmp_path, "loss") == [(step, float(step)) for step in range(1, 9)]
-
-
-def test_without_tensorboard_its_folder_is_not_made(tmp_path):
-    with run_log(tmp_path) as log:
-        log.log(1, {"loss": 1.0})
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_a_missing_tensorboard_is_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"):
-        run_log(tmp_path, tensorboard=True)
-
-
 # The bar
 
 
@@ -280,6 +246,6 @@ def test_a_log_is_closed_when_the_run_fails(tmp_path):
 
 def test_closing_twice_does_nothing(tmp_path, monkeypatch):
     terminal(monkeypatch)
-    log = run_log(tmp_path, tensorboard=True, progress=True)
+    log = run_log(tmp_path, progress=True)
     log.close()
     log.close()

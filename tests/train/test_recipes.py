@@ -41,7 +41,7 @@ SMALLER = {
     "eval_steps": "0",
     "save_steps": "0",
     "logging_steps": "1",
-    "tensorboard": "false",
+    "report_to": "none",
     "bf16": "true",
 }
 SMALLER_LORA = {"lora_r": "4", "lora_alpha": "8"}

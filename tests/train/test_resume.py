@@ -569,7 +569,13 @@ def test_another_rank_of_the_adapter_is_refused_by_its_name(interrupted, monkeyp
 
 def test_settings_that_only_watch_may_change(interrupted, uninterrupted, monkeypatch):
     config = killed_run(interrupted(), monkeypatch)
-    watching = {"save_steps": 5, "save_total_limit": 1, "tensorboard": True, "num_eval_prompts": 2, "eval_steps": 7}
+    watching = {
+        "save_steps": 5,
+        "save_total_limit": 1,
+        "report_to": ["tensorboard"],
+        "num_eval_prompts": 2,
+        "eval_steps": 7,
+    }
     resumed(config, **watching)
     lines = [line for line in metrics_of(config) if "loss" in line]
     assert lines == [line for line in metrics_of(uninterrupted) if "loss" in line]

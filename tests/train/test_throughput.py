@@ -36,6 +36,7 @@ def test_rates_are_of_all_work_and_the_parts_are_means_over_steps():
     parts = {"policy": 3 * FORWARD, "reference": 6 * 7.0 + 350.0, "sample": FORWARD}
     per_second = sum(parts.values()) * 2 / 4.0
     assert found == {
+        "num_tokens": 12,
         "tokens_per_second": 3.0,
         "train_samples_per_second": 2.0,
         **{f"flops/{part}": value for part, value in parts.items()},
@@ -53,11 +54,12 @@ def test_what_another_pass_has_computed_is_not_counted_again():
     assert found["flops/sample"] == FORWARD - (3 * 10.0 + 6.0)
 
 
-def test_reading_starts_anew():
+def test_reading_starts_anew_but_for_the_tokens_of_the_run():
     throughput = Throughput(FLOPS, peak_flops=None)
     throughput.policy(TREE, num_rows=1)
     throughput.read(steps=1, seconds=1.0)
     assert throughput.read(steps=1, seconds=1.0) == {
+        "num_tokens": 6,
         "tokens_per_second": 0,
         "train_samples_per_second": 0,
         "tflops_per_second": 0,
@@ -69,7 +71,8 @@ def test_where_flops_are_not_known_none_are_logged():
     throughput.policy(TREE, num_rows=1)
     throughput.reference(TREE, trunk_known=False)
     throughput.sample(PROMPTS, COMPLETIONS, prompts_known=False)
-    assert throughput.read(steps=1, seconds=2.0) == {"tokens_per_second": 3.0, "train_samples_per_second": 0.5}
+    rates = {"tokens_per_second": 3.0, "train_samples_per_second": 0.5}
+    assert throughput.read(steps=1, seconds=2.0) == {"num_tokens": 6, **rates}
 
 
 # In a run

@@ -36,8 +36,8 @@ OF_PAIRS = {
     "logps/chosen",
     "logps/rejected",
 }
-OF_SAMPLES = {"kl", "completions/mean_length"}
-OF_STEPS = {"step", "grad_norm", "learning_rate", "epoch"}
+OF_SAMPLES = {"kl", "kl_se", "completions/mean_length"}
+OF_STEPS = {"step", "grad_norm", "learning_rate", "epoch", "num_tokens"}
 
 
 def metrics_of(config):
@@ -119,7 +119,7 @@ def steps(run, count, first=0):
 )
 def test_three_steps_of_every_algorithm(settings, algorithm, way):
     ways = {"full": {}, "lora": LORA, "lora, head": LORA_HEAD, "last layer": LAST_LAYER}
-    config = settings(algorithm=algorithm, tensorboard=True, num_eval_rows=4, **ways[way])
+    config = settings(algorithm=algorithm, report_to=["tensorboard"], num_eval_rows=4, **ways[way])
     result = train(config, progress=False)
     *steps, evaluation = metrics_of(config)
     expected = OF_STEPS | {"sft": {"loss"}, "hypo": OF_PAIRS | OF_SAMPLES}.get(algorithm, OF_PAIRS)

@@ -154,7 +154,7 @@ def make_config(folder, model_folder, *, rows=None, **changes):
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "logging_steps": 1,
-        "tensorboard": False,
+        "report_to": [],
     }
     return Config(**{**settings, **changes})
 

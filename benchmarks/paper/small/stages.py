@@ -87,7 +87,7 @@ def _train(folder: Path, name: str, seed: int, scale: Scale, settings: dict[str,
         save_steps=epoch,
         save_total_limit=1,
         resume_from_checkpoint="auto",
-        tensorboard=False,
+        report_to=[],
         ref_logps_cache_dir=str(folder / "reference_logps"),
         **settings,
     )

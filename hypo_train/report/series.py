@@ -1,0 +1,70 @@
+"""What a curve is: the values of a metric by step, few enough to draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+MOST_POINTS = 150
+_LARGEST = 1e100  # whose sums and squares are finite too
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value, and how far off it may be or how far what it stands for reached; ``low`` = ``high`` = value: neither."""
+
+    step: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve through the finite values of a metric."""
+
+    label: str
+    points: list[Point]
+    per_point: int  # logged values that a point is the mean of
+    has_errors: bool  # ``low`` and ``high`` are one standard error away; else the smallest and largest of a point's
+    not_finite: list[int]  # steps
+
+
+def series(label: str, lines: Sequence[dict[str, Any]], metric: str) -> Series | None:
+    """The curve of ``metric``, with ``<metric>_se`` where the lines have it. None: no line has the metric."""
+    logged = [line for line in lines if is_number(line.get(metric))]
+    if not logged:
+        return None
+    finite = [line for line in logged if abs(line[metric]) < _LARGEST]
+    steps_left_out = [line["step"] for line in logged if not abs(line[metric]) < _LARGEST]
+    per_point = max(1, math.ceil(len(finite) / MOST_POINTS))
+    has_errors = any(f"{metric}_se" in line for line in finite)
+    groups = [finite[i : i + per_point] for i in range(0, len(finite), per_point)]
+    points = [_point(group, metric, has_errors=has_errors) for group in groups]
+    return Series(label, points, per_point, has_errors, steps_left_out)
+
+
+def last(lines: Sequence[dict[str, Any]], metric: str) -> float | None:
+    """The newest value of a metric."""
+    return next((line[metric] for line in reversed(lines) if is_number(line.get(metric))), None)
+
+
+def _point(group: Sequence[dict[str, Any]], metric: str, *, has_errors: bool) -> Point:
+    values = [line[metric] for line in group]
+    mean = math.fsum(values) / len(values)
+    step = group[0]["step"] if len(group) == 1 else math.fsum(line["step"] for line in group) / len(group)
+    if not has_errors:
+        return Point(step, mean, min(values), max(values))
+    error = math.sqrt(math.fsum(_error(line.get(f"{metric}_se")) ** 2 for line in group)) / len(group)
+    return Point(step, mean, mean - error, mean + error)
+
+
+def _error(value: Any) -> float:
+    return float(value) if is_number(value) and abs(value) < _LARGEST else 0.0
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Not a bool, which is an int to Python."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,108 @@
+"""The report in a real browser: at a phone's width, with whatever data, settings and samples say."""
+
+import pytest
+import recorded
+from browser import MISSING, Browser
+
+from hypo_train.report.page import write_report
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+@pytest.fixture(scope="module")
+def hostile_report(tmp_path_factory):
+    """Of two runs, everything of which is hostile."""
+    folder = tmp_path_factory.mktemp("report")
+    config = {f"{text[:40]}": text for text in recorded.HOSTILE} | {"model_name_or_path": recorded.HOSTILE[0]}
+    names = ["<script>window.hostile = 6<\u2215script>", "b\"'><img src=x onerror=window.hostile=7>"]
+    runs = [
+        recorded.write_run(folder / name, texts=recorded.HOSTILE, offset=i * 0.3, config=config)
+        for i, name in enumerate(names)
+    ]
+    write_report(runs, folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.fixture(params=[390, 1280], ids=["phone", "desktop"], scope="module")
+def opened(request, hostile_report, tmp_path_factory):
+    with Browser(width=request.param, profile=tmp_path_factory.mktemp("profile")) as browser:
+        browser.open(hostile_report.as_uri())
+        assert browser.run("return innerWidth") == request.param
+        yield browser, hostile_report.as_uri()
+
+
+def test_nothing_but_the_file_is_asked_for_and_the_console_stays_empty(opened):
+    browser, address = opened
+    assert browser.run("return document.querySelectorAll('figure svg').length") > 5
+    assert {url for url in browser.requests() if not url.startswith("data:")} == {address}
+    assert browser.console() == []
+
+
+def test_hostile_texts_run_no_script_and_stay_texts(opened):
+    browser, _ = opened
+    assert browser.run("return window.hostile ?? null") is None
+    assert browser.run("return document.title").startswith("2 runs: ")
+    assert browser.run("return document.querySelectorAll('img, iframe, style, link[rel=stylesheet]').length") == 1
+    texts = browser.run("return [...document.querySelectorAll('.said')].map((said) => said.textContent)")
+    for text in recorded.HOSTILE:
+        if text.isprintable() or "👩" in text:
+            assert text in texts
+    assert any(text.startswith("U+202Eright to leftU+2066 never ended, U+0000") for text in texts)
+
+
+def test_even_a_script_that_came_into_the_page_would_not_run(opened):
+    browser, _ = opened
+    browser.run(
+        "const script = document.createElement('script'); script.textContent = 'window.hostile = 8';"
+        "document.body.append(script); const image = document.createElement('img');"
+        "image.setAttribute('onerror', 'window.hostile = 9'); image.src = 'https://example.com/x.png';"
+        "document.body.append(image); return new Promise((done) => setTimeout(done, 300))"
+    )
+    assert browser.run("return window.hostile ?? null") is None
+    assert browser.requests() == {"https://example.com/x.png": "csp"}
+    assert all("Content Security Policy" in line for line in browser.console())
+
+
+def test_the_page_does_not_scroll_sideways_and_wide_tables_scroll_inside_themselves(opened):
+    browser, _ = opened
+    browser.run("for (const details of document.querySelectorAll('details')) details.open = true")
+    page, screen = browser.run("return [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert page <= screen
+    assert browser.run("return window.visualViewport.scale") == 1
+    parts = "[...document.querySelectorAll('section, figure, article, .card')]"
+    assert browser.run(f"return Math.max(...{parts}.map((part) => part.getBoundingClientRect().right))") <= screen
+    if screen == 390:
+        assert browser.run("const t = document.querySelector('.scrolls'); return t.scrollWidth > t.clientWidth")
+
+
+def test_the_values_under_the_pointer_are_shown(opened):
+    browser, _ = opened
+    said = browser.run(
+        "const figure = [...document.querySelectorAll('figure[data-chart]')].find((f) => f.textContent.includes('KL'));"
+        "figure.scrollIntoView(); const box = figure.querySelector('svg').getBoundingClientRect();"
+        "figure.querySelector('svg').dispatchEvent(new PointerEvent('pointermove',"
+        " {clientX: box.right - 12, clientY: box.top + 50})); return figure.querySelector('.readout').innerText"
+    )
+    assert said.startswith("step 20\n")
+    assert "10 ± 0.1" in said
+    assert "10 ± 0.21" in said
+
+
+def test_dark_is_dark_and_light_is_light(opened):
+    browser, _ = opened
+    colour = "return getComputedStyle(document.body).backgroundColor"
+    brightness = {}
+    for scheme in ("light", "dark"):
+        browser.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        brightness[scheme] = sum(int(part) for part in browser.run(colour)[4:-1].split(","))
+    assert brightness["light"] > 700
+    assert brightness["dark"] < 100
+
+
+def test_all_but_the_pointers_values_is_there_without_a_script(opened):
+    browser, address = opened
+    browser.devtools("Emulation.setScriptExecutionDisabled", value=True)
+    browser.open(address)
+    browser.devtools("Emulation.setScriptExecutionDisabled", value=False)
+    assert browser.run("return document.querySelectorAll('figure svg polyline').length") > 5
+    assert browser.run("return document.querySelector('.said').getBoundingClientRect().height") > 10
