@@ -67,6 +67,7 @@ def _recorded(run: Run, first_step: int, trackers: Trackers | None, *, progress:
         yield SilentLog()
         return
     folder, device = run.output_dir, device_name(run.accelerator.device)
+    folder.mkdir(parents=True, exist_ok=True)
     with (
         report_at_the_end(folder),
         Attempt(folder, first_step=first_step, total_steps=run.total_steps, device=device),
