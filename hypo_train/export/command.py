@@ -37,7 +37,7 @@ def run(settings: Settings) -> int:
         if whole:
             save_whole(trained, folder, dtype, generation_config(source.config))
         else:
-            trained.save_pretrained(folder, None)
+            trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_card(folder, source.config, source.run, step=_step(source))
 

@@ -97,7 +97,7 @@ class Policy(TreeModel[Head]):
         self.reference_parameters = {}
         self._reference_dropped = True
 
-    def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None) -> None:
+    def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Weights (LoRA: the adapter) that ``AutoModelForCausalLM.from_pretrained(folder)`` loads."""
         # Beside an adapter on the head, peft would save the frozen head and embedding in full.
         options = {"save_embedding_layers": False} if self.is_peft else {}

@@ -29,7 +29,7 @@ class RewardModel(TreeModel[nn.Module]):
         """Of each sequence of a tree that :meth:`.batch.Batcher.scored` has laid out, fp32 (S,)."""
         return self(tree, rewards_of(tree))
 
-    def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None) -> None:
+    def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Weights (LoRA: merged) that ``AutoModelForSequenceClassification.from_pretrained(folder)`` loads."""
         # An adapter's folder would leave the score to peft, which the classifier alone does not ask.
         model = copy.deepcopy(self.model).merge_and_unload() if self.is_peft else self.model

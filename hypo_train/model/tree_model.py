@@ -197,7 +197,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         return parameter_roles(self, getattr(self.base, "score", None) or self.base.get_output_embeddings())
 
     @abstractmethod
-    def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None) -> None:
+    def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Weights that the transformers class of its kind loads with ``from_pretrained(folder)``.
 
         ``state``: :meth:`whole_state`, which all processes have to ask for.

@@ -168,7 +168,7 @@ def test_an_adapter_folder_is_one_line(refusal, tmp_path, saved_model):
     from hypo_train.model.load import load_policy
 
     adapted = tiny.make_config(tmp_path, saved_model(), use_peft=True)
-    load_policy(adapted, autocast=False).save_pretrained(tmp_path / "adapter", None)
+    load_policy(adapted, autocast=False).save_pretrained(tmp_path / "adapter")
     tiny.word_tokenizer().save_pretrained(tmp_path / "adapter")
     assert f"{tmp_path}/adapter" in refusal(model_name_or_path=str(tmp_path / "adapter"))
 

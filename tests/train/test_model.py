@@ -256,7 +256,7 @@ def test_all_linear_is_all_but_the_head_as_in_peft(saved_model):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_adapter_on_the_head_is_saved_without_the_weights_below_it(saved_model, tmp_path, tied):
     policy = train(policy_of(saved_model(tie_word_embeddings=tied), **LORA_HEAD)).eval()
-    policy.save_pretrained(tmp_path, None)
+    policy.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {name for name in saved if "lm_head" in name} == {
         f"base_model.model.lm_head.lora_{factor}.weight" for factor in "AB"
@@ -555,7 +555,7 @@ def test_a_model_without_checkpointing_trains_unless_it_is_asked_for(saved_model
 
 def test_the_saved_model_loads_with_transformers_and_gives_the_policys_logits(saved_model, tmp_path, way):
     policy = train(policy_of(saved_model(), **way)).eval()
-    policy.save_pretrained(tmp_path / "final", None)
+    policy.save_pretrained(tmp_path / "final")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     with torch.no_grad():
         assert_close(plain_logprobs(loaded), policy(tree(), logprobs()), atol=1e-4, rtol=0)
@@ -565,7 +565,7 @@ def test_the_saved_model_loads_with_transformers_and_gives_the_policys_logits(sa
 
 def test_a_saved_adapter_is_a_peft_folder_on_top_of_the_base_model(saved_model, tmp_path):
     policy = train(policy_of(saved_model(), **LORA)).eval()
-    policy.save_pretrained(tmp_path / "final", None)
+    policy.save_pretrained(tmp_path / "final")
     assert json.loads((tmp_path / "final" / "adapter_config.json").read_text())["r"] == 4
     assert not (tmp_path / "final" / "model.safetensors").exists()
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(saved_model()), tmp_path / "final").eval()

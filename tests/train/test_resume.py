@@ -391,7 +391,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_it(interrupted, u
 def test_a_final_model_that_finds_no_room_can_be_saved_later(interrupted, uninterrupted, monkeypatch):
     config = interrupted()
 
-    def in_no_room(self, folder):
+    def in_no_room(self, folder, state):
         folder.mkdir()
         raise OSError(errno.ENOSPC, "No space left on device")
 
