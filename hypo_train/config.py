@@ -578,7 +578,7 @@ def help_text() -> str:
         "       python -m hypo_train demo --help          the demo's options",
         "       python -m hypo_train --config recipe.yaml --learning_rate 1e-6",
         "       python -m hypo_train evaluate --help      evaluation of a finished run, or of any model",
-        "       python -m hypo_train export --help        a run's model or adapter for transformers, peft and vLLM",
+        "       python -m hypo_train export --help        what a run trained, for other tools",
         "       python -m hypo_train judge --help         win-rates of samples",
         "       python -m hypo_train report RUN [RUN ...] one HTML page about runs, side by side",
         "",

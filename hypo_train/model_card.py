@@ -82,17 +82,18 @@ def write_card(folder: Path, config: Config, run: Path, *, step: int | None = No
         run: the run's folder, with its metrics and its data report.
         step: after which the weights were saved; None = the last.
     """
-    (folder / "README.md").write_text(card_text(config, run, step=step), encoding="utf-8", errors="replace")
+    text = card_text(config, run, is_adapter=(folder / "adapter_config.json").is_file(), step=step)
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
 
-def card_text(config: Config, run: Path, *, step: int | None = None) -> str:
+def card_text(config: Config, run: Path, *, is_adapter: bool, step: int | None = None) -> str:
     """The card as text; nothing that is read from data or settings can end a block it is shown in."""
     values = redacted(config.model_dump())
     start = values["model_name_or_path"]
     until = "" if step is None else f", as it was after step {step}"
-    what = "A LoRA adapter" if config.use_peft and config.algorithm != "reward" else "A model"
+    what = "A LoRA adapter" if is_adapter else "A model"
     lines = [
-        _front_matter(config, values),
+        _front_matter(config, values, is_adapter),
         f"# {_NAMES[config.algorithm]} from {_inline(start)}",
         "",
         f"{what} trained with {_NAMES[config.algorithm]} by `hypo_train`{until}.",
@@ -114,16 +115,15 @@ def card_text(config: Config, run: Path, *, step: int | None = None) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _front_matter(config: Config, values: dict[str, Any]) -> str:
+def _front_matter(config: Config, values: dict[str, Any], is_adapter: bool) -> str:
     """Metadata as the Hub reads it; what it would not take, or nobody has said, is a comment on what to fill in."""
     start, data = config.model_name_or_path, config.dataset_name
     of_hub, data_of_hub = _is_hub_name(start), _is_hub_name(data)
-    adapter = config.use_peft and config.algorithm != "reward"
     found: dict[str, Any] = {
         "base_model": values["model_name_or_path"] if of_hub else None,
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-classification" if config.algorithm == "reward" else "text-generation",
-        "tags": [config.algorithm, "hypo-kernels", *(["lora"] if adapter else [])],
+        "tags": [config.algorithm, "hypo-kernels", *(["lora"] if is_adapter else [])],
         "datasets": [values["dataset_name"]] if data_of_hub else None,
         **_licence_of(start),
     }

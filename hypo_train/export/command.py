@@ -75,7 +75,7 @@ def save_whole(
         raise ModelError(str(error)) from error
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise ModelError(f"{broken[0]} is not finite in {str(dtype).removeprefix('torch.')}: use --dtype float32")
-    plain = _without_adapters(trained.base, dtype, unties=_unties(trained, weights))
+    plain = _without_adapters(trained.base, dtype, unties=_unties(trained))
     weights |= {name: buffer for name, buffer in trained.base.named_buffers() if name in plain.state_dict()}
     unknown = plain.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     plain.tie_weights()
@@ -87,7 +87,7 @@ def save_whole(
     plain.save_pretrained(folder)
 
 
-def _unties(trained: Policy | RewardModel, weights: dict[str, Any]) -> bool:
+def _unties(trained: Policy | RewardModel) -> bool:
     """Whether a merged adapter has made a head another one than the embeddings that it was tied to."""
     head = trained.base.get_output_embeddings()
     return hasattr(head, "lora_A") and head.weight is trained.base.get_input_embeddings().weight

@@ -6,6 +6,7 @@ The head and the embeddings keep their type: the loss reads the head's weight as
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def keep_scales(model: nn.Module) -> None:
     On CPUs with bf16 products, bitsandbytes would repack them in the first pass without gradients, and round their
     scales: the model that is trained and sampled from would not be the one that was loaded.
     """
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
@@ -76,7 +78,7 @@ def scales(parameter: Tensor) -> dict[str, Tensor]:
 def quantizable(model: Any) -> list[nn.Parameter]:
     """The weights of every linear layer but the head, which 4 bits are for where they are no adapter's."""
     head = model.get_output_embeddings()
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     return [layer.weight for layer in layers]
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from hypo_train.config import Config, ConfigError
 from hypo_train.costs.estimate import Conditions, estimate
 from hypo_train.data.rows import Pair
+from hypo_train.invocation import DryRun
 from hypo_train.losses import sequence_logprobs_of
 from hypo_train.metrics import Meter
 from hypo_train.model.load import load_policy, outline
@@ -29,6 +30,7 @@ from hypo_train.model.quantization import (
 )
 from hypo_train.model.tree_model import ModelError
 from hypo_train.plan import Plan
+from hypo_train.preflight import check
 from hypo_train.reference_cache import cache_key
 from hypo_train.run import prepare
 from hypo_train.sampling import DecodeSampler
@@ -223,3 +225,21 @@ def test_the_same_codes_under_other_scales_are_another_reference(saved_model):
     weight.quant_state.absmax *= 2
     assert_close(dequantized(weight), 2 * values)
     assert cache_key(policy, PAIRS, config, autocast=False) != before
+
+
+@pytest.mark.parametrize("name", ["dora", "4 bits"])
+def test_a_dry_run_names_and_counts_them(saved_model, settings, name):
+    if "4 bits" in name:
+        pytest.importorskip("bitsandbytes")
+    found = check(settings(model=saved_model(**WIDE), **KINDS[name]), DryRun())
+    assert found.problems == []
+    page = found.page()
+    assert ("DoRA, rank 4" in page) == ("dora" in name)
+    assert ("over weights of 4 bits" in page) == ("4 bits" in name)
+    assert ("frozen weights (4 bits, the rest float32)" in page) == ("4 bits" in name)
+
+
+def test_a_dry_run_says_which_package_is_missing(settings, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    problems = check(settings(**KINDS["4 bits"], optim="adamw_8bit"), DryRun()).problems
+    assert [problem.split(" ")[0] for problem in problems] == ["optim=adamw_8bit", "load_in_4bit=true"]

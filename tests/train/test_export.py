@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -82,6 +83,8 @@ def test_a_whole_model_is_the_trained_one_from_a_final_folder_and_from_a_checkpo
     [file], [original] = folder.glob("*.safetensors"), start.glob("*.safetensors")
     assert load_file(file).keys() == load_file(original).keys()
     assert AutoTokenizer.from_pretrained(folder).chat_template == tiny.CHATML
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.tags) == ("transformers", ["dpo", "hypo-kernels"])
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}
 
 
@@ -105,6 +108,7 @@ def test_an_adapter_loads_in_peft(settings, tmp_path, which):
     assert not (folder / "model.safetensors").exists()
     base = AutoModelForCausalLM.from_pretrained(run.config.model_name_or_path)
     loaded = PeftModel.from_pretrained(base, folder).eval()
+    assert ModelCard.load(folder / "README.md").data.library_name == "peft"
     assert_close(logits_of(loaded), logits_of(run.policy.base), atol=1e-5, rtol=1e-5)
 
 

@@ -20,6 +20,10 @@ def config_of(**changes):
     return Config(**{**settings, **changes})
 
 
+def card_of(config, run, **options):
+    return card_text(config, run, is_adapter=False, **options)
+
+
 def run_folder(tmp_path, report=None, metrics=()):
     (tmp_path / "data.json").write_text(json.dumps(report or {"train": ["24 of 24 rows used"]}), encoding="utf-8")
     tiny.write_rows(tmp_path / "metrics.jsonl", metrics)
@@ -43,7 +47,7 @@ def test_the_final_model_of_a_run_has_one(settings):
 
 
 def test_the_hub_reads_its_metadata(tmp_path):
-    text = card_text(config_of(), run_folder(tmp_path))
+    text = card_of(config_of(), run_folder(tmp_path))
     card = ModelCard(text)
     assert card.data.base_model == "org/model-1b"
     assert card.data.datasets == ["org/pairs"]
@@ -54,7 +58,7 @@ def test_the_hub_reads_its_metadata(tmp_path):
 
 
 def test_what_the_hub_would_not_take_is_a_line_to_fill_in(tmp_path):
-    text = card_text(config_of(model_name_or_path="./runs/sft/final", dataset_name="a/b/pairs.jsonl"), tmp_path)
+    text = card_of(config_of(model_name_or_path="./runs/sft/final", dataset_name="a/b/pairs.jsonl"), tmp_path)
     card = ModelCard(text)
     assert card.data.base_model is None
     assert card.data.datasets is None
@@ -76,13 +80,13 @@ def test_the_licence_is_the_base_models_where_it_states_one(tmp_path, header, li
     start = tmp_path / "start"
     start.mkdir()
     (start / "README.md").write_text(header, encoding="utf-8")
-    card = ModelCard(card_text(config_of(model_name_or_path=str(start)), tmp_path))
+    card = ModelCard(card_of(config_of(model_name_or_path=str(start)), tmp_path))
     assert card.data.license == licence
     assert card.data.license_name == ("llama3" if licence == "other" else None)
 
 
 def test_settings_at_their_defaults_and_those_of_the_machine_are_left_out(tmp_path):
-    text = card_text(config_of(beta=0.05, save_steps=10), tmp_path)
+    text = card_of(config_of(beta=0.05, save_steps=10), tmp_path)
     assert "beta: 0.05" in text
     assert not any(word in text for word in ("save_steps", "/home/me", "kl_coef"))
 
@@ -90,7 +94,7 @@ def test_settings_at_their_defaults_and_those_of_the_machine_are_left_out(tmp_pa
 def test_secrets_that_somebody_wrote_into_a_setting_are_not_shown(tmp_path):
     source = f"https://me:{SECRET}@host/pairs.jsonl?token={SECRET}"
     report = {"train": [f"24 rows of {source}"]}
-    text = card_text(config_of(dataset_name=source, reward="a:b"), run_folder(tmp_path, report))
+    text = card_of(config_of(dataset_name=source, reward="a:b"), run_folder(tmp_path, report))
     assert SECRET not in text
     assert "https://***@host" in text
 
@@ -100,7 +104,7 @@ def test_secrets_that_somebody_wrote_into_a_setting_are_not_shown(tmp_path):
 )
 def test_no_text_from_data_or_settings_leaves_its_block(tmp_path, text):
     run = run_folder(tmp_path, {"train": [text]})
-    card = card_text(config_of(model_name_or_path=text, dataset_train_split=text), run)
+    card = card_of(config_of(model_name_or_path=text, dataset_train_split=text), run)
     assert ModelCard(card).data.license is None
     inside, fence, outside = False, "", []
     for line in card.split("---\n", 2)[2].splitlines():
@@ -123,8 +127,8 @@ def test_metrics_are_those_of_the_last_evaluation_before_the_weights_were_saved(
         {"step": 4, "eval_kl": 7.5},
     ]
     run = run_folder(tmp_path, metrics=lines)
-    assert "| eval_kl | 7.5 |" in card_text(config_of(), run)
-    at_3 = card_text(config_of(), run, step=3)
+    assert "| eval_kl | 7.5 |" in card_of(config_of(), run)
+    at_3 = card_of(config_of(), run, step=3)
     assert "| eval_kl | 1.25 ± 0.5 |" in at_3
     assert "as it was after step 3" in at_3
-    assert "## Evaluation" not in card_text(config_of(), run, step=1)
+    assert "## Evaluation" not in card_of(config_of(), run, step=1)

@@ -117,9 +117,8 @@ def test_its_state_takes_what_is_foretold(optim):
     assert found.state == bytes_of(held)
 
 
-@pytest.mark.parametrize("shape", [(512, 1024), (1024, 512)])
-def test_its_temporaries_take_what_is_foretold(optim, shape):
-    model = nn.Linear(*shape)
+def test_its_temporaries_take_what_is_foretold(optim):
+    model = nn.Linear(512, 1024)
     optimizer = build_optimizer(model.named_parameters(), optim=optim, learning_rate=1e-3)
     for _ in range(2):
         for parameter in model.parameters():
