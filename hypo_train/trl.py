@@ -52,7 +52,7 @@ if Version(trl.__version__) < Version("1.16"):
 
 
 @dataclass
-class HyPOConfig(trl.DPOConfig):  # type: ignore[misc]
+class HyPOConfig(trl.DPOConfig):
     """``DPOConfig`` and what HyPO adds.
 
     Raises:
@@ -117,7 +117,7 @@ def _refuse_options(args: HyPOConfig) -> None:
         raise ConfigError("HyPOConfig: " + "; ".join(problems))
 
 
-class HyPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
+class HyPOTrainer(trl.DPOTrainer):
     """``DPOTrainer`` that trains HyPO (arXiv 2406.01462); with ``kl_coef=0`` its loss and gradients are DPO's.
 
     Takes what ``DPOTrainer`` takes, in its order; ``args`` is a :class:`HyPOConfig`. One process.
@@ -128,7 +128,9 @@ class HyPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
         ModelError: the loss would not be exactly the model's own.
     """
 
-    _tag_names = ("trl", "hypo")
+    args: HyPOConfig
+    model: Any
+    _tag_names = ["trl", "hypo"]  # noqa: RUF012
     _name = "HyPO"
     _paper = {  # noqa: RUF012
         "title": "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage",

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -466,6 +467,38 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     with pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint-6: model\.safetensors"):
         resumed(config)
     assert "checkpoint-3, step 3" in capsys.readouterr().out
+    assert_same_run(config, uninterrupted)
+
+
+def test_after_a_power_failure_the_last_whole_checkpoint_is_found(interrupted, uninterrupted, monkeypatch, capsys):
+    """Files of zeros and folders half renamed, as a disk without its last writes has them."""
+    config = killed_run(interrupted(save_total_limit=3), monkeypatch, nth=12)
+    folder = Path(config.output_dir)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    for path in (folder / "checkpoint-9").iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    (folder / "checkpoint-6" / "checkpoint.json").write_bytes(b"")
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-11.tmp")
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-1.old.tmp")
+    (folder / "final.tmp").mkdir()
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(bytes(100))
+    with pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint\.json cannot be read"):
+        resumed(config)
+    assert "checkpoint-3, step 3" in capsys.readouterr().out
+    assert_same_run(config, uninterrupted)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_over_and_says_so(
+    interrupted, uninterrupted, monkeypatch, capsys
+):
+    config = killed_run(interrupted(), monkeypatch)
+    for path in Path(config.output_dir).glob("checkpoint-*/model.safetensors"):
+        os.truncate(path, 8)
+    with pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint-3: model\.safetensors"):
+        resumed(config)
+    assert f"no checkpoint in {config.output_dir}: starting from the beginning" in capsys.readouterr().out
     assert_same_run(config, uninterrupted)
 
 
