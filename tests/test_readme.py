@@ -41,7 +41,7 @@ def blocks(*languages, name="README.md"):
     """The fenced blocks of a file in a language, each under the number of its first line."""
     text = text_of(name)
     found = re.finditer(rf"^```(?:{'|'.join(languages)})\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [pytest.param(match[1], id=f"line {text[: match.start(1)].count(chr(10)) + 1}") for match in found]
+    return [pytest.param(match[1], id=f"{name}, line {text[: match.start(1)].count(chr(10)) + 1}") for match in found]
 
 
 def commands():
@@ -99,7 +99,7 @@ def test_readme_has_code_settings_and_commands():
 
 
 @pytest.mark.usefixtures("at_work")
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [*blocks("python"), *blocks("python", name="docs/trl.md")])
 def test_a_python_block_runs(code):
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 

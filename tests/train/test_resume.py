@@ -25,8 +25,9 @@ import hypo_train.state as state
 import hypo_train.step as one_step
 import hypo_train.train as loop
 from hypo_train.__main__ import main
-from hypo_train.checkpoint import CheckpointError
+from hypo_train.checkpoint import CheckpointError, latest_checkpoint
 from hypo_train.config import ConfigError
+from hypo_train.costs.timing import PhaseTimer
 from hypo_train.interrupt import Stopped
 from hypo_train.log import read_metrics, without_costs
 from hypo_train.model.policy import Policy
@@ -323,6 +324,29 @@ def test_a_run_that_is_told_to_stop_ends_its_step_saves_and_goes_on_later(
     assert signal.getsignal(number) is before
     assert f"{number.name}: ending the step, then saving; once more to stop at once" in capsys.readouterr().err
     assert_same_run(resumed(config), uninterrupted)
+
+
+@pytest.mark.parametrize("phase", ["data", "sample", "reference", "forward", "loss", "backward", "optimizer"])
+def test_a_signal_in_any_phase_of_a_step_ends_the_step_saves_and_exits_with_143(
+    interrupted, tmp_path, monkeypatch, capsys, phase
+):
+    config, enter, count = interrupted(max_steps=4, save_steps=0, eval_steps=0), PhaseTimer._enter, 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.to_yaml(), encoding="utf-8")
+
+    def signalling(self, name):
+        nonlocal count
+        enter(self, name)
+        count += name == phase
+        if name == phase and count == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PhaseTimer, "_enter", signalling)
+    assert main(["--config", str(recipe)]) == 143
+    last = latest_checkpoint(Path(config.output_dir))
+    assert last is not None
+    assert f"stopped by SIGTERM, saved in {last}: " in capsys.readouterr().err
+    assert not (Path(config.output_dir) / "final").exists()
 
 
 @pytest.mark.usefixtures("heard")
