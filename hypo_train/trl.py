@@ -152,8 +152,9 @@ class HyPOTrainer(trl.DPOTrainer):
         self._policy = policy_of(unwrapped, is_peft=is_peft, temperature=args.temperature)
         self._reference = self._policy
         if self.ref_model is not None:
-            frozen = self.accelerator.unwrap_model(self.ref_model).requires_grad_(False)
-            self._reference = policy_of(frozen, is_peft=False, temperature=args.temperature)
+            # Without accelerate's autocast around its forward, which is the loss's: it would blur the proof.
+            plain = self.accelerator.unwrap_model(self.ref_model, keep_fp32_wrapper=False).requires_grad_(False)
+            self._reference = policy_of(plain, is_peft=False, temperature=args.temperature)
         shares_prompts = self._policy.shares_prompts and self._reference.shares_prompts
         self._batcher = Batcher(self._tokenizer.pad_token_id, shares_prompts=shares_prompts)
         self.sampler = self._new_sampler()
