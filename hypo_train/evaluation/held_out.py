@@ -27,7 +27,7 @@ from hypo_train.model.mode import eval_mode
 from hypo_train.model.policy import Head
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.run import Run
-from hypo_train.seeding import seed_everything
+from hypo_train.seeding import seeded
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
     reward, where one is configured.
     """
     config = run.config
-    seed_everything(config.seed)
-    with eval_mode(run.trained):
+    with eval_mode(run.trained), seeded(config.seed):
         meter = Meter()
         size = config.per_device_eval_batch_size
         for start in _bar(range(0, len(run.eval_rows), size), "rows", progress):
