@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench gpu smollm2 paper paper-full
+.PHONY: demo test check bench gpu smollm2 paper paper-full soak
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hypo_train
@@ -20,6 +20,10 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Small runs, killed 200 times and stopped 40 times, must end as if nobody had touched them: about ten minutes.
+soak: $(INSTALLED)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # The proof kit. A Python that has a CUDA torch of its own needs no environment: python -m benchmarks.proof
 gpu: $(INSTALLED)

@@ -152,7 +152,8 @@ class Config(BaseModel):
 
     reward: Text | None = None
     """What a response is worth: "package.module:function", called with the texts (prompt, completion). rloo learns
-    from it; evaluations of every algorithm report it."""
+    from it; evaluations of every algorithm report it. What it draws from Python's, NumPy's and torch's global
+    generators is a function of seed and step: a resumed run draws the same."""
     reward_model_path: Text | None = None
     """The same from a reward model: a Hub name or local folder of a sequence classifier with one label. One with the
     policy's tokenizer, such as algorithm: reward makes, reads the tokens; any other one the texts."""

@@ -52,7 +52,7 @@ if Version(trl.__version__) < Version("1.16"):
 
 
 @dataclass
-class HyPOConfig(trl.DPOConfig):  # type: ignore[misc]
+class HyPOConfig(trl.DPOConfig):
     """``DPOConfig`` and what HyPO adds.
 
     Raises:
@@ -117,7 +117,7 @@ def _refuse_options(args: HyPOConfig) -> None:
         raise ConfigError("HyPOConfig: " + "; ".join(problems))
 
 
-class HyPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
+class HyPOTrainer(trl.DPOTrainer):
     """``DPOTrainer`` that trains HyPO (arXiv 2406.01462); with ``kl_coef=0`` its loss and gradients are DPO's.
 
     Takes what ``DPOTrainer`` takes, in its order; ``args`` is a :class:`HyPOConfig`. One process.
@@ -128,7 +128,9 @@ class HyPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
         ModelError: the loss would not be exactly the model's own.
     """
 
-    _tag_names = ("trl", "hypo")
+    args: HyPOConfig
+    model: Any
+    _tag_names = ["trl", "hypo"]  # noqa: RUF012
     _name = "HyPO"
     _paper = {  # noqa: RUF012
         "title": "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage",
@@ -150,8 +152,9 @@ class HyPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
         self._policy = policy_of(unwrapped, is_peft=is_peft, temperature=args.temperature)
         self._reference = self._policy
         if self.ref_model is not None:
-            frozen = self.accelerator.unwrap_model(self.ref_model).requires_grad_(False)
-            self._reference = policy_of(frozen, is_peft=False, temperature=args.temperature)
+            # Without accelerate's autocast around its forward, which is the loss's: it would blur the proof.
+            plain = self.accelerator.unwrap_model(self.ref_model, keep_fp32_wrapper=False).requires_grad_(False)
+            self._reference = policy_of(plain, is_peft=False, temperature=args.temperature)
         shares_prompts = self._policy.shares_prompts and self._reference.shares_prompts
         self._batcher = Batcher(self._tokenizer.pad_token_id, shares_prompts=shares_prompts)
         self.sampler = self._new_sampler()

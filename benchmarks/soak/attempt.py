@@ -50,11 +50,12 @@ def attempt(recipe: Path, death: Death | None = None, *, record: Path | None = N
     ``record``: a file for the number of times that each moment was reached.
     """
     last, words = mmap.mmap(-1, _LONGEST_NAME), recipe.with_suffix(".out")  # memory that both processes see
+    words.write_text("", encoding="utf-8")  # a child may die before it says a word
     started = time.monotonic()
     child = os.fork()
     if child == 0:
         _run(recipe, words, _note(last, death, record))
-    status = _wait(child, None if death is None else death, started)
+    status = _wait(child, death, started)
     moment = last[:].rstrip(b"\0").decode()
     return Outcome(status, moment, words.read_text(encoding="utf-8", errors="replace"), time.monotonic() - started)
 

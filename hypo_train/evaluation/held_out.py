@@ -28,7 +28,7 @@ from hypo_train.model.mode import eval_mode
 from hypo_train.model.policy import Head
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.run import Run
-from hypo_train.seeding import seed_everything
+from hypo_train.seeding import seeded
 from hypo_train.standard_error import standard_error
 
 
@@ -62,8 +62,7 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
     mean reward, where one is configured.
     """
     config = run.config
-    seed_everything(config.seed)
-    with eval_mode(run.trained):
+    with eval_mode(run.trained), seeded(config.seed):
         meter = Meter()
         size = config.per_device_eval_batch_size
         starts = run.processes.turns(range(0, len(run.eval_rows), size), alike=config.fsdp)

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,9 @@ import hypo_train.state as state
 import hypo_train.step as one_step
 import hypo_train.train as loop
 from hypo_train.__main__ import main
-from hypo_train.checkpoint import CheckpointError
+from hypo_train.checkpoint import CheckpointError, latest_checkpoint
 from hypo_train.config import ConfigError
+from hypo_train.costs.timing import PhaseTimer
 from hypo_train.interrupt import Stopped
 from hypo_train.log import read_metrics, without_costs
 from hypo_train.model.policy import Policy
@@ -324,6 +326,29 @@ def test_a_run_that_is_told_to_stop_ends_its_step_saves_and_goes_on_later(
     assert_same_run(resumed(config), uninterrupted)
 
 
+@pytest.mark.parametrize("phase", ["data", "sample", "reference", "forward", "loss", "backward", "optimizer"])
+def test_a_signal_in_any_phase_of_a_step_ends_the_step_saves_and_exits_with_143(
+    interrupted, tmp_path, monkeypatch, capsys, phase
+):
+    config, enter, count = interrupted(max_steps=4, save_steps=0, eval_steps=0), PhaseTimer._enter, 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.to_yaml(), encoding="utf-8")
+
+    def signalling(self, name):
+        nonlocal count
+        enter(self, name)
+        count += name == phase
+        if name == phase and count == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PhaseTimer, "_enter", signalling)
+    assert main(["--config", str(recipe)]) == 143
+    last = latest_checkpoint(Path(config.output_dir))
+    assert last is not None
+    assert f"stopped by SIGTERM, saved in {last}: " in capsys.readouterr().err
+    assert not (Path(config.output_dir) / "final").exists()
+
+
 @pytest.mark.usefixtures("heard")
 def test_a_second_signal_stops_where_it_is(interrupted, uninterrupted, monkeypatch):
     config = interrupted()
@@ -466,6 +491,38 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     with pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint-6: model\.safetensors"):
         resumed(config)
     assert "checkpoint-3, step 3" in capsys.readouterr().out
+    assert_same_run(config, uninterrupted)
+
+
+def test_after_a_power_failure_the_last_whole_checkpoint_is_found(interrupted, uninterrupted, monkeypatch, capsys):
+    """Files of zeros and folders half renamed, as a disk without its last writes has them."""
+    config = killed_run(interrupted(save_total_limit=3), monkeypatch, nth=12)
+    folder = Path(config.output_dir)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    for path in (folder / "checkpoint-9").iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    (folder / "checkpoint-6" / "checkpoint.json").write_bytes(b"")
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-11.tmp")
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-1.old.tmp")
+    (folder / "final.tmp").mkdir()
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(bytes(100))
+    with pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint\.json cannot be read"):
+        resumed(config)
+    assert "checkpoint-3, step 3" in capsys.readouterr().out
+    assert_same_run(config, uninterrupted)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_over_and_says_so(
+    interrupted, uninterrupted, monkeypatch, capsys
+):
+    config = killed_run(interrupted(), monkeypatch)
+    for path in Path(config.output_dir).glob("checkpoint-*/model.safetensors"):
+        os.truncate(path, 8)
+    with pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint-3: model\.safetensors"):
+        resumed(config)
+    assert f"no checkpoint in {config.output_dir}: starting from the beginning" in capsys.readouterr().out
     assert_same_run(config, uninterrupted)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import sys
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def make(tmp_path, saved_model):
 
     def trainer(kind=HyPOTrainer, *, model=None, policy=None, rows=ROWS, name="out", **changes):
         folder = model or saved_model()
-        given = {key: changes.pop(key, None) for key in ("eval_dataset", "peft_config")}
+        given = {key: changes.pop(key, None) for key in ("eval_dataset", "peft_config", "ref_model")}
         settings = {"output_dir": str(tmp_path / name), "save_strategy": "no", **SMALL, **changes}
         return kind(
             policy or str(folder),
@@ -251,6 +252,14 @@ def test_a_config_of_dpo_and_metrics_of_logits_are_refused(tmp_path):
     args = HyPOConfig(str(tmp_path), bf16=False, use_cpu=True)
     with pytest.raises(ConfigError, match="compute_metrics: there are no logits"):
         HyPOTrainer("no-model", args=args, compute_metrics=print)
+
+
+def test_under_autocast_with_a_reference_of_its_own_it_trains(make, saved_model):
+    options = {"bf16": True, "ref_model": AutoModelForCausalLM.from_pretrained(saved_model())}
+    trainer, _ = trained(make(**options, **HYPO))
+    losses = [loss for [loss] in logged(trainer, "loss")]
+    assert losses[0] == pytest.approx(math.log(2), abs=2e-2), "policy and reference are equal"
+    assert losses[-1] < losses[0]
 
 
 def test_a_prompt_that_tokenises_to_nothing_is_named_by_its_row(make):
