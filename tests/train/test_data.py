@@ -362,8 +362,8 @@ def test_rows_dropped_as_text_and_as_tokens_for_one_reason_are_listed_in_order(p
 def test_the_report_gives_the_lengths_in_tokens(plain):
     rows = [row(prompt="x" * n, chosen="y" * n, rejected="z") for n in range(1, 101)]
     _, report = pairs_of(rows, plain, max_completion_length=200)
-    assert report.lengths == {"prompt": (51, 96, 100), "chosen": (52, 97, 101), "rejected": (2, 2, 2)}
-    assert "prompt tokens: median 51, 95% 96, largest 100" in report.lines()
+    assert report.lengths == {"prompt": (1, 51, 96, 100), "chosen": (2, 52, 97, 101), "rejected": (2, 2, 2, 2)}
+    assert "prompt tokens: smallest 1, median 51, 95% 96, largest 100" in report.lines()
 
 
 def test_rows_of_which_none_can_be_used_are_an_error_with_the_reasons(plain):
