@@ -56,7 +56,7 @@ def _dry_run(config: Config, dry_run: DryRun) -> int:
     for problem in found.problems:
         print(f"hypo_train: {problem}", file=sys.stderr)
     sys.stderr.flush()
-    print(found.page())
+    print("\n".join(["dry run: nothing was trained or written, and no weights were read", "", *found.page()]))
     return 2 if found.problems else 0
 
 

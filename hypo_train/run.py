@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import GenerationConfig
 
 from hypo_train.config import Config, ConfigError
 from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
 from hypo_train.metrics import FiniteWatch
-from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
+from hypo_train.model.load import load_policy, load_reward_model
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.optim import build_optimizer, build_scheduler
-from hypo_train.plan import Plan, load_plan
+from hypo_train.plan import Plan
+from hypo_train.preflight import passed
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
-from hypo_train.reward import Reward, load_function, load_reward
+from hypo_train.reward import Reward, load_reward
 from hypo_train.rollouts import Rollouts
 from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, VLLMSampler, serves
 from hypo_train.trees.batch import Batcher
@@ -44,7 +44,7 @@ class Run(Plan):
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     reward: Reward | None
-    report: list[str]  # what the user should know about the data, the model and the settings
+    report: list[str]  # what the user should know that only weights have shown
     timer: PhaseTimer
     throughput: Throughput
     finite: FiniteWatch
@@ -109,18 +109,22 @@ class Run(Plan):
         )
 
 
-def prepare(config: Config) -> Run:
-    """Load and check everything, cheapest first: configuration, data, then the model."""
-    function = None if config.reward is None else load_function(config.reward)
+def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) -> Run:
+    """Load and check everything, cheapest first; ``show`` is given the lines of the page before weights are read.
+
+    Raises:
+        ValueError: it cannot be run.
+    """
     accelerator = build_accelerator(config)
     autocast = accelerator.mixed_precision == "bf16"
-    tokenizer = load_tokenizer(config)
-    ends = eos_token_ids(generation_config(config), tokenizer)
-    plan, reports = load_plan(config, tokenizer, ends)
+    checked = passed(config, device_type=accelerator.device.type, autocast=autocast)
+    tokenizer, ends, plan = checked.tokenizer, checked.eos_token_ids, checked.plan
     total_steps = plan.total_steps
     if splits_to_precompute(config, plan.train_rows, plan.eval_rows, total_steps):
         require_writable(cache_folder(config))
-    reward, why_texts = load_reward(config, function, tokenizer, ends, accelerator)
+    if show is not None:
+        show(checked.findings.page())
+    reward, why_texts = load_reward(config, checked.reward_function, tokenizer, ends, accelerator)
     torch.manual_seed(config.seed)  # the first weights of an adapter or a score
     trained: Policy | RewardModel
     if config.algorithm == "reward":
@@ -147,8 +151,7 @@ def prepare(config: Config) -> Run:
     throughput, why_uncounted = _throughput(config, trained, accelerator)
     count = sum(p.numel() for p in parameters.values())
     everything = sum(p.numel() for p in trained.parameters())
-    report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
-    report.append(f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}")
+    report = [f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}"]
     if trained.why_separate_rows is not None:
         report.append(f"each completion is trained on in a row of its own: {trained.why_separate_rows}")
     if why_texts is not None:
@@ -157,7 +160,6 @@ def prepare(config: Config) -> Run:
         report.append(f"samples come from transformers' generate: {why_generate}")
     if why_uncounted is not None:
         report.append(f"FLOPs are not logged: {why_uncounted}")
-    report += [f"warning: {line}" for line in config.warnings()]
     return Run(
         config=config,
         accelerator=accelerator,
@@ -243,14 +245,6 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
     elif not run.steps_ask_reference:
         run.policy.reference_to(torch.device("cpu"))
     return run
-
-
-def generation_config(config: Config) -> GenerationConfig | None:
-    """The checkpoint's own, for its list of end tokens; many have none."""
-    try:
-        return GenerationConfig.from_pretrained(config.model_name_or_path)
-    except OSError:
-        return None
 
 
 def build_accelerator(config: Config) -> Accelerator:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hypo_train.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from hypo_train.config import Config, ConfigError
 from hypo_train.metrics import Meter
-from hypo_train.run import Run
+
+if TYPE_CHECKING:
+    from hypo_train.run import Run
 
 # What may change between a run and its continuation without changing what the steps compute.
 FREE_TO_CHANGE = {

@@ -17,7 +17,7 @@ from hypo_train.interrupt import Stopped, StopRequest
 from hypo_train.log import RunLog
 from hypo_train.metrics import Meter
 from hypo_train.run import Run, prepare, with_reference_logps
-from hypo_train.state import refuse_to_overwrite, resume, save, save_model
+from hypo_train.state import resume, save, save_model
 from hypo_train.step import train_step
 
 
@@ -37,11 +37,9 @@ def train(config: Config, *, progress: bool = True) -> Result:
         NotFiniteError: a loss or gradient is NaN or infinite.
         Stopped: SIGTERM or SIGINT came, and the step that it came in is done and saved.
     """
-    refuse_to_overwrite(config)
-    run, meter = prepare(config), Meter()
+    run, meter = prepare(config, show=_print_lines), Meter()
     first_step = resume(run, meter)
-    for line in run.report:
-        print(line, flush=True)
+    _print_lines(["", *run.report])
     run = with_reference_logps(run, progress=progress)
     log = RunLog(
         run.output_dir,
@@ -54,6 +52,10 @@ def train(config: Config, *, progress: bool = True) -> Result:
         (run.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         evaluation = _train_from(run, log, meter, first_step, stop)
     return Result(save_model(run), evaluation)
+
+
+def _print_lines(lines: list[str]) -> None:
+    print("\n".join(lines), flush=True)
 
 
 def _train_from(run: Run, log: RunLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -29,10 +35,17 @@ from hypo_train.trees.attention import NAME
 SELECTIVE_FROM = 10_000_000
 
 
-def load_tokenizer(config: Config) -> Any:
-    """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart."""
-    _check_source(config.model_name_or_path)
-    check_causal(read_architecture(config), config)
+class StructureError(ModelError):
+    """A model that cannot be built from its architecture's config alone; its checkpoint may load all the same."""
+
+
+def load_tokenizer(config: Config, architecture: Any = None) -> Any:
+    """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart.
+
+    ``architecture``: what :func:`read_architecture` gave, where it has been read.
+    """
+    check_source(config.model_name_or_path)
+    check_causal(read_architecture(config) if architecture is None else architecture, config)
     tokenizer = _open_tokenizer(config, config.model_name_or_path)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {config.model_name_or_path!r} has no EOS token: set its eos_token")
@@ -55,6 +68,14 @@ def eos_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ..
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
 
 
+def generation_config(config: Config) -> GenerationConfig | None:
+    """The checkpoint's own, for its list of end tokens; many have none."""
+    try:
+        return GenerationConfig.from_pretrained(config.model_name_or_path)
+    except OSError:
+        return None
+
+
 def load_policy(config: Config, *, autocast: bool) -> Policy:
     """The policy ready to train: loaded, its trained parameters chosen and in fp32, its head and mask checked.
 
@@ -63,7 +84,7 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             cannot take the prefix mask, a choice of trained parameters that does not fit the model, or Liger's
             kernels asked for where they cannot be had.
     """
-    _check_source(config.model_name_or_path)
+    check_source(config.model_name_or_path)
     check_causal(read_architecture(config), config)
     model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
@@ -80,7 +101,7 @@ def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> R
     Raises:
         ModelError: as of :func:`load_policy`; or there is no such classifier of the architecture.
     """
-    _check_source(config.model_name_or_path)
+    check_source(config.model_name_or_path)
     check_causal(read_architecture(config), config)
     kind, path = AutoModelForSequenceClassification, config.model_name_or_path
     model = _open(kind, config, path, autocast=autocast, new=["score.weight"], num_labels=1)
@@ -141,7 +162,7 @@ def meta_model(kind: Any, config: Config, architecture: Any) -> Any:
                 architecture, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
             )
     except Exception as error:  # every architecture refuses in its own way
-        raise ModelError(f"cannot build a {architecture.model_type} model: {first_line(error)}") from error
+        raise StructureError(f"cannot build a {architecture.model_type} model: {first_line(error)}") from error
     _disable_dropout(model)
     return model
 
@@ -153,7 +174,7 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
         ModelError: it cannot be loaded, has more than one label, no score of its own or no padding token.
     """
     path = str(config.reward_model_path)
-    _check_source(path, "reward_model_path")
+    check_source(path, "reward_model_path")
     model = _open(AutoModelForSequenceClassification, config, path, autocast=autocast)
     if model.config.num_labels != 1:
         raise ModelError(f"reward_model_path={path!r} gives {model.config.num_labels} labels: a reward model has one")
@@ -175,7 +196,7 @@ def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
 
 def load_text_tokenizer(config: Config, path: str, field: str) -> Any:
     """The tokenizer at ``path``, the value of ``field``, as it is saved. Raises ModelError where there is none."""
-    _check_source(path, field)
+    check_source(path, field)
     return _open_tokenizer(config, path)
 
 
@@ -273,11 +294,15 @@ def _checkpointing(config: Config, model: Any, device_type: str) -> Checkpointin
     return config.gradient_checkpointing
 
 
-def _check_source(name: str, field: str = "model_name_or_path") -> None:
+def looks_local(name: str) -> bool:
+    """Whether a name is the path of a folder rather than one on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_source(name: str, field: str = "model_name_or_path") -> None:
     """A local folder that is not there is not worth asking the Hub about."""
     path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not path.is_dir():
+    if looks_local(name) and not path.is_dir():
         raise ModelError(f"{field}: there is no folder {name!r}")
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model")
