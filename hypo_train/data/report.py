@@ -104,9 +104,7 @@ class DataReport:
                 f"raise max_prompt_length (the longest has {self.longest_prompt} tokens)",
                 0.05,
             ),
-            Finding(
-                self.shortened_prompts, used, "prompts with their text shortened to have max_prompt_length tokens"
-            ),
+            Finding(self.shortened_prompts, used, "prompts with their text shortened to have max_prompt_length tokens"),
             Finding(
                 self.truncated_completions,
                 completions,

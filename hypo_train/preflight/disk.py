@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.costs.memory import GIB
+from hypo_train.costs.memory import readable
 from hypo_train.costs.rehearsal import bytes_of
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
@@ -37,17 +37,17 @@ def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, found:
     free = shutil.disk_usage(_existing_parent(config)).free
     already = _bytes_of_checkpoints(Path(config.output_dir))
     found.disk.append(
-        f"{_size(most)} for {kept} checkpoint{'s' * (kept > 1)} of {_size(one)} and the final model of "
-        f"{_size(final)}; {_size(free)} are free at output_dir"
+        f"{readable(most)} for {kept} checkpoint{'s' * (kept > 1)} of {readable(one)} and the final model of "
+        f"{readable(final)}; {readable(free)} are free at output_dir"
     )
     if one > free + already:
         raise ConfigError(
-            f"output_dir={config.output_dir!r}: a checkpoint takes {_size(one)}, and {_size(free)} are free: choose a "
+            f"output_dir={config.output_dir!r}: a checkpoint takes {readable(one)}, and {readable(free)} are free: choose a "
             "folder on another disk, or train fewer parameters (use_peft: true or num_layers_unfrozen)"
         )
     if most > free + already:
         found.warnings.append(
-            f"disk: {_size(most)} for checkpoints and the final model, and {_size(free)} are free at output_dir: lower "
+            f"disk: {readable(most)} for checkpoints and the final model, and {readable(free)} are free at output_dir: lower "
             "save_total_limit, or choose a folder on another disk"
         )
 
@@ -77,7 +77,3 @@ def _bytes_of_checkpoints(output_dir: Path) -> int:
 def _existing_parent(config: Config) -> Path:
     path = Path(config.output_dir).absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"

@@ -10,7 +10,7 @@ import torch
 
 from hypo_train.config import Config, ConfigError
 from hypo_train.costs.estimate import DeviceType, Estimate
-from hypo_train.costs.memory import GIB
+from hypo_train.costs.memory import GIB, readable
 from hypo_train.preflight.findings import Findings
 
 DEVICES = (24, 48, 80, 141)  # GiB, of common ones
@@ -34,15 +34,15 @@ def check_memory(
     if room is None:
         fitting = next((size for size in DEVICES if needed <= FREE * size * GIB), None)
         fits = f"fits a device of {fitting} GiB" if fitting else f"fits no device of {DEVICES[-1]} GiB"
-        found.memory.append(f"at least {_gib(needed)} GiB: {fits}, a tenth of it left free")
+        found.memory.append(f"at least {readable(needed)}: {fits}, a tenth of it left free")
         if not fitting:
             found.warnings.append(_too_much(config, numbers, needed, int(DEVICES[-1] * GIB)))
         return
-    found.memory.append(f"at least {_gib(needed)} GiB of the {_gib(room)} that are there")
+    found.memory.append(f"at least {readable(needed)} of the {readable(room)} that are there")
     if (always := _states(numbers)) > room:
         raise ConfigError(
-            f"memory: weights, their copies and AdamW's moments alone take {_gib(always)} GiB, and the device has "
-            f"{_gib(room)}: {_advice(config, numbers)}"
+            f"memory: weights, their copies and AdamW's moments alone take {readable(always)}, and the device has "
+            f"{readable(room)}: try {', '.join(_advice_on_states(config)) or 'a larger device'}"
         )
     if needed > FREE * room:
         found.warnings.append(_too_much(config, numbers, needed, room))
@@ -60,7 +60,7 @@ def _table(numbers: Estimate, device: DeviceType, autocast: bool) -> list[str]:
 
 
 def _too_much(config: Config, numbers: Estimate, needed: int, room: int) -> str:
-    return f"memory: {_gib(needed)} GiB are more than nine tenths of {_gib(room)}: {_advice(config, numbers)}"
+    return f"memory: {readable(needed)} are more than nine tenths of {readable(room)}: {_advice(config, numbers)}"
 
 
 def _states(numbers: Estimate) -> int:
@@ -102,10 +102,16 @@ def _advice(config: Config, numbers: Estimate) -> str:
         lower = "a lower " if config.max_tokens_per_micro_batch is not None else ""
         advice.append(f"{lower}max_tokens_per_micro_batch")
     if states > numbers.peak / 2:
-        if not config.use_peft:
-            advice.append("use_peft: true" + ("" if config.num_layers_unfrozen else " or num_layers_unfrozen"))
-        if config.dtype == "float32" and (config.use_peft or config.num_layers_unfrozen):
-            advice.append("dtype: bfloat16 with bf16: true for the frozen weights")
+        advice += _advice_on_states(config)
     if config.keep_sampling_memory:
         advice.append("keep_sampling_memory: false")
     return "try " + ", ".join(advice or ["shorter sequences"])
+
+
+def _advice_on_states(config: Config) -> list[str]:
+    advice = []
+    if not config.use_peft:
+        advice.append("use_peft: true" + ("" if config.num_layers_unfrozen else " or num_layers_unfrozen"))
+    if config.dtype == "float32" and (config.use_peft or config.num_layers_unfrozen):
+        advice.append("dtype: bfloat16 with bf16: true for the frozen weights")
+    return advice

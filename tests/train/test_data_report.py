@@ -60,9 +60,7 @@ def test_rows_that_come_twice_are_named(plain):
     rows = [*many(3), *many(2)]
     _, report = pairs_of(rows, plain, first_row=100)
     assert report.repeats.rows == [103, 104]
-    assert warning(report) == (
-        "2 of 5 (40.0%) rows are equal to an earlier one (rows 103, 104): leave the copies out"
-    )
+    assert warning(report) == ("2 of 5 (40.0%) rows are equal to an earlier one (rows 103, 104): leave the copies out")
 
 
 def test_a_prompt_with_several_pairs_is_a_note_and_no_warning(plain):
