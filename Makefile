@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench gpu smollm2 paper paper-full
+.PHONY: demo test check bench gpu smollm2 paper paper-full soak
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hypo_train
@@ -32,6 +32,10 @@ paper: $(INSTALLED)
 # Its Table 1 and Figure 1 in small, with sweeps; goes on where it was killed.
 paper-full: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper.small $(ARGS)
+
+# What the tests do in short, in full: hours. Each line is a command of its own.
+soak: $(INSTALLED)
+	FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -n 2 --timeout 0
 
 smollm2: $(INSTALLED) models/SmolLM2-135M-Instruct
 	$(BIN)/python -m hypo_train --config hypo_train/recipes/smollm2-lora.yaml

@@ -42,13 +42,13 @@ def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, found:
     )
     if one > free + already:
         raise ConfigError(
-            f"output_dir={config.output_dir!r}: a checkpoint takes {readable(one)}, and {readable(free)} are free: choose a "
-            "folder on another disk, or train fewer parameters (use_peft: true or num_layers_unfrozen)"
+            f"output_dir={config.output_dir!r}: a checkpoint takes {readable(one)}, and {readable(free)} are free: "
+            "choose a folder on another disk, or train fewer parameters (use_peft: true or num_layers_unfrozen)"
         )
     if most > free + already:
         found.warnings.append(
-            f"disk: {readable(most)} for checkpoints and the final model, and {readable(free)} are free at output_dir: lower "
-            "save_total_limit, or choose a folder on another disk"
+            f"disk: {readable(most)} for checkpoints and the final model, and {readable(free)} are free at output_dir: "
+            "lower save_total_limit, or choose a folder on another disk"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from hypo_train.config import Config, ConfigError
+from hypo_train.config import Config, is_users_mistake
 
 
 class PreflightError(ValueError):
@@ -33,7 +33,7 @@ class Findings:
         try:
             yield
         except ValueError as error:
-            if not is_of_the_user(error):
+            if not is_users_mistake(error):
                 raise
             self.problems.append(error)
 
@@ -60,8 +60,3 @@ class Findings:
             if part:
                 lines += ["", title, *(f"  {line}" for line in part)]
         return lines[1:]
-
-
-def is_of_the_user(error: ValueError) -> bool:
-    """Whether it says in one line what is wrong and how to mend it, as those of this package do."""
-    return isinstance(error, ConfigError) or type(error).__module__.split(".")[0] == "hypo_train"

@@ -19,7 +19,7 @@ from hypo_train.data.files import load_rows
 from hypo_train.data.formats import DataError
 from hypo_train.data.load import load_split_rows
 from hypo_train.data.order import _epoch_order, batch_indices, batches_per_epoch, longest_first
-from hypo_train.data.rows import Example, Pair
+from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.data.tokens import tokenize
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -305,6 +305,8 @@ def test_a_row_that_the_template_refuses_is_dropped_with_its_words():
         (row(chosen=[assistant("\n")], rejected=[assistant("b")]), "an empty 'chosen'"),
         (row(prompt=3), "a 'prompt' that is neither text nor chat messages"),
         (row(rejected={"text": "no"}), "a 'rejected' that is neither text nor chat messages"),
+        (row(chosen=" \ud800"), "text that is no valid Unicode (half of a surrogate pair)"),
+        (row(prompt=[user("\udfff")], chosen=[assistant("a")], rejected="b"), "text that is no valid Unicode"),
         (row(chosen=["yes"]), "a 'chosen' with a message without a 'role' and a 'content' text"),
         (row(chosen=[{"role": "assistant"}]), "a 'chosen' with a message without a 'role' and a 'content' text"),
         (
@@ -514,6 +516,15 @@ def test_sft_needs_one_of_its_column_sets(plain):
 def test_an_empty_completion_is_dropped(plain):
     _, report = examples_of([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}], plain)
     assert report.dropped == {"an empty 'completion'": [1]}
+
+
+def test_a_row_without_the_prompt_that_others_have_is_dropped(plain):
+    rows = [{"prompt": "a"}, {"text": "b"}]
+    prompts, report = tokenize(
+        Prompt, rows, plain, max_prompt_length=9, max_completion_length=9, eos_token_ids=[plain.eos_token_id]
+    )
+    assert [prompt.row for prompt in prompts] == [0]
+    assert report.dropped == {"an empty 'prompt'": [1]}
 
 
 # Files, folders and names
