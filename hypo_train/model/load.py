@@ -58,7 +58,14 @@ def _open_tokenizer(config: Config, path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises a different class for every way to fail
-        raise ModelError(f"cannot load the tokenizer of {path!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot load the tokenizer of {path!r}: {why_not(error)}") from error
+
+
+def why_not(error: Exception) -> str:
+    """Why transformers did not load something, in a line."""
+    if "trust_remote_code" in str(error):
+        return "it asks for Python code of its own: set trust_remote_code: true if you have read that code and trust it"
+    return first_line(error)
 
 
 def eos_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -223,7 +230,7 @@ def _open(kind: Any, config: Config, path: str, *, autocast: bool, new: Sequence
                 **options,
             )
     except Exception as error:
-        raise ModelError(f"cannot load the model {path!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot load the model {path!r}: {why_not(error)}") from error
     refuse_missing(found, path, new)
     _disable_dropout(model)
     return model
@@ -314,9 +321,7 @@ def read_architecture(config: Config) -> Any:
         return AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         where = "" if Path(config.model_name_or_path).is_dir() else "no local folder, and from the Hub: "
-        raise ModelError(
-            f"cannot read the config of {config.model_name_or_path!r}: {where}{first_line(error)}"
-        ) from error
+        raise ModelError(f"cannot read the config of {config.model_name_or_path!r}: {where}{why_not(error)}") from error
 
 
 def check_causal(found: Any, config: Config) -> None:

@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hypo_train.config import Config
 from hypo_train.costs.estimate import SamplerKind
-from hypo_train.model.load import check_source, meta_model
+from hypo_train.model.load import check_source, meta_model, why_not
 from hypo_train.model.miniature import Structure
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
-from hypo_train.model.tree_model import ModelError, first_line
+from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.source import Source, is_missing
 
@@ -93,7 +93,7 @@ def _classifier_config(config: Config, path: str, found: Findings, *, must_exist
         if huggingface_hub.constants.HF_HUB_OFFLINE and not must_exist and not Path(path).is_dir():
             found.unchecked.append(f"reward model {path}, nor its memory: the Hub was not reached")
             return None
-        raise ModelError(f"cannot read the config of reward_model_path={path!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot read the config of reward_model_path={path!r}: {why_not(error)}") from error
     if (labels := architecture.num_labels) != 1:
         raise ModelError(f"reward_model_path={path!r} gives {labels} labels: a reward model has one")
     return architecture

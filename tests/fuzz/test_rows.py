@@ -164,6 +164,8 @@ def test_any_file_is_rows_or_a_data_error(own_cache, tokenizer, tmp_path, rows, 
     content=st.one_of(st.binary(max_size=60), text.map(lambda t: t.encode("utf-8", "surrogatepass"))),
     suffix=st.sampled_from([*WRITERS]),
 )
+@example(content=b"null", suffix="jsonl")
+@example(content=b"[null]", suffix="json")
 @example(content=b"\xff\xfe\x00", suffix="csv")
 @example(content=b"[" * 5000, suffix="jsonl")
 @example(content=b'{"a": ' * 5000, suffix="json")
