@@ -22,7 +22,8 @@ class Lengths(NamedTuple):
         return cls(ordered[0], ordered[len(ordered) // 2], ordered[len(ordered) * 95 // 100], ordered[-1])
 
 
-class Finding(NamedTuple):
+@dataclass(frozen=True)
+class Finding:
     """Something about a number of rows, prompts or completions."""
 
     count: int
