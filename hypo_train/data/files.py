@@ -39,7 +39,21 @@ def load_rows(config: Config, split: str) -> datasets.Dataset:
         raise DataError(f"dataset_name={name!r}, split {split!r}: {where}{reason}") from error
     if len(rows) == 0:
         raise DataError(f"dataset_name={name!r}, split {split!r}: there are no rows")
+    if bad := next((column for column in _names(rows.features) if "\0" in column), None):
+        raise DataError(f"dataset_name={name!r}, split {split!r}: the column or key {bad!r} has a NUL character")
     return rows
+
+
+def _names(features: Any) -> Iterator[str]:
+    """Columns, and the keys of what lies in them."""
+    if isinstance(features, dict):
+        for name, inner in features.items():
+            yield name
+            yield from _names(inner)
+    elif isinstance(features, list):
+        yield from _names(features[0])
+    elif hasattr(features, "feature"):
+        yield from _names(features.feature)
 
 
 def _open(path: Path, config: Config, split: str) -> datasets.Dataset:

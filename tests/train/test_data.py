@@ -631,6 +631,7 @@ def test_a_name_that_is_neither_local_nor_on_the_hub_says_so():
         ("rows.json", "null", "a row is null"),
         ("rows.json", '[{"chosen": "a", "rejected": null}, null]', "a row is null"),
         ("rows.json", '{"chosen": "a", "rejected": "b"}\nnull\n', "a row is null"),
+        ("rows.jsonl", '{"chosen": "a", "rejected": [{"a\\u0000b": 1}]}\n', "has a NUL character"),
         ("rows.parquet", "not parquet at all", "[Pp]arquet"),
         ("rows.txt", "a\n", r"the name should end in one of \.jsonl, \.json, \.parquet, \.csv"),
     ],
