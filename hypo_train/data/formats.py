@@ -110,7 +110,7 @@ class Preferences:
         self, row: int, example: Mapping[str, Any], parts: Sequence[str], tokenizer: PreTrainedTokenizerBase
     ) -> RowText:
         values = {part: _text_or_messages(example.get(part), part) for part in parts}
-        needs_prompt = "prompt" in example or not parts
+        needs_prompt = "prompt" in example or len(parts) < 2  # which two have in common otherwise
         prompt = _text_or_messages(example.get("prompt"), "prompt") if needs_prompt else None
         texts = [value for value in values.values() if isinstance(value, str)]
         if len(texts) == len(values) and not isinstance(prompt, list):

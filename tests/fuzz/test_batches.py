@@ -109,7 +109,8 @@ def test_any_batch_has_a_finite_loss_and_gradient(policies, batch, algorithm, be
     policy, _ = policies("llama")
     pairs, completions = batch
     completions = [] if algorithm != "hypo" or len(completions) < 2 * len(pairs) else completions
-    config = CONFIG.model_copy(update={"algorithm": algorithm, "beta": beta})
+    generations = {"num_generations": len(completions) // len(pairs)} if completions else {}
+    config = CONFIG.model_copy(update={"algorithm": algorithm, "beta": beta, **generations})
     losses = []
     for shares_prompts in (True, False):
         tree = Batcher(tiny.PAD, shares_prompts=shares_prompts).pairs(pairs, completions)

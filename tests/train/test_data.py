@@ -525,6 +525,8 @@ def test_a_row_without_the_prompt_that_others_have_is_dropped(plain):
     )
     assert [prompt.row for prompt in prompts] == [0]
     assert report.dropped == {"an empty 'prompt'": [1]}
+    _, report = examples_of([{"prompt": "a", "chosen": "b"}, {"chosen": "c"}], plain)
+    assert report.dropped == {"an empty 'prompt'": [1]}
 
 
 # Files, folders and names
