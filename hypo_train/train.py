@@ -17,7 +17,7 @@ from hypo_train.interrupt import Stopped, StopRequest
 from hypo_train.log import RunLog
 from hypo_train.metrics import Meter
 from hypo_train.run import Run, prepare, with_reference_logps
-from hypo_train.state import resume, save, save_model
+from hypo_train.state import refuse_to_overwrite, resume, save, save_model
 from hypo_train.step import train_step
 
 
@@ -37,6 +37,7 @@ def train(config: Config, *, progress: bool = True) -> Result:
         NotFiniteError: a loss or gradient is NaN or infinite.
         Stopped: SIGTERM or SIGINT came, and the step that it came in is done and saved.
     """
+    refuse_to_overwrite(config)
     run, meter = prepare(config, show=_print_lines), Meter()
     first_step = resume(run, meter)
     _print_lines(["", *run.report])

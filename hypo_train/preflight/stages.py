@@ -66,6 +66,8 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16)
     found = Findings(config)
     with offline_where_unreachable():
+        with found.collected():
+            refuse_to_overwrite(config)
         _check_settings(config, found)
         source = None
         with found.collected():
@@ -106,8 +108,6 @@ def passed(config: Config, *, device_type: str, autocast: bool) -> Passed:
 
 def _check_settings(config: Config, found: Findings) -> RewardFunction | None:
     """Names and folders; the reward function, where there is one."""
-    with found.collected():
-        refuse_to_overwrite(config)
     with found.collected():
         check_output_dir(config)
     with found.collected():

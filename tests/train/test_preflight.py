@@ -101,13 +101,11 @@ def test_nothing_is_read_twice(settings, monkeypatch):
 
 
 def test_problems_of_the_settings_are_all_named(settings, tmp_path, nothing_heavy):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(PreflightError) as caught:
-        prepare(settings(reward="no_such_module:reward"))
+        prepare(settings(reward="no_such_module:reward", resume_from_checkpoint="runs/no"))
     lines = str(caught.value).split("\n")
     assert lines[0] == "2 problems:"
-    assert "already holds a run" in lines[1]
+    assert "there is no such folder" in lines[1]
     assert "No module named 'no_such_module'" in lines[2]
 
 
