@@ -37,6 +37,10 @@ paper: $(INSTALLED)
 paper-full: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper.small $(ARGS)
 
+# What the tests do in short, in full: hours. Each line is a command of its own.
+soak: $(INSTALLED)
+	FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -n 2 --timeout 0
+
 smollm2: $(INSTALLED) models/SmolLM2-135M-Instruct
 	$(BIN)/python -m hypo_train --config hypo_train/recipes/smollm2-lora.yaml
 

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from hypo_train.config import Config, ConfigError, help_text, load_config
+from hypo_train.config import Config, help_text, is_users_mistake, load_config
 from hypo_train.interrupt import ElsewhereError, NotFiniteError, Stopped
 from hypo_train.invocation import DryRun, take_dry_run
 
@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         result = train(config)
     except ValueError as error:
-        # Bad settings, data and models raise ValueErrors that say what is wrong and how to mend it.
-        if not isinstance(error, ConfigError) and type(error).__module__.split(".")[0] != "hypo_train":
+        if not is_users_mistake(error):
             raise
         print(f"hypo_train: {error}", file=sys.stderr)
         return 2
@@ -59,7 +58,7 @@ def _dry_run(config: Config, dry_run: DryRun) -> int:
     for problem in found.problems:
         print(f"hypo_train: {problem}", file=sys.stderr)
     sys.stderr.flush()
-    print(found.page())
+    print("\n".join(["dry run: nothing was trained or written, and no weights were read", "", *found.page()]))
     return 2 if found.problems else 0
 
 

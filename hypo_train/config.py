@@ -27,8 +27,8 @@ from pydantic import (
 )
 
 Text = Annotated[str, Field(min_length=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -36,6 +36,11 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message lists every problem, each with its value and fix."""
+
+
+def is_users_mistake(error: ValueError) -> bool:
+    """Whether an error is one of this package's: each says in a line what is wrong and how to mend it."""
+    return type(error).__module__.split(".")[0] == "hypo_train"
 
 
 class Config(BaseModel):
@@ -126,7 +131,7 @@ class Config(BaseModel):
     max_prompt_length: PositiveInt = 512
     """Tokens a prompt may have; a longer one keeps its BOS and its end. With dataset_format: tldr its post is cut, at
     line breaks where it can be."""
-    max_completion_length: Annotated[int, Field(ge=2)] = 512
+    max_completion_length: Annotated[int, Field(ge=2, lt=2**63)] = 512
     """Tokens a completion may have, EOS included; a longer one keeps its start and its EOS."""
     precompute_ref_log_probs: bool | None = None
     """Compute the reference's log-probs of the pairs once, before the first step, and keep them on the disk for
@@ -206,7 +211,7 @@ class Config(BaseModel):
     """Clip the gradient to this global norm; 0 means no clipping."""
     num_train_epochs: PositiveFloat = 1.0
     """Passes over the training rows."""
-    max_steps: Annotated[int, Field(ge=-1)] = -1
+    max_steps: Annotated[int, Field(ge=-1, lt=2**63)] = -1
     """Optimizer steps; above 0 it takes the place of num_train_epochs."""
     per_device_train_batch_size: PositiveInt = 8
     """Preference pairs (prompts) in one micro-batch on one device."""
@@ -281,6 +286,14 @@ class Config(BaseModel):
     def _each_once(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
             raise ValueError("should name each tracker once")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _text_can_be_written(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (why := _unusable(text)):
+                raise ValueError(f"should be {why}")
         return value
 
     @model_validator(mode="after")
@@ -407,6 +420,29 @@ _RENAMED = {  # a field of before -> what to write now
 }
 
 
+def _unusable(text: str) -> str | None:
+    """What a text should be, that no file or folder can be called by and no file can hold."""
+    if "\0" in text:
+        return "text without a NUL character"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "valid Unicode: it has half of a surrogate pair"
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value as a line of an error message can hold it."""
+    try:
+        text = repr(value)
+    except ValueError:  # of Python's limit on an integer's digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"
+
+
+def _shown_name(name: str) -> str:
+    """A name as it is, where it could be one."""
+    return name if name.isprintable() and len(name) <= 200 else shown(name)
+
+
 def load_config(argv: Sequence[str]) -> Config:
     """The configuration that ``argv`` (without the program's name) asks for; flags override ``--config``'s file,
     which overrides its ``base``.
@@ -425,7 +461,7 @@ def load_config(argv: Sequence[str]) -> Config:
         if name in Config.model_fields:
             values[name] = _flag_value(name, tokens)
         else:
-            problems.append(_RENAMED.get(name) or f"unknown flag --{name}{_nearest(name, '--')}")
+            problems.append(_RENAMED.get(name) or f"unknown flag --{_shown_name(name)}{_nearest(name, '--')}")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -459,11 +495,12 @@ def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]
             name = name.replace("-", "_")
             name = _SHORT.get(name, name)
             if name in flags:
-                problems.append(f"--{name} is given more than once")
+                problems.append(f"--{_shown_name(name)} is given more than once")
             flags[name] = [value] if equals else []
         elif name is None:
-            example = f"--config {token}" if token.endswith((".yaml", ".yml")) else "--name value"
-            problems.append(f"unexpected argument {token!r}: settings are written as {example}")
+            is_recipe = token.isprintable() and token.endswith((".yaml", ".yml"))
+            example = f"--config {token}" if is_recipe else "--name value"
+            problems.append(f"unexpected argument {shown(token)}: settings are written as {example}")
         else:
             flags[name].append(token)
     return flags
@@ -488,7 +525,7 @@ def _read_file(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dic
 
     ``heirs``: the recipes that this one is the base of, the first given on the command line.
     """
-    where = f"base {path} of {heirs[-1]}" if heirs else f"--config {path}"
+    where = f"base {_shown_name(path)} of {heirs[-1]}" if heirs else f"--config {_shown_name(path)}"
     try:
         text = Path(path).read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -497,24 +534,26 @@ def _read_file(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dic
         raise ConfigError(f"{where}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deep, and should hold lines of the form 'name: value'") from None
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{where}: should hold lines of the form 'name: value'")
     keys = Counter(str(key.value) for key, _ in node.value)  # ``values`` silently keeps the last of equal keys
-    problems += [f"{key} is given more than once in {path}" for key, count in keys.items() if count > 1]
+    problems += [f"{_shown_name(key)} is given more than once in {path}" for key, count in keys.items() if count > 1]
     unknown = [key for key in values if key not in Config.model_fields and key != "base"]
-    problems += [_RENAMED.get(key) or f"unknown key {key!r} in {path}{_nearest(str(key))}" for key in unknown]
+    problems += [_RENAMED.get(key) or f"unknown key {shown(key)} in {path}{_nearest(str(key))}" for key in unknown]
     own = {key: value for key, value in values.items() if key in Config.model_fields}
     return _read_base(values["base"], problems, [*heirs, path]) | own if "base" in values else own
 
 
 def _read_base(base: Any, problems: list[str], heirs: Sequence[str]) -> dict[str, Any]:
     """The values of the recipe ``base``, whose path is relative to the folder of its heir, the last of ``heirs``."""
-    if not isinstance(base, str) or not base:
-        raise ConfigError(f"base={base!r} in {heirs[-1]}: should be the path of a recipe, relative to this one")
+    if not isinstance(base, str) or not base or _unusable(base):
+        raise ConfigError(f"base={shown(base)} in {heirs[-1]}: should be the path of a recipe, relative to this one")
     path = Path(heirs[-1]).parent / Path(base).expanduser()
     if path.resolve() in [Path(heir).resolve() for heir in heirs]:
         raise ConfigError(
-            f"base={base!r} in {heirs[-1]}: a recipe cannot be its own base: {' -> '.join([*heirs, base])}"
+            f"base={shown(base)} in {heirs[-1]}: a recipe cannot be its own base: {' -> '.join([*heirs, base])}"
         )
     return _read_file(str(path), problems, heirs)
 
@@ -542,7 +581,7 @@ def _explain(error: ValidationError) -> list[str]:
             quotes = " (put it in quotes)" if item["type"] == "string_type" and value is not None else ""
             if item["type"] == "literal_error" and name in lines:
                 lines[name] += f"; or it {message}"
-            lines.setdefault(name, f"{name}={value!r}: {message}{quotes}")
+            lines.setdefault(name, f"{name}={shown(value)}: {message}{quotes}")
     return list(lines.values())
 
 
@@ -592,6 +631,7 @@ def help_text() -> str:
         "                          and the memory it takes; exit status 2 where the run would be refused",
         "  --dry_run_model NAME    a model (folder or Hub name) that stands in for one that is not there yet",
         "  --dry_run_device NAME   cuda or cpu: estimate memory for it, wherever the dry run is",
+        "  --num_devices N         of a dry run: memory of each of N devices, one a process",
     ]
     for name in Config.model_fields:
         if name in _GROUPS:

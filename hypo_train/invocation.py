@@ -15,6 +15,7 @@ class DryRun:
     recipe: str | None = None  # the file of --config
     model: str | None = None
     device: str | None = None
+    num_devices: int = 1
 
 
 def take_dry_run(argv: Sequence[str]) -> tuple[DryRun | None, list[str]]:
@@ -27,7 +28,7 @@ def take_dry_run(argv: Sequence[str]) -> tuple[DryRun | None, list[str]]:
         flag = flag.replace("-", "_")
         if token.startswith("--"):
             name = None
-            if flag in ("dry_run", "dry_run_model", "dry_run_device"):
+            if flag in ("dry_run", "dry_run_model", "dry_run_device", "num_devices"):
                 if flag in values:
                     raise ConfigError(f"--{flag} is given more than once")
                 name, values[flag] = flag, value
@@ -49,7 +50,10 @@ def take_dry_run(argv: Sequence[str]) -> tuple[DryRun | None, list[str]]:
         return None, rest
     if values.get("dry_run_device", "cpu") not in ("cuda", "cpu"):
         raise ConfigError(f"--dry_run_device={values['dry_run_device']}: it is cuda or cpu")
-    return DryRun(_recipe(rest), values.get("dry_run_model"), values.get("dry_run_device")), rest
+    count = values.get("num_devices", "1")
+    if not (count.isascii() and count.isdigit() and int(count[:6]) > 0 and len(count) <= 6):
+        raise ConfigError(f"--num_devices={count[:20]}: it is how many processes the run will have, 1 or more")
+    return DryRun(_recipe(rest), values.get("dry_run_model"), values.get("dry_run_device"), int(count)), rest
 
 
 def _recipe(argv: Sequence[str]) -> str | None:

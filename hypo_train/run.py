@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import GenerationConfig
 
 from hypo_train.config import Config, ConfigError
 from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
 from hypo_train.metrics import FiniteWatch
-from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
+from hypo_train.model.load import load_policy, load_reward_model
 from hypo_train.model.policy import Policy
-from hypo_train.model.quantization import num_elements, require_quantization
+from hypo_train.model.quantization import num_elements
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
-from hypo_train.optim import build_optimizer, build_scheduler, require_optimizer
-from hypo_train.plan import Plan, load_plan
+from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.plan import Plan
+from hypo_train.preflight import passed
 from hypo_train.processes import Processes
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
-from hypo_train.reward import Reward, RewardFunction, load_function, load_reward
+from hypo_train.reward import Reward, load_reward
 from hypo_train.rollouts import Rollouts
 from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, ShardedSampler, VLLMSampler, serves
 from hypo_train.trees.batch import Batcher
@@ -48,7 +48,7 @@ class Run(Plan):
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     reward: Reward | None
-    report: list[str]  # what the user should know about the data, the model and the settings
+    report: list[str]  # what the user should know that only weights have shown
     timer: PhaseTimer
     throughput: Throughput
     finite: FiniteWatch
@@ -116,26 +116,30 @@ class Run(Plan):
         )
 
 
-def prepare(config: Config) -> Run:
-    """Load and check everything, cheapest first: configuration, data, then the model."""
-    function = None if config.reward is None else load_function(config.reward)
-    require_optimizer(config)
-    require_quantization(config)
+def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) -> Run:
+    """Load and check everything, cheapest first; ``show`` is given the lines of the page before weights are read.
+
+    Raises:
+        ValueError: it cannot be run.
+    """
     accelerator = build_accelerator(config)
     processes = Processes()
     _check_processes(config, processes.count)
-    return processes.together(lambda: _prepared(config, function, accelerator, processes))
+    return processes.together(lambda: _prepared(config, accelerator, processes, show))
 
 
-def _prepared(config: Config, function: RewardFunction | None, accelerator: Accelerator, processes: Processes) -> Run:
+def _prepared(
+    config: Config, accelerator: Accelerator, processes: Processes, show: Callable[[list[str]], None] | None
+) -> Run:
     autocast = accelerator.mixed_precision == "bf16"
-    tokenizer = load_tokenizer(config)
-    ends = eos_token_ids(generation_config(config), tokenizer)
-    plan, reports = load_plan(config, tokenizer, ends, processes.share)
+    checked = passed(config, device_type=accelerator.device.type, autocast=autocast, share=processes.share)
+    tokenizer, ends, plan = checked.tokenizer, checked.eos_token_ids, checked.plan
     total_steps = plan.total_steps
     if splits_to_precompute(plan):
         require_writable(cache_folder(config))
-    reward, why_texts = load_reward(config, function, tokenizer, ends, accelerator)
+    if show is not None and processes.is_main:
+        show(checked.findings.page())
+    reward, why_texts = load_reward(config, checked.reward_function, tokenizer, ends, accelerator)
     torch.manual_seed(config.seed)  # the first weights of an adapter or a score
     trained: Policy | RewardModel
     if config.algorithm == "reward":
@@ -170,8 +174,7 @@ def _prepared(config: Config, function: RewardFunction | None, accelerator: Acce
         trained.reference_to(accelerator.device)
     count = sum(p.numel() for p in parameters.values())
     everything = sum(map(num_elements, trained.parameters()))
-    report = [f"{split}: {line}" for split, part in reports.items() for line in part.lines()]
-    report.append(f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}")
+    report = [f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}"]
     if trained.why_separate_rows is not None:
         report.append(f"each completion is trained on in a row of its own: {trained.why_separate_rows}")
     if why_texts is not None:
@@ -180,7 +183,6 @@ def _prepared(config: Config, function: RewardFunction | None, accelerator: Acce
         report.append(f"samples come from transformers' generate: {why_generate}")
     if why_uncounted is not None:
         report.append(f"FLOPs are not logged: {why_uncounted}")
-    report += [f"warning: {line}" for line in config.warnings()]
     return Run(
         config=config,
         accelerator=accelerator,
@@ -200,7 +202,7 @@ def _prepared(config: Config, function: RewardFunction | None, accelerator: Acce
         timer=PhaseTimer(accelerator.device),
         throughput=throughput,
         finite=FiniteWatch(accelerator.device),
-        data_report={split: part.lines() for split, part in reports.items()},
+        data_report=checked.findings.data,
     )
 
 
@@ -294,14 +296,6 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
     elif not run.steps_ask_reference:
         run.policy.reference_to(torch.device("cpu"))
     return run
-
-
-def generation_config(config: Config) -> GenerationConfig | None:
-    """The checkpoint's own, for its list of end tokens; many have none."""
-    try:
-        return GenerationConfig.from_pretrained(config.model_name_or_path)
-    except OSError:
-        return None
 
 
 def build_accelerator(config: Config) -> Accelerator:

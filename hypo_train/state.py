@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,7 +23,9 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.metrics import Meter, added_up
 from hypo_train.model.trained_weights import put_saved
 from hypo_train.model_card import write_card
-from hypo_train.run import Run
+
+if TYPE_CHECKING:
+    from hypo_train.run import Run
 
 # What may change between a run and its continuation without changing what the steps compute.
 FREE_TO_CHANGE = {

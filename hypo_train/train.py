@@ -26,7 +26,7 @@ from hypo_train.report.ending import report_at_the_end
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.state import refuse_to_overwrite, resume, save, save_model
 from hypo_train.step import train_step
-from hypo_train.trackers import Trackers, require_trackers
+from hypo_train.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ def train(config: Config, *, progress: bool = True) -> Result:
         Stopped: SIGTERM or SIGINT came, and the step that it came in is done and saved.
     """
     refuse_to_overwrite(config)
-    require_trackers(config)
-    run, meter = prepare(config), Meter()
+    run, meter = prepare(config, show=_print_lines), Meter()
     first_step = resume(run, meter)
-    for line in run.report if run.processes.is_main else []:
-        print(line, flush=True)
+    if run.processes.is_main:
+        _print_lines(["", *run.report])
     trackers = run.processes.together(lambda: Trackers(config, first_step) if run.processes.is_main else None)
     with closing(trackers) if trackers else nullcontext():
         run = with_reference_logps(run, progress=progress and run.processes.is_main)
@@ -76,6 +75,10 @@ def _recorded(run: Run, first_step: int, trackers: Trackers | None, *, progress:
         (folder / "config.yaml").write_text(run.config.to_yaml(), encoding="utf-8")
         write_data_report(folder, run.data_report)
         yield log
+
+
+def _print_lines(lines: list[str]) -> None:
+    print("\n".join(lines), flush=True)
 
 
 def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:

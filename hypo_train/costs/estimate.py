@@ -17,6 +17,7 @@ import torch
 from hypo_kernels import gemm
 from hypo_kernels.chunks import CPU_BUFFER_BYTES, CPU_ROWS
 from hypo_train.costs.rehearsal import Held, Rows, bytes_of, rehearse, rehearse_prompts
+from hypo_train.costs.sharded import divided, put_together
 from hypo_train.data.rows import Example, Pair
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import bytes_in_4_bits, quantizable
@@ -32,6 +33,7 @@ from hypo_train.sampling.shadow import Shadow
 DeviceType = Literal["cuda", "cpu"]
 SamplerKind = Literal["decode", "generate", "vllm"]
 
+_REWARD_MODEL = "the reward model"  # which every process has whole
 # Of one logit on its way to a token: as the head gives it, tempered, as a probability, and fp64 in their sum.
 _BYTES_PER_SAMPLED_LOGIT = 4 + 4 + 4 + 8
 
@@ -93,7 +95,7 @@ class Estimate:
 def estimate(
     plan: Plan, trained: Policy | RewardModel, conditions: Conditions, *, reward_model: Any = None
 ) -> Estimate:
-    """Of a run on one device; vLLM's own memory is not counted.
+    """Of one process of a run, on its device; vLLM's own memory is not counted.
 
     Args:
         trained: on the meta device, as :func:`hypo_train.model.load.outline` makes it.
@@ -116,7 +118,7 @@ def estimate(
         (f"frozen weights ({config.dtype})", bytes_of([*frozen, *trained.buffers()]) if frozen else 0),
         ("trained weights (float32)", size),
         ("the reference's copy of them", _reference_bytes(plan, trained, conditions.device_type)),
-        ("the reward model", 0 if reward_model is None else bytes_of(reward_model.parameters())),
+        (_REWARD_MODEL, 0 if reward_model is None else bytes_of(reward_model.parameters())),
         (optimizer.what, optimizer.state),
     ]
     packed = [p for p in quantizable(trained.base) if not p.requires_grad] if config.load_in_4bit else []
@@ -126,17 +128,21 @@ def estimate(
             "frozen weights (4 bits, the rest " + config.dtype + ")",
             always[0][1] - bytes_of(packed) + in_4_bits,
         )
+    count = plan.share.count if config.fsdp else 1
+    always = [(name, number if name == _REWARD_MODEL else divided(number, count)) for name, number in always]
+    whole = put_together(trained, autocast=conditions.autocast) if count > 1 else (0, 0)
     unpacked = max((bytes_of([p]) for p in packed), default=0)
     components = [
         *(Component(name, number, number, number) for name, number in always),
-        Component("gradients (float32)", 0, held.gradients, size),
+        Component("gradients (float32)", 0, divided(held.gradients, count), divided(size, count)),
+        Component("weights put together", *whole, 0),
         Component("autocast's copies of weights (bfloat16)", 0, held.casts, 0),
         Component("activations", draws.activations, held.activations + held.temporary, 0),
         Component("the loss: a chunk of logits, its gradients", 0, held.loss, 0),
         Component("a layer's weights, unpacked", unpacked, unpacked, 0),
-        Component("the sampler's copy of weights", draws.weights, kept.weights, kept.weights),
+        *([] if count > 1 else [Component("the sampler's copy of weights", draws.weights, *[kept.weights] * 2)]),
         Component("the sampler's keys and values", draws.kv, kept.kv, kept.kv),
-        Component("the optimizer's temporaries", 0, 0, optimizer.temporary),
+        Component("the optimizer's temporaries", 0, 0, divided(optimizer.temporary, count)),
     ]
     present = [part for part in components if any(part[1:])]
     return Estimate(present, config.draws_samples, draws.kv_of_a_prompt, draws.kv)
@@ -219,7 +225,7 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
         return _Draws()
     config, per_token = plan.config, _kv_bytes_per_token(trained, autocast)
     n, new = config.num_generations, plan.max_new_tokens
-    count = plan.batch_size * min(config.rollout_steps, plan.total_steps)
+    count = plan.batch_size // plan.share.count * min(config.rollout_steps, plan.total_steps)
     longest = max(len(row.prompt) for row in plan.train_rows)
     weights = _shadow_bytes(trained, device_type, autocast, new) if sampler == "decode" else 0
     if sampler == "decode":

@@ -1,4 +1,4 @@
-"""How much memory a run took, in GiB."""
+"""How much memory a run took."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import sys
 import torch
 
 GIB = 2**30
+
+
+def readable(num_bytes: int) -> str:
+    """In GiB, or in MiB where that would be next to nothing."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +39,52 @@ def load_rows(config: Config, split: str) -> datasets.Dataset:
         raise DataError(f"dataset_name={name!r}, split {split!r}: {where}{reason}") from error
     if len(rows) == 0:
         raise DataError(f"dataset_name={name!r}, split {split!r}: there are no rows")
+    if bad := next((column for column in _names(rows.features) if "\0" in column), None):
+        raise DataError(f"dataset_name={name!r}, split {split!r}: the column or key {bad!r} has a NUL character")
     return rows
 
 
+def _names(features: Any) -> Iterator[str]:
+    """Columns, and the keys of what lies in them."""
+    if isinstance(features, dict):
+        for name, inner in features.items():
+            yield name
+            yield from _names(inner)
+    elif isinstance(features, list):
+        yield from _names(features[0])
+    elif hasattr(features, "feature"):
+        yield from _names(features.feature)
+
+
 def _open(path: Path, config: Config, split: str) -> datasets.Dataset:
-    if path.is_file():
-        return _open_file(path, split)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _open_saved(path, split)
     if path.exists():
-        return datasets.load_dataset(str(path), config.dataset_config, split=split)
+        with _untold():
+            return _open_local(path, config, split)
     name = config.dataset_name
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or path.suffix in FILE_FORMATS:
         raise DataError(f"dataset_name={name!r}: there is no such file or folder; {_listing(path.parent)}")
     return datasets.load_dataset(name, config.dataset_config, split=split)
+
+
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Opening a local file, ``datasets`` tells the Hub that somebody has; without a network it waits for seconds."""
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
+def _open_local(path: Path, config: Config, split: str) -> datasets.Dataset:
+    if path.is_file():
+        return _open_file(path, split)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _open_saved(path, split)
+    for file in path.rglob("*.json*"):
+        _refuse_null_rows(file)
+    return datasets.load_dataset(str(path), config.dataset_config, split=split)
 
 
 def _listing(folder: Path) -> str:
@@ -66,6 +100,7 @@ def _open_file(path: Path, split: str) -> datasets.Dataset:
         raise DataError(f"dataset_name={str(path)!r}: the name should end in one of {', '.join(FILE_FORMATS)}")
     if path.stat().st_size == 0:
         raise DataError(f"dataset_name={str(path)!r}: the file is empty")
+    _refuse_null_rows(path)
     options: dict[str, Any] = {}
     if path.suffix == ".csv":
         # Every cell is text: the completion "NA" is no missing value, "007" is no number.
@@ -77,6 +112,23 @@ def _open_file(path: Path, split: str) -> datasets.Dataset:
         if path.suffix == ".jsonl":
             _check_json_lines(path)
         raise
+
+
+def _refuse_null_rows(path: Path) -> None:
+    """The reader crashes on a row that is null, and takes the process with it."""
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            row = next((number for number, line in enumerate(file, start=1) if line.strip() == b"null"), None)
+        if row is not None:
+            raise DataError(f"dataset_name={str(path)!r}: line {row} is null, and no JSON object")
+    elif path.suffix == ".json" and b"null" in (content := path.read_bytes()):
+        try:
+            rows = json.loads(content)
+        except (ValueError, RecursionError):
+            lines = [line.strip() for line in content.splitlines()]
+            rows = [None] if b"null" in lines else []  # the reader says what is wrong, if anything is
+        if rows is None or (isinstance(rows, list) and None in rows):
+            raise DataError(f"dataset_name={str(path)!r}: a row is null, and no JSON object")
 
 
 def _check_json_lines(path: Path) -> None:

@@ -40,6 +40,13 @@ class RowText:
     # raises Unusable where that is not enough. None: a prompt that is too long loses its beginning.
     shorten: Callable[[Encode, int], tuple[int, ...]] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ``Unusable`` for what tokenizers fail on."""
+        try:
+            "".join([self.prompt, *self.completions]).encode()
+        except UnicodeEncodeError:
+            raise Unusable("text that is no valid Unicode (half of a surrogate pair)") from None
+
 
 class Format(Protocol):
     """One way to write the rows of a data set.
@@ -103,7 +110,8 @@ class Preferences:
         self, row: int, example: Mapping[str, Any], parts: Sequence[str], tokenizer: PreTrainedTokenizerBase
     ) -> RowText:
         values = {part: _text_or_messages(example.get(part), part) for part in parts}
-        prompt = _text_or_messages(example["prompt"], "prompt") if "prompt" in example else None
+        needs_prompt = "prompt" in example or len(parts) < 2  # which two have in common otherwise
+        prompt = _text_or_messages(example.get("prompt"), "prompt") if needs_prompt else None
         texts = [value for value in values.values() if isinstance(value, str)]
         if len(texts) == len(values) and not isinstance(prompt, list):
             if prompt is None:

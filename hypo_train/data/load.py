@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -11,6 +12,7 @@ import datasets
 from hypo_train.config import Config
 from hypo_train.data.files import load_rows
 from hypo_train.data.formats import DataError, Unusable
+from hypo_train.data.repeats import prompts_in_both
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt, Row
 from hypo_train.data.tokens import FORMATS, columns_of, kind_of, parts_of, tokenize
@@ -36,6 +38,9 @@ def load_split_rows(
             found[name], reports[name] = tokenize(
                 kind, rows, tokenizer, first_row=first_row, **_limits(config, eos_token_ids)
             )
+    if "eval" in reports:
+        shared = prompts_in_both(found["train"], found["eval"])
+        reports["eval"] = replace(reports["eval"], also_trained_on=shared)
     return found["train"], found["eval"], reports
 
 
@@ -86,7 +91,7 @@ def check_texts(config: Config) -> dict[str, DataReport]:
                 except Unusable as reason:
                     dropped.setdefault(str(reason), []).append(row)
         used = len(rows) - sum(map(len, dropped.values()))
-        reports[name] = DataReport(len(rows), used, dropped, 0, 0, 0, 0, 0, 0, {})
+        reports[name] = DataReport(len(rows), used, dropped)
         if not used:
             raise DataError(f"{name}: no row can be used: {reports[name].lines()[1]}")
     return reports

@@ -1,8 +1,44 @@
-"""What became of the rows of a split."""
+"""What became of the rows of a split, and what its user should look at."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hypo_train.data.repeats import Repeats
+
+
+class Lengths(NamedTuple):
+    """Of a part of the used rows, in tokens."""
+
+    smallest: int
+    median: int
+    high: int  # 95 % are no longer
+    largest: int
+
+    @classmethod
+    def of(cls, values: list[int]) -> Lengths:
+        ordered = sorted(values)
+        return cls(ordered[0], ordered[len(ordered) // 2], ordered[len(ordered) * 95 // 100], ordered[-1])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a number of rows, prompts or completions."""
+
+    count: int
+    total: int
+    text: str
+    fix: str = ""
+    seldom: float | None = None  # a share above which it is a warning; None: it never is
+    rows: str = ""  # their numbers
+
+    def line(self) -> str:
+        return f"{self.count} of {self.total} ({self.count / self.total:.1%}) {self.text}{self.rows}"
+
+    @property
+    def is_warning(self) -> bool:
+        return self.seldom is not None and self.count > self.seldom * self.total
 
 
 @dataclass(frozen=True)
@@ -12,34 +48,142 @@ class DataReport:
     rows: int
     used: int
     dropped: dict[str, list[int]]  # reason -> indices in the source split
-    completions: int  # none, one or two in a row
-    truncated_prompts: int
-    shortened_prompts: int  # in the way of the format
-    truncated_completions: int
-    cut_at_eos: int  # completions that had text after an EOS of their own
-    doubled_bos: int  # prompts that had a second BOS
-    lengths: dict[str, tuple[int, int, int]]  # tokens of prompt, chosen, ...: median, 95 %, largest
+    completions: int = 0  # of all used rows: none, one or two in each
+    truncated_prompts: int = 0
+    shortened_prompts: int = 0  # in the way of the format
+    truncated_completions: int = 0
+    longest_prompt: int = 0  # tokens, before it was cut
+    longest_completion: int = 0
+    cut_at_eos: int = 0  # completions that had text after an EOS of their own
+    doubled_bos: int = 0  # prompts that had a second BOS
+    missing_bos: int = 0  # prompts without the BOS that the tokenizer puts before plain text
+    eos_behind_prompt: int = 0  # prompts whose text ends with an EOS
+    bos_in_completion: int = 0  # completions whose text begins with a BOS
+    begins_with_prompt: int = 0  # completions whose text repeats their prompt's
+    rendered: int = 0  # rows written by a chat template
+    unused_template: bool = False  # there is a chat template, and plain text with none of its special tokens
+    repeats: Repeats = field(default_factory=Repeats)
+    also_trained_on: list[int] = field(default_factory=list)  # of held-out rows: those with a training row's prompt
+    lengths: dict[str, Lengths] = field(default_factory=dict)  # of prompt, chosen, ...
 
     def lines(self) -> list[str]:
         """The report as text, one finding a line."""
         lines = [f"{self.used} of {self.rows} rows used"]
         if self.dropped:
-            reasons = [f"{len(rows)} with {why} ({_name_rows(rows)})" for why, rows in self.dropped.items()]
+            reasons = [f"{len(rows)} with {why}{_name_rows(rows)}" for why, rows in self.dropped.items()]
             lines.append(f"{self.rows - self.used} of {self.rows} rows dropped: {', '.join(reasons)}")
-        for count, total, finding in (
-            (self.truncated_prompts, self.used, "prompts cut to their last max_prompt_length tokens"),
-            (self.shortened_prompts, self.used, "prompts with their text shortened to have max_prompt_length tokens"),
-            (self.truncated_completions, self.completions, "completions cut to max_completion_length tokens"),
-            (self.cut_at_eos, self.completions, "completions cut at an EOS inside their text"),
-            (self.doubled_bos, self.used, "prompts had a second BOS, now removed"),
-        ):
-            if count:
-                lines.append(f"{count} of {total} ({count / total:.1%}) {finding}")
-        for name, (median, high, largest) in self.lengths.items():
-            lines.append(f"{name} tokens: median {median}, 95% {high}, largest {largest}")
+        if self.rendered:
+            lines.append(f"chat template applied to {'all' if self.rendered == self.used else self.rendered} rows")
+        lines += [finding.line() for finding in self._findings() if finding.count]
+        for name, at in self.lengths.items():
+            sizes = f"smallest {at.smallest}, median {at.median}, 95% {at.high}, largest {at.largest}"
+            lines.append(f"{name} tokens: {sizes}")
         return lines
+
+    def warnings(self) -> list[str]:
+        """What is seldom meant, with what to do about it, one line each."""
+        lines = []
+        lost = self.rows - self.used
+        if lost > 0.05 * self.rows:
+            lines.append(f"{lost} of {self.rows} ({lost / self.rows:.1%}) rows dropped: repair or leave out these rows")
+        lines += [f"{found.line()}: {found.fix}" for found in self._findings() if found.is_warning]
+        if self.unused_template:
+            lines.append(
+                "plain text, and the tokenizer has a chat template that is not applied: write prompt and completions "
+                "as chat messages, if the model is to answer in a chat"
+            )
+        return lines
+
+    def _findings(self) -> list[Finding]:
+        used, completions = self.used, self.completions
+        repeats = self.repeats
+        return [
+            Finding(
+                self.truncated_prompts,
+                used,
+                "prompts cut to their last max_prompt_length tokens",
+                f"raise max_prompt_length (the longest has {self.longest_prompt} tokens)",
+                0.05,
+            ),
+            Finding(self.shortened_prompts, used, "prompts with their text shortened to have max_prompt_length tokens"),
+            Finding(
+                self.truncated_completions,
+                completions,
+                "completions cut to max_completion_length tokens",
+                f"raise max_completion_length (the longest has {self.longest_completion} tokens)",
+                0.05,
+            ),
+            Finding(
+                self.cut_at_eos,
+                completions,
+                "completions cut at an EOS inside their text",
+                "take the EOS token's text out of the data",
+                0.01,
+            ),
+            Finding(
+                self.doubled_bos,
+                used,
+                "prompts had a second BOS, now removed",
+                "take the BOS token's text out of the data: the tokenizer writes one",
+                0.01,
+            ),
+            Finding(
+                self.missing_bos,
+                used,
+                "prompts have no BOS, which the tokenizer puts before plain text",
+                "let the chat template write the bos_token",
+                0.01,
+            ),
+            Finding(
+                self.eos_behind_prompt,
+                used,
+                "prompts ended with an EOS of their text, now removed",
+                "take the EOS token's text out of the prompts: an answer follows",
+                0.01,
+            ),
+            Finding(
+                self.bos_in_completion,
+                completions,
+                "completions begin with a BOS",
+                "take the BOS token's text out of the completions, which follow their prompt",
+                0.0,
+            ),
+            Finding(
+                self.begins_with_prompt,
+                completions,
+                "completions begin with the whole text of their prompt",
+                "leave it out of them, or leave out the column 'prompt': it would be read twice",
+                0.05,
+            ),
+            Finding(
+                len(repeats.rows),
+                used,
+                "rows are equal to an earlier one",
+                "leave the copies out",
+                0.01,
+                _name_rows(repeats.rows),
+            ),
+            Finding(
+                len(repeats.reversed_pairs),
+                used,
+                "pairs prefer what an earlier one with the same texts rejects",
+                "keep one of the two, or set label_smoothing",
+                0.01,
+                _name_rows(repeats.reversed_pairs),
+            ),
+            Finding(len(repeats.prompts), used, "rows have the prompt of an earlier one"),
+            Finding(
+                len(self.also_trained_on),
+                used,
+                "held-out rows have the prompt of a training row",
+                "hold out rows of other prompts, or evaluations say nothing about unseen ones",
+                0.01,
+                _name_rows(self.also_trained_on),
+            ),
+        ]
 
 
 def _name_rows(rows: list[int]) -> str:
+    """`` (row 3)``, `` (rows 3, 17)``."""
     shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-    return f"row {shown}" if len(rows) == 1 else f"rows {shown}"
+    return f" (row {shown})" if len(rows) == 1 else f" (rows {shown})"

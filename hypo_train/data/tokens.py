@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hypo_train.data.formats import DataError, Format, Preferences, RowText, Unusable
-from hypo_train.data.report import DataReport
+from hypo_train.data.repeats import find_repeats
+from hypo_train.data.report import DataReport, Lengths
 from hypo_train.data.rows import Example, Ids, Pair, Prompt, Row
 from hypo_train.data.tldr import Tldr
 
@@ -52,8 +53,9 @@ def tokenize(
     parts = parts_of(kind, form)(columns_of(dataset))
     wanted = {Pair: parts, Example: parts[:1], Prompt: ()}[kind]
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
-    rows, report = _tokenize(dataset, form, rules, parts, wanted, first_row)
-    return [kind(row, prompt, *completions) for row, prompt, completions in rows], report
+    tokenized, report = _tokenize(dataset, form, rules, parts, wanted, first_row)
+    rows: list[Row] = [kind(row, prompt, *completions) for row, prompt, completions in tokenized]
+    return rows, replace(report, repeats=find_repeats(rows))
 
 
 def parts_of(kind: type[Any], form: Format) -> Callable[[KeysView[str]], tuple[str, ...]]:
@@ -89,6 +91,9 @@ class _TokenRules:
     stops: frozenset[int]
     max_prompt_length: int
     max_completion_length: int
+    adds_bos: bool  # to plain text, as it is
+    adds_eos: bool
+    special: frozenset[int]  # but BOS and EOS: a plain text that has one was written for a chat template
 
 
 def _token_rules(
@@ -102,8 +107,14 @@ def _token_rules(
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id in eos_token_ids else eos_token_ids[0]
     if not 0 <= eos < len(tokenizer):
         raise DataError(f"EOS id {eos} is not among the tokenizer's {len(tokenizer)} ids")
+    bos, stops = tokenizer.bos_token_id, frozenset(eos_token_ids)
+    (text,), (bare,) = (list(_ids(tokenizer, ["a"], special=special)) for special in (True, False))
+    adds_bos = bos is not None and text[:1] == [bos] and bare[:1] != [bos]
+    adds_eos = text[-1:] != bare[-1:] and bool({*stops, tokenizer.eos_token_id}.intersection(text[-1:]))
+    added = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
+    others = frozenset(added - {bos, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id})
     limits = (max_prompt_length, max_completion_length)
-    return _TokenRules(tokenizer, tokenizer.bos_token_id, eos, frozenset(eos_token_ids), *limits)
+    return _TokenRules(tokenizer, bos, eos, stops, *limits, adds_bos, adds_eos, others)
 
 
 def _tokenize(
@@ -141,16 +152,19 @@ def _tokenize(
         truncated_completions=counts["truncated_completions"],
         cut_at_eos=counts["cut_at_eos"],
         doubled_bos=counts["doubled_bos"],
-        lengths={name: _quantiles(values) for name, values in lengths.items() if values},
+        missing_bos=counts["missing_bos"],
+        eos_behind_prompt=counts["eos_behind_prompt"],
+        bos_in_completion=counts["bos_in_completion"],
+        begins_with_prompt=counts["begins_with_prompt"],
+        longest_prompt=counts["longest_prompt"],
+        longest_completion=counts["longest_completion"],
+        rendered=counts["rendered"],
+        unused_template=rules.tokenizer.chat_template is not None and not counts["rendered"] + counts["has_special"],
+        lengths={name: Lengths.of(values) for name, values in lengths.items() if values},
     )
     if not rows:
         raise DataError(f"no row can be used: {report.lines()[1]}")
     return rows, report
-
-
-def _quantiles(values: list[int]) -> tuple[int, int, int]:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2], ordered[len(ordered) * 95 // 100], ordered[-1]
 
 
 def _encode(
@@ -199,15 +213,35 @@ def _fit(
         raise Unusable("the same tokens in 'chosen' and 'rejected' up to max_completion_length")
     clean = _clean_prompt(prompt, text.rendered, rules)
     kept = _shortened(text, clean, rules)
-    counts["doubled_bos"] += rules.bos is not None and prompt[:2] == [rules.bos] * 2
+    _count_prompt(text, prompt, clean, rules, counts)
+    _count_completions(text, completions, ended, rules, counts)
     if len(kept) < len(clean):
         counts["truncated_prompts" if text.shorten is None else "shortened_prompts"] += 1
-    counts["truncated_completions"] += sum(len(ids) > limit for ids in ended)
-    for ids, whole in zip(completions, ended, strict=True):
+    return kept, short
+
+
+def _count_prompt(text: RowText, ids: list[int], clean: Ids, rules: _TokenRules, counts: Counter[str]) -> None:
+    counts["rendered"] += text.rendered
+    counts["longest_prompt"] = max(counts["longest_prompt"], len(clean))
+    counts["doubled_bos"] += rules.bos is not None and ids[:2] == [rules.bos] * 2
+    counts["missing_bos"] += rules.adds_bos and clean[0] != rules.bos
+    removed = len(ids) - len(clean) - _num_doubled(ids, rules)
+    counts["eos_behind_prompt"] += removed > rules.adds_eos and not text.rendered
+    counts["has_special"] += bool(rules.special.intersection(clean))
+
+
+def _count_completions(
+    text: RowText, completions: list[list[int]], ended: list[Ids], rules: _TokenRules, counts: Counter[str]
+) -> None:
+    for ids, whole, completion in zip(completions, ended, text.completions, strict=False):
+        counts["longest_completion"] = max(counts["longest_completion"], len(whole))
+        counts["truncated_completions"] += len(whole) > rules.max_completion_length
+        start = text.prompt.strip()  # a word or two may well be said again
+        counts["begins_with_prompt"] += len(start) >= 10 and completion.lstrip().startswith(start)
+        counts["bos_in_completion"] += rules.bos not in rules.stops and ids[:1] == [rules.bos]
         # A template's line break after the EOS is no loss, text is.
         rest = ids[len(whole) :]
         counts["cut_at_eos"] += bool(rest and str(rules.tokenizer.decode(rest, skip_special_tokens=True)).strip())
-    return kept, short
 
 
 def _end_with_eos(ids: list[int], rules: _TokenRules, column: str) -> Ids:
@@ -220,14 +254,20 @@ def _end_with_eos(ids: list[int], rules: _TokenRules, column: str) -> Ids:
 
 def _clean_prompt(ids: list[int], rendered: bool, rules: _TokenRules) -> Ids:
     """At most one BOS in front; no EOS behind a plain prompt, where some tokenizers put one."""
-    start, end = 0, len(ids)
-    while rules.bos is not None and ids[start : start + 2] == [rules.bos] * 2:
-        start += 1
+    start, end = _num_doubled(ids, rules), len(ids)
     while not rendered and end - start > 1 and ids[end - 1] in {*rules.stops, rules.tokenizer.eos_token_id}:
         end -= 1
     if end == start:
         raise Unusable("an empty 'prompt'")
     return tuple(ids[start:end])
+
+
+def _num_doubled(ids: list[int], rules: _TokenRules) -> int:
+    """How many BOS stand before the one that a prompt may have."""
+    count = 0
+    while rules.bos is not None and ids[count : count + 2] == [rules.bos] * 2:
+        count += 1
+    return count
 
 
 def _shortened(text: RowText, ids: Ids, rules: _TokenRules) -> Ids:

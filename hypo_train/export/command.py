@@ -15,12 +15,11 @@ from hypo_train.checkpoint import CheckpointError
 from hypo_train.config import ConfigError
 from hypo_train.export.settings import Settings
 from hypo_train.export.source import Source
-from hypo_train.model.load import load_tokenizer, read_architecture
+from hypo_train.model.load import generation_config, load_tokenizer, read_architecture
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.model_card import write_card
-from hypo_train.run import generation_config
 from hypo_train.sampling.shadow import merged_weights
 
 

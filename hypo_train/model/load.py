@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -31,10 +37,17 @@ from hypo_train.trees.attention import NAME
 SELECTIVE_FROM = 10_000_000
 
 
-def load_tokenizer(config: Config) -> Any:
-    """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart."""
-    _check_source(config.model_name_or_path)
-    check_causal(read_architecture(config), config)
+class StructureError(ModelError):
+    """A model that cannot be built from its architecture's config alone; its checkpoint may load all the same."""
+
+
+def load_tokenizer(config: Config, architecture: Any = None) -> Any:
+    """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart.
+
+    ``architecture``: what :func:`read_architecture` gave, where it has been read.
+    """
+    check_source(config.model_name_or_path)
+    check_causal(read_architecture(config) if architecture is None else architecture, config)
     tokenizer = _open_tokenizer(config, config.model_name_or_path)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {config.model_name_or_path!r} has no EOS token: set its eos_token")
@@ -47,7 +60,14 @@ def _open_tokenizer(config: Config, path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises a different class for every way to fail
-        raise ModelError(f"cannot load the tokenizer of {path!r}: {first_line(error)}") from error
+        raise ModelError(f"cannot load the tokenizer of {path!r}: {why_not(error)}") from error
+
+
+def why_not(error: Exception) -> str:
+    """Why transformers did not load something, in a line."""
+    if "trust_remote_code" in str(error):
+        return "it asks for Python code of its own: set trust_remote_code: true if you have read that code and trust it"
+    return first_line(error)
 
 
 def eos_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -55,6 +75,14 @@ def eos_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ..
     more = getattr(model_generation_config, "eos_token_id", None)
     listed = [] if more is None else [more] if isinstance(more, int) else list(more)
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
+
+
+def generation_config(config: Config) -> GenerationConfig | None:
+    """The checkpoint's own, for its list of end tokens; many have none."""
+    try:
+        return GenerationConfig.from_pretrained(config.model_name_or_path)
+    except OSError:
+        return None
 
 
 def load_policy(config: Config, *, autocast: bool) -> Policy:
@@ -65,7 +93,7 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             cannot take the prefix mask, a choice of trained parameters that does not fit the model, or Liger's
             kernels asked for where they cannot be had.
     """
-    _check_source(config.model_name_or_path)
+    check_source(config.model_name_or_path)
     check_causal(read_architecture(config), config)
     options = quantization_options(config, autocast=autocast)
     model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast, **options)
@@ -84,7 +112,7 @@ def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> R
     Raises:
         ModelError: as of :func:`load_policy`; or there is no such classifier of the architecture.
     """
-    _check_source(config.model_name_or_path)
+    check_source(config.model_name_or_path)
     check_causal(read_architecture(config), config)
     kind, path = AutoModelForSequenceClassification, config.model_name_or_path
     model = _open(kind, config, path, autocast=autocast, new=["score.weight"], num_labels=1)
@@ -161,7 +189,7 @@ def meta_model(kind: Any, config: Config, architecture: Any) -> Any:
                 architecture, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
             )
     except Exception as error:  # every architecture refuses in its own way
-        raise ModelError(f"cannot build a {architecture.model_type} model: {first_line(error)}") from error
+        raise StructureError(f"cannot build a {architecture.model_type} model: {first_line(error)}") from error
     _disable_dropout(model)
     return model
 
@@ -173,7 +201,7 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
         ModelError: it cannot be loaded, has more than one label, no score of its own or no padding token.
     """
     path = str(config.reward_model_path)
-    _check_source(path, "reward_model_path")
+    check_source(path, "reward_model_path")
     model = _open(AutoModelForSequenceClassification, config, path, autocast=autocast)
     if model.config.num_labels != 1:
         raise ModelError(f"reward_model_path={path!r} gives {model.config.num_labels} labels: a reward model has one")
@@ -195,7 +223,7 @@ def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
 
 def load_text_tokenizer(config: Config, path: str, field: str) -> Any:
     """The tokenizer at ``path``, the value of ``field``, as it is saved. Raises ModelError where there is none."""
-    _check_source(path, field)
+    check_source(path, field)
     return _open_tokenizer(config, path)
 
 
@@ -223,7 +251,7 @@ def _open(kind: Any, config: Config, path: str, *, autocast: bool, new: Sequence
                 **options,
             )
     except Exception as error:
-        raise ModelError(f"cannot load the model {path!r}: {first_line(error)}{why_not_read(path, error)}") from error
+        raise ModelError(f"cannot load the model {path!r}: {why_not(error)}{why_not_read(path, error)}") from error
     refuse_missing(found, path, new)
     _disable_dropout(model)
     return model
@@ -294,11 +322,15 @@ def _checkpointing(config: Config, model: Any, device_type: str) -> Checkpointin
     return config.gradient_checkpointing
 
 
-def _check_source(name: str, field: str = "model_name_or_path") -> None:
+def looks_local(name: str) -> bool:
+    """Whether a name is the path of a folder rather than one on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_source(name: str, field: str = "model_name_or_path") -> None:
     """A local folder that is not there is not worth asking the Hub about."""
     path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not path.is_dir():
+    if looks_local(name) and not path.is_dir():
         raise ModelError(f"{field}: there is no folder {name!r}")
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model")
@@ -312,9 +344,7 @@ def read_architecture(config: Config) -> Any:
         return AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         where = "" if Path(config.model_name_or_path).is_dir() else "no local folder, and from the Hub: "
-        raise ModelError(
-            f"cannot read the config of {config.model_name_or_path!r}: {where}{first_line(error)}"
-        ) from error
+        raise ModelError(f"cannot read the config of {config.model_name_or_path!r}: {where}{why_not(error)}") from error
 
 
 def check_causal(found: Any, config: Config) -> None:

@@ -54,6 +54,8 @@ def look_at_structure(config: Config, architecture: Any) -> Structure:
             model = kind.from_config(small, **options)
             trained = made_ready(model, config.model_copy(update=changes), device_type="cpu")
     except ModelError:
+        if config.lora_target_modules is not None:
+            return UNKNOWN  # they may name layers that a miniature lacks
         raise
     except Exception:  # every architecture has its own settings, and some do not take other sizes
         return UNKNOWN

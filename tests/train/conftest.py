@@ -34,6 +34,13 @@ def own_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def no_memory_estimate(monkeypatch):
+    """A run's first page is without its memory, which takes longer to rehearse than a tiny model to train. Modules that
+    are about it have a fixture of this name, and it."""
+    monkeypatch.setattr("hypo_train.preflight.stages._check_memory", lambda *_, **__: None)
+
+
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory):
     """``saved_model("llama", tie_word_embeddings=True)`` is the folder of such a model, saved once a session."""

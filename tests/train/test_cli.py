@@ -137,7 +137,10 @@ def test_an_empty_response_is_dropped_and_reported_and_training_goes_on(recipe, 
     assert main(["--config", str(path)]) == 0
     out, err = capfd.readouterr()
     lines = out.splitlines()
-    assert lines[:2] == ["train: 11 of 12 rows used", "train: 1 of 12 rows dropped: 1 with an empty 'rejected' (row 3)"]
+    assert "  train: 11 of 12 rows used" in lines
+    assert "  train: 1 of 12 rows dropped: 1 with an empty 'rejected' (row 3)" in lines
+    warning = "  train: 1 of 12 (8.3%) rows dropped: repair or leave out these rows"
+    assert lines[: lines.index("model")].count(warning) == 1, "what is wrong comes first"
     assert lines[-1] == f"model saved in {tmp_path}/run/final"
     assert err == "", "neither bars nor warnings"
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]

@@ -252,6 +252,42 @@ def test_a_recipe_that_is_no_mapping_says_what_it_should_hold(recipe, text):
     assert problem(["--config", path]) == f"--config {path}: should hold lines of the form 'name: value'"
 
 
+@pytest.mark.parametrize("text", ["[" * 3000, "a: " + "{a: " * 3000])
+def test_a_recipe_that_is_nested_too_deep_is_one_line(recipe, text):
+    assert "nested too deep" in problem(["--config", recipe(text)])
+
+
+def test_a_number_of_thousands_of_digits_is_one_line(recipe):
+    path = recipe("model_name_or_path: m\ndataset_name: d\nseed: 0b" + "1" * 20_000)
+    assert "seed=an integer of thousands of digits: should be less than 4294967296" in problem(["--config", path])
+
+
+def test_a_value_of_thousands_of_letters_is_shortened():
+    message = problem([*REQUIRED, "--seed", "x" * 5000])
+    assert "xxx... (5002 characters): should be a valid integer" in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("field", ["output_dir", "dataset_name", "lora_target_modules"])
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [("a\0b", "text without a NUL character"), ("\ud800", "a valid ")],
+)
+def test_text_that_no_file_can_be_called_by_is_named(field, text, wrong):
+    flags = dict(zip(REQUIRED[::2], REQUIRED[1::2], strict=True)) | {f"--{field}": text}
+    assert f"{field}={text!r}: should be {wrong}" in problem([part for pair in flags.items() for part in pair])
+
+
+def test_a_base_with_a_nul_is_one_line(recipe):
+    assert "base='\\x00' in" in problem(["--config", recipe('base: "\\0"\n')])
+
+
+@pytest.mark.parametrize("argv", [["--x\ny", "1"], ["a\nb.yaml"], ["--x\ny", "--x\ny"]])
+def test_a_line_break_in_a_flag_breaks_no_line(argv):
+    message = problem([*REQUIRED, *argv])
+    assert message.count("\n") == (2 if message[0] == "2" else 0)
+
+
 # A recipe on top of another
 
 

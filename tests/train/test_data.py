@@ -19,7 +19,7 @@ from hypo_train.data.files import load_rows
 from hypo_train.data.formats import DataError
 from hypo_train.data.load import load_split_rows
 from hypo_train.data.order import _epoch_order, batch_indices, batches_per_epoch, longest_first
-from hypo_train.data.rows import Example, Pair
+from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.data.tokens import tokenize
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -305,6 +305,8 @@ def test_a_row_that_the_template_refuses_is_dropped_with_its_words():
         (row(chosen=[assistant("\n")], rejected=[assistant("b")]), "an empty 'chosen'"),
         (row(prompt=3), "a 'prompt' that is neither text nor chat messages"),
         (row(rejected={"text": "no"}), "a 'rejected' that is neither text nor chat messages"),
+        (row(chosen=" \ud800"), "text that is no valid Unicode (half of a surrogate pair)"),
+        (row(prompt=[user("\udfff")], chosen=[assistant("a")], rejected="b"), "text that is no valid Unicode"),
         (row(chosen=["yes"]), "a 'chosen' with a message without a 'role' and a 'content' text"),
         (row(chosen=[{"role": "assistant"}]), "a 'chosen' with a message without a 'role' and a 'content' text"),
         (
@@ -362,8 +364,8 @@ def test_rows_dropped_as_text_and_as_tokens_for_one_reason_are_listed_in_order(p
 def test_the_report_gives_the_lengths_in_tokens(plain):
     rows = [row(prompt="x" * n, chosen="y" * n, rejected="z") for n in range(1, 101)]
     _, report = pairs_of(rows, plain, max_completion_length=200)
-    assert report.lengths == {"prompt": (51, 96, 100), "chosen": (52, 97, 101), "rejected": (2, 2, 2)}
-    assert "prompt tokens: median 51, 95% 96, largest 100" in report.lines()
+    assert report.lengths == {"prompt": (1, 51, 96, 100), "chosen": (2, 52, 97, 101), "rejected": (2, 2, 2, 2)}
+    assert "prompt tokens: smallest 1, median 51, 95% 96, largest 100" in report.lines()
 
 
 def test_rows_of_which_none_can_be_used_are_an_error_with_the_reasons(plain):
@@ -516,6 +518,17 @@ def test_an_empty_completion_is_dropped(plain):
     assert report.dropped == {"an empty 'completion'": [1]}
 
 
+def test_a_row_without_the_prompt_that_others_have_is_dropped(plain):
+    rows = [{"prompt": "a"}, {"text": "b"}]
+    prompts, report = tokenize(
+        Prompt, rows, plain, max_prompt_length=9, max_completion_length=9, eos_token_ids=[plain.eos_token_id]
+    )
+    assert [prompt.row for prompt in prompts] == [0]
+    assert report.dropped == {"an empty 'prompt'": [1]}
+    _, report = examples_of([{"prompt": "a", "chosen": "b"}, {"chosen": "c"}], plain)
+    assert report.dropped == {"an empty 'prompt'": [1]}
+
+
 # Files, folders and names
 
 ROWS = [row(f"Q: {i}", f" yes {i}", f" no {i}") for i in range(6)]
@@ -616,6 +629,11 @@ def test_a_name_that_is_neither_local_nor_on_the_hub_says_so():
         ("rows.json", "[]", "no rows"),
         ("rows.jsonl", '{"chosen": "a", "rejected": "b"}\n{"chosen": "a", \n', "line 2 is not JSON"),
         ("rows.jsonl", '{"chosen": "a", "rejected": "b"}\n\n3\n', "line 3 is not a JSON object"),
+        ("rows.jsonl", '{"chosen": "a", "rejected": "b"}\n null \n', "line 2 is null, and no JSON object"),
+        ("rows.json", "null", "a row is null"),
+        ("rows.json", '[{"chosen": "a", "rejected": null}, null]', "a row is null"),
+        ("rows.json", '{"chosen": "a", "rejected": "b"}\nnull\n', "a row is null"),
+        ("rows.jsonl", '{"chosen": "a", "rejected": [{"a\\u0000b": 1}]}\n', "has a NUL character"),
         ("rows.parquet", "not parquet at all", "[Pp]arquet"),
         ("rows.txt", "a\n", r"the name should end in one of \.jsonl, \.json, \.parquet, \.csv"),
     ],

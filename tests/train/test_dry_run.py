@@ -14,9 +14,10 @@ from hypo_train import preflight
 from hypo_train.__main__ import main
 from hypo_train.config import ConfigError
 from hypo_train.invocation import DryRun, take_dry_run
+from hypo_train.preflight import hub, memory
 from hypo_train.run import prepare
 
-RECIPES = Path(preflight.__file__).parent / "recipes"
+RECIPES = Path(preflight.__file__).parents[1] / "recipes"
 PYTHIA = "EleutherAI/pythia-1.4b-deduped"
 
 
@@ -34,7 +35,12 @@ def no_network(monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(preflight.socket, "create_connection", refuse)
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
+
+
+@pytest.fixture(autouse=True)
+def no_memory_estimate():
+    """Here there is one."""
 
 
 @pytest.fixture
@@ -90,9 +96,9 @@ def test_the_page_of_a_run_without_weights(dry_run, tmp_path):
 
 
 def test_the_page_counts_what_the_run_does(settings, saved_model):
-    config = settings(num_layers_unfrozen=1)
+    config, page = settings(num_layers_unfrozen=1), []
     found = preflight.check(config, DryRun())
-    run = prepare(config)
+    run = prepare(config, show=page.extend)
     trained = sum(p.numel() for p in run.trained.trained_parameters().values())
     everything = sum(p.numel() for p in run.trained.parameters())
     assert found.model[1:3] == [
@@ -101,7 +107,10 @@ def test_the_page_counts_what_the_run_does(settings, saved_model):
         "the last 1 layers, the final norm and an untied head",
     ]
     assert found.steps[0].startswith(f"hypo: {run.total_steps} steps of {run.batch_size} pairs")
-    assert found.data == [line for line in run.report if line.startswith(("train: ", "eval: "))]
+    found.unchecked.clear()
+    dry, sizes = found.page(), page.index("memory")  # what is free there changes
+    assert page[:sizes] == dry[: dry.index("memory")]
+    assert page[sizes + 1].split(" of ")[0] == f"  {found.memory[-1]}".split(" of ")[0]
 
 
 def test_the_largest_micro_batch_is_the_one_of_most_tokens(settings):
@@ -124,7 +133,7 @@ def test_memory_can_be_estimated_for_a_gpu_that_is_not_here(dry_run):
 
 
 def test_too_little_memory_is_a_warning_that_says_what_to_change(dry_run, monkeypatch):
-    monkeypatch.setattr(preflight, "_room", lambda device: 2**20)
+    monkeypatch.setattr(memory, "device_room", lambda device: 2**20)
     status, page, _ = dry_run()
     assert status == 0
     (warning,) = lines_of(page, "warnings")

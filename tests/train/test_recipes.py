@@ -287,7 +287,7 @@ def test_a_miniature_of_a_recipe_trains_three_steps_of_its_algorithm(world, caps
 @pytest.mark.parametrize("recipe", TLDR)
 def test_a_tldr_miniature_reads_the_splits_and_cuts_what_is_too_long(world, capsys, recipe):
     config, _ = world.trained(recipe, capsys)
-    log = world.logs[recipe].splitlines()
+    log = [line.strip() for line in world.logs[recipe].splitlines()]
     dropped = "train: 2 of 26 rows dropped: 2 with a news article (CNN/DM) where the post should be (rows 24, 25)"
     if config.algorithm in ("sft", "rloo"):
         assert "train: 24 of 24 rows used" in log
@@ -349,7 +349,7 @@ def test_a_chat_miniature_trains_the_last_four_layers_the_norm_and_the_head(worl
 @pytest.mark.parametrize("recipe", CHAT)
 def test_a_chat_miniature_writes_questions_and_answers_with_llamas_template(world, capsys, recipe):
     world.trained(recipe, capsys)
-    log = world.logs[recipe].splitlines()
+    log = [line.strip() for line in world.logs[recipe].splitlines()]
     assert "train: 24 of 24 rows used" in log
     assert "eval: 6 of 6 rows used" in log
     run = prepare(world.config(recipe, output_dir="runs/again"))

@@ -176,7 +176,7 @@ def test_a_text_that_is_too_long_for_its_classifier_loses_its_beginning(rloo, tm
 
 
 def test_a_language_model_is_no_reward_model(rloo, saved_model):
-    with pytest.raises(ModelError, match=r"lacks weights: score\.weight"):
+    with pytest.raises(ModelError, match="gives 2 labels: a reward model has one"):
         prepare(rloo(saved_model()))
 
 

@@ -469,13 +469,15 @@ def test_epochs_are_counted_in_rows(settings):
 def test_what_the_user_should_know_is_printed_first(settings, capsys):
     rows = [*tiny.pair_rows(12), {"prompt": "film", "chosen": "the film was good", "rejected": " "}]
     train(settings(rows=rows, top_k=5), progress=False)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == [
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    warnings = lines[lines.index("warnings") : lines.index("model")]
+    assert any("KL is biased" in line for line in warnings)
+    data = lines[lines.index("data") :]
+    assert data[1:3] == [
         "train: 12 of 13 rows used",
         "train: 1 of 13 rows dropped: 1 with an empty 'rejected' (row 12)",
     ]
-    assert any(line.startswith("training ") and "parameters for 3 steps on" in line for line in lines)
-    assert any(line.startswith("warning: ") and "KL is biased" in line for line in lines)
+    assert any(line.startswith("training ") and "parameters for 3 steps on" in line for line in data)
 
 
 # bf16

@@ -1,0 +1,79 @@
+"""The disk that a run takes, beside what is free at its output_dir."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from hypo_train.config import Config, ConfigError
+from hypo_train.costs.memory import readable
+from hypo_train.costs.rehearsal import bytes_of
+from hypo_train.model.policy import Policy
+from hypo_train.model.reward_model import RewardModel
+from hypo_train.plan import Plan
+from hypo_train.preflight.findings import Findings
+
+
+def check_output_dir(config: Config) -> None:
+    """Raises ConfigError where no folder can be made or written at output_dir. Makes none."""
+    parent = _existing_parent(config)
+    if not parent.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir!r}: {str(parent)!r} is a file, choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={config.output_dir!r}: {str(parent)!r} cannot be written, choose another folder")
+
+
+def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, found: Findings) -> None:
+    """What is written beside what is free: trained weights and AdamW's two moments in fp32 in each checkpoint, one
+    more of them than are kept while it is saved, and the final model.
+
+    Raises:
+        ConfigError: there is no room for one checkpoint.
+    """
+    one, final = checkpoint_bytes(trained), final_bytes(trained)
+    kept = min(config.save_total_limit, _num_saves(config, plan))
+    most = max(min(kept + 1, _num_saves(config, plan)) * one, kept * one + final)
+    free = shutil.disk_usage(_existing_parent(config)).free
+    already = _bytes_of_checkpoints(Path(config.output_dir))
+    found.disk.append(
+        f"{readable(most)} for {kept} checkpoint{'s' * (kept > 1)} of {readable(one)} and the final model of "
+        f"{readable(final)}; {readable(free)} are free at output_dir"
+    )
+    if one > free + already:
+        raise ConfigError(
+            f"output_dir={config.output_dir!r}: a checkpoint takes {readable(one)}, and {readable(free)} are free: "
+            "choose a folder on another disk, or train fewer parameters (use_peft: true or num_layers_unfrozen)"
+        )
+    if most > free + already:
+        found.warnings.append(
+            f"disk: {readable(most)} for checkpoints and the final model, and {readable(free)} are free at output_dir: "
+            "lower save_total_limit, or choose a folder on another disk"
+        )
+
+
+def checkpoint_bytes(trained: Policy | RewardModel) -> int:
+    """Trained weights and AdamW's two moments of them, in fp32."""
+    return 3 * 4 * sum(p.numel() for p in trained.trained_parameters().values())
+
+
+def final_bytes(trained: Policy | RewardModel) -> int:
+    """The saved model; of a policy with an adapter, the adapter alone."""
+    if trained.is_peft and isinstance(trained, Policy):
+        return bytes_of(trained.trained_parameters().values())
+    return bytes_of(trained.parameters())
+
+
+def _num_saves(config: Config, plan: Plan) -> int:
+    """Checkpoints that the run writes: the last step's among them."""
+    return -(-plan.total_steps // config.save_steps) if config.save_steps else 1
+
+
+def _bytes_of_checkpoints(output_dir: Path) -> int:
+    """Of a run that goes on: they make room for its new ones."""
+    return sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*") if file.is_file())
+
+
+def _existing_parent(config: Config) -> Path:
+    path = Path(config.output_dir).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,0 +1,117 @@
+"""The memory that a run takes, beside what its device has."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from hypo_train.config import Config, ConfigError
+from hypo_train.costs.estimate import DeviceType, Estimate
+from hypo_train.costs.memory import GIB, readable
+from hypo_train.preflight.findings import Findings
+
+DEVICES = (24, 48, 80, 141)  # GiB, of common ones
+FREE = 0.9  # of a device: the rest is for CUDA's context, an allocator's slack and what is not estimated
+
+
+def check_memory(
+    config: Config, numbers: Estimate, device: DeviceType, autocast: bool, found: Findings, *, whole: bool
+) -> None:
+    """What a step holds beside what the device has; ``whole``: with the table of its parts.
+
+    Raises:
+        ConfigError: weights, their copies and AdamW's moments alone are more than the device has.
+    """
+    found.unchecked.append("memory of evaluations, of an allocator's slack, of CUDA's context and of libraries")
+    if config.sampler == "vllm" and config.draws_samples:
+        found.unchecked.append("memory of vLLM, which holds its own weights, keys and values")
+    if whole:
+        found.memory += _table(numbers, device, autocast)
+    needed, room = numbers.least, device_room(device)
+    if room is None:
+        fitting = next((size for size in DEVICES if needed <= FREE * size * GIB), None)
+        fits = f"fits a device of {fitting} GiB" if fitting else f"fits no device of {DEVICES[-1]} GiB"
+        found.memory.append(f"at least {readable(needed)}: {fits}, a tenth of it left free")
+        if not fitting:
+            found.warnings.append(_too_much(config, numbers, needed, int(DEVICES[-1] * GIB)))
+        return
+    found.memory.append(f"at least {readable(needed)} of the {readable(room)} that are there")
+    if (always := _states(numbers)) > room:
+        raise ConfigError(
+            f"memory: weights, their copies and AdamW's moments alone take {readable(always)}, and the device has "
+            f"{readable(room)}: try {', '.join(_advice_on_states(config)) or 'a larger device'}"
+        )
+    if needed > FREE * room:
+        found.warnings.append(_too_much(config, numbers, needed, room))
+
+
+def _table(numbers: Estimate, device: DeviceType, autocast: bool) -> list[str]:
+    """GiB of each part in each phase of a step."""
+    phases = numbers.phases
+    lines = [f"GiB on {device}, computing in {'bfloat16' if autocast else 'float32'}, when a step's parts hold most"]
+    lines.append(f"{'':46}" + "".join(f"{name:>11}" for name in phases))
+    for part in numbers.components:
+        lines.append(f"{part.name:46}" + "".join(f"{_gib(getattr(part, name)):>11}" for name in phases))
+    lines.append(f"{'together':46}" + "".join(f"{_gib(number):>11}" for number in phases.values()))
+    return lines
+
+
+def _too_much(config: Config, numbers: Estimate, needed: int, room: int) -> str:
+    return f"memory: {readable(needed)} are more than nine tenths of {readable(room)}: {_advice(config, numbers)}"
+
+
+def _states(numbers: Estimate) -> int:
+    """Bytes that a run holds in every part of a step, whatever its rows are."""
+    return sum(min(part[1:]) for part in numbers.components)
+
+
+def _gib(number: int) -> str:
+    return f"{number / GIB:.2f}" if number else "-"
+
+
+def device_room(device: DeviceType) -> int | None:
+    """Bytes of memory, free for the run; None: the device is not here. A CPU's holds this process as well."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, _container_limit() or machine) - resident
+
+
+def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
+    """Bytes that this process's control group may take; None where nobody has set a limit."""
+    try:
+        limit = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(limit) if limit.isdigit() else None
+
+
+def _advice(config: Config, numbers: Estimate) -> str:
+    """What to change, by what takes most."""
+    states = sum(max(part[1:]) for part in numbers.components if "weights" in part.name or "AdamW" in part.name)
+    advice = []
+    if numbers.of("activations").training > numbers.peak / 4:
+        if config.per_device_train_batch_size > 1:
+            advice.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")
+        if config.gradient_checkpointing in (None, False, "selective"):
+            advice.append("gradient_checkpointing: true")
+        lower = "a lower " if config.max_tokens_per_micro_batch is not None else ""
+        advice.append(f"{lower}max_tokens_per_micro_batch")
+    if states > numbers.peak / 2:
+        advice += _advice_on_states(config)
+    if config.keep_sampling_memory:
+        advice.append("keep_sampling_memory: false")
+    return "try " + ", ".join(advice or ["shorter sequences"])
+
+
+def _advice_on_states(config: Config) -> list[str]:
+    advice = []
+    if not config.use_peft:
+        advice.append("use_peft: true" + ("" if config.num_layers_unfrozen else " or num_layers_unfrozen"))
+    if config.dtype == "float32" and (config.use_peft or config.num_layers_unfrozen):
+        advice.append("dtype: bfloat16 with bf16: true for the frozen weights")
+    return advice

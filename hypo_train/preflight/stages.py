@@ -1,0 +1,172 @@
+"""A whole run checked before it starts: settings, model, data, memory and disk, without any weights.
+
+A dry run collects all that it finds; a run is refused at the first stage that has found a problem, cheapest first. Both
+go through the same stages and the code that training uses. What only weights can show is checked once they are read,
+and named as not checked by a dry run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from hypo_train.config import Config
+from hypo_train.costs.estimate import Conditions, DeviceType, estimate
+from hypo_train.invocation import DryRun
+from hypo_train.model.load import StructureError, outline
+from hypo_train.model.miniature import UNKNOWN, Structure, look_at_structure
+from hypo_train.model.policy import Policy
+from hypo_train.model.quantization import require_quantization
+from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.tree_model import first_line
+from hypo_train.optim import require_optimizer
+from hypo_train.plan import Plan
+from hypo_train.preflight.data import assumed_plan, check_data, describe_steps
+from hypo_train.preflight.disk import check_disk, check_output_dir
+from hypo_train.preflight.findings import Findings
+from hypo_train.preflight.hub import offline_where_unreachable
+from hypo_train.preflight.memory import check_memory
+from hypo_train.preflight.model import check_reward_model, describe_model, sampler_kind
+from hypo_train.preflight.source import LONGEST, Source
+from hypo_train.processes import Share
+from hypo_train.reward import RewardFunction, load_function
+from hypo_train.state import checkpoint_to_resume, refuse_to_overwrite
+from hypo_train.trackers import require_trackers
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the checks have read, for the run to go on with."""
+
+    findings: Findings
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    plan: Plan
+    reward_function: RewardFunction | None
+
+
+@dataclass(frozen=True)
+class _Device:
+    """What the run computes on, and how."""
+
+    kind: DeviceType
+    autocast: bool
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """The models on the meta device, and what a miniature shows of the trained one."""
+
+    trained: Policy | RewardModel
+    structure: Structure
+    reward_model: Any
+
+
+def check(config: Config, dry_run: DryRun) -> Findings:
+    """Everything that can be known of the run beforehand."""
+    kind = cast(DeviceType, dry_run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16)
+    share = Share(0, dry_run.num_devices)
+    found = Findings(config)
+    with offline_where_unreachable():
+        with found.collected():
+            refuse_to_overwrite(config)
+        _check_settings(config, found)
+        source = None
+        with found.collected():
+            source = Source.of_dry_run(config, dry_run, found)
+        outlined = None if source is None else _check_model(config, source, device, found, must_exist=False)
+        plan = None
+        with found.collected():
+            plan = check_data(config, source, found, share)
+    if plan is not None:
+        describe_steps(config, plan, found)
+    elif outlined is not None:
+        found.warnings.append(f"without the data, memory is estimated for rows {LONGEST}")
+    if outlined is not None:
+        _check_room(config, plan or assumed_plan(config, share), outlined, device, found, whole=True)
+    return found
+
+
+def passed(config: Config, *, device_type: str, autocast: bool, share: Share) -> Passed:
+    """The same for a run that is to start now.
+
+    Raises:
+        ValueError: it cannot be run: the problem itself, or PreflightError with all of a stage.
+    """
+    device, found = _Device(cast(DeviceType, device_type), autocast), Findings(config)
+    function = _check_settings(config, found)
+    found.refuse()
+    source = Source.of_run(config)
+    outlined = _check_model(config, source, device, found, must_exist=True)
+    found.refuse()
+    plan = check_data(config, source, found, share)
+    describe_steps(config, plan, found)
+    if outlined is not None:
+        _check_room(config, plan, outlined, device, found, whole=False)
+    found.refuse()
+    found.unchecked.clear()  # the run will show it
+    return Passed(found, source.tokenizer, source.eos_token_ids, plan, function)
+
+
+def _check_settings(config: Config, found: Findings) -> RewardFunction | None:
+    """Names and folders; the reward function, where there is one."""
+    with found.collected():
+        check_output_dir(config)
+    for require in (require_optimizer, require_quantization, require_trackers):
+        with found.collected():
+            require(config)
+    with found.collected():
+        if config.resume_from_checkpoint != "auto":
+            checkpoint_to_resume(config)
+    with found.collected():
+        if config.reward is not None:
+            return load_function(config.reward)
+    return None
+
+
+def _check_model(
+    config: Config, source: Source, device: _Device, found: Findings, *, must_exist: bool
+) -> _Outline | None:
+    """None: there is a problem with it, or its checkpoint alone shows its structure."""
+    trained, structure, reward_model = None, UNKNOWN, None
+    with found.collected():
+        try:
+            trained = outline(config, source.architecture, device_type=device.kind, autocast=device.autocast)
+        except StructureError as error:
+            if not must_exist:
+                raise
+            found.warnings.append(f"{error}: memory and disk are not estimated, and the model not looked at before")
+    if trained is not None:
+        with found.collected():
+            structure = look_at_structure(config, source.architecture)
+        describe_model(config, source, trained, structure, found)
+    with found.collected():
+        reward_model = check_reward_model(config, source, found, must_exist=must_exist)
+    return None if trained is None else _Outline(trained, structure, reward_model)
+
+
+def _check_room(
+    config: Config, plan: Plan, outlined: _Outline, device: _Device, found: Findings, *, whole: bool
+) -> None:
+    """Memory and disk; ``whole``: with every part of memory."""
+    with found.collected():
+        check_disk(config, plan, outlined.trained, found)
+    _check_memory(config, plan, outlined, device, found, whole=whole)
+
+
+def _check_memory(
+    config: Config, plan: Plan, outlined: _Outline, device: _Device, found: Findings, *, whole: bool
+) -> None:
+    shares_prompts = outlined.structure.shares_prompts is not False
+    sampler = sampler_kind(config, outlined.structure)
+    conditions = Conditions(device.kind, device.autocast, shares_prompts, sampler)
+    try:
+        numbers = estimate(plan, outlined.trained, conditions, reward_model=outlined.reward_model)
+    except Exception as error:  # a structure that the rehearsal does not know is no reason not to train
+        found.warnings.append(f"memory is not estimated: {first_line(error)}")
+        return
+    with found.collected():
+        check_memory(config, numbers, device.kind, device.autocast, found, whole=whole)

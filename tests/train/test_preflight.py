@@ -1,0 +1,229 @@
+"""What a run checks before it reads any weights: what it is refused for, what it warns of, and what it prints."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hypo_train import preflight, run
+from hypo_train.config import ConfigError
+from hypo_train.data import load
+from hypo_train.model import load as model_load
+from hypo_train.model.tree_model import ModelError
+from hypo_train.preflight import PreflightError, disk, memory, stages
+from hypo_train.run import prepare
+from hypo_train.train import train
+
+
+@pytest.fixture(autouse=True)
+def no_memory_estimate():
+    """Here there is one."""
+
+
+@pytest.fixture
+def page(settings):
+    """``page(field=value)`` is the first page of the tiny run, as lines."""
+
+    def make(**changes):
+        lines = []
+        prepare(settings(**changes), show=lines.extend)
+        return lines
+
+    return make
+
+
+@pytest.fixture
+def nothing_heavy(monkeypatch):
+    """Neither data nor weights may be read."""
+
+    def refuse(*_, **__):
+        raise AssertionError("read before the settings passed")
+
+    monkeypatch.setattr(load, "load_rows", refuse)
+    monkeypatch.setattr(run, "load_policy", refuse)
+
+
+def part(lines, title):
+    """The lines under a title."""
+    start = lines.index(title) + 1
+    stop = lines.index("", start) if "" in lines[start:] else len(lines)
+    return [line.strip() for line in lines[start:stop]]
+
+
+def with_free_disk(monkeypatch, free):
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+# The page
+
+
+def test_a_healthy_run_prints_one_screen_and_no_warning(page):
+    lines = page()
+    assert [line for line in lines if line and not line.startswith(" ")] == ["model", "steps", "data", "memory", "disk"]
+    assert len(lines) < 40
+    assert part(lines, "memory")[0].startswith("at least ")
+
+
+def test_the_page_comes_before_the_weights_and_warnings_come_first(settings, monkeypatch):
+    shown = []
+
+    def stop(*_, **__):
+        assert shown[0] == "warnings"
+        raise ModelError("weights are read now")
+
+    monkeypatch.setattr(run, "load_policy", stop)
+    with pytest.raises(ModelError, match="weights are read now"):
+        prepare(settings(top_k=5), show=shown.extend)
+
+
+def test_nothing_is_read_twice(settings, monkeypatch):
+    counts = {"data": 0, "tokenizer": 0}
+    read_rows, open_tokenizer = load.load_rows, AutoTokenizer.from_pretrained
+
+    def rows(*arguments):
+        counts["data"] += 1
+        return read_rows(*arguments)
+
+    def tokenizer(*arguments, **options):
+        counts["tokenizer"] += 1
+        return open_tokenizer(*arguments, **options)
+
+    monkeypatch.setattr(load, "load_rows", rows)
+    monkeypatch.setattr(model_load.AutoTokenizer, "from_pretrained", tokenizer)
+    train(settings(max_steps=1, num_eval_rows=4), progress=False)
+    assert counts == {"data": 1, "tokenizer": 1}
+
+
+# Refused before data and weights are read
+
+
+def test_problems_of_the_settings_are_all_named(settings, tmp_path, nothing_heavy):
+    with pytest.raises(PreflightError) as caught:
+        prepare(settings(reward="no_such_module:reward", resume_from_checkpoint="runs/no"))
+    lines = str(caught.value).split("\n")
+    assert lines[0] == "2 problems:"
+    assert "there is no such folder" in lines[1]
+    assert "No module named 'no_such_module'" in lines[2]
+
+
+def test_a_reward_model_that_is_not_there_is_named(settings, nothing_heavy):
+    with pytest.raises(ModelError, match=r"^reward_model_path: there is no folder './rm'$"):
+        prepare(settings(reward_model_path="./rm"))
+
+
+def test_a_reward_model_with_several_labels_is_named(settings, saved_model, tmp_path, nothing_heavy):
+    AutoModelForSequenceClassification.from_config(tiny.new_config("llama", num_labels=3)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="gives 3 labels: a reward model has one"):
+        prepare(settings(reward_model_path=str(tmp_path)))
+
+
+def test_more_layers_than_there_are_is_named(settings, nothing_heavy):
+    with pytest.raises(ModelError, match="num_layers_unfrozen=3: LlamaForCausalLM has 2 layers"):
+        prepare(settings(num_layers_unfrozen=3))
+
+
+def test_an_output_dir_below_a_file_is_named(settings, tmp_path, nothing_heavy):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file' is a file, choose another folder$"):
+        prepare(settings(output_dir=str(tmp_path / "file" / "run")))
+
+
+# Memory
+
+
+def test_states_that_alone_exceed_the_device_are_refused(settings, monkeypatch):
+    monkeypatch.setattr(memory, "device_room", lambda device: 100_000)
+    monkeypatch.setattr(run, "load_policy", None)
+    with pytest.raises(ConfigError) as caught:
+        prepare(settings())
+    message = str(caught.value)
+    assert message.startswith("memory: weights, their copies and AdamW's moments alone take 0.27 MiB, and the device")
+    assert "use_peft: true" in message
+
+
+def test_more_than_nine_tenths_of_the_device_is_a_warning(page, monkeypatch):
+    monkeypatch.setattr(memory, "device_room", lambda device: 2**20)
+    [warning] = part(page(), "warnings")
+    assert warning.startswith("memory: ")
+    assert " are more than nine tenths of 1.00 MiB: try " in warning
+
+
+def test_a_structure_that_cannot_be_rehearsed_is_a_warning_and_trains(page, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no such operation on meta tensors")
+
+    monkeypatch.setattr(stages, "estimate", fail)
+    assert part(page(), "warnings") == ["memory is not estimated: no such operation on meta tensors"]
+
+
+def test_a_model_that_only_its_checkpoint_builds_is_a_warning_and_trains(page, monkeypatch):
+    def fail(*_, **__):
+        raise model_load.StructureError("cannot build a new model: no")
+
+    monkeypatch.setattr(stages, "outline", fail)
+    [warning] = part(page(), "warnings")
+    assert warning.startswith("cannot build a new model: no: memory and disk are not estimated")
+
+
+@pytest.mark.parametrize(("text", "limit"), [("max\n", None), ("1048576\n", 2**20), (None, None)])
+def test_a_containers_limit_is_read(tmp_path, text, limit):
+    path = tmp_path / "memory.max"
+    if text is not None:
+        path.write_text(text)
+    assert memory._container_limit(path) == limit
+
+
+# Disk
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_peft": True}, {"num_layers_unfrozen": 1}, {"algorithm": "reward"}])
+def test_what_checkpoints_and_the_final_model_take_is_what_is_written(settings, changes, monkeypatch, tmp_path):
+    expected = []
+    monkeypatch.setattr(
+        stages, "check_disk", lambda c, p, t, f: expected.extend([disk.checkpoint_bytes(t), disk.final_bytes(t)])
+    )
+    train(settings(max_steps=1, **changes), progress=False)
+
+    def size(folder):
+        return sum(file.stat().st_size for file in (tmp_path / "run" / folder).glob("*.safetensors"))
+
+    assert size("checkpoint-1") == pytest.approx(expected[0], abs=15_000)  # of names
+    assert size("final") == pytest.approx(expected[1], abs=5_000)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused(settings, monkeypatch):
+    with_free_disk(monkeypatch, 200_000)
+    monkeypatch.setattr(run, "load_policy", None)
+    with pytest.raises(ConfigError, match=r"a checkpoint takes 0\.20 MiB, and 0\.19 MiB are free: choose a folder"):
+        prepare(settings())
+
+
+def test_a_disk_without_room_for_all_that_is_kept_is_a_warning(page, monkeypatch):
+    with_free_disk(monkeypatch, 600_000)
+    [warning] = part(page(save_steps=1, save_total_limit=2), "warnings")
+    assert warning == (
+        "disk: 0.61 MiB for checkpoints and the final model, and 0.57 MiB are free at output_dir: lower "
+        "save_total_limit, or choose a folder on another disk"
+    )
+    assert "warnings" not in page(save_total_limit=2), "the last step's alone, and the final model"
+
+
+def test_the_checkpoints_of_a_run_that_goes_on_make_room_for_its_new_ones(settings, page, monkeypatch):
+    train(settings(max_steps=2, save_steps=1), progress=False)
+    with_free_disk(monkeypatch, 250_000)
+    lines = page(max_steps=2, save_steps=1, resume_from_checkpoint="auto")
+    assert "warnings" not in lines
+
+
+def test_a_dry_run_finds_them_all_the_same(settings, monkeypatch):
+    with_free_disk(monkeypatch, 0)
+    monkeypatch.setattr(memory, "device_room", lambda device: 100_000)
+    monkeypatch.setattr("hypo_train.preflight.hub._is_unreachable", lambda: True)
+    found = preflight.check(settings(), preflight.stages.DryRun())
+    assert [str(problem).split(":")[0] for problem in found.problems] == [
+        f"output_dir='{settings().output_dir}'",
+        "memory",
+    ]
