@@ -21,10 +21,6 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# Small runs, killed 200 times and stopped 40 times, must end as if nobody had touched them: about ten minutes.
-soak: $(INSTALLED)
-	$(BIN)/python -m benchmarks.soak $(ARGS)
-
 # The proof kit. A Python that has a CUDA torch of its own needs no environment: python -m benchmarks.proof
 gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.proof $(ARGS)
@@ -37,8 +33,10 @@ paper: $(INSTALLED)
 paper-full: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper.small $(ARGS)
 
-# What the tests do in short, in full: hours. Each line is a command of its own.
+# What the tests do in short, in full: small runs killed 200 times and stopped 40 times must end as if nobody had touched
+# them (ten minutes); 10,000 inputs must train or be refused.
 soak: $(INSTALLED)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 	FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -n 2 --timeout 0
 
 smollm2: $(INSTALLED) models/SmolLM2-135M-Instruct
