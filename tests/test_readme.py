@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from stand_in import ROOT, make_workplace
+from transformers import AutoModelForCausalLM
 
 from hypo_kernels import sequence_logprobs
 from hypo_train.__main__ import main
@@ -28,7 +30,7 @@ from hypo_train.judges.settings import load_settings as judge_settings
 LOOP = "docs/plain_loop.md"
 # Small enough for a test, whatever the recipe says.
 SHORT = ["--max_steps", "1", "--max_prompt_length", "64", "--max_completion_length", "8", "--num_eval_prompts", "2"]
-SHORT += ["--per_device_train_batch_size", "2", "--bf16", "false", "--tensorboard", "false"]
+SHORT += ["--per_device_train_batch_size", "2", "--bf16", "false", "--report_to", "none"]
 
 
 @functools.cache
@@ -63,9 +65,12 @@ def commands_that(start):
     return [pytest.param(words, id=" ".join(words) or "alone") for words in found]
 
 
+OTHER_COMMANDS = ("demo", "evaluate", "export", "judge", "report")
+
+
 def training_commands():
     found = commands_that("python -m hypo_train")
-    return [command for command in found if command.values[0][:1] not in (["evaluate"], ["judge"], ["demo"])]
+    return [command for command in found if command.values[0][:1] not in [[name] for name in OTHER_COMMANDS]]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +150,7 @@ def test_the_plain_loop_trains():
 
 def test_every_command_is_of_a_kind_that_is_checked():
     kinds = ("make", "pip", "python -m hypo_train", "python -m pytest", "python -m benchmarks", "git clone", "cd ")
+    kinds += ("torchrun --nproc_per_node 8 -m hypo_train --config",)
     assert [words for words in map(" ".join, commands()) if not words.startswith(kinds)] == []
 
 
@@ -194,6 +200,30 @@ def test_an_evaluation_command_runs_or_is_understood(words):
     if len(words) == 1:
         assert main(["evaluate", *words]) == 0
         assert Path(words[0], "evaluation", "samples.jsonl").is_file()
+
+
+@pytest.mark.usefixtures("finished_run")
+@pytest.mark.parametrize("words", commands_that("python -m hypo_train report"))
+def test_a_reporting_command_writes_a_page(words):
+    for run in words:
+        if not Path(run).exists():  # the same run stands for another one
+            shutil.copytree("runs/hypo", run)
+    assert main(["report", *words]) == 0
+    assert Path("report.html" if len(words) > 1 else f"{words[0]}/report.html").is_file()
+
+
+@pytest.mark.usefixtures("finished_run")
+@pytest.mark.parametrize("words", commands_that("python -m hypo_train export"))
+def test_an_export_command_writes_a_model(words):
+    assert main(["export", *words]) == 0
+    folder = Path(words[words.index("--output_dir") + 1])
+    assert AutoModelForCausalLM.from_pretrained(folder) is not None
+
+
+@pytest.mark.usefixtures("at_work")
+@pytest.mark.parametrize("words", commands_that("torchrun --nproc_per_node 8 -m hypo_train"))
+def test_a_command_for_several_processes_is_understood(words):
+    load_config(words)
 
 
 @pytest.mark.parametrize("words", commands_that("python -m hypo_train judge"))

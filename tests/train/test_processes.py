@@ -1,24 +1,21 @@
 """Two processes train as one does: the same rows, samples, losses and weights, whatever they divide."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
+from ranks import WORLD, ended, started
 from safetensors.torch import load_file
-from tiny import make_config, new_model, reward_of_length, save
+from tiny import make_config, new_model, save
 
 from hypo_train.config import Config
 from hypo_train.log import read_metrics, without_costs
 from hypo_train.train import train
 
-WORLD = 2
+pytestmark = pytest.mark.slow
 STEPS = 20
-assert reward_of_length
 REWARD = "tiny:reward_of_length"
 FULL = {"learning_rate": 1e-3}
 LORA = {"use_peft": True, "lora_r": 4}
@@ -46,31 +43,12 @@ CASES = {
 }
 
 
-def launch(folder: Path, configs: list[Config], world: int = WORLD, **environment: str) -> list[str]:
-    """The processes' standard errors, by rank."""
+def launch(folder: Path, configs: list[Config]) -> None:
+    """Train them in two processes."""
     folder.mkdir(exist_ok=True)
     (folder / "configs.json").write_text(json.dumps([config.model_dump() for config in configs]), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("ranks.py"), folder],
-            env=os.environ
-            | shared
-            | path
-            | {"OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r)}
-            | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(world)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
-    return errors
+    for status, _, error in ended(started([str(Path(ranks.__file__)), str(folder)])):
+        assert status == 0, error
 
 
 def config_of(name: str, folder: Path, model: Path, world: int = 1) -> Config:

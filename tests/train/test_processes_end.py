@@ -3,14 +3,13 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import ended, started
 from safetensors.torch import load_file
 from tiny import make_config, new_model, save
 
@@ -22,32 +21,11 @@ pytestmark = pytest.mark.slow
 STEPS = 6
 
 
-def start(config: Config, world: int) -> list["subprocess.Popen[str]"]:
-    """The processes of ``python -m hypo_train``, by rank."""
+def start(config: Config) -> list["subprocess.Popen[str]"]:
+    """Two processes of ``python -m hypo_train``, by rank."""
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(config.to_yaml(), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    shared |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "hypo_train", "--config", str(file)],
-            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(world)
-    ]
-
-
-def ended(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str, str]]:
-    """Exit status, standard output and standard error of each, by rank."""
-    found = [process.communicate(timeout=200) for process in processes]
-    return [(process.returncode, out, error) for process, (out, error) in zip(processes, found, strict=True)]
+    return started(["-m", "hypo_train", "--config", str(file)])
 
 
 def config_of(folder: Path, **changes: object) -> Config:
@@ -76,9 +54,9 @@ def final(config: Config) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(tmp_path, fsdp):
     config = config_of(tmp_path, fsdp=fsdp, logging_steps=2)
-    assert [status for status, _, _ in ended(start(config, 2))] == [0, 0]
+    assert [status for status, _, _ in ended(start(config))] == [0, 0]
     again = cut_to(config, 3, tmp_path / "again")
-    found = ended(start(again, 2))
+    found = ended(start(again))
     assert [status for status, _, _ in found] == [0, 0], found
     assert lines_of(again) == lines_of(config)
     assert all(torch.equal(value, final(config)[name]) for name, value in final(again).items())
@@ -91,7 +69,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_
 
 def test_a_run_with_other_rows_a_step_is_not_gone_on_with(tmp_path):
     config = config_of(tmp_path)
-    ended(start(config, 2))
+    ended(start(config))
     alone = cut_to(config, 3, tmp_path / "alone")
     with pytest.raises(ValueError, match=r"4 rows a step on 2 processes, and this one has 2 on 1"):
         train(alone, progress=False)
@@ -99,7 +77,7 @@ def test_a_run_with_other_rows_a_step_is_not_gone_on_with(tmp_path):
 
 def test_a_signal_to_one_process_ends_the_step_and_saves_on_all(tmp_path):
     config = config_of(tmp_path, max_steps=100_000, save_steps=0)
-    processes = start(config, 2)
+    processes = start(config)
     metrics = Path(config.output_dir) / "metrics.jsonl"
     give_up = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < give_up:
@@ -121,7 +99,7 @@ def failing_on_the_second(prompt: str, completion: str) -> float:
 
 def test_a_process_that_fails_says_why_and_the_others_end_too(tmp_path):
     config = config_of(tmp_path, algorithm="rloo", reward="test_processes_end:failing_on_the_second")
-    (main, _, _), (other, _, error) = ended(start(config, 2))
+    (main, _, _), (other, _, error) = ended(start(config))
     assert main not in (0, None)
     assert other not in (0, None)
     assert "this machine is broken" in error
@@ -130,7 +108,7 @@ def test_a_process_that_fails_says_why_and_the_others_end_too(tmp_path):
 def test_a_mistake_in_the_configuration_is_said_once(tmp_path):
     config = config_of(tmp_path, per_device_train_batch_size=2)
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "tell", "chosen": "a", "rejected": "b"}\n')
-    (main, _, said), (other, _, also) = ended(start(config.model_copy(update={"num_eval_rows": 0}), 2))
+    (main, _, said), (other, _, also) = ended(start(config.model_copy(update={"num_eval_rows": 0})))
     assert main == 2
     assert other != 0
     assert "1 training rows for 2 processes" in said
