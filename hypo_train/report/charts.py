@@ -150,7 +150,7 @@ def _picture(title: str, axes: Axes, drawn: Sequence[Html]) -> Html:
     for value in _ticks(*axes.y, count=4):
         _, y = axes.place(axes.x[0], value)
         grid.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}"))
-        labels.append(element("text", short(value), x=LEFT - 5, y=f"{y + 3.5:.1f}", text_anchor="end"))
+        labels.append(element("text", _tick_text(value), x=LEFT - 5, y=f"{y + 3.5:.1f}", text_anchor="end"))
     for step in _ticks(*axes.x, count=5):
         if step == int(step):
             x, _ = axes.place(step, axes.y[0])
@@ -163,6 +163,15 @@ def _picture(title: str, axes: Axes, drawn: Sequence[Html]) -> Html:
         element("g", *labels, class_="ticks"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title,
     )  # fmt: skip
+
+
+def _tick_text(value: float) -> str:
+    """Short enough for the margin: 0.00125 is 1.25e-3 there."""
+    text = short(value)
+    if len(text) <= 6:
+        return text
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

@@ -398,3 +398,13 @@ def test_numbers_are_short_and_errors_decide_their_digits():
         "2 h 05 min",
         "2 d 5 h",
     ]
+
+
+@pytest.mark.parametrize("peak", [1.5e-3, 3e-6, 0.5, 12_345.0, 4e9])
+def test_the_numbers_at_an_axis_fit_its_margin(tmp_path, peak):
+    lines = [{"step": step, "learning_rate": peak * step / 7} for step in range(1, 8)]
+    run = recorded.write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = re.findall(r'text-anchor="end">([^<]*)<', str(page(read_runs([run]))))
+    assert texts
+    assert max(map(len, texts)) <= 7
