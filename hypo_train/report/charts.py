@@ -13,7 +13,7 @@ from hypo_train.report.numbers import short
 from hypo_train.report.series import Point, Series
 
 WIDTH, HEIGHT = 360, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 24
+LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 24  # LEFT: seven characters and a gap
 
 
 def run_colour(number: int) -> str:
@@ -166,9 +166,9 @@ def _picture(title: str, axes: Axes, drawn: Sequence[Html]) -> Html:
 
 
 def _tick_text(value: float) -> str:
-    """Short enough for the margin: 0.00125 is 1.25e-3 there."""
+    """Short enough for the margin: 1.25e-06 is 1.25e-6 there."""
     text = short(value)
-    if len(text) <= 6:
+    if len(text) <= 7:
         return text
     digits, exponent = f"{value:.2e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"

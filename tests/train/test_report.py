@@ -400,7 +400,7 @@ def test_numbers_are_short_and_errors_decide_their_digits():
     ]
 
 
-@pytest.mark.parametrize("peak", [1.5e-3, 3e-6, 0.5, 12_345.0, 4e9])
+@pytest.mark.parametrize("peak", [1.5e-3, 1.5e-6, 0.5, 12_345.0, 4e9])
 def test_the_numbers_at_an_axis_fit_its_margin(tmp_path, peak):
     lines = [{"step": step, "learning_rate": peak * step / 7} for step in range(1, 8)]
     run = recorded.write_run(tmp_path / "run")
