@@ -32,10 +32,10 @@ SMALL: dict[str, Any] = {
     "weight_decay": 0.1,
     "kl_coef": 0.05,
     "bf16": False,
-    "tensorboard": False,
+    "report_to": [],
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "hypo": {"precompute_ref_log_probs": True, "gradient_accumulation_steps": 2, "tensorboard": True},
+    "hypo": {"precompute_ref_log_probs": True, "gradient_accumulation_steps": 2, "report_to": ["tensorboard"]},
     "hypo, LoRA": {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2, "lora_target_modules": "all-linear"},
     "hypo, last layers": {"num_layers_unfrozen": 2, "rollout_steps": 3},
     "rloo": {"algorithm": "rloo", "rollout_steps": 3, "beta": 0.05},

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from estimates import no_memory_estimate  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def test_a_run_trains_or_is_refused_in_a_line(place, data, settings):
                 "max_steps": 2,
                 "per_device_train_batch_size": 4,
                 "logging_steps": 1,
-                "tensorboard": False,
+                "report_to": [],
                 **({"reward": "tiny:reward_of_length"} if settings["algorithm"] == "rloo" else {}),
                 **settings,
             }

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import tiny
 from accelerate.state import AcceleratorState
+from estimates import no_memory_estimate  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +33,6 @@ def own_accelerator():
     """accelerate keeps one precision a process; each test has its own."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(autouse=True)
-def no_memory_estimate(monkeypatch):
-    """A run's first page is without its memory, which takes longer to rehearse than a tiny model to train. Modules that
-    are about it have a fixture of this name, and it."""
-    monkeypatch.setattr("hypo_train.preflight.stages._check_memory", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,12 @@ RECIPES = ROOT / "hypo_train" / "recipes"
 TLDR = [f"tldr/{kind}-{size}" for size in ("1.4b", "2.8b") for kind in ("sft", "reward", "dpo", "ipo", "hypo", "rloo")]
 CHAT = ["ultrafeedback/dpo-8b", "ultrafeedback/hypo-8b"]
 
+
+@pytest.fixture
+def no_memory_estimate():
+    """Where a test asks for it."""
+
+
 # Steps, batch and ranks of a miniature; it has no GPU that would turn bf16 on. The lengths of TL;DR stay as they are.
 SMALLER = {
     "max_steps": "3",
