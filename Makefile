@@ -9,9 +9,10 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/python -m hypo_train
 
-# A process a core, each with one thread: kernels under an interpreter use no more.
+# A process a core, each with one thread: kernels under an interpreter use no more. In the order of the files: sorted by
+# their number of tests, a few long ones would come last, and one process wait for the other.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -25,9 +25,9 @@ def test_runs_killed_and_stopped_at_random_moments_end_as_those_that_were_not(tm
         "-m",
         "benchmarks.soak",
         "--kills",
-        "12",
+        "8",
         "--stops",
-        "4",
+        "2",
         "--keep",
         str(tmp_path / "soak"),
     ]
