@@ -136,7 +136,8 @@ def estimate(
         *(Component(name, number, number, number) for name, number in always),
         Component("gradients (float32)", 0, divided(held.gradients, count), divided(size, count)),
         Component("weights put together", *whole, 0),
-        Component("autocast's copies of weights (bfloat16)", 0, held.casts, 0),
+        # What is sharded comes in the dtype that is computed in.
+        Component("autocast's copies of weights (bfloat16)", 0, held.casts if count == 1 else 0, 0),
         Component("activations", draws.activations, held.activations + held.temporary, 0),
         Component("the loss: a chunk of logits, its gradients", 0, held.loss, 0),
         Component("a layer's weights, unpacked", unpacked, unpacked, 0),

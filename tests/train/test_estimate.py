@@ -11,10 +11,12 @@ from benchmarks.measure import peak_extra_bytes
 from hypo_train.config import Config
 from hypo_train.costs.estimate import Conditions, estimate
 from hypo_train.costs.rehearsal import Rows, bytes_of, rehearse
+from hypo_train.data.rows import Pair
 from hypo_train.metrics import Meter
 from hypo_train.model.architectures import known_architecture
 from hypo_train.model.load import outline
 from hypo_train.plan import Plan
+from hypo_train.processes import Share
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.step import train_step
 
@@ -181,3 +183,33 @@ def test_the_estimate_is_near_the_peak_of_a_real_step(tmp_path, medium, changes)
     peak, run = measured_peak(config)
     numbers = estimated(config, run)
     assert numbers.peak == pytest.approx(peak, rel=TOLERANCE), f"{numbers.peak / peak:.3f} {numbers.phases}"
+
+
+# Several devices
+
+
+def of_devices(count, **changes):
+    """The estimate for one of ``count`` processes that fine-tune Llama-3-8B fully on rows of 300 tokens."""
+    fixed = {"algorithm": "dpo", "precompute_ref_log_probs": False, "bf16": True, "max_steps": 1}
+    config = config_of(**fixed, fsdp=count > 1, **changes)
+    rows = [Pair(0, (0,) * 200, (0,) * 50, (0,) * 50)] * 64
+    plan = Plan(config, rows, [], share=Share(0, count))
+    trained = outline(config, known_architecture(LLAMA), device_type="cuda", autocast=True)
+    return estimate(plan, trained, Conditions("cuda", True, True, "decode")), trained
+
+
+def test_processes_that_share_the_weights_hold_a_part_of_what_training_keeps_of_them():
+    (alone, trained), (eighth, _) = of_devices(1), of_devices(8)
+    for name in ("trained weights (float32)", "the reference's copy of them", "AdamW's two moments (float32)"):
+        assert eighth.of(name).training == -(-alone.of(name).training // 8)
+    # Whole in bfloat16 at any time: the embedding, the head and two of 32 layers; and one layer's gradients, in fp32.
+    config = trained.base.config
+    outside = 2 * config.vocab_size * config.hidden_size + config.hidden_size
+    layer = (sum(p.numel() for p in trained.parameters()) - outside) // 32
+    assert eighth.of("weights put together").training == 2 * outside + 2 * 2 * layer + 4 * layer
+    assert alone.peak > 100 * 2**30 > 45 * 2**30 > eighth.peak
+
+
+def test_a_processs_activations_are_those_of_its_own_rows():
+    changes = {"per_device_train_batch_size": 2}
+    assert of_devices(8, **changes)[0].of("activations") == of_devices(2, **changes)[0].of("activations")
