@@ -27,7 +27,9 @@ _NOT_SHOWN = {
     "logging_steps",
     "save_steps",
     "save_total_limit",
-    "tensorboard",
+    "report_to",
+    "run_name",
+    "project",
     "peak_tflops",
 }
 _PACKAGES = ("hypo-kernels", "torch", "transformers", "peft", "datasets")

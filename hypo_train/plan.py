@@ -86,6 +86,7 @@ class Plan:
             tokens += length
         yield slice(start, len(lengths))
 
+    @cached_property
     def largest_micro_batch(self) -> list[int]:
         """The training rows of this process's micro-batch of most tokens, if samples are as long as they may be."""
         longest = [length + self.max_sampled for length in self._row_lengths]

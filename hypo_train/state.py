@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from hypo_train.checkpoint import (
-    CheckpointError,
     checkpoint_folder,
-    flush,
     latest_checkpoint,
     load_checkpoint,
     prune,
@@ -23,6 +19,7 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.metrics import Meter, added_up
 from hypo_train.model.trained_weights import put_saved
 from hypo_train.model_card import write_card
+from hypo_train.whole_folder import put_whole
 
 if TYPE_CHECKING:
     from hypo_train.run import Run
@@ -169,24 +166,12 @@ def save_model(run: Run) -> Path:
 
 
 def _write_model(run: Run, state: dict[str, Tensor] | None) -> Path:
-    folder, unfinished, replaced = (run.output_dir / name for name in ("final", "final.tmp", "final.old.tmp"))
-    for left_behind in (unfinished, replaced):
-        shutil.rmtree(left_behind, ignore_errors=True)
-    try:
-        run.trained.save_pretrained(unfinished, state)
-        run.tokenizer.save_pretrained(unfinished)
-        write_card(unfinished, run.config, run.output_dir)
-        for path in (*unfinished.iterdir(), unfinished):
-            flush(path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot save {folder}: {error}; training is done and its last checkpoint is kept: "
-            "--resume_from_checkpoint auto saves the model from there"
-        ) from error
-    if folder.exists():
-        folder.rename(replaced)
-    unfinished.rename(folder)
-    flush(run.output_dir)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return folder
+    def write(folder: Path) -> None:
+        run.trained.save_pretrained(folder, state)
+        run.tokenizer.save_pretrained(folder)
+        write_card(folder, run.config, run.output_dir)
+
+    advice = (
+        "; training is done and its last checkpoint is kept: --resume_from_checkpoint auto saves the model from there"
+    )
+    return put_whole(run.output_dir / "final", write, advice=advice)

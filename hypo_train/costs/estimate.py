@@ -162,7 +162,7 @@ def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: Dev
 
 def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> Held:
     """The run's largest micro-batch, forward and backward."""
-    rows = [plan.train_rows[i] for i in plan.largest_micro_batch()]
+    rows = [plan.train_rows[i] for i in plan.largest_micro_batch]
     prompts, branches = [len(row.prompt) for row in rows], [_branch_lengths(plan, row) for row in rows]
     laid_out = (Rows.packed if conditions.shares_prompts else Rows.separate)(prompts, branches)
     held = rehearse(

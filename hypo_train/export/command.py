@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from hypo_train.checkpoint import CheckpointError
 from hypo_train.config import ConfigError
 from hypo_train.export.settings import Settings
 from hypo_train.export.source import Source
@@ -21,6 +18,7 @@ from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.model_card import write_card
 from hypo_train.sampling.shadow import merged_weights
+from hypo_train.whole_folder import put_whole
 
 
 def run(settings: Settings) -> int:
@@ -102,21 +100,3 @@ def _without_adapters(base: Any, dtype: torch.dtype, *, unties: bool) -> Any:
         part.tie_word_embeddings = False
     with torch.device("meta"):
         return type(base)(config).eval()
-
-
-def put_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """A new folder that is there with all that ``write`` writes, or not at all.
-
-    Raises:
-        CheckpointError: it cannot be written, as on a full disk.
-    """
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed export left behind
-    try:
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        unfinished.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

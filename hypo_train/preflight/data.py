@@ -71,6 +71,6 @@ def describe_steps(config: Config, plan: Plan, found: Findings) -> None:
 
 
 def _size(plan: Plan) -> str:
-    rows = plan.largest_micro_batch()
+    rows = plan.largest_micro_batch
     tokens = sum(plan.train_rows[i].num_tokens + plan.max_sampled for i in rows)
     return f"{len(rows)} rows, {tokens:,} tokens" + (", samples at their longest" if plan.max_sampled else "")

@@ -11,6 +11,7 @@ from hypo_train.costs.memory import readable
 from hypo_train.costs.rehearsal import bytes_of
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.optim import footprint
 from hypo_train.plan import Plan
 from hypo_train.preflight.findings import Findings
 
@@ -25,13 +26,13 @@ def check_output_dir(config: Config) -> None:
 
 
 def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, found: Findings) -> None:
-    """What is written beside what is free: trained weights and AdamW's two moments in fp32 in each checkpoint, one
-    more of them than are kept while it is saved, and the final model.
+    """What is written beside what is free: trained weights and the optimizer's state in each checkpoint, one more of
+    them than are kept while it is saved, and the final model.
 
     Raises:
         ConfigError: there is no room for one checkpoint.
     """
-    one, final = checkpoint_bytes(trained), final_bytes(trained)
+    one, final = checkpoint_bytes(config, trained), final_bytes(trained)
     kept = min(config.save_total_limit, _num_saves(config, plan))
     most = max(min(kept + 1, _num_saves(config, plan)) * one, kept * one + final)
     free = shutil.disk_usage(_existing_parent(config)).free
@@ -52,9 +53,11 @@ def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, found:
         )
 
 
-def checkpoint_bytes(trained: Policy | RewardModel) -> int:
-    """Trained weights and AdamW's two moments of them, in fp32."""
-    return 3 * 4 * sum(p.numel() for p in trained.trained_parameters().values())
+def checkpoint_bytes(config: Config, trained: Policy | RewardModel) -> int:
+    """Trained weights in fp32 and the optimizer's state."""
+    own = trained.trained_parameters()
+    state = footprint(config.optim, own.items(), roles=trained.parameter_roles, device_type="cpu").state
+    return 4 * sum(p.numel() for p in own.values()) + state
 
 
 def final_bytes(trained: Policy | RewardModel) -> int:

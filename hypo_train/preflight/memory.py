@@ -23,7 +23,7 @@ def check_memory(
     """What a step holds beside what the device has; ``whole``: with the table of its parts.
 
     Raises:
-        ConfigError: weights, their copies and AdamW's moments alone are more than the device has.
+        ConfigError: weights, their copies and the optimizer's state alone are more than the device has.
     """
     found.unchecked.append("memory of evaluations, of an allocator's slack, of CUDA's context and of libraries")
     if config.sampler == "vllm" and config.draws_samples:
@@ -41,8 +41,8 @@ def check_memory(
     found.memory.append(f"at least {readable(needed)} of the {readable(room)} that are there")
     if (always := _states(numbers)) > room:
         raise ConfigError(
-            f"memory: weights, their copies and AdamW's moments alone take {readable(always)}, and the device has "
-            f"{readable(room)}: try {', '.join(_advice_on_states(config)) or 'a larger device'}"
+            f"memory: weights, their copies and the optimizer's state alone take {readable(always)}, and the device "
+            f"has {readable(room)}: try {', '.join(_advice_on_states(config)) or 'a larger device'}"
         )
     if needed > FREE * room:
         found.warnings.append(_too_much(config, numbers, needed, room))
@@ -92,7 +92,6 @@ def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | No
 
 def _advice(config: Config, numbers: Estimate) -> str:
     """What to change, by what takes most."""
-    states = sum(max(part[1:]) for part in numbers.components if "weights" in part.name or "AdamW" in part.name)
     advice = []
     if numbers.of("activations").training > numbers.peak / 4:
         if config.per_device_train_batch_size > 1:
@@ -101,7 +100,7 @@ def _advice(config: Config, numbers: Estimate) -> str:
             advice.append("gradient_checkpointing: true")
         lower = "a lower " if config.max_tokens_per_micro_batch is not None else ""
         advice.append(f"{lower}max_tokens_per_micro_batch")
-    if states > numbers.peak / 2:
+    if _states(numbers) > numbers.peak / 2:
         advice += _advice_on_states(config)
     if config.keep_sampling_memory:
         advice.append("keep_sampling_memory: false")

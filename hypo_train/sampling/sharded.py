@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from hypo_train.model.policy import Policy
-from hypo_train.sampling.protocol import PromptKV, Sampler, Samples
+from hypo_train.sampling.protocol import Sampler, Samples
 
 
 class ShardedSampler:
@@ -29,13 +29,10 @@ class ShardedSampler:
         prompts: list[list[int]],
         n: int,
         max_new_tokens: int,
-        *,
-        seed: int,
-        prompt_kv: PromptKV | None = None,
-        numbers: Sequence[int] | None = None,
+        **options: Any,
     ) -> Samples:
         """See `Sampler.sample`."""
-        return self.policy.inside(lambda: self.engine.sample(prompts, n, max_new_tokens, seed=seed, numbers=numbers))
+        return self.policy.inside(lambda: self.engine.sample(prompts, n, max_new_tokens, **options))
 
     def weights_changed(self, step: int) -> None:
         self.engine.weights_changed(step)

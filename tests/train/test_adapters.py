@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from resumed import resumed_like_whole
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -17,7 +18,6 @@ from hypo_train.costs.estimate import Conditions, estimate
 from hypo_train.data.rows import Pair
 from hypo_train.invocation import DryRun
 from hypo_train.losses import sequence_logprobs_of
-from hypo_train.metrics import Meter
 from hypo_train.model.load import load_policy, outline
 from hypo_train.model.quantization import (
     bytes_in_4_bits,
@@ -32,11 +32,9 @@ from hypo_train.model.tree_model import ModelError
 from hypo_train.plan import Plan
 from hypo_train.preflight import check
 from hypo_train.reference_cache import cache_key
-from hypo_train.run import prepare
 from hypo_train.sampling import DecodeSampler
 from hypo_train.sampling.shadow import merged_weights
-from hypo_train.state import resume, save, save_model
-from hypo_train.step import train_step
+from hypo_train.state import save_model
 from hypo_train.train import train
 from hypo_train.trees.batch import Batcher
 
@@ -125,16 +123,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(saved_model, settings, na
         pytest.importorskip("bitsandbytes")
     kind = KINDS[name]
     config = settings(model=saved_model(**WIDE), **kind)
-    whole, stopped = prepare(config), prepare(config)
-    for step in range(3):
-        train_step(whole, step, Meter())
-    train_step(stopped, 0, Meter())
-    save(stopped, Meter(), 1)
-    again = prepare(config.model_copy(update={"resume_from_checkpoint": "auto"}))
-    for step in range(resume(again, Meter()), 3):
-        train_step(again, step, Meter())
-    expected, found = tiny.weights(whole.trained), tiny.weights(again.trained)
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    again, whole = resumed_like_whole(config)
     loaded = PeftModel.from_pretrained(base_of(config.model_name_or_path, kind), save_model(again)).eval()
     ids = torch.tensor([[5, 7, 9, 11]])
     assert_close(loaded(input_ids=ids).logits, whole.policy.eval().base(input_ids=ids).logits, atol=1e-5, rtol=1e-5)

@@ -120,7 +120,7 @@ def test_the_largest_micro_batch_is_the_one_of_most_tokens(settings):
         rows = run.rows_of_step(step)
         lengths = [run.train_rows[i].num_tokens + 2 * 8 for i in rows]
         sizes += [sum(lengths[part]) for part in run.micro_batches(lengths)]
-    assert sum(run.train_rows[i].num_tokens + 2 * 8 for i in run.largest_micro_batch()) == max(sizes)
+    assert sum(run.train_rows[i].num_tokens + 2 * 8 for i in run.largest_micro_batch) == max(sizes)
 
 
 def test_memory_can_be_estimated_for_a_gpu_that_is_not_here(dry_run):

@@ -7,18 +7,16 @@ import importlib.util
 import pytest
 import tiny
 import torch
+from resumed import resumed_like_whole
 from torch import nn
 
 from benchmarks.measure import peak_extra_bytes
 from hypo_train.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from hypo_train.config import Config, ConfigError
 from hypo_train.costs.rehearsal import bytes_of
-from hypo_train.metrics import Meter
 from hypo_train.model.load import outline
 from hypo_train.optim import build_optimizer, build_scheduler, footprint, parameter_roles
 from hypo_train.run import prepare
-from hypo_train.state import resume, save
-from hypo_train.step import train_step
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "muon")
 
@@ -165,16 +163,7 @@ def test_a_run_with_any_of_them_goes_on_as_if_it_had_not_been_stopped(optim, set
     config = settings(
         algorithm="dpo", optim=optim, model=None, use_peft=optim == "muon", lora_r=4, precompute_ref_log_probs=False
     )
-    whole, stopped = prepare(config), prepare(config)
-    for step in range(3):
-        train_step(whole, step, Meter())
-    train_step(stopped, 0, Meter())
-    save(stopped, Meter(), 1)
-    again = prepare(config.model_copy(update={"resume_from_checkpoint": "auto"}))
-    for step in range(resume(again, Meter()), 3):
-        train_step(again, step, Meter())
-    expected, found = tiny.weights(whole.trained), tiny.weights(again.trained)
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    resumed_like_whole(config)
 
 
 def test_8_bits_without_bitsandbytes_are_refused_before_anything_is_read(settings, monkeypatch):

@@ -140,7 +140,9 @@ def test_states_that_alone_exceed_the_device_are_refused(settings, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         prepare(settings())
     message = str(caught.value)
-    assert message.startswith("memory: weights, their copies and AdamW's moments alone take 0.27 MiB, and the device")
+    assert message.startswith(
+        "memory: weights, their copies and the optimizer's state alone take 0.27 MiB, and the device"
+    )
     assert "use_peft: true" in message
 
 
@@ -179,11 +181,21 @@ def test_a_containers_limit_is_read(tmp_path, text, limit):
 # Disk
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_peft": True}, {"num_layers_unfrozen": 1}, {"algorithm": "reward"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_peft": True},
+        {"num_layers_unfrozen": 1},
+        {"algorithm": "reward"},
+        {"optim": "adafactor"},
+        {"optim": "muon"},
+    ],
+)
 def test_what_checkpoints_and_the_final_model_take_is_what_is_written(settings, changes, monkeypatch, tmp_path):
     expected = []
     monkeypatch.setattr(
-        stages, "check_disk", lambda c, p, t, f: expected.extend([disk.checkpoint_bytes(t), disk.final_bytes(t)])
+        stages, "check_disk", lambda c, p, t, f: expected.extend([disk.checkpoint_bytes(c, t), disk.final_bytes(t)])
     )
     train(settings(max_steps=1, **changes), progress=False)
 

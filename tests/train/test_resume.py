@@ -417,7 +417,6 @@ def test_a_final_model_that_finds_no_room_can_be_saved_later(interrupted, uninte
     config = interrupted()
 
     def in_no_room(self, folder, state):
-        folder.mkdir()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -443,7 +442,7 @@ def test_the_final_model_of_a_finished_run_is_there_until_it_is_saved_again(inte
 def test_what_a_kill_in_the_last_removal_leaves_behind_is_gone_after_the_resume(interrupted, monkeypatch):
     config = interrupted(save_total_limit=1)
     with monkeypatch.context() as patch:
-        die(patch, state.shutil, "rmtree", 3)  # the fourth save removes the third checkpoint
+        die(patch, shutil, "rmtree", 3)  # the fourth save removes the third checkpoint
         with pytest.raises(Killed):
             train(config, progress=False)
     folder = Path(config.output_dir)
