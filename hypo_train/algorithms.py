@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hypo_kernels import HypoLoss
 from hypo_train.costs.timing import PhaseTimer
+from hypo_train.journal.metrics import Meter, add_loss, add_online_rewards, add_rewards
 from hypo_train.losses import (
     Reference,
     bradley_terry_loss,
@@ -20,7 +21,6 @@ from hypo_train.losses import (
     sequence_logprobs_of,
     token_losses,
 )
-from hypo_train.metrics import Meter, add_loss, add_online_rewards, add_rewards
 from hypo_train.model.policy import HeadFunction
 from hypo_train.model.reward_model import rewards_of
 from hypo_train.model.tree_model import PromptPass, Trunk

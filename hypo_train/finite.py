@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from hypo_train.checkpoint import latest_checkpoint
 from hypo_train.interrupt import NotFiniteError
-from hypo_train.records import write_json_lines
+from hypo_train.journal.records import write_json_lines
 from hypo_train.run import Run
+from hypo_train.saving.checkpoint import latest_checkpoint
 
 
 def stop_if_not_finite(run: Run) -> None:

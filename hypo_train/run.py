@@ -17,7 +17,7 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
-from hypo_train.metrics import FiniteWatch
+from hypo_train.journal.metrics import FiniteWatch
 from hypo_train.model.load import load_policy, load_reward_model
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import num_elements

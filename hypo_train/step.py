@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hypo_train.algorithms import MicroBatch, loss_of
 from hypo_train.data.rows import Example
-from hypo_train.metrics import Meter
+from hypo_train.journal.metrics import Meter
 from hypo_train.model.sharding import whole
 from hypo_train.model.tree_model import PromptPass
 from hypo_train.rollouts import StepSamples

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import torch
 
-from hypo_train.checkpoint import checkpoint_folder, flush
 from hypo_train.config import Config
 from hypo_train.costs.memory import peak_memory
 from hypo_train.costs.throughput import of_all_processes
-from hypo_train.device import device_name
-from hypo_train.environment import Attempt
 from hypo_train.evaluation.held_out import Evaluation, evaluate
 from hypo_train.finite import raise_not_finite, stop_if_not_finite
 from hypo_train.interrupt import Stopped, StopRequest
-from hypo_train.log import RunLog, SilentLog
-from hypo_train.metrics import Meter
-from hypo_train.model_card import write_data_report
+from hypo_train.journal.device import device_name
+from hypo_train.journal.environment import Attempt
+from hypo_train.journal.log import RunLog, SilentLog
+from hypo_train.journal.metrics import Meter
+from hypo_train.journal.trackers import Trackers
 from hypo_train.report.ending import report_at_the_end
 from hypo_train.run import Run, prepare, with_reference_logps
-from hypo_train.state import refuse_to_overwrite, resume, save, save_model
+from hypo_train.saving.checkpoint import checkpoint_folder, flush
+from hypo_train.saving.model_card import write_data_report
+from hypo_train.saving.state import refuse_to_overwrite, resume, save, save_model
 from hypo_train.step import train_step
-from hypo_train.trackers import Trackers
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hypo_train import checkpoint, log, state, train
+from hypo_train import train
 from hypo_train.costs.timing import PhaseTimer
+from hypo_train.journal import log
+from hypo_train.saving import checkpoint, state
 
 # (module or class, function, area)
 AREAS = (

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from hypo_train.data.rows import Example, Ids, Pair, Prompt
 from hypo_train.evaluation.finished import FinishedRun
+from hypo_train.journal.metrics import Meter, add_loss, add_rewards
+from hypo_train.journal.standard_error import standard_error
 from hypo_train.losses import (
     Reference,
     bradley_terry_loss,
@@ -23,13 +25,11 @@ from hypo_train.losses import (
     sequence_logprobs_of,
     token_losses,
 )
-from hypo_train.metrics import Meter, add_loss, add_rewards
 from hypo_train.model.mode import eval_mode
 from hypo_train.model.policy import Head
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.run import Run
 from hypo_train.seeding import seeded
-from hypo_train.standard_error import standard_error
 
 
 @dataclass(frozen=True)

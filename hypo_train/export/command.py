@@ -16,9 +16,9 @@ from hypo_train.model.load import generation_config, load_tokenizer, read_archit
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
-from hypo_train.model_card import write_card
 from hypo_train.sampling.shadow import merged_weights
-from hypo_train.whole_folder import put_whole
+from hypo_train.saving.model_card import write_card
+from hypo_train.saving.whole_folder import put_whole
 
 
 def run(settings: Settings) -> int:

@@ -15,6 +15,7 @@ import torch
 from hypo_train.config import Config
 from hypo_train.costs.estimate import Conditions, DeviceType, estimate
 from hypo_train.invocation import DryRun
+from hypo_train.journal.trackers import require_trackers
 from hypo_train.model.load import StructureError, outline
 from hypo_train.model.miniature import UNKNOWN, Structure, look_at_structure
 from hypo_train.model.policy import Policy
@@ -32,8 +33,7 @@ from hypo_train.preflight.model import check_reward_model, describe_model, sampl
 from hypo_train.preflight.source import LONGEST, Source
 from hypo_train.processes import Share
 from hypo_train.reward import RewardFunction, load_function
-from hypo_train.state import checkpoint_to_resume, refuse_to_overwrite
-from hypo_train.trackers import require_trackers
+from hypo_train.saving.state import checkpoint_to_resume, refuse_to_overwrite
 
 
 @dataclass(frozen=True)

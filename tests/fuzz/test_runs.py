@@ -17,7 +17,7 @@ from values import text
 
 from hypo_train.config import Config, ConfigError, is_users_mistake
 from hypo_train.interrupt import NotFiniteError
-from hypo_train.log import read_metrics
+from hypo_train.journal.log import read_metrics
 from hypo_train.train import train
 
 words = st.lists(st.sampled_from(tiny.WORDS), max_size=12).map(" ".join)

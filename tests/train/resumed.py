@@ -6,9 +6,9 @@ import torch
 from tiny import weights
 
 from hypo_train.config import Config
-from hypo_train.metrics import Meter
+from hypo_train.journal.metrics import Meter
 from hypo_train.run import Run, prepare
-from hypo_train.state import resume, save
+from hypo_train.saving.state import resume, save
 from hypo_train.step import train_step
 
 

@@ -34,7 +34,7 @@ from hypo_train.preflight import check
 from hypo_train.reference_cache import cache_key
 from hypo_train.sampling import DecodeSampler
 from hypo_train.sampling.shadow import merged_weights
-from hypo_train.state import save_model
+from hypo_train.saving.state import save_model
 from hypo_train.train import train
 from hypo_train.trees.batch import Batcher
 

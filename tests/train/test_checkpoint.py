@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from hypo_train.checkpoint import (
+from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.saving.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
     load_checkpoint,
     prune,
     save_checkpoint,
 )
-from hypo_train.optim import build_optimizer, build_scheduler
 
 FILES = ["checkpoint.json", "model.safetensors", "optimizer.safetensors", "trainer.json"]
 

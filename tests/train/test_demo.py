@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hypo_train.demo import main, report, run, stages, world
-from hypo_train.log import read_metrics
+from hypo_train.journal.log import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypo_train.config import Config
 from hypo_train.costs.estimate import Conditions, estimate
 from hypo_train.costs.rehearsal import Rows, bytes_of, rehearse
 from hypo_train.data.rows import Pair
-from hypo_train.metrics import Meter
+from hypo_train.journal.metrics import Meter
 from hypo_train.model.architectures import known_architecture
 from hypo_train.model.load import outline
 from hypo_train.plan import Plan

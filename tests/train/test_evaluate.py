@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hypo_train.evaluation.held_out import evaluate
-from hypo_train.metrics import Meter
+from hypo_train.journal.metrics import Meter
 from hypo_train.reward import FunctionReward
 from hypo_train.run import prepare
 from hypo_train.sampling import Samples

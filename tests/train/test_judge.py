@@ -25,11 +25,11 @@ from transformers import AutoModelForSequenceClassification
 
 from hypo_train.__main__ import main
 from hypo_train.config import ConfigError
+from hypo_train.journal.records import write_csv, write_json_lines
+from hypo_train.journal.standard_error import standard_error
 from hypo_train.judges import chat, endpoint
 from hypo_train.judges.endpoint import _seconds
 from hypo_train.judges.template import Template, load_template, preferred
-from hypo_train.records import write_csv, write_json_lines
-from hypo_train.standard_error import standard_error
 from hypo_train.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from test_train import LAST_LAYER, LORA, LORA_HEAD, OF_PAIRS, OF_SAMPLES, OF_STE
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from hypo_train.log import without_costs
+from hypo_train.journal.log import without_costs
 from hypo_train.train import train
 
 WAYS = {

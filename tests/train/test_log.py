@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hypo_train.log import RunLog, read_metrics
+from hypo_train.journal.log import RunLog, read_metrics
 
 
 def run_log(output_dir, **options):
@@ -217,7 +217,7 @@ def test_without_a_terminal_each_log_call_is_one_plain_line(tmp_path, capsys):
 
 def test_the_time_left_counts_this_attempts_steps_alone(tmp_path, capsys, monkeypatch):
     now = 100.0
-    monkeypatch.setattr("hypo_train.log.time.monotonic", lambda: now)
+    monkeypatch.setattr("hypo_train.journal.log.time.monotonic", lambda: now)
     with run_log(tmp_path, progress=True, resume_step=4) as log:
         now += 60.0
         log.log(6, {"loss": 1.0})

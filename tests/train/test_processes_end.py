@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import make_config, new_model, save
 
 from hypo_train.config import Config
-from hypo_train.log import read_metrics, without_costs
+from hypo_train.journal.log import read_metrics, without_costs
 from hypo_train.train import train
 
 pytestmark = pytest.mark.slow

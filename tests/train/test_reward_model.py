@@ -9,7 +9,7 @@ from test_train import trained
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from hypo_train.metrics import Meter
+from hypo_train.journal.metrics import Meter
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.reward import ClassifierReward, ModelReward

@@ -10,7 +10,7 @@ import torch
 
 from hypo_kernels import Importance, fused_hypo_loss, token_logprobs
 from hypo_train.data.rows import Pair
-from hypo_train.metrics import Meter
+from hypo_train.journal.metrics import Meter
 from hypo_train.model.policy import Policy
 from hypo_train.rollouts import Rollouts, StepSamples, add_importance
 from hypo_train.sampling import GenerateSampler, Samples

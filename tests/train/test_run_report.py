@@ -15,9 +15,9 @@ import recorded
 
 import hypo_train.train
 from hypo_train.__main__ import main
-from hypo_train.environment import Attempt
 from hypo_train.interrupt import NotFiniteError, Stopped
-from hypo_train.redact import redacted
+from hypo_train.journal.environment import Attempt
+from hypo_train.journal.redact import redacted
 from hypo_train.report.html import Html, data, element, text
 from hypo_train.report.numbers import duration, short, with_error
 from hypo_train.report.page import page, write_report

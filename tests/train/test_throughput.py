@@ -11,7 +11,7 @@ import torch
 from hypo_train.costs.flops import ModelFlops, Rates, UncountedError
 from hypo_train.costs.memory import peak_memory
 from hypo_train.costs.throughput import Throughput
-from hypo_train.log import read_metrics, without_costs
+from hypo_train.journal.log import read_metrics, without_costs
 from hypo_train.train import train
 from hypo_train.trees.batch import Batcher
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hypo_train.costs.timing import PHASES, PhaseTimer
-from hypo_train.metrics import Meter
+from hypo_train.journal.metrics import Meter
 from hypo_train.run import prepare
 from hypo_train.train import train_step
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hypo_train.config import load_config
 from hypo_train.data.order import batch_indices
-from hypo_train.log import read_metrics, without_costs
-from hypo_train.metrics import Meter
+from hypo_train.journal.log import read_metrics, without_costs
+from hypo_train.journal.metrics import Meter
 from hypo_train.run import prepare
 from hypo_train.train import train, train_step
 from hypo_train.trees.batch import Batcher

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hypo_train.checkpoint import (
+from hypo_train.config import Config, ConfigError
+from hypo_train.journal.metrics import Meter, added_up
+from hypo_train.model.trained_weights import put_saved
+from hypo_train.saving.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
     load_checkpoint,
@@ -15,11 +18,8 @@ from hypo_train.checkpoint import (
     remove_temporaries,
     save_checkpoint,
 )
-from hypo_train.config import Config, ConfigError
-from hypo_train.metrics import Meter, added_up
-from hypo_train.model.trained_weights import put_saved
-from hypo_train.model_card import write_card
-from hypo_train.whole_folder import put_whole
+from hypo_train.saving.model_card import write_card
+from hypo_train.saving.whole_folder import put_whole
 
 if TYPE_CHECKING:
     from hypo_train.run import Run

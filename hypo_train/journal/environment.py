@@ -37,7 +37,7 @@ PACKAGES = (
 class Attempt:
     """One start of a run, from ``first_step``: on the disk when it begins, and how it ended when it has.
 
-    ``device``: its name, as ``hypo_train.device.device_name`` gives it.
+    ``device``: its name, as ``hypo_train.journal.device.device_name`` gives it.
     """
 
     def __init__(self, output_dir: Path, *, first_step: int, total_steps: int, device: str) -> None:
@@ -108,7 +108,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Of the checkout that the code runs from, with ``-dirty`` where files differ from it; None: it is installed."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hypo_train.trackers import Trackers
+from hypo_train.journal.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {

@@ -15,8 +15,8 @@ import yaml
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from hypo_train.config import Config
-from hypo_train.log import read_metrics
-from hypo_train.redact import redacted
+from hypo_train.journal.log import read_metrics
+from hypo_train.journal.redact import redacted
 
 DATA_FILE = "data.json"
 # Of the machine that the run was on, not of the model; and what has a line of its own.

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.redact import redacted
+from hypo_train.journal.redact import redacted
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
 # What the packages would tell their makers or their servers unasked: usage, crashes, the host's name, command lines.

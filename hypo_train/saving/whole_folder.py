@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hypo_train.checkpoint import CheckpointError, flush
+from hypo_train.saving.checkpoint import CheckpointError, flush
 
 
 def put_whole(folder: Path, write: Callable[[Path], None], *, advice: str = "") -> Path:
