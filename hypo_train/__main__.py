@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 from hypo_train.config import Config, help_text, is_users_mistake, load_config
 from hypo_train.interrupt import ElsewhereError, NotFiniteError, Stopped
 from hypo_train.invocation import DryRun, take_dry_run
+
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hypo_train.train import train
 
         _quiet_libraries()
-        result = train(config)
+        result = _recorded(train)(config)
     except ValueError as error:
         if not is_users_mistake(error):
             raise
@@ -46,6 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + stopped.signal
     print(f"model saved in {result.model_dir}")
     return 0
+
+
+def _recorded(function: Callable[[Config], T]) -> Callable[[Config], T]:
+    """``function``, whose error torchrun shows as the cause where it has started this process."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return cast(Callable[[Config], T], record(function))
 
 
 def _dry_run(config: Config, dry_run: DryRun) -> int:

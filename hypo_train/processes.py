@@ -6,7 +6,8 @@ on CPU tensors, so that no accelerator is waited for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -14,11 +15,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from hypo_train.interrupt import ElsewhereError
+from hypo_train.interrupt import ElsewhereError, Stopped
 
 T = TypeVar("T")
 # A main process writes checkpoints and keeps reference log-probs while the others wait.
 _PATIENCE = timedelta(hours=6)
+_FAILURE = "hypo_train/failure"
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,29 @@ class Processes:
         if failed:
             raise ElsewhereError(f"process {failed[0]} has failed")
         return cast(T, result)
+
+    @contextmanager
+    def telling_failures(self) -> Iterator[None]:
+        """In the ``with`` block, the first process that fails tells the others why, for them to say so in the place of
+        the broken connections that they find.
+
+        Raises:
+            ElsewhereError: in the place of an error that another process's has brought about.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.count == 1 or isinstance(error, (Stopped, ElsewhereError)):
+                raise
+            own = f"process {self.share.rank}: {type(error).__name__}: {error}"
+            if (first := _first_failure(own)) != own and isinstance(error, RuntimeError):
+                raise ElsewhereError(first) from error
+            raise
+
+
+def _first_failure(own: str) -> str:
+    """What the first process that failed has left for the others where all can read it; ``own``, if none has."""
+    try:
+        return dist.distributed_c10d._get_default_store().compare_set(_FAILURE, "", own).decode()
+    except RuntimeError:  # the store has gone with the process that kept it
+        return own

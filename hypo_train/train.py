@@ -46,7 +46,13 @@ def train(config: Config, *, progress: bool = True) -> Result:
         Stopped: SIGTERM or SIGINT came, and the step that it came in is done and saved.
     """
     refuse_to_overwrite(config)
-    run, meter = prepare(config, show=_print_lines), Meter()
+    run = prepare(config, show=_print_lines)
+    with run.processes.telling_failures():
+        return _train(run, progress=progress)
+
+
+def _train(run: Run, *, progress: bool) -> Result:
+    config, meter = run.config, Meter()
     first_step = resume(run, meter)
     if run.processes.is_main:
         _print_lines(["", *run.report])

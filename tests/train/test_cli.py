@@ -238,7 +238,10 @@ def test_a_mistake_in_the_settings_is_reported_at_once_and_without_torch():
     assert seconds < 3
 
 
-def test_the_exit_status_and_the_line_reach_the_shell(recipe, tmp_path):
+def test_the_exit_status_and_the_line_reach_the_shell_and_torchrun_where_it_has_started_the_process(
+    recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     path = tmp_path / "broken.jsonl"
     path.write_text('{"prompt": "film"\n')
     done, _ = run_process("--config", str(recipe(dataset_name=str(path))))
@@ -246,6 +249,7 @@ def test_the_exit_status_and_the_line_reach_the_shell(recipe, tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith(f"hypo_train: dataset_name='{path}': line 1 is not JSON: ")
     assert done.stderr.count("\n") == 1, done.stderr
+    assert f"dataset_name='{path}': line 1 is not JSON" in (tmp_path / "error.json").read_text()
 
 
 def test_a_fault_of_the_program_is_not_dressed_up_as_the_users(recipe, monkeypatch):

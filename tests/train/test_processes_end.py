@@ -95,10 +95,11 @@ def failing_on_the_second(prompt: str, completion: str) -> float:
 
 def test_a_process_that_fails_says_why_and_the_others_end_too(tmp_path):
     config = config_of(tmp_path, algorithm="rloo", reward="test_processes_end:failing_on_the_second")
-    (main, _, _), (other, _, error) = ended(start(config))
-    assert main not in (0, None)
-    assert other not in (0, None)
-    assert "this machine is broken" in error
+    (main, _, said), (other, _, error) = ended(start(config))
+    assert (main, other) == (1, 1)
+    assert "ValueError: this machine is broken" in error
+    assert "hypo_train: another process has failed: process 1: ValueError: this machine is broken" in said
+    assert "Traceback" not in said, "of a broken connection"
 
 
 def test_a_mistake_in_the_configuration_is_said_once(tmp_path):
