@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"hypo_train: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    print(f"model saved in {result.model_dir}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model saved in {result.model_dir}")
     return 0
 
 

@@ -104,7 +104,7 @@ class Processes:
                 outcome[0] = function()
             except Exception as raised:
                 error = raised
-                outcome[1] = f"{type(raised).__name__}: {raised}"
+                outcome[1] = self._told(raised)
         dist.broadcast_object_list(outcome, src=0, group=self._hosts)
         if error is not None:
             raise error
@@ -129,9 +129,13 @@ class Processes:
         failed = [rank for rank, bad in enumerate(self.gather(error is not None)) if bad]
         if error is not None and self.share.rank == failed[0]:
             raise error
-        if failed:
+        if failed:  # a user's mistake, as a rule, which that process alone shows
             raise ElsewhereError(f"process {failed[0]} has failed")
         return cast(T, result)
+
+    def _told(self, error: Exception) -> str:
+        """An error of this process, as the others tell of it."""
+        return f"process {self.share.rank}: {type(error).__name__}: {error}"
 
     @contextmanager
     def telling_failures(self) -> Iterator[None]:
@@ -146,7 +150,7 @@ class Processes:
         except Exception as error:
             if self.count == 1 or isinstance(error, (Stopped, ElsewhereError)):
                 raise
-            own = f"process {self.share.rank}: {type(error).__name__}: {error}"
+            own = self._told(error)
             if (first := _first_failure(own)) != own and isinstance(error, RuntimeError):
                 raise ElsewhereError(first) from error
             raise

@@ -18,14 +18,14 @@ from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
 from hypo_train.journal.metrics import FiniteWatch
-from hypo_train.model.load import load_policy, load_reward_model
+from hypo_train.model.load import load_policy, load_reward_model, load_structure
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import num_elements
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.plan import Plan
-from hypo_train.preflight import passed
+from hypo_train.preflight import Passed, passed
 from hypo_train.processes import Processes
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import Reward, load_reward
@@ -125,36 +125,81 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
     accelerator = build_accelerator(config)
     processes = Processes()
     _check_processes(config, processes.count)
-    return processes.together(lambda: _prepared(config, accelerator, processes, show))
+    with processes.telling_failures():
+        # Whoever fails alone, as where a file is missing on one machine, does so before anybody waits for the others.
+        loaded = processes.together(lambda: _loaded(config, accelerator, processes, show))
+        return _built(config, accelerator, processes, loaded)
 
 
-def _prepared(
+@dataclass(frozen=True)
+class _Loaded:
+    """What a process reads and checks by itself."""
+
+    checked: Passed
+    reward: Reward | None
+    why_texts: str | None
+    trained: Policy | RewardModel
+    # Of what the model's own passes show; where weights are to be sharded, on the main process alone, which has them.
+    throughput: tuple[Throughput, str | None] | None
+    sampler: tuple[Sampler, str | None] | None  # None too: weights are to be sharded
+
+
+def _loaded(
     config: Config, accelerator: Accelerator, processes: Processes, show: Callable[[list[str]], None] | None
-) -> Run:
+) -> _Loaded:
     autocast = accelerator.mixed_precision == "bf16"
     checked = passed(config, device_type=accelerator.device.type, autocast=autocast, share=processes.share)
-    tokenizer, ends, plan = checked.tokenizer, checked.eos_token_ids, checked.plan
-    total_steps = plan.total_steps
-    if splits_to_precompute(plan):
+    tokenizer, ends = checked.tokenizer, checked.eos_token_ids
+    if splits_to_precompute(checked.plan):
         require_writable(cache_folder(config))
     if show is not None and processes.is_main:
         show(checked.findings.page())
     reward, why_texts = load_reward(config, checked.reward_function, tokenizer, ends, accelerator)
     torch.manual_seed(config.seed)  # the first weights of an adapter or a score
+    pad = tokenizer.pad_token_id
     trained: Policy | RewardModel
+    if config.fsdp and not processes.is_main:
+        trained = load_structure(config, pad_token_id=pad, device_type=accelerator.device.type, autocast=autocast)
+        return _Loaded(checked, reward, why_texts, trained, None, None)
     if config.algorithm == "reward":
-        trained = load_reward_model(config, pad_token_id=tokenizer.pad_token_id, autocast=autocast)
+        trained = load_reward_model(config, pad_token_id=pad, autocast=autocast)
     else:
         trained = load_policy(config, autocast=autocast)
-    if not config.fsdp:
-        trained.to(accelerator.device)
-    # What looks at the model's own passes does so while its weights are whole.
-    throughput, why_uncounted = _throughput(config, trained, accelerator)
-    sampler, why_generate = None, None
-    if isinstance(trained, Policy):
-        sampler, why_generate = build_sampler(config, trained, ends, tokenizer.pad_token_id)
     if config.fsdp:
-        trained.shard(accelerator.device, autocast=autocast)
+        return _Loaded(checked, reward, why_texts, trained, _throughput(config, trained, accelerator), None)
+    trained.to(accelerator.device)
+    throughput = _throughput(config, trained, accelerator)
+    sampler = build_sampler(config, trained, ends, pad) if isinstance(trained, Policy) else None
+    return _Loaded(checked, reward, why_texts, trained, throughput, sampler)
+
+
+def _sharded(
+    config: Config, accelerator: Accelerator, processes: Processes, loaded: _Loaded
+) -> tuple[tuple[Throughput, str | None], tuple[Sampler, str | None] | None]:
+    """What its passes show of the model and draws from it, when the main process has given all processes their parts of
+    its weights."""
+    trained = loaded.trained
+    base, counted = trained.base, loaded.throughput
+    known = processes.on_main(lambda: (counted, trained.why_separate_rows, base.config._attn_implementation))
+    counted, trained.why_separate_rows, attention = known
+    assert counted is not None
+    base.set_attn_implementation(attention)
+    trained.shard(accelerator.device, autocast=accelerator.mixed_precision == "bf16")
+    if not isinstance(trained, Policy):
+        return counted, None
+    ends, pad = loaded.checked.eos_token_ids, loaded.checked.tokenizer.pad_token_id
+    return counted, trained.inside(lambda: build_sampler(config, trained, ends, pad))
+
+
+def _built(config: Config, accelerator: Accelerator, processes: Processes, loaded: _Loaded) -> Run:
+    trained, reward, plan = loaded.trained, loaded.reward, loaded.checked.plan
+    tokenizer, total_steps = loaded.checked.tokenizer, plan.total_steps
+    shown, drawing = loaded.throughput, loaded.sampler
+    if config.fsdp:
+        shown, drawing = _sharded(config, accelerator, processes, loaded)
+    assert shown is not None
+    throughput, why_uncounted = shown
+    sampler, why_generate = drawing or (None, None)
     parameters = trained.trained_parameters()
     optimizer = build_optimizer(
         parameters.items(),
@@ -177,8 +222,8 @@ def _prepared(
     report = [f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}"]
     if trained.why_separate_rows is not None:
         report.append(f"each completion is trained on in a row of its own: {trained.why_separate_rows}")
-    if why_texts is not None:
-        report.append(f"the reward model reads texts: {why_texts}")
+    if loaded.why_texts is not None:
+        report.append(f"the reward model reads texts: {loaded.why_texts}")
     if why_generate is not None:
         report.append(f"samples come from transformers' generate: {why_generate}")
     if why_uncounted is not None:
@@ -202,7 +247,7 @@ def _prepared(
         timer=PhaseTimer(accelerator.device),
         throughput=throughput,
         finite=FiniteWatch(accelerator.device),
-        data_report=checked.findings.data,
+        data_report=loaded.checked.findings.data,
     )
 
 

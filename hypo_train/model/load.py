@@ -181,6 +181,22 @@ def outline(config: Config, architecture: Any, *, device_type: str, autocast: bo
     return _as_configured(model, config, device_type)
 
 
+def load_structure(config: Config, *, pad_token_id: int, device_type: str, autocast: bool) -> Policy | RewardModel:
+    """What :func:`load_policy` or :func:`load_reward_model` gives another process: on the meta device, for that
+    process's values to be put in, and not yet proved to be exact.
+
+    Raises:
+        ModelError: as of those two; or the architecture's config alone does not show the structure.
+    """
+    check_source(config.model_name_or_path)
+    trained = outline(config, read_architecture(config), device_type=device_type, autocast=autocast)
+    if config.use_liger_kernel:
+        use_layer_kernels(trained.base)
+    if isinstance(trained, RewardModel):
+        trained.base.config.get_text_config().pad_token_id = pad_token_id
+    return trained
+
+
 def meta_model(kind: Any, config: Config, architecture: Any) -> Any:
     """A model of an auto class on the meta device, without dropout."""
     try:

@@ -6,6 +6,7 @@ the layers many times, to read weights whole.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, *, autocast: bool) -> None:
-    """Spread the weights over all processes, in place: those of a layer together, and all that is in none of them."""
+    """Spread the first process's weights over all, in place: those of a layer together, and all that is in none.
+
+    The first one has read them into its host's memory, and the others' may lie on the meta device: no other process,
+    and no device, holds more at a time than a layer beside its parts.
+    """
     # Under autocast products are in bf16 anyway: so are the weights that the processes exchange. Gradients add in fp32.
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if autocast else None
     options: dict[str, Any] = {
@@ -28,9 +33,36 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, *
         "reshard_after_forward": True,
         "mp_policy": precision or MixedPrecisionPolicy(),
     }
-    for layer in layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+    shared, left = _shared(model), dict.fromkeys(model.modules())
+    for part in (*layers, model):
+        modules = [module for module in part.modules() if module in left]
+        _take_from_first(modules, device, shared)
+        for module in modules:
+            del left[module]
+        fully_shard(part, **options)
+
+
+def _shared(model: nn.Module) -> dict[Tensor, Tensor | None]:
+    """The parameters and buffers that several modules have, as a tied head has an embedding's."""
+    tensors = (t for m in model.modules() for of in (m._parameters, m._buffers) for t in of.values() if t is not None)
+    return {tensor: None for tensor, times in Counter(tensors).items() if times > 1}
+
+
+def _take_from_first(modules: Iterable[nn.Module], device: torch.device, shared: dict[Tensor, Tensor | None]) -> None:
+    """Give parameters and buffers the first process's values; ``shared``: what has become of those met before."""
+    for module in modules:
+        for name, own in [*module._parameters.items(), *module._buffers.items()]:
+            if own is None:
+                continue
+            taken = shared.get(own)
+            if taken is None:
+                value = own.detach().to(device) if dist.get_rank() == 0 else torch.empty_like(own, device=device)
+                dist.broadcast(value, src=0)
+                is_parameter = isinstance(own, nn.Parameter)
+                taken = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
+            if own in shared:
+                shared[own] = taken
+            setattr(module, name, taken)
 
 
 def is_sharded(model: nn.Module) -> bool:

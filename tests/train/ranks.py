@@ -12,8 +12,11 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
+from hypo_train import run
 from hypo_train.config import Config
 from hypo_train.train import train
 
@@ -49,7 +52,10 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     for values in json.loads((folder / "configs.json").read_text(encoding="utf-8")):
-        train(Config(**values), progress=False)
+        config = Config(**values)
+        given_its_part = config.fsdp and os.environ["RANK"] != "0"  # and reads no weights
+        with patch.multiple(run, load_policy=None, load_reward_model=None) if given_its_part else nullcontext():
+            train(config, progress=False)
 
 
 if __name__ == "__main__":
