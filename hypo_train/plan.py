@@ -90,12 +90,23 @@ class Plan:
     def largest_micro_batch(self) -> list[int]:
         """The training rows of this process's micro-batch of most tokens, if samples are as long as they may be."""
         longest = [length + self.max_sampled for length in self._row_lengths]
-        largest: list[int] = []
+        most, largest, tokens = self._most_tokens(longest), list[int](), 0
         for step in range(self.total_steps):
             rows = self.share.of(self.rows_of_step(step))
-            parts = [rows[part] for part in self.micro_batches([longest[i] for i in rows])]
-            largest = max([largest, *parts], key=lambda part: sum(longest[i] for i in part))
+            for part in self.micro_batches([longest[i] for i in rows]):
+                if (size := sum(longest[i] for i in rows[part])) > tokens:
+                    largest, tokens = rows[part], size
+            if tokens == most:  # few rows and many steps would otherwise be asked about again and again
+                break
         return largest
+
+    def _most_tokens(self, lengths: Sequence[int]) -> int:
+        """What no micro-batch of rows of these lengths can have more than."""
+        config, budget = self.config, self.config.max_tokens_per_micro_batch
+        rows = config.per_device_train_batch_size if budget is None else self.batch_size // self.share.count
+        descending = sorted(lengths, reverse=True)
+        together = sum(descending[:rows])
+        return together if budget is None else min(together, max(budget, descending[0]))
 
     def step_seed(self, step: int) -> int:
         """The seed of what all processes draw in a step, each its part: the samples."""

@@ -60,14 +60,14 @@ def write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int, size
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     sampler = GenerateSampler(model, eos_token_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
     rows: list[dict[str, str]] = []
-    batch = 0
-    while len(rows) < sizes.num_pairs + sizes.num_held_out:
-        prompts = [world.prompt(rng) for _ in range(512)]
+    batch, wanted = 0, sizes.num_pairs + sizes.num_held_out
+    while len(rows) < wanted:
+        prompts = [world.prompt(rng) for _ in range(min(512, wanted))]
         drawn = _sample(sampler, tokenizer, prompts, 4, seed=SAMPLES_SEED * (seed + 1) + batch)
         pairs = [_labelled(prompt, texts, rng) for prompt, texts in zip(prompts, drawn, strict=True)]
         rows += [pair for pair in pairs if pair is not None]
         batch += 1
-    rows = rows[: sizes.num_pairs + sizes.num_held_out]
+    rows = rows[:wanted]
     write_rows(path, rows)
     prompts = [row["prompt"] for row in rows[sizes.num_pairs :]]
     baseline = _sample(sampler, tokenizer, prompts, 1, seed=seed)

@@ -1,6 +1,9 @@
 import pytest
 import torch
 from estimates import no_memory_estimate  # noqa: F401
+from interpreter import patch_once_a_launch
+
+patch_once_a_launch()
 
 
 @pytest.fixture(scope="session")

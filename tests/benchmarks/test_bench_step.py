@@ -129,19 +129,16 @@ def test_a_step_leaves_the_weights_where_they_are_and_contenders_can_share_them(
             }
 
 
-def measure(monkeypatch: pytest.MonkeyPatch, *taking_part: Variant) -> MeasuredCase:
-    everyone = [BY_NAME[TRL_DPO], BY_NAME[TRL_HYPO], *taking_part]
-    monkeypatch.setattr(session, "variants", lambda case: everyone)
-    measuring = StepSession(CPU, rounds=1, on_measured=lambda measured, seconds: None)
-    return measuring.measure(FULL, [variant.name for variant in everyone])
-
-
-def test_a_right_variant_is_timed_and_one_with_another_gradient_is_named_wrong(
+def test_a_right_variant_is_timed_and_one_with_another_gradient_or_fewer_tokens_is_named_wrong(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wrong = Variant("HyPO with another KL", "ours", "hypo", {"kl_coef": 0.5})
+    short = Variant("HyPO with short samples", "ours", "hypo", {"max_new_tokens": 3})
     broken = Variant("HyPO that cannot start", "ours", "hypo", {"num_layers_unfrozen": 99})
-    measured = measure(monkeypatch, BY_NAME[HYPO], wrong, broken)
+    everyone = [BY_NAME[TRL_DPO], BY_NAME[TRL_HYPO], BY_NAME[HYPO], wrong, short, broken]
+    monkeypatch.setattr(session, "variants", lambda case: everyone)
+    measuring = StepSession(CPU, rounds=1, on_measured=lambda measured, seconds: None)
+    measured = measuring.measure(FULL, [variant.name for variant in everyone])
     right = measured.results[HYPO]
     assert not right.wrong
     assert right.median == pytest.approx(sum(right.phases[0].values()), rel=0.05)
@@ -149,18 +146,12 @@ def test_a_right_variant_is_timed_and_one_with_another_gradient_is_named_wrong(
     assert right.peak_bytes > right.held_bytes > 0
     assert "gradient is off" in measured.results[wrong.name].wrong
     assert measured.seconds(wrong.name) is None
+    drawn = FULL.pairs * FULL.num_generations
+    assert measured.results[short.name].wrong == f"drew {drawn * 3} tokens a step, not {drawn * FULL.new_tokens}"
     assert "num_layers_unfrozen=99" in measured.results[broken.name].failed
     text = "\n".join(report.table(measured, CPU))
     assert f"WRONG    {wrong.name}" in text
     assert f"FAILED   {broken.name}" in text
-
-
-def test_a_variant_whose_samples_end_early_is_named_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = Variant("HyPO with short samples", "ours", "hypo", {"max_new_tokens": 3})
-    [result] = [r for r in measure(monkeypatch, short).results.values() if r.variant is short]
-    assert result.wrong == f"drew {FULL.pairs * FULL.num_generations * 3} tokens a step, not " + str(
-        FULL.pairs * FULL.num_generations * FULL.new_tokens
-    )
 
 
 def test_real_weights_that_are_not_there_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from interpreter import patch_once_a_launch
 from torch import Tensor
 
 from hypo_kernels import gemm
+
+patch_once_a_launch()
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,10 @@ class ManyRows:
 
 
 def many_rows(*dtypes: torch.dtype) -> list[Any]:
-    """(impl, dtype, vocab); no Triton under the interpreter, which takes half a minute for the smallest."""
+    """(impl, dtype, vocab); no Triton under the interpreter, which takes half a minute for the smallest.
+
+    Of the two largest vocabularies, whose number of tiles is Triton's alone, the torch implementation takes the larger.
+    """
     return [
         pytest.param(
             *variant.values,
@@ -185,7 +188,7 @@ def many_rows(*dtypes: torch.dtype) -> list[Any]:
             id=f"{variant.id}-V{vocab}",
         )
         for variant, vocab in itertools.product(variants(*dtypes), VOCABULARIES)
-        if torch.cuda.is_available() or variant.values[0] == "torch"
+        if torch.cuda.is_available() or (variant.values[0] == "torch" and vocab != 128256)
     ]
 
 

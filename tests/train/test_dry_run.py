@@ -123,6 +123,13 @@ def test_the_largest_micro_batch_is_the_one_of_most_tokens(settings):
     assert sum(run.train_rows[i].num_tokens + 2 * 8 for i in run.largest_micro_batch) == max(sizes)
 
 
+@pytest.mark.parametrize(("budget", "rows"), [(None, 4), (1, 1), (10_000, 24)])
+def test_steps_are_not_gone_through_for_a_micro_batch_larger_than_the_largest_there_can_be(settings, budget, rows):
+    everything = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6}  # in every step
+    run = prepare(settings(max_tokens_per_micro_batch=budget, max_steps=10**12, **everything))
+    assert run.largest_micro_batch == run.rows_of_step(0)[:rows]
+
+
 def test_memory_can_be_estimated_for_a_gpu_that_is_not_here(dry_run):
     status, page, _ = dry_run("--dry_run_device", "cuda", bf16=True)
     assert status == 0

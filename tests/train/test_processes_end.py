@@ -1,5 +1,6 @@
 """Several processes that are stopped, resumed or lose one of them: started as a user does, with torchrun."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from ranks import ended, started
 from safetensors.torch import load_file
@@ -51,13 +53,30 @@ def final(config: Config) -> dict[str, torch.Tensor]:
     return load_file(next((Path(config.output_dir) / "final").glob("*.safetensors")))
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(tmp_path, fsdp):
-    config = config_of(tmp_path, fsdp=fsdp, logging_steps=2)
-    assert [status for status, _, _ in ended(start(config))] == [0, 0]
-    again = cut_to(config, 3, tmp_path / "again")
-    found = ended(start(again))
+def run_together(folder: Path, configs: list[Config]) -> None:
+    """Train them in two processes, one after the other in one start."""
+    folder.mkdir()
+    (folder / "configs.json").write_text(json.dumps([config.model_dump() for config in configs]), encoding="utf-8")
+    found = ended(started([str(Path(ranks.__file__)), str(folder)]))
     assert [status for status, _, _ in found] == [0, 0], found
+
+
+@pytest.fixture(scope="module")
+def whole_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Config]]:
+    """A run that nobody touched and one that went on from its checkpoint in other processes, by how weights lie."""
+    folder = tmp_path_factory.mktemp("ends")
+    whole = {way: config_of(folder / way, fsdp=way == "fsdp", logging_steps=2) for way in ("ddp", "fsdp")}
+    run_together(folder / "whole", [*whole.values()])
+    resumed = {way: cut_to(config, 3, folder / way / "again") for way, config in whole.items()}
+    run_together(folder / "resumed", [*resumed.values()])
+    return {way: (whole[way], resumed[way]) for way in whole}
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(
+    tmp_path, whole_and_resumed, way
+):
+    config, again = whole_and_resumed[way]
     assert lines_of(again) == lines_of(config)
     assert all(torch.equal(value, final(config)[name]) for name, value in final(again).items())
 
