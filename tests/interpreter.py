@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 
@@ -12,9 +13,10 @@ def patch_once_a_launch() -> None:
     """Let a launch replace Triton's language by the interpreter's once for each module whose functions it calls.
 
     Triton 3.9 looks through the whole language at every call of a device function, ``tl.sum`` and ``tl.max`` among
-    them, for what it has replaced already: half of the time of a kernel of few columns.
+    them, for what it has replaced already: half of the time of a kernel of few columns. Another release's interpreter
+    is left as it is.
     """
-    if importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None or not version("triton").startswith("3.9."):
         return
     from triton.runtime import interpreter
 

@@ -20,7 +20,7 @@ from benchmarks.paper.bandit import (
 )
 from benchmarks.paper.counterexamples import BETA, EPSILONS, KL_COEF, forward_kl, three_responses, uncovered
 
-SEEDS = range(5)  # benchmarks/paper/results has all ten, by the same code
+SEEDS = range(10)
 
 
 @pytest.fixture(scope="module")
