@@ -50,7 +50,7 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         norm = _update(run)
         if norm is not None:
             run.finite.see(step, norm)
-            if run.processes.is_main:  # one number of all processes
+            if run.processes.is_main and run.config.max_grad_norm > 0:  # one number of all processes
                 meter.add("grad_norm", norm)
         run.scheduler.step()
     if run.sampler is not None:
