@@ -106,9 +106,9 @@ class Config(BaseModel):
     fsdp: bool = False
     """Shard weights, gradients and the optimizer's state over the processes (PyTorch's FSDP2), for models that do not
     fit a device; without it each process holds all of them (DDP)."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed's ZeRO: 1 spreads the optimizer's state over the processes, 2 gradients too; weights stay whole on each.
-    Needs deepspeed. 0 is without it; for 3, weights too, use fsdp."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed's ZeRO: 1 spreads the optimizer's state over the processes, 2 gradients too, and weights stay whole;
+    needs deepspeed. 0 is without it; for 3, weights too, use fsdp."""
     share_trunk: bool = True
     """Run the frozen layers below num_layers_unfrozen once for policy and reference."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"

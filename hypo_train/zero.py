@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -146,10 +147,13 @@ class ZeroOptimizer(Optimizer):
 
 
 def _engine(model: nn.Module, optimizer: Optimizer, *, stage: int, max_grad_norm: float, autocast: bool) -> Any:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # which it would find too, with a warning
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if next(model.parameters()).device.type == "cpu":
+    if on_cpu:
         # An all-reduce that nothing here asks for, and that a compiler would have to make first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings = {
@@ -160,7 +164,7 @@ def _engine(model: nn.Module, optimizer: Optimizer, *, stage: int, max_grad_norm
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,
-            "reduce_bucket_size": BUCKET,
+            "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in model.parameters() if p.requires_grad)),
             "round_robin_gradients": False,  # parameters lie in a part in their group's order
         },
         "timers": {"throughput": {"enabled": False}},  # which would wait for the device

@@ -26,7 +26,12 @@ AS_ONE = {
 AS_DDP = {
     "1": {"zero_stage": 1},
     "2": {"zero_stage": 2},
-    "1, bfloat16, LoRA, separate rows": {"zero_stage": 1, "bf16": True, "use_peft": True, "attn_implementation": "sdpa"},
+    "1, bfloat16, LoRA, separate rows": {
+        "zero_stage": 1,
+        "bf16": True,
+        "use_peft": True,
+        "attn_implementation": "sdpa",
+    },
     "2, bfloat16": {"zero_stage": 2, "bf16": True, "dtype": "bfloat16", "num_layers_unfrozen": 1},
     "2, reward": {"zero_stage": 2, "algorithm": "reward"},
 }

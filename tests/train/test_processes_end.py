@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import ended, started
-from safetensors.torch import load_file
+from ranks import ended, final, started
 from tiny import make_config, new_model, save
 
 from hypo_train.config import Config
@@ -19,6 +18,7 @@ from hypo_train.train import train
 
 pytestmark = pytest.mark.slow
 STEPS = 6
+KINDS = {"ddp": {}, "fsdp": {"fsdp": True}, "zero": {"zero_stage": 2}}
 
 
 def start(config: Config) -> list["subprocess.Popen[str]"]:
@@ -47,26 +47,25 @@ def cut_to(config: Config, step: int, folder: Path, **changes: object) -> Config
     return config.model_copy(update={"output_dir": str(folder), "resume_from_checkpoint": "auto", **changes})
 
 
-def final(config: Config) -> dict[str, torch.Tensor]:
-    return load_file(next((Path(config.output_dir) / "final").glob("*.safetensors")))
-
-
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(tmp_path, fsdp):
-    config = config_of(tmp_path, fsdp=fsdp, logging_steps=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(tmp_path, kind):
+    if "zero" in kind:
+        pytest.importorskip("deepspeed")
+    config = config_of(tmp_path, logging_steps=2, **KINDS[kind])
     assert [status for status, _, _ in ended(start(config))] == [0, 0]
     again = cut_to(config, 3, tmp_path / "again")
     found = ended(start(again))
     assert [status for status, _, _ in found] == [0, 0], found
     assert lines_of(again) == lines_of(config)
-    assert all(torch.equal(value, final(config)[name]) for name, value in final(again).items())
+    whole = final(Path(config.output_dir))
+    assert all(torch.equal(value, whole[name]) for name, value in final(Path(again.output_dir)).items())
 
-    alone = cut_to(config, 3, tmp_path / "alone", per_device_train_batch_size=4, fsdp=False)
+    alone = cut_to(config, 3, tmp_path / "alone", per_device_train_batch_size=4, fsdp=False, zero_stage=0)
     train(alone, progress=False)
     for line, expected in zip(lines_of(alone), lines_of(config), strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
-    other_rows = cut_to(config, 3, tmp_path / "other", fsdp=False)
+    other_rows = cut_to(config, 3, tmp_path / "other", fsdp=False, zero_stage=0)
     with pytest.raises(ValueError, match=r"4 rows a step on 2 processes, and this one has 2 on 1"):
         train(other_rows, progress=False)
 
