@@ -147,7 +147,7 @@ def estimate(
     components = [
         *(Component(name, number, number, number) for name, number in always),
         Component(optimizer.what, state, state, state),
-        Component("ZeRO's copy of its part of them (float32)", *[zero.weights if zero else 0] * 3),
+        Component("ZeRO's copy of its part of the weights", *[zero.weights if zero else 0] * 3),
         Component("gradients (float32)", 0, gradients, changing),
         Component("ZeRO's bucket of gradients", 0, *[zero.bucket if zero else 0] * 2),
         Component("weights put together", *whole, 0),

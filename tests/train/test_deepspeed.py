@@ -17,23 +17,21 @@ FULL = {"learning_rate": 1e-3}
 AS_ONE = {
     "1, dpo": {"algorithm": "dpo", **FULL, "zero_stage": 1},
     "1, hypo, micro-batches": {**FULL, "zero_stage": 1, "max_tokens_per_micro_batch": 60},
-    "1, last layer, cosine": {"num_layers_unfrozen": 1, "zero_stage": 1, "lr_scheduler_type": "cosine"},
     "2, hypo, micro-batches, tied head": {**FULL, "zero_stage": 2, "max_tokens_per_micro_batch": 60},
-    "2, exact KL, LoRA": {"use_peft": True, "lora_r": 4, "kl_estimator": "exact", "zero_stage": 2},
-    "2, sft, checkpointing": {"algorithm": "sft", **FULL, "gradient_checkpointing": True, "zero_stage": 2},
+    "2, hypo, exact KL, LoRA": {"use_peft": True, "lora_r": 4, "kl_estimator": "exact", "zero_stage": 2},
 }
 # Where nothing is clipped, the two divide and add gradients in the same order.
 AS_DDP = {
-    "1": {"zero_stage": 1},
-    "2": {"zero_stage": 2},
-    "1, bfloat16, LoRA, separate rows": {
-        "zero_stage": 1,
+    "1, reward": {"zero_stage": 1, "algorithm": "reward"},
+    "1, sft, LoRA on 4 bits": {"zero_stage": 1, "algorithm": "sft", "use_peft": True, "load_in_4bit": True},
+    "2, last layer, checkpointing, bfloat16": {
+        "zero_stage": 2,
         "bf16": True,
-        "use_peft": True,
-        "attn_implementation": "sdpa",
+        "dtype": "bfloat16",
+        "num_layers_unfrozen": 1,
+        "gradient_checkpointing": True,
+        "lr_scheduler_type": "cosine",
     },
-    "2, bfloat16": {"zero_stage": 2, "bf16": True, "dtype": "bfloat16", "num_layers_unfrozen": 1},
-    "2, reward": {"zero_stage": 2, "algorithm": "reward"},
 }
 
 

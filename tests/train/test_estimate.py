@@ -215,7 +215,7 @@ def test_zero_spreads_the_optimizers_state_and_at_stage_2_gradients_and_no_weigh
     moments, weights = "AdamW's two moments (float32)", "trained weights (float32)"
     for zero in (first, second):
         assert zero.of(moments).training == -(-ddp.of(moments).training // 8)
-        assert zero.of("ZeRO's copy of its part of them (float32)").training == -(-ddp.of(weights).training // 8)
+        assert zero.of("ZeRO's copy of its part of the weights").training == -(-ddp.of(weights).training // 8)
         assert zero.of(weights) == ddp.of(weights)
         assert zero.of("activations") == ddp.of("activations")
     name = "gradients (float32)"
