@@ -128,6 +128,7 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
     Raises:
         ValueError: it cannot be run.
     """
+    _check_launcher()
     accelerator = build_accelerator(config)
     processes = Processes()
     _check_processes(config, processes.count)
@@ -234,6 +235,10 @@ def _check_processes(config: Config, count: int) -> None:
         )
     if count > 1 and config.sampler == "vllm":
         raise ConfigError(f"sampler=vllm in {count} processes: it runs in one so far, use sampler: auto")
+
+
+def _check_launcher() -> None:
+    """Before accelerate does what its launcher has asked for."""
     for variable, what in _NOT_OURS.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise ConfigError(f"{variable} is set: {what}")

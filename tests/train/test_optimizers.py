@@ -182,6 +182,12 @@ def test_zero_without_deepspeed_or_other_processes_is_refused_before_anything_is
         require_deepspeed(config)
 
 
+def test_accelerates_own_deepspeed_is_refused_with_the_setting_before_it_starts(settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch --use_deepspeed sets it
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_DEEPSPEED is set: set zero_stage: 1 or 2 here"):
+        prepare(settings(model="no/model/anywhere"))
+
+
 def test_a_name_that_is_no_optimizer_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match="adamw_8bit"):
         Config(model_name_or_path="-", dataset_name="-", optim="adamw")
