@@ -140,10 +140,13 @@ class ZeroOptimizer(Optimizer):
 
     def _part_of(self, tensors: Iterable[Tensor], like: Tensor) -> Tensor:
         """This process's part of whole tensors end to end; what lies behind them is zero."""
-        size, rank = like.numel(), self._processes.share.rank
-        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-        own = flat[rank * size : (rank + 1) * size]
-        return torch.cat([own, own.new_zeros(size - own.numel())])
+        size, own, place = like.numel(), [], 0
+        start = self._processes.share.rank * size
+        for tensor in tensors:  # never all of them at once: on a device that would be the weights once more
+            own.append(tensor.detach().flatten()[max(0, start - place) : max(0, start + size - place)])
+            place += tensor.numel()
+        found = torch.cat(own)
+        return torch.cat([found, found.new_zeros(size - found.numel())])
 
 
 def _engine(model: nn.Module, optimizer: Optimizer, *, stage: int, max_grad_norm: float, autocast: bool) -> Any:
