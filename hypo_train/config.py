@@ -106,6 +106,9 @@ class Config(BaseModel):
     fsdp: bool = False
     """Shard weights, gradients and the optimizer's state over the processes (PyTorch's FSDP2), for models that do not
     fit a device; without it each process holds all of them (DDP)."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed's ZeRO: 1 spreads the optimizer's state over the processes, 2 gradients too, and weights stay whole;
+    needs deepspeed. 0 is without it; for 3, weights too, use fsdp."""
     share_trunk: bool = True
     """Run the frozen layers below num_layers_unfrozen once for policy and reference."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
@@ -379,6 +382,16 @@ def _conflicts(c: Config) -> list[str]:
             c.fsdp and c.use_peft and c.algorithm == "reward",
             "fsdp=true with use_peft=true and algorithm=reward: its adapter could not be merged in the end, leave fsdp "
             "out",
+        ),
+        (c.zero_stage == 3, "zero_stage=3: weights are sharded by PyTorch's FSDP2 here, set fsdp: true instead"),
+        (
+            c.zero_stage > 0 and c.fsdp,
+            f"zero_stage={c.zero_stage} with fsdp=true: both shard the optimizer's state, choose one",
+        ),
+        (
+            c.zero_stage > 0 and not c.optim.startswith("adamw_torch"),
+            f"zero_stage={c.zero_stage} with optim={c.optim}: its state has a tensor's shape, which ZeRO flattens; use "
+            "optim: adamw_torch",
         ),
         (
             c.dataset_test_split is not None and c.num_eval_rows > 0,

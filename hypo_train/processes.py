@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hypo_train.interrupt import ElsewhereError, Stopped
 
@@ -88,6 +89,14 @@ class Processes:
         found = torch.tensor(number)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
         return int(found)
+
+    def joined(self, part: Tensor) -> Tensor | None:
+        """The processes' CPU tensors of one shape, one behind the other, on the main process; None on the others."""
+        if self.count == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.count)] if self.is_main else None
+        dist.gather(part, parts, dst=0, group=self._hosts)
+        return None if parts is None else torch.cat(parts)
 
     def on_main(self, function: Callable[[], T]) -> T:
         """What ``function`` gives on the main process, for all of them, which wait for it.

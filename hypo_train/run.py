@@ -32,6 +32,7 @@ from hypo_train.reward import Reward, load_reward
 from hypo_train.rollouts import Rollouts
 from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, ShardedSampler, VLLMSampler, serves
 from hypo_train.trees.batch import Batcher
+from hypo_train.zero import ZeroOptimizer
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Run(Plan):
     processes: Processes
     tokenizer: Any
     trained: Policy | RewardModel  # bare, for its parameters
-    model: Any  # the same as accelerate wraps it, for the forward pass that trains
+    model: Any  # the same as accelerate or DeepSpeed wraps it, for the forward pass that trains
     batcher: Batcher
     sampler: Sampler | None  # None: a reward model says nothing
     optimizer: torch.optim.Optimizer
@@ -71,6 +72,11 @@ class Run(Plan):
     @property
     def eval_ref_logps(self) -> Tensor | None:
         return self.ref_logps.get("eval")
+
+    @property
+    def zero(self) -> ZeroOptimizer | None:
+        """The optimizer, where DeepSpeed keeps it in parts."""
+        return self.optimizer if isinstance(self.optimizer, ZeroOptimizer) else None
 
     @property
     def has_reference(self) -> bool:
@@ -122,6 +128,7 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
     Raises:
         ValueError: it cannot be run.
     """
+    _check_launcher()
     accelerator = build_accelerator(config)
     processes = Processes()
     _check_processes(config, processes.count)
@@ -213,8 +220,20 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
     scheduler = build_scheduler(
         optimizer, config.lr_scheduler_type, round(config.warmup_ratio * total_steps), total_steps
     )
-    optimizer = accelerator.prepare_optimizer(optimizer)
-    model: Any = trained if config.fsdp else accelerator.prepare_model(trained)
+    model: Any = trained
+    if config.zero_stage:
+        optimizer = ZeroOptimizer(
+            trained,
+            optimizer,
+            processes,
+            stage=config.zero_stage,
+            max_grad_norm=config.max_grad_norm,
+            autocast=accelerator.mixed_precision == "bf16",
+        )
+        model = optimizer.engine
+    else:
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        model = trained if config.fsdp else accelerator.prepare_model(trained)
     if isinstance(trained, Policy):
         trained.reference_to(accelerator.device)
     count = sum(p.numel() for p in parameters.values())
@@ -254,8 +273,17 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
 def _check_processes(config: Config, count: int) -> None:
     if count == 1 and config.fsdp:
         raise ConfigError("fsdp=true in one process: start several, as with torchrun --nproc_per_node 8 -m hypo_train")
+    if count == 1 and config.zero_stage:
+        raise ConfigError(
+            f"zero_stage={config.zero_stage} in one process: start several, as with torchrun --nproc_per_node 8 -m "
+            "hypo_train"
+        )
     if count > 1 and config.sampler == "vllm":
         raise ConfigError(f"sampler=vllm in {count} processes: it runs in one so far, use sampler: auto")
+
+
+def _check_launcher() -> None:
+    """Before accelerate does what its launcher has asked for."""
     for variable, what in _NOT_OURS.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise ConfigError(f"{variable} is set: {what}")
@@ -264,7 +292,7 @@ def _check_processes(config: Config, count: int) -> None:
 # What accelerate's launcher may have been told to do.
 _NOT_OURS = {
     "ACCELERATE_USE_FSDP": "set fsdp: true here, and start with torchrun or accelerate launch --multi_gpu",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not served, set fsdp: true here (ZeRO-3's sharding) and start with "
+    "ACCELERATE_USE_DEEPSPEED": "set zero_stage: 1 or 2 here (fsdp: true for ZeRO-3's sharding), and start with "
     "torchrun or accelerate launch --multi_gpu",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not served, set fsdp: true here and start with torchrun",
 }

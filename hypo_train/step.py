@@ -8,7 +8,7 @@ step's number and what was sampled ahead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,20 +41,18 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         drawn = samples.of_prompts(part.start, part.stop) if samples else None
         batch = MicroBatch(rows[part], indices[part], drawn, prompts)
         last = part.stop == len(rows)
-        with nullcontext() if last else run.accelerator.no_sync(run.model):  # processes exchange gradients once
+        with _gradients_of(run, last=last):
             loss = loss_of(run, batch, meter)
             run.finite.see(step, loss.detach())
             with timer.phase("backward"):
-                run.accelerator.backward(loss * (_weight(batch.rows) / weight))
+                _backward(run, loss * (_weight(batch.rows) / weight))
     with timer.phase("optimizer"):
-        if run.config.max_grad_norm > 0:
-            norm = _clip_gradients(run)
+        norm = _update(run)
+        if norm is not None:
             run.finite.see(step, norm)
-            if run.processes.is_main:  # one number of all processes
+            if run.processes.is_main and run.config.max_grad_norm > 0:  # one number of all processes
                 meter.add("grad_norm", norm)
-        run.optimizer.step()
         run.scheduler.step()
-        run.optimizer.zero_grad()
     if run.sampler is not None:
         run.sampler.weights_changed(step + 1)
 
@@ -62,7 +60,8 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
 def _micro_batches(run: Run, lengths: Sequence[int]) -> list[slice]:
     """Of this process's rows of so many tokens: as many as the others have, where passes are made together."""
     parts = list(run.micro_batches(lengths))
-    wanted = run.processes.max(len(parts)) if run.config.fsdp else len(parts)
+    together = run.config.fsdp or run.config.zero_stage == 2  # which exchange something in every one
+    wanted = run.processes.max(len(parts)) if together else len(parts)
     while len(parts) < wanted:  # all processes have as many rows, so there is one to cut
         i = max(range(len(parts)), key=lambda i: parts[i].stop - parts[i].start)
         start, stop = parts[i].start, parts[i].stop
@@ -111,6 +110,33 @@ def _prompt_kv(run: Run, prompts: PromptPass) -> PromptKV:
         mask=prompts.mask(),
         logits=run.policy.head().next_token_logits(prompts.last_hidden()),
     )
+
+
+def _gradients_of(run: Run, *, last: bool) -> AbstractContextManager[Any]:
+    """Around a micro-batch: processes exchange gradients once a step, at its last one (ZeRO-2: at every one)."""
+    if run.zero is not None:
+        run.zero.exchanges_after(last=last)
+    elif not last:
+        context: AbstractContextManager[Any] = run.accelerator.no_sync(run.model)
+        return context
+    return nullcontext()
+
+
+def _backward(run: Run, loss: Tensor) -> None:
+    if run.zero is not None:
+        run.zero.backward(loss)
+    else:
+        run.accelerator.backward(loss)
+
+
+def _update(run: Run) -> Tensor | None:
+    """New weights from the gradients; their global norm before clipping, (), where it is known."""
+    if run.zero is not None:
+        return run.zero.step()
+    norm = _clip_gradients(run) if run.config.max_grad_norm > 0 else None
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norm
 
 
 def _clip_gradients(run: Run) -> Tensor:

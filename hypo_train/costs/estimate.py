@@ -17,7 +17,7 @@ import torch
 from hypo_kernels import gemm
 from hypo_kernels.chunks import CPU_BUFFER_BYTES, CPU_ROWS
 from hypo_train.costs.rehearsal import Held, Rows, bytes_of, rehearse, rehearse_prompts
-from hypo_train.costs.sharded import divided, put_together
+from hypo_train.costs.sharded import divided, put_together, zero_bytes
 from hypo_train.data.rows import Example, Pair
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import bytes_in_4_bits, quantizable
@@ -119,7 +119,6 @@ def estimate(
         ("trained weights (float32)", size),
         ("the reference's copy of them", _reference_bytes(plan, trained, conditions.device_type)),
         (_REWARD_MODEL, 0 if reward_model is None else bytes_of(reward_model.parameters())),
-        (optimizer.what, optimizer.state),
     ]
     packed = [p for p in quantizable(trained.base) if not p.requires_grad] if config.load_in_4bit else []
     if packed:
@@ -131,10 +130,26 @@ def estimate(
     count = plan.share.count if config.fsdp else 1
     always = [(name, number if name == _REWARD_MODEL else divided(number, count)) for name, number in always]
     whole = put_together(trained, autocast=conditions.autocast) if count > 1 else (0, 0)
+    gradients, changing = divided(held.gradients, count), divided(size, count)
+    state, temporary = divided(optimizer.state, count), divided(optimizer.temporary, count)
+    zero = None
+    if config.zero_stage and plan.share.count > 1:
+        zero = zero_bytes(
+            config.zero_stage,
+            plan.share.count,
+            trained=size,
+            gradients=held.gradients,
+            state=optimizer.state,
+            temporary=optimizer.temporary,
+        )
+        gradients, changing, state, temporary = zero.gradients, zero.changing_gradients, zero.state, zero.temporary
     unpacked = max((bytes_of([p]) for p in packed), default=0)
     components = [
         *(Component(name, number, number, number) for name, number in always),
-        Component("gradients (float32)", 0, divided(held.gradients, count), divided(size, count)),
+        Component(optimizer.what, state, state, state),
+        Component("ZeRO's copy of its part of the weights", *[zero.weights if zero else 0] * 3),
+        Component("gradients (float32)", 0, gradients, changing),
+        Component("ZeRO's bucket of gradients", 0, *[zero.bucket if zero else 0] * 2),
         Component("weights put together", *whole, 0),
         # What is sharded comes in the dtype that is computed in.
         Component("autocast's copies of weights (bfloat16)", 0, held.casts if count == 1 else 0, 0),
@@ -143,7 +158,7 @@ def estimate(
         Component("a layer's weights, unpacked", unpacked, unpacked, 0),
         *([] if count > 1 else [Component("the sampler's copy of weights", draws.weights, *[kept.weights] * 2)]),
         Component("the sampler's keys and values", draws.kv, kept.kv, kept.kv),
-        Component("the optimizer's temporaries", 0, 0, divided(optimizer.temporary, count)),
+        Component("the optimizer's temporaries", 0, 0, temporary),
     ]
     present = [part for part in components if any(part[1:])]
     return Estimate(present, config.draws_samples, draws.kv_of_a_prompt, draws.kv)

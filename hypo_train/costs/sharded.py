@@ -1,20 +1,52 @@
-"""An estimate for one process of several, where they share the weights (``fsdp: true``)."""
+"""An estimate for one process of several, where they share weights (``fsdp``) or what trains them (``zero_stage``)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from hypo_train.costs.rehearsal import bytes_of
 from hypo_train.model.trunk import decoder_layers
+from hypo_train.zero import BUCKET
 
 
 def divided(number: int, count: int) -> int:
     """Bytes of a process's part."""
     return -(-number // count)
+
+
+class ZeroBytes(NamedTuple):
+    """Bytes that a process holds with ZeRO beside whole weights."""
+
+    weights: int  # a copy of its part, which is updated
+    state: int
+    gradients: int
+    changing_gradients: int
+    bucket: int  # gradients on their way
+    temporary: int  # of the update, beyond the bucket before it
+
+
+def zero_bytes(stage: int, count: int, *, trained: int, gradients: int, state: int, temporary: int) -> ZeroBytes:
+    """With ZeRO-``stage`` over ``count`` processes.
+
+    Args:
+        trained: of the trained weights, fp32.
+        gradients: of a whole training pass at its peak, without ZeRO.
+        state, temporary: of the optimizer, whole; it has temporaries of a tensor's size, which are a part's here.
+    """
+    part, bucket = divided(trained, count), min(4 * BUCKET, trained)
+    update = 2 * part if temporary else 0
+    return ZeroBytes(
+        weights=part,
+        state=divided(state, count),
+        gradients=min(part, gradients) if stage == 2 else gradients,
+        changing_gradients=max(2 * part, 0 if stage == 2 else trained),  # a part of them, and it flat; or all, before
+        bucket=bucket,
+        temporary=max(0, update - bucket),
+    )
 
 
 def put_together(trained: Any, *, autocast: bool) -> tuple[int, int]:

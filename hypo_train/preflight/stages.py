@@ -34,6 +34,7 @@ from hypo_train.preflight.source import LONGEST, Source
 from hypo_train.processes import Share
 from hypo_train.reward import RewardFunction, load_function
 from hypo_train.saving.state import checkpoint_to_resume, refuse_to_overwrite
+from hypo_train.zero import require_deepspeed
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _check_settings(config: Config, found: Findings) -> RewardFunction | None:
     """Names and folders; the reward function, where there is one."""
     with found.collected():
         check_output_dir(config)
-    for require in (require_optimizer, require_quantization, require_trackers):
+    for require in (require_optimizer, require_quantization, require_deepspeed, require_trackers):
         with found.collected():
             require(config)
     with found.collected():

@@ -302,8 +302,9 @@ def _load_optimizer(folder: Path, saved: dict[str, Any], optimizer: Optimizer) -
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     # load_state_dict casts a state to its parameter's dtype, which would round an fp32 state of a bf16 weight.
     for index, parameter in enumerate(_parameters(optimizer)):
+        held = optimizer.state.get(parameter, {})  # nothing where it is held in parts, which are fp32
         for name, tensor in state.get(index, {}).items():
-            if torch.is_tensor(tensor) and optimizer.state[parameter][name].dtype != tensor.dtype:
+            if torch.is_tensor(tensor) and name in held and held[name].dtype != tensor.dtype:
                 optimizer.state[parameter][name] = tensor.to(parameter.device)
 
 

@@ -41,6 +41,7 @@ FREE_TO_CHANGE = {
     "per_device_eval_batch_size",
     "ref_logps_cache_dir",
     "fsdp",
+    "zero_stage",
 }
 # Of algorithms that do not learn from the reward.
 FREE_WITHOUT_RLOO = {"reward", "reward_model_path", "missing_eos_penalty"}
@@ -106,6 +107,8 @@ def resume(run: Run, meter: Meter) -> int:
         accept=lambda extra: _check_same_run(run, extra, folder),
     )
     put_saved(run.trained, checkpoint.model_state, folder)
+    if run.zero is not None:
+        run.zero.weights_changed()
     _load_parts(run, meter, checkpoint.extra["processes"], folder)
     if run.sampler is not None:
         run.sampler.weights_changed(checkpoint.step)

@@ -16,8 +16,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
-from hypo_train import run
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from hypo_train.config import Config
+from hypo_train.journal.log import read_metrics, without_costs
 from hypo_train.train import train
 
 WORLD = 2
@@ -49,12 +54,50 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     return [(process.returncode, out, error) for process, (out, error) in zip(processes, found, strict=True)]
 
 
+def launch(folder: Path, configs: list[Config]) -> None:
+    """Train them in several processes."""
+    folder.mkdir(exist_ok=True)
+    (folder / "configs.json").write_text(json.dumps([config.model_dump() for config in configs]), encoding="utf-8")
+    for status, _, error in ended(started([__file__, str(folder)])):
+        assert status == 0, error
+
+
+def assert_logged_alike(run: Path, expected: Path) -> None:
+    """Two runs' metrics are the same to rounding, whatever processes they were divided over."""
+    found, lines = (read_metrics(folder / "metrics.jsonl") for folder in (run, expected))
+    assert [line["step"] for line in found] == [line["step"] for line in lines]
+    for pair in zip(found, lines, strict=True):
+        # Ratios are of a micro-batch, which processes divide.
+        line, like = ({k: v for k, v in without_costs(of).items() if "sampling/" not in k} for of in pair)
+        assert line.keys() == like.keys()
+        for key, value in like.items():
+            close = 1e-4 if key == "grad_norm" else 1e-5  # of all entries: more of their rounding
+            assert line[key] == pytest.approx(value, rel=close, abs=close), (key, line["step"])
+
+
+def final(run: Path) -> dict[str, Tensor]:
+    """The weights that a run ended with."""
+    return load_file(next((run / "final").glob("*.safetensors")))
+
+
+def assert_saved_alike(run: Path, expected: Path) -> None:
+    """Two runs' final weights are the same to rounding."""
+    found, weights = final(run), final(expected)
+    assert found.keys() == weights.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     for values in json.loads((folder / "configs.json").read_text(encoding="utf-8")):
         config = Config(**values)
         given_its_part = config.fsdp and os.environ["RANK"] != "0"  # and reads no weights
-        with patch.multiple(run, load_policy=None, load_reward_model=None) if given_its_part else nullcontext():
+        with (
+            patch.multiple("hypo_train.run", load_policy=None, load_reward_model=None)
+            if given_its_part
+            else nullcontext()
+        ):
             train(config, progress=False)
 
 

@@ -191,7 +191,7 @@ def test_the_estimate_is_near_the_peak_of_a_real_step(tmp_path, medium, changes)
 def of_devices(count, **changes):
     """The estimate for one of ``count`` processes that fine-tune Llama-3-8B fully on rows of 300 tokens."""
     fixed = {"algorithm": "dpo", "precompute_ref_log_probs": False, "bf16": True, "max_steps": 1}
-    config = config_of(**fixed, fsdp=count > 1, **changes)
+    config = config_of(**{**fixed, "fsdp": count > 1, **changes})
     rows = [Pair(0, (0,) * 200, (0,) * 50, (0,) * 50)] * 64
     plan = Plan(config, rows, [], share=Share(0, count))
     trained = outline(config, known_architecture(LLAMA), device_type="cuda", autocast=True)
@@ -208,6 +208,19 @@ def test_processes_that_share_the_weights_hold_a_part_of_what_training_keeps_of_
     layer = (sum(p.numel() for p in trained.parameters()) - outside) // 32
     assert eighth.of("weights put together").training == 2 * outside + 2 * 2 * layer + 4 * layer
     assert alone.peak > 100 * 2**30 > 45 * 2**30 > eighth.peak
+
+
+def test_zero_spreads_the_optimizers_state_and_at_stage_2_gradients_and_no_weights():
+    ddp, first, second = (of_devices(8, fsdp=False, zero_stage=stage)[0] for stage in (0, 1, 2))
+    moments, weights = "AdamW's two moments (float32)", "trained weights (float32)"
+    for zero in (first, second):
+        assert zero.of(moments).training == -(-ddp.of(moments).training // 8)
+        assert zero.of("ZeRO's copy of its part of the weights").training == -(-ddp.of(weights).training // 8)
+        assert zero.of(weights) == ddp.of(weights)
+        assert zero.of("activations") == ddp.of("activations")
+    name = "gradients (float32)"
+    assert first.of(name).optimizer == ddp.of(name).optimizer == 4 * second.of(name).optimizer
+    assert ddp.phases["optimizer"] > first.phases["optimizer"] > second.phases["optimizer"]
 
 
 def test_a_processs_activations_are_those_of_its_own_rows():

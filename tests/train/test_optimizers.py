@@ -17,6 +17,7 @@ from hypo_train.model.load import outline
 from hypo_train.optim import build_optimizer, build_scheduler, footprint, parameter_roles
 from hypo_train.run import prepare
 from hypo_train.saving.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
+from hypo_train.zero import require_deepspeed
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "muon")
 
@@ -170,6 +171,21 @@ def test_8_bits_without_bitsandbytes_are_refused_before_anything_is_read(setting
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="optim=adamw_8bit needs bitsandbytes: pip install"):
         prepare(settings(optim="adamw_8bit", model="no/model/anywhere"))
+
+
+def test_zero_without_deepspeed_or_other_processes_is_refused_before_anything_is_read(settings, monkeypatch):
+    config = settings(zero_stage=2, model="no/model/anywhere")
+    with pytest.raises(ConfigError, match="zero_stage=2 in one process: start several, as with torchrun"):
+        prepare(config)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"zero_stage=2 needs DeepSpeed: pip install deepspeed \(or use fsdp: true"):
+        require_deepspeed(config)
+
+
+def test_accelerates_own_deepspeed_is_refused_with_the_setting_before_it_starts(settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch --use_deepspeed sets it
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_DEEPSPEED is set: set zero_stage: 1 or 2 here"):
+        prepare(settings(model="no/model/anywhere"))
 
 
 def test_a_name_that_is_no_optimizer_is_refused_with_those_that_are():

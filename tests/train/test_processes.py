@@ -4,14 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import ranks
-import torch
-from ranks import WORLD, ended, started
-from safetensors.torch import load_file
+from ranks import WORLD, assert_logged_alike, assert_saved_alike, launch
 from tiny import make_config, new_model, save
 
 from hypo_train.config import Config
-from hypo_train.journal.log import read_metrics, without_costs
+from hypo_train.journal.log import read_metrics
 from hypo_train.train import train
 
 pytestmark = pytest.mark.slow
@@ -43,14 +40,6 @@ CASES = {
 }
 
 
-def launch(folder: Path, configs: list[Config]) -> None:
-    """Train them in two processes."""
-    folder.mkdir(exist_ok=True)
-    (folder / "configs.json").write_text(json.dumps([config.model_dump() for config in configs]), encoding="utf-8")
-    for status, _, error in ended(started([str(Path(ranks.__file__)), str(folder)])):
-        assert status == 0, error
-
-
 def config_of(name: str, folder: Path, model: Path, world: int = 1) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
     changes = {"per_device_train_batch_size": 4 // world, "num_eval_rows": 8, "max_steps": STEPS, **CASES[name]}
@@ -75,25 +64,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_log_what_one_does(name: str, runs: Path) -> None:
-    one, two = (read_metrics(runs / count / name / "run" / "metrics.jsonl") for count in ("one", "two"))
-    assert [line["step"] for line in two] == [line["step"] for line in one]
-    assert len(one) == STEPS + 1
-    for line, expected in zip(two, one, strict=True):
-        line, expected = without_costs(line), without_costs(expected)
-        # Ratios are of a micro-batch, which processes divide.
-        line, expected = ({k: v for k, v in of_one.items() if "sampling/" not in k} for of_one in (line, expected))
-        assert line.keys() == expected.keys()
-        for key, value in expected.items():
-            close = 1e-4 if key == "grad_norm" else 1e-5  # of all entries: more of their rounding
-            assert line[key] == pytest.approx(value, rel=close, abs=close), (key, line["step"])
+    one, two = (runs / count / name / "run" for count in ("one", "two"))
+    assert len(read_metrics(one / "metrics.jsonl")) == STEPS + 1
+    assert_logged_alike(two, one)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_save_what_one_does(name: str, runs: Path) -> None:
-    one, two = (load_file(next((runs / n / name / "run" / "final").glob("*.safetensors"))) for n in ("one", "two"))
-    assert one.keys() == two.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    assert_saved_alike(runs / "two" / name / "run", runs / "one" / name / "run")
     samples = [(runs / n / name / "run" / "samples" / f"step-{STEPS}.jsonl") for n in ("one", "two")]
     assert samples[0].exists() == samples[1].exists()
     if samples[0].exists():

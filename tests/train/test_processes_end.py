@@ -1,6 +1,6 @@
 """Several processes that are stopped, resumed or lose one of them: started as a user does, with torchrun."""
 
-import json
+import importlib.util
 import os
 import shutil
 import signal
@@ -9,10 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
-from ranks import ended, started
-from safetensors.torch import load_file
+from ranks import ended, final, launch, started
 from tiny import make_config, new_model, save
 
 from hypo_train.config import Config
@@ -21,6 +19,7 @@ from hypo_train.train import train
 
 pytestmark = pytest.mark.slow
 STEPS = 6
+WAYS = {"ddp": {}, "fsdp": {"fsdp": True}, "zero": {"zero_stage": 2}}
 
 
 def start(config: Config) -> list["subprocess.Popen[str]"]:
@@ -49,43 +48,38 @@ def cut_to(config: Config, step: int, folder: Path, **changes: object) -> Config
     return config.model_copy(update={"output_dir": str(folder), "resume_from_checkpoint": "auto", **changes})
 
 
-def final(config: Config) -> dict[str, torch.Tensor]:
-    return load_file(next((Path(config.output_dir) / "final").glob("*.safetensors")))
-
-
-def run_together(folder: Path, configs: list[Config]) -> None:
-    """Train them in two processes, one after the other in one start."""
-    folder.mkdir()
-    (folder / "configs.json").write_text(json.dumps([config.model_dump() for config in configs]), encoding="utf-8")
-    found = ended(started([str(Path(ranks.__file__)), str(folder)]))
-    assert [status for status, _, _ in found] == [0, 0], found
-
-
 @pytest.fixture(scope="module")
 def whole_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Config]]:
-    """A run that nobody touched and one that went on from its checkpoint in other processes, by how weights lie."""
+    """A run that nobody touched and one that went on from its checkpoint in other processes, by how they share."""
     folder = tmp_path_factory.mktemp("ends")
-    whole = {way: config_of(folder / way, fsdp=way == "fsdp", logging_steps=2) for way in ("ddp", "fsdp")}
-    run_together(folder / "whole", [*whole.values()])
+    whole = {
+        way: config_of(folder / way, logging_steps=2, **changes)
+        for way, changes in WAYS.items()
+        if "zero" not in way or importlib.util.find_spec("deepspeed") is not None
+    }
+    launch(folder / "whole", [*whole.values()])
     resumed = {way: cut_to(config, 3, folder / way / "again") for way, config in whole.items()}
-    run_together(folder / "resumed", [*resumed.values()])
+    launch(folder / "resumed", [*resumed.values()])
     return {way: (whole[way], resumed[way]) for way in whole}
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(
     tmp_path, whole_and_resumed, way
 ):
+    if "zero" in way:
+        pytest.importorskip("deepspeed")
     config, again = whole_and_resumed[way]
     assert lines_of(again) == lines_of(config)
-    assert all(torch.equal(value, final(config)[name]) for name, value in final(again).items())
+    whole = final(Path(config.output_dir))
+    assert all(torch.equal(value, whole[name]) for name, value in final(Path(again.output_dir)).items())
 
-    alone = cut_to(config, 3, tmp_path / "alone", per_device_train_batch_size=4, fsdp=False)
+    alone = cut_to(config, 3, tmp_path / "alone", per_device_train_batch_size=4, fsdp=False, zero_stage=0)
     train(alone, progress=False)
     for line, expected in zip(lines_of(alone), lines_of(config), strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
-    other_rows = cut_to(config, 3, tmp_path / "other", fsdp=False)
+    other_rows = cut_to(config, 3, tmp_path / "other", fsdp=False, zero_stage=0)
     with pytest.raises(ValueError, match=r"4 rows a step on 2 processes, and this one has 2 on 1"):
         train(other_rows, progress=False)
 
