@@ -31,6 +31,7 @@ from hypo_train.preflight.hub import offline_where_unreachable
 from hypo_train.preflight.memory import check_memory
 from hypo_train.preflight.model import check_reward_model, describe_model, sampler_kind
 from hypo_train.preflight.source import LONGEST, Source
+from hypo_train.preflight.time import describe_time
 from hypo_train.processes import Share
 from hypo_train.reward import RewardFunction, load_function
 from hypo_train.saving.state import checkpoint_to_resume, refuse_to_overwrite
@@ -86,7 +87,9 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     elif outlined is not None:
         found.warnings.append(f"without the data, memory is estimated for rows {LONGEST}")
     if outlined is not None:
-        _check_room(config, plan or assumed_plan(config, share), outlined, device, found, whole=True)
+        plan = plan or assumed_plan(config, share)
+        _check_room(config, plan, outlined, device, found, whole=True)
+        describe_time(plan, outlined.trained, _conditions(config, outlined, device), found)
     return found
 
 
@@ -148,6 +151,11 @@ def _check_model(
     return None if trained is None else _Outline(trained, structure, reward_model)
 
 
+def _conditions(config: Config, outlined: _Outline, device: _Device) -> Conditions:
+    shares_prompts = outlined.structure.shares_prompts is not False
+    return Conditions(device.kind, device.autocast, shares_prompts, sampler_kind(config, outlined.structure))
+
+
 def _check_room(
     config: Config, plan: Plan, outlined: _Outline, device: _Device, found: Findings, *, whole: bool
 ) -> None:
@@ -160,9 +168,7 @@ def _check_room(
 def _check_memory(
     config: Config, plan: Plan, outlined: _Outline, device: _Device, found: Findings, *, whole: bool
 ) -> None:
-    shares_prompts = outlined.structure.shares_prompts is not False
-    sampler = sampler_kind(config, outlined.structure)
-    conditions = Conditions(device.kind, device.autocast, shares_prompts, sampler)
+    conditions = _conditions(config, outlined, device)
     try:
         numbers = estimate(plan, outlined.trained, conditions, reward_model=outlined.reward_model)
     except Exception as error:  # a structure that the rehearsal does not know is no reason not to train
