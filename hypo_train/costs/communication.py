@@ -1,10 +1,10 @@
 """What the processes of a run exchange in a step, from shapes alone.
 
-Where each holds all weights (DDP), gradients are summed once a step, in the backward pass of its last micro-batch. Where
-they share the weights (``fsdp: true``), each layer, and what lies in none, is put together for every pass that runs it:
-once for all samples of a draw, and in *each* micro-batch for the reference, for the forward pass and again for the
-backward pass, whose gradients are summed and divided at once. In the backward pass layers below the trained ones are
-left out, but for one that is fetched ahead in vain.
+Where each holds all weights (DDP), gradients are summed once a step, in its last micro-batch. Where they share the
+weights (``fsdp: true``), each layer, and what lies in none, is put together for every pass that runs it: once for all
+samples of a draw, and in *each* micro-batch for the reference, for the forward pass and again for the backward pass,
+whose gradients are summed and divided at once. In the backward pass layers below the trained ones are left out, but
+for one that is fetched ahead in vain.
 
 Left out, as next to nothing: buffers, norms of gradients, what hosts tell each other; and what happens in no step:
 evaluations, checkpoints, the reference's pass beforehand.

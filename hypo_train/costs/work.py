@@ -38,14 +38,16 @@ class Work:
     reference: Size
     prefill: Size
     draw: Drawn | None  # None: no samples are drawn
+    sequences_per_prompt: int  # of a draw
 
 
 def work_of(plan: Plan, conditions: Conditions) -> Work:
     """The mean of the run's steps."""
     steps = range(0, plan.total_steps, -(-plan.total_steps // _MOST_STEPS))
     policy, reference, prefill, micro_batches = [], [], [], []
-    asks_pairs = _asks_reference_of_pairs(plan)
     sampled = [plan.max_new_tokens] * plan.config.num_generations if plan.config.draws_samples else []
+    asks_pairs = _asks_reference_of_pairs(plan)
+    asks = asks_pairs or (plan.config.has_reference and bool(sampled))
     for step in steps:
         rows = [plan.train_rows[i] for i in plan.share.of(plan.rows_of_step(step))]
         prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
@@ -53,11 +55,10 @@ def work_of(plan: Plan, conditions: Conditions) -> Work:
         micro_batches.append(sum(1 for _ in plan.micro_batches(lengths)))
         policy.append(_size(prompts, branches, conditions))
         asked = branches if asks_pairs else [sampled] * len(rows)
-        reference.append(_size(prompts, asked, conditions) if plan.config.has_reference else _NOTHING)
+        reference.append(_size(prompts, asked, conditions) if asks else _NOTHING)
         prefilled = bool(sampled) and not conditions.prompts_run_first(plan)
         prefill.append(_size(prompts, [[]] * len(rows), conditions) if prefilled else _NOTHING)
     n, window = fmean(micro_batches), plan.config.rollout_steps
-    asks = plan.config.has_reference and (asks_pairs or bool(sampled))
     prompt_tokens = fmean(sum(len(plan.train_rows[i].prompt) for i in plan.rows_of_step(step)) for step in steps)
     each = plan.batch_size // plan.share.count
     draw = Drawn(each * len(sampled) * window, round(prompt_tokens / plan.share.count * window), plan.max_new_tokens)
@@ -67,6 +68,7 @@ def work_of(plan: Plan, conditions: Conditions) -> Work:
         _mean(reference),
         _mean(prefill),
         draw if sampled else None,
+        len(sampled),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from hypo_train.config import Config
+from hypo_train.costs.devices import DEVICES
 from hypo_train.costs.estimate import Conditions, DeviceType, estimate
 from hypo_train.invocation import DryRun
 from hypo_train.journal.trackers import require_trackers
@@ -54,6 +55,7 @@ class _Device:
 
     kind: DeviceType
     autocast: bool
+    name: str | None = None  # in costs.devices.DEVICES, where a dry run names one that need not be here
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ class _Outline:
 
 def check(config: Config, dry_run: DryRun) -> Findings:
     """Everything that can be known of the run beforehand."""
-    kind = cast(DeviceType, dry_run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = cast(DeviceType, "cuda" if dry_run.device in DEVICES else dry_run.device or here)
+    device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16, dry_run.device)
     share = Share(0, dry_run.num_devices)
     found = Findings(config)
     with offline_where_unreachable():
@@ -89,7 +92,7 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     if outlined is not None:
         plan = plan or assumed_plan(config, share)
         _check_room(config, plan, outlined, device, found, whole=True)
-        describe_time(plan, outlined.trained, _conditions(config, outlined, device), found)
+        describe_time(plan, outlined.trained, _conditions(config, outlined, device), dry_run, found)
     return found
 
 
@@ -175,4 +178,4 @@ def _check_memory(
         found.warnings.append(f"memory is not estimated: {first_line(error)}")
         return
     with found.collected():
-        check_memory(config, numbers, device.kind, device.autocast, found, whole=whole)
+        check_memory(config, numbers, device.kind, device.autocast, found, whole=whole, name=device.name)
