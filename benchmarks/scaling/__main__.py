@@ -2,9 +2,9 @@
 
 One run's measured phases give the speeds of computing and of memory, and collectives timed alone that of links; with
 them the steps of every other run are predicted: of another width, length, batch, way to train and number of processes.
-Gloo's collectives compute on the processes' own cores, so nothing is taken to hide behind anything. Seconds are those that
-a process's own core worked, of one thread, and of each phase the fastest of a run's steps counts: so other work on the
-machine disturbs least. What a process waits for another one is not in them.
+Gloo's collectives compute on the processes' own cores, so nothing is taken to hide behind anything. Seconds are those
+that a process's own core worked, of one thread, and of each phase the fastest of a run's steps counts: so other work
+on the machine disturbs least. What a process waits for another one is not in them.
 """
 
 from __future__ import annotations
