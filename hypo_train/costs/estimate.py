@@ -33,6 +33,7 @@ from hypo_train.sampling.shadow import Shadow
 DeviceType = Literal["cuda", "cpu"]
 SamplerKind = Literal["decode", "generate", "vllm"]
 
+PUT_TOGETHER = "weights put together"
 _REWARD_MODEL = "the reward model"  # which every process has whole
 # Of one logit on its way to a token: as the head gives it, tempered, as a probability, and fp64 in their sum.
 _BYTES_PER_SAMPLED_LOGIT = 4 + 4 + 4 + 8
@@ -135,7 +136,7 @@ def estimate(
     components = [
         *(Component(name, number, number, number) for name, number in always),
         Component("gradients (float32)", 0, divided(held.gradients, count), divided(size, count)),
-        Component("weights put together", *whole, 0),
+        Component(PUT_TOGETHER, *whole, 0),
         # What is sharded comes in the dtype that is computed in.
         Component("autocast's copies of weights (bfloat16)", 0, held.casts if count == 1 else 0, 0),
         Component("activations", draws.activations, held.activations + held.temporary, 0),

@@ -10,7 +10,7 @@ import torch
 
 from hypo_train.config import Config, ConfigError
 from hypo_train.costs import devices
-from hypo_train.costs.estimate import DeviceType, Estimate
+from hypo_train.costs.estimate import PUT_TOGETHER, DeviceType, Estimate
 from hypo_train.costs.memory import GIB, readable
 from hypo_train.preflight.findings import Findings
 
@@ -104,6 +104,9 @@ def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | No
 def _advice(config: Config, numbers: Estimate) -> str:
     """What to change, by what takes most."""
     advice = []
+    whole = [part.sampling for part in numbers.components if part.name == PUT_TOGETHER]
+    if sum(whole) > numbers.peak / 2:
+        advice.append("algorithm: dpo, as samples need all weights whole on each device and more devices do not help")
     if numbers.of("activations").training > numbers.peak / 4:
         if config.per_device_train_batch_size > 1:
             advice.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")

@@ -101,4 +101,6 @@ def _assumptions(name: str, device: Device, peak: float | None, count: int, assu
 def _readable(seconds: float) -> str:
     if seconds >= 7200:
         return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.3g} s"
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"

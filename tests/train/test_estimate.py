@@ -16,6 +16,7 @@ from hypo_train.journal.metrics import Meter
 from hypo_train.model.architectures import known_architecture
 from hypo_train.model.load import outline
 from hypo_train.plan import Plan
+from hypo_train.preflight import memory
 from hypo_train.processes import Share
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.step import train_step
@@ -208,6 +209,12 @@ def test_processes_that_share_the_weights_hold_a_part_of_what_training_keeps_of_
     layer = (sum(p.numel() for p in trained.parameters()) - outside) // 32
     assert eighth.of("weights put together").training == 2 * outside + 2 * 2 * layer + 4 * layer
     assert alone.peak > 100 * 2**30 > 45 * 2**30 > eighth.peak
+
+
+def test_where_sampling_has_all_weights_whole_the_advice_is_not_to_sample():
+    numbers, _ = of_devices(64)
+    assert "algorithm: dpo, as samples need all weights whole" in memory._advice(config_of(), numbers)
+    assert "algorithm: dpo" not in memory._advice(config_of(), of_devices(1)[0])
 
 
 def test_a_processs_activations_are_those_of_its_own_rows():
