@@ -643,8 +643,11 @@ def help_text() -> str:
         "  --dry-run               check everything but weights, write nothing, print what would be trained",
         "                          and the memory it takes; exit status 2 where the run would be refused",
         "  --dry_run_model NAME    a model (folder or Hub name) that stands in for one that is not there yet",
-        "  --dry_run_device NAME   cuda or cpu: estimate memory for it, wherever the dry run is",
-        "  --num_devices N         of a dry run: memory of each of N devices, one a process",
+        "  --dry_run_device NAME   cuda or cpu: estimate memory for it, wherever the dry run is; A100, H100,",
+        "                          H200, B200 or L40S: predict a step's time as well",
+        "  --num_devices N         of a dry run: each of N devices, one a process, and what they exchange",
+        "  --devices_per_node 8, --mfu 0.4, --link_gb_s X, --network_gb_s X",
+        "                          of a dry run: what its times assume (GB a second sent by a device)",
     ]
     for name in Config.model_fields:
         if name in _GROUPS:

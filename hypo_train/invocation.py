@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
 
 from hypo_train.config import ConfigError
+from hypo_train.costs.devices import DEVICES, Assumed
+
+_FLAGS = (
+    "dry_run",
+    "dry_run_model",
+    "dry_run_device",
+    "num_devices",
+    "devices_per_node",
+    "mfu",
+    "link_gb_s",
+    "network_gb_s",
+)
 
 
 @dataclass(frozen=True)
@@ -14,8 +27,9 @@ class DryRun:
 
     recipe: str | None = None  # the file of --config
     model: str | None = None
-    device: str | None = None
+    device: str | None = None  # "cuda", "cpu", or one of costs.devices.DEVICES
     num_devices: int = 1
+    assumed: Assumed = field(default_factory=Assumed)
 
 
 def take_dry_run(argv: Sequence[str]) -> tuple[DryRun | None, list[str]]:
@@ -28,7 +42,7 @@ def take_dry_run(argv: Sequence[str]) -> tuple[DryRun | None, list[str]]:
         flag = flag.replace("-", "_")
         if token.startswith("--"):
             name = None
-            if flag in ("dry_run", "dry_run_model", "dry_run_device", "num_devices"):
+            if flag in _FLAGS:
                 if flag in values:
                     raise ConfigError(f"--{flag} is given more than once")
                 name, values[flag] = flag, value
@@ -48,12 +62,46 @@ def take_dry_run(argv: Sequence[str]) -> tuple[DryRun | None, list[str]]:
             raise ConfigError(f"--{flag} needs a value")
     if "dry_run" not in values:
         return None, rest
-    if values.get("dry_run_device", "cpu") not in ("cuda", "cpu"):
-        raise ConfigError(f"--dry_run_device={values['dry_run_device']}: it is cuda or cpu")
-    count = values.get("num_devices", "1")
-    if not (count.isascii() and count.isdigit() and int(count[:6]) > 0 and len(count) <= 6):
-        raise ConfigError(f"--num_devices={count[:20]}: it is how many processes the run will have, 1 or more")
-    return DryRun(_recipe(rest), values.get("dry_run_model"), values.get("dry_run_device"), int(count)), rest
+    device = values.get("dry_run_device")
+    if device not in (None, "cuda", "cpu", *DEVICES):
+        raise ConfigError(f"--dry_run_device={device}: it is cuda, cpu or one of {', '.join(DEVICES)}")
+    count = _count(values, "num_devices", 1, "how many processes the run will have")
+    return DryRun(_recipe(rest), values.get("dry_run_model"), device, count, _assumed(values)), rest
+
+
+def _assumed(values: Mapping[str, str]) -> Assumed:
+    return Assumed(
+        mfu=_number(values, "mfu", 1, "the share of a device's peak that passes reach") or Assumed.mfu,
+        devices_per_node=_count(values, "devices_per_node", Assumed.devices_per_node, "how many devices a machine has"),
+        link=_bytes_a_second(values, "link_gb_s", "what a device sends to others of its machine, in GB a second"),
+        network=_bytes_a_second(values, "network_gb_s", "what a device sends to other machines, in GB a second"),
+    )
+
+
+def _bytes_a_second(values: Mapping[str, str], name: str, meaning: str) -> float | None:
+    number = _number(values, name, inf, meaning)
+    return None if number is None else number * 1e9
+
+
+def _count(values: Mapping[str, str], name: str, default: int, meaning: str) -> int:
+    text = values.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and int(text[:6]) > 0 and len(text) <= 6):
+        raise ConfigError(f"--{name}={text[:20]}: it is {meaning}, 1 or more")
+    return int(text)
+
+
+def _number(values: Mapping[str, str], name: str, most: float, meaning: str) -> float | None:
+    text = values.get(name)
+    if text is None:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= most or number == inf:
+        up_to = "" if most == inf else f" and up to {most:g}"
+        raise ConfigError(f"--{name}={text[:20]}: it is {meaning}, above 0{up_to}")
+    return number
 
 
 def _recipe(argv: Sequence[str]) -> str | None:

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.costs.flops import ModelFlops, UncountedError, peak_bf16
+from hypo_train.costs.devices import peak_bf16
+from hypo_train.costs.flops import ModelFlops, UncountedError
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
 from hypo_train.journal.metrics import FiniteWatch

@@ -7,6 +7,7 @@ be one that its program knows. A command that this test does not know how to che
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from stand_in import ROOT, make_workplace
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 
 from hypo_kernels import sequence_logprobs
@@ -28,6 +30,7 @@ from hypo_train.invocation import take_dry_run
 from hypo_train.judges.settings import load_settings as judge_settings
 
 LOOP = "docs/plain_loop.md"
+DEVICES = "docs/many_devices.md"
 # Small enough for a test, whatever the recipe says.
 SHORT = ["--max_steps", "1", "--max_prompt_length", "64", "--max_completion_length", "8", "--num_eval_prompts", "2"]
 SHORT += ["--per_device_train_batch_size", "2", "--bf16", "false", "--report_to", "none"]
@@ -46,9 +49,9 @@ def blocks(*languages, name="README.md"):
     return [pytest.param(match[1], id=f"{name}, line {text[: match.start(1)].count(chr(10)) + 1}") for match in found]
 
 
-def commands():
+def commands(name="README.md"):
     """The commands of the shell blocks as lists of words, without comments, variables in front and line breaks."""
-    joined = "".join(block.values[0] for block in blocks("bash", "sh", "console")).replace("\\\n", " ")
+    joined = "".join(block.values[0] for block in blocks("bash", "sh", "console", name=name)).replace("\\\n", " ")
     words = [shlex.split(line, comments=True) for line in joined.splitlines()]
     return [_without_variables(line) for line in words if line]
 
@@ -58,10 +61,10 @@ def _without_variables(words):
     return words[first:]
 
 
-def commands_that(start):
+def commands_that(start, name="README.md"):
     """Those that begin so, without it."""
     start = start.split()
-    found = [words[len(start) :] for words in commands() if words[: len(start)] == start]
+    found = [words[len(start) :] for words in commands(name) if words[: len(start)] == start]
     return [pytest.param(words, id=" ".join(words) or "alone") for words in found]
 
 
@@ -224,6 +227,56 @@ def test_an_export_command_writes_a_model(words):
 @pytest.mark.parametrize("words", commands_that("torchrun --nproc_per_node 8 -m hypo_train"))
 def test_a_command_for_several_processes_is_understood(words):
     load_config(words)
+
+
+# Several devices
+
+
+def test_every_command_for_several_devices_is_of_a_kind_that_is_checked():
+    kinds = ("python -m hypo_train --config", "torchrun", "export MASTER_", "srun bash -c", "if [ $? -eq 143 ]")
+    assert [words for words in map(" ".join, commands(DEVICES)) if not words.startswith(kinds)] == []
+
+
+@pytest.mark.usefixtures("at_work")
+@pytest.mark.parametrize("words", commands_that("torchrun", DEVICES))
+def test_a_launchers_flags_are_torchruns_and_the_rest_is_understood(words):
+    launched = get_args_parser().parse_args(words)
+    assert (launched.module, launched.training_script) == (True, "hypo_train")
+    load_config(launched.training_script_args)
+
+
+@pytest.mark.usefixtures("at_work")
+@pytest.mark.parametrize("words", commands_that("python -m hypo_train", DEVICES))
+def test_a_dry_run_for_several_devices_is_understood(words):
+    dry_run, rest = take_dry_run(words)
+    assert dry_run.num_devices > 1
+    assert load_config(rest).fsdp
+
+
+# What stands in for Slurm's programs and for python, which was told to stop: each writes down what it was given.
+SLURM = {
+    "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> said; fi',
+    "srun": 'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@"; done',
+    "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $@" >> said; exit 143',
+}
+
+
+def test_the_slurm_script_starts_every_process_and_puts_a_stopped_job_in_the_queue_again(at_work):
+    [script] = [block.values[0] for block in blocks("bash", name=DEVICES) if "#SBATCH" in block.values[0]]
+    programs = at_work / "slurm"
+    programs.mkdir()
+    for name, text in SLURM.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+        (programs / name).chmod(0o755)
+    path = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "both"}
+    subprocess.run(["bash", "-c", script], cwd=programs, env=os.environ | path, check=True, timeout=60)
+    *tasks, requeued = (programs / "said").read_text(encoding="utf-8").splitlines()
+    assert requeued == "requeue 7"
+    for rank, task in enumerate(tasks):
+        *variables, _, module, rest = task.split(maxsplit=7)
+        assert (variables, module) == ([str(rank), str(rank), "2", "first", "29500"], "hypo_train")
+        load_config(rest.split())
+    assert len(tasks) == 2
 
 
 @pytest.mark.parametrize("words", commands_that("python -m hypo_train judge"))

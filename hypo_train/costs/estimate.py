@@ -33,6 +33,7 @@ from hypo_train.sampling.shadow import Shadow
 DeviceType = Literal["cuda", "cpu"]
 SamplerKind = Literal["decode", "generate", "vllm"]
 
+PUT_TOGETHER = "weights put together"
 _REWARD_MODEL = "the reward model"  # which every process has whole
 # Of one logit on its way to a token: as the head gives it, tempered, as a probability, and fp64 in their sum.
 _BYTES_PER_SAMPLED_LOGIT = 4 + 4 + 4 + 8
@@ -150,7 +151,7 @@ def estimate(
         Component("ZeRO's copy of its part of the weights", *[zero.weights if zero else 0] * 3),
         Component("gradients (float32)", 0, gradients, changing),
         Component("ZeRO's bucket of gradients", 0, *[zero.bucket if zero else 0] * 2),
-        Component("weights put together", *whole, 0),
+        Component(PUT_TOGETHER, *whole, 0),
         # What is sharded comes in the dtype that is computed in.
         Component("autocast's copies of weights (bfloat16)", 0, held.casts if count == 1 else 0, 0),
         Component("activations", draws.activations, held.activations + held.temporary, 0),
@@ -178,7 +179,7 @@ def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: Dev
 def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> Held:
     """The run's largest micro-batch, forward and backward."""
     rows = [plan.train_rows[i] for i in plan.largest_micro_batch]
-    prompts, branches = [len(row.prompt) for row in rows], [_branch_lengths(plan, row) for row in rows]
+    prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
     laid_out = (Rows.packed if conditions.shares_prompts else Rows.separate)(prompts, branches)
     held = rehearse(
         trained,
@@ -190,12 +191,12 @@ def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Condit
     )
     if conditions.prompts_run_first(plan) and conditions.device_type == "cuda":
         # Attention of the branches keeps keys and values of its own, the prompts' among them.
-        again = sum(prompts) * _kv_bytes_per_token(trained, conditions.autocast)
+        again = sum(prompts) * kv_bytes_per_token(trained, conditions.autocast)
         return Held(held.casts, held.activations + again, held.loss, held.gradients, held.temporary)
     return held
 
 
-def _branch_lengths(plan: Plan, row: Any) -> list[int]:
+def branch_lengths(plan: Plan, row: Any) -> list[int]:
     """Tokens of each completion that a row trains on, samples at their longest."""
     if isinstance(row, Example):
         return [len(row.completion)]
@@ -239,7 +240,7 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
     sampler, device_type, autocast = conditions.sampler, conditions.device_type, conditions.autocast
     if sampler in (None, "vllm") or not isinstance(trained, Policy) or not plan.config.draws_samples:
         return _Draws()
-    config, per_token = plan.config, _kv_bytes_per_token(trained, autocast)
+    config, per_token = plan.config, kv_bytes_per_token(trained, autocast)
     n, new = config.num_generations, plan.max_new_tokens
     count = plan.batch_size // plan.share.count * min(config.rollout_steps, plan.total_steps)
     longest = max(len(row.prompt) for row in plan.train_rows)
@@ -269,7 +270,8 @@ def _shadow_bytes(policy: Policy, device_type: DeviceType, autocast: bool, max_n
     return Shadow(policy.model, dtype).nbytes() if needed else 0
 
 
-def _kv_bytes_per_token(trained: Policy | RewardModel, autocast: bool) -> int:
+def kv_bytes_per_token(trained: Policy | RewardModel, autocast: bool) -> int:
+    """Of one token's keys and values in all layers."""
     config = trained.base.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

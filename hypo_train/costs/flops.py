@@ -12,15 +12,16 @@ prompt's tokens are counted once for all of its completions, and frozen layers o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
+from hypo_train.costs.rehearsal import without_memory
 from hypo_train.model.mode import eval_mode
 from hypo_train.model.policy import Head, Policy
 from hypo_train.model.quantization import num_elements
@@ -78,6 +79,12 @@ class ModelFlops:
     above_trunk: Rates  # the reference, where the frozen layers below the trained ones have run already
 
     @classmethod
+    def of_outline(cls, policy: Policy | RewardModel, *, autocast: bool) -> ModelFlops:
+        """The same of a model on the meta device. Raises UncountedError."""
+        with without_memory(policy, autocast=autocast):
+            return cls.of(policy)
+
+    @classmethod
     def of(cls, policy: Policy | RewardModel) -> ModelFlops:
         """Asked of the model itself, which runs a few tokens: which layers it has and where gradients pass.
 
@@ -129,8 +136,7 @@ def _probe(policy: Policy | RewardModel) -> tuple[list[_Linear], bool]:
     """Every call of a linear layer in a forward pass of the decoder, and whether the head's input needs a gradient."""
     layer_of = {id(module): id(layer) for layer in _layers(policy) for module in layer.modules()}
     weight = policy.base.get_input_embeddings().weight
-    calls = ([[0, 0]], [(0, [0, 0])])
-    tree = (pack(*calls) if policy.shares_prompts else separate_rows(*calls, pad_token_id=0)).to(weight.device)
+    tree = _one_row() if isinstance(weight, FakeTensor) else _one_tree(policy).to(weight.device)
     found: list[_Linear] = []
 
     def record(module: Any, args: Any) -> None:
@@ -149,6 +155,18 @@ def _probe(policy: Policy | RewardModel) -> tuple[list[_Linear], bool]:
         for handle in handles:
             handle.remove()
     return found, through_head
+
+
+def _one_tree(policy: Policy | RewardModel) -> Tree:
+    calls = ([[0, 0]], [(0, [0, 0])])
+    return pack(*calls) if policy.shares_prompts else separate_rows(*calls, pad_token_id=0)
+
+
+def _one_row() -> Tree:
+    """Of tokens without values: the mask's four dimensions say that it needs no look at them."""
+    ids, row = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    return Tree(ids, ids, None, mask, row, row, row, num_tokens=3, num_attended=causal(3))
 
 
 def _check_complete(policy: Policy | RewardModel, linears: list[_Linear]) -> None:
@@ -170,27 +188,3 @@ def _head_weights(head: Head | nn.Module) -> Sequence[Tensor]:
     if isinstance(head, nn.Module):
         return [p for p in head.parameters() if p.ndim == 2][-1:]
     return [head.weight, *([head.lora.A, head.lora.B] if head.lora is not None else [])]
-
-
-# Dense bf16 FLOP/s of the vendor's data sheets, whose larger figures are for sparse weights. The first name that is
-# found in a device's name counts.
-PEAK_BF16 = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "GH200": 990e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
-
-def peak_bf16(device_name: str) -> float | None:
-    """What a device could do in bf16, FLOP/s; None where that is not known. Laptops' parts are others."""
-    if "Laptop" in device_name:
-        return None
-    return next((peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{name}\b", device_name)), None)

@@ -123,6 +123,13 @@ def rehearse_prompts(
         return tracker.peak
 
 
+@contextmanager
+def without_memory(trained: Policy | RewardModel, *, autocast: bool) -> Iterator[None]:
+    """A model on the meta device can be run, on tokens that have no values either."""
+    with _faked(trained, "cpu", autocast, training=False), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        yield
+
+
 def _decode(trained: Policy | RewardModel, rows: Rows, device_type: str) -> Tensor:
     ids = torch.zeros(rows.rows, rows.width, dtype=torch.long)
     # Of four dimensions a mask passes through transformers as it is; what padded rows need is made from values.

@@ -64,6 +64,11 @@ class PhaseTimer:
             self._leave()
 
     @property
+    def running(self) -> str | None:
+        """The innermost phase that runs, ``OTHER`` between two of them; None outside of a step."""
+        return self._open[-1] if self._open else None
+
+    @property
     def steps(self) -> int:
         """How many steps have ended since the last reading."""
         return self._steps + len(self._ended)

@@ -1,4 +1,5 @@
-"""Architectures that are known without the Hub: those that the paper fine-tunes, as their config.json has them.
+"""Architectures that are known without the Hub: those that the paper fine-tunes and larger ones, as
+their config.json has them.
 
 A dry run builds them without weights where the Hub cannot be reached. Training never asks for them.
 """
@@ -18,6 +19,31 @@ _PYTHIA: dict[str, Any] = {
     "tie_word_embeddings": False,
     "bos_token_id": 0,
     "eos_token_id": 0,
+}
+
+_LLAMA_3: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128009],
+}
+_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336}
+_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
+_31: dict[str, Any] = {
+    "max_position_embeddings": 131072,
+    "eos_token_id": [128001, 128008, 128009],
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 }
 
 _KNOWN: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
@@ -41,24 +67,9 @@ _KNOWN: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
             "intermediate_size": 10240,
         },
     ),
-    "meta-llama/Meta-Llama-3-8B-Instruct": (
-        LlamaConfig,
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "intermediate_size": 14336,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "tie_word_embeddings": False,
-            "bos_token_id": 128000,
-            "eos_token_id": [128001, 128009],
-        },
-    ),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (LlamaConfig, {**_LLAMA_3, **_8B}),
+    "meta-llama/Llama-3.1-8B-Instruct": (LlamaConfig, {**_LLAMA_3, **_8B, **_31}),
+    "meta-llama/Llama-3.1-70B-Instruct": (LlamaConfig, {**_LLAMA_3, **_70B, **_31}),
 }
 
 

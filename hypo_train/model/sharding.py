@@ -26,7 +26,8 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, *
     and no device, holds more at a time than a layer beside its parts.
     """
     # Under autocast products are in bf16 anyway: so are the weights that the processes exchange. Gradients add in fp32.
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if autocast else None
+    # Inputs are autocast's to convert, and a tree of them is nothing that FSDP could take apart.
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if autocast else None
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         # Always, the root too: whoever asks for parameters outside of a forward pass gets the sharded ones.

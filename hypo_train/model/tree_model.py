@@ -103,6 +103,8 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         if layers is None:
             raise ModelError(f"fsdp: {type(self.base).__name__} has no list of layers to shard by, leave fsdp out")
         shard(self, layers, device, autocast=autocast)
+        # What is trained, and in which dtype, FSDP takes from the first pass: a reference's has its adapter frozen.
+        self(None, lambda hidden, head: None)
 
     def whole_state(self) -> dict[str, Tensor] | None:
         """Weights by the name that the model has for them, put together on the CPU, a tied one once; None: they are not

@@ -25,6 +25,7 @@ class Findings:
     steps: list[str] = field(default_factory=list)
     data: dict[str, list[str]] = field(default_factory=dict)  # of each split
     memory: list[str] = field(default_factory=list)
+    time: list[str] = field(default_factory=list)
     disk: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -52,6 +53,7 @@ class Findings:
             "steps": self.steps,
             "data": [f"{split}: {line}" for split, lines in self.data.items() for line in lines],
             "memory": self.memory,
+            "time": self.time,
             "disk": self.disk,
             "not checked": self.unchecked,
         }

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.costs.estimate import DeviceType, Estimate
+from hypo_train.costs import devices
+from hypo_train.costs.estimate import PUT_TOGETHER, DeviceType, Estimate
 from hypo_train.costs.memory import GIB, readable
 from hypo_train.preflight.findings import Findings
 
@@ -18,9 +19,17 @@ FREE = 0.9  # of a device: the rest is for CUDA's context, an allocator's slack 
 
 
 def check_memory(
-    config: Config, numbers: Estimate, device: DeviceType, autocast: bool, found: Findings, *, whole: bool
+    config: Config,
+    numbers: Estimate,
+    device: DeviceType,
+    autocast: bool,
+    found: Findings,
+    *,
+    whole: bool,
+    name: str | None = None,
 ) -> None:
-    """What a step holds beside what the device has; ``whole``: with the table of its parts.
+    """What a step holds beside what the device has; ``whole``: with the table of its parts; ``name``: of a device that
+    is known by its data sheet.
 
     Raises:
         ConfigError: weights, their copies and the optimizer's state alone are more than the device has.
@@ -30,7 +39,8 @@ def check_memory(
         found.unchecked.append("memory of vLLM, which holds its own weights, keys and values")
     if whole:
         found.memory += _table(numbers, device, autocast)
-    needed, room = numbers.least, device_room(device)
+    known = devices.DEVICES.get(name or "")
+    needed, room = numbers.least, known.gib * GIB if known else device_room(device)
     if room is None:
         fitting = next((size for size in DEVICES if needed <= FREE * size * GIB), None)
         fits = f"fits a device of {fitting} GiB" if fitting else f"fits no device of {DEVICES[-1]} GiB"
@@ -38,7 +48,8 @@ def check_memory(
         if not fitting:
             found.warnings.append(_too_much(config, numbers, needed, int(DEVICES[-1] * GIB)))
         return
-    found.memory.append(f"at least {readable(needed)} of the {readable(room)} that are there")
+    where = f"{name} has" if known else "are there"
+    found.memory.append(f"at least {readable(needed)} of the {readable(room)} that {where}")
     if (always := _states(numbers)) > room:
         raise ConfigError(
             f"memory: weights, their copies and the optimizer's state alone take {readable(always)}, and the device "
@@ -93,6 +104,9 @@ def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | No
 def _advice(config: Config, numbers: Estimate) -> str:
     """What to change, by what takes most."""
     advice = []
+    whole = [part.sampling for part in numbers.components if part.name == PUT_TOGETHER]
+    if sum(whole) > numbers.peak / 2:
+        advice.append("algorithm: dpo, as samples need all weights whole on each device and more devices do not help")
     if numbers.of("activations").training > numbers.peak / 4:
         if config.per_device_train_batch_size > 1:
             advice.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from hypo_train.config import Config
+from hypo_train.costs.devices import DEVICES
 from hypo_train.costs.estimate import Conditions, DeviceType, estimate
 from hypo_train.invocation import DryRun
 from hypo_train.journal.trackers import require_trackers
@@ -31,6 +32,7 @@ from hypo_train.preflight.hub import offline_where_unreachable
 from hypo_train.preflight.memory import check_memory
 from hypo_train.preflight.model import check_reward_model, describe_model, sampler_kind
 from hypo_train.preflight.source import LONGEST, Source
+from hypo_train.preflight.time import describe_time
 from hypo_train.processes import Share
 from hypo_train.reward import RewardFunction, load_function
 from hypo_train.saving.state import checkpoint_to_resume, refuse_to_overwrite
@@ -54,6 +56,7 @@ class _Device:
 
     kind: DeviceType
     autocast: bool
+    name: str | None = None  # in costs.devices.DEVICES, where a dry run names one that need not be here
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class _Outline:
 
 def check(config: Config, dry_run: DryRun) -> Findings:
     """Everything that can be known of the run beforehand."""
-    kind = cast(DeviceType, dry_run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = cast(DeviceType, "cuda" if dry_run.device in DEVICES else dry_run.device or here)
+    device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16, dry_run.device)
     share = Share(0, dry_run.num_devices)
     found = Findings(config)
     with offline_where_unreachable():
@@ -87,7 +91,9 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     elif outlined is not None:
         found.warnings.append(f"without the data, memory is estimated for rows {LONGEST}")
     if outlined is not None:
-        _check_room(config, plan or assumed_plan(config, share), outlined, device, found, whole=True)
+        plan = plan or assumed_plan(config, share)
+        _check_room(config, plan, outlined, device, found, whole=True)
+        describe_time(plan, outlined.trained, _conditions(config, outlined, device), dry_run, found)
     return found
 
 
@@ -149,6 +155,11 @@ def _check_model(
     return None if trained is None else _Outline(trained, structure, reward_model)
 
 
+def _conditions(config: Config, outlined: _Outline, device: _Device) -> Conditions:
+    shares_prompts = outlined.structure.shares_prompts is not False
+    return Conditions(device.kind, device.autocast, shares_prompts, sampler_kind(config, outlined.structure))
+
+
 def _check_room(
     config: Config, plan: Plan, outlined: _Outline, device: _Device, found: Findings, *, whole: bool
 ) -> None:
@@ -161,13 +172,11 @@ def _check_room(
 def _check_memory(
     config: Config, plan: Plan, outlined: _Outline, device: _Device, found: Findings, *, whole: bool
 ) -> None:
-    shares_prompts = outlined.structure.shares_prompts is not False
-    sampler = sampler_kind(config, outlined.structure)
-    conditions = Conditions(device.kind, device.autocast, shares_prompts, sampler)
+    conditions = _conditions(config, outlined, device)
     try:
         numbers = estimate(plan, outlined.trained, conditions, reward_model=outlined.reward_model)
     except Exception as error:  # a structure that the rehearsal does not know is no reason not to train
         found.warnings.append(f"memory is not estimated: {first_line(error)}")
         return
     with found.collected():
-        check_memory(config, numbers, device.kind, device.autocast, found, whole=whole)
+        check_memory(config, numbers, device.kind, device.autocast, found, whole=whole, name=device.name)

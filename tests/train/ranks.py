@@ -30,9 +30,7 @@ WORLD = 2
 
 def started(arguments: Sequence[str], world: int = WORLD) -> list[subprocess.Popen[str]]:
     """The processes of ``python ARGUMENTS``, by rank; modules of this folder can be imported there."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     shared |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -46,6 +44,13 @@ def started(arguments: Sequence[str], world: int = WORLD) -> list[subprocess.Pop
         )
         for rank in range(world)
     ]
+
+
+def free_port() -> str:
+    """One of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:

@@ -323,7 +323,10 @@ def test_the_flags_of_a_dry_run_are_taken_out_of_the_others():
         (["--dry_run_model", "m"], "--dry_run_model is for dry runs alone: add --dry_run"),
         (["--dry_run", "yes"], "--dry_run takes no value, and is given 'yes'"),
         (["--dry_run", "--dry_run_model"], "--dry_run_model needs a value"),
-        (["--dry_run", "--dry_run_device", "tpu"], "--dry_run_device=tpu: it is cuda or cpu"),
+        (
+            ["--dry_run", "--dry_run_device", "tpu"],
+            "--dry_run_device=tpu: it is cuda, cpu or one of A100, H100, H200, B200, L40S",
+        ),
         (["--dry_run", "--num_devices", "0"], "--num_devices=0: it is how many processes the run will have, 1 or more"),
         (["--num_devices", "8"], "--num_devices is for dry runs alone: add --dry_run"),
         (["--dry_run", "--dry-run"], "--dry_run is given more than once"),

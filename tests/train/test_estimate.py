@@ -16,6 +16,7 @@ from hypo_train.journal.metrics import Meter
 from hypo_train.model.architectures import known_architecture
 from hypo_train.model.load import outline
 from hypo_train.plan import Plan
+from hypo_train.preflight import memory
 from hypo_train.processes import Share
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.step import train_step
@@ -221,6 +222,12 @@ def test_zero_spreads_the_optimizers_state_and_at_stage_2_gradients_and_no_weigh
     name = "gradients (float32)"
     assert first.of(name).optimizer == ddp.of(name).optimizer == 4 * second.of(name).optimizer
     assert ddp.phases["optimizer"] > first.phases["optimizer"] > second.phases["optimizer"]
+
+
+def test_where_sampling_has_all_weights_whole_the_advice_is_not_to_sample():
+    numbers, _ = of_devices(64)
+    assert "algorithm: dpo, as samples need all weights whole" in memory._advice(config_of(), numbers)
+    assert "algorithm: dpo" not in memory._advice(config_of(), of_devices(1)[0])
 
 
 def test_a_processs_activations_are_those_of_its_own_rows():

@@ -1,0 +1,162 @@
+"""The arithmetic of a predicted step, by hand, and the lines that a dry run has of it."""
+
+import pytest
+import tiny
+from transformers import AutoConfig
+
+from hypo_train.config import ConfigError
+from hypo_train.costs.communication import Exchange, exchanges
+from hypo_train.costs.devices import DEVICES, Assumed, bandwidth
+from hypo_train.costs.estimate import Conditions
+from hypo_train.costs.flops import ModelFlops
+from hypo_train.costs.step_time import Speeds, predict
+from hypo_train.costs.work import work_of
+from hypo_train.invocation import take_dry_run
+from hypo_train.model.load import outline
+from hypo_train.plan import load_plan
+from hypo_train.preflight import check, hub
+from hypo_train.processes import Share
+from hypo_train.run import prepare
+
+COMPUTE, MEMORY, LINKS = 1e9, 1e8, 1e7
+
+
+@pytest.fixture
+def predicted(settings):
+    """``predicted(count, field=value)`` -> {phase: Part}, work and exchanges, of a tiny run at round speeds."""
+
+    def of(count=1, overlaps=True, **changes):
+        config = settings(**changes)
+        tokenizer = tiny.word_tokenizer()
+        plan, _ = load_plan(config, tokenizer, [tokenizer.eos_token_id], Share(0, count))
+        architecture = AutoConfig.from_pretrained(config.model_name_or_path)
+        trained = outline(config, architecture, device_type="cpu", autocast=False)
+        conditions = Conditions("cpu", False, True, "decode")
+        work = work_of(plan, conditions)
+        exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=False)
+        flops = ModelFlops.of_outline(trained, autocast=False)
+        speeds = Speeds(COMPUTE, MEMORY, LINKS, overlaps)
+        parts = predict(plan, trained, conditions, work, exchanged, flops, speeds)
+        return {part.phase: part for part in parts}, work, exchanged
+
+    return of
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_peft": True}, {"num_layers_unfrozen": 1}])
+def test_a_model_without_memory_has_the_flops_that_it_has_with_weights(settings, changes):
+    config = settings(**changes)
+    architecture = AutoConfig.from_pretrained(config.model_name_or_path)
+    without = outline(config, architecture, device_type="cpu", autocast=False)
+    assert ModelFlops.of_outline(without, autocast=False) == ModelFlops.of(prepare(config).policy)
+
+
+def test_passes_take_their_flops_and_tokens_the_time_to_read_weights(predicted):
+    parts, work, exchanged = predicted(gradient_checkpointing=True)
+    assert exchanged == []
+    assert parts["backward"].seconds == pytest.approx(
+        (parts["forward"].seconds - 2 * 37 * 32 * work.policy.rows / COMPUTE) + 2 * parts["forward"].seconds
+    ), "twice a forward pass, and once more the layers of one"
+    per_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+    matrices = 2 * per_layer + 37 * 32
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, their width, bytes
+    draw = work.draw
+    assert (draw.sequences, draw.new_tokens) == (4 * 2, 8)
+    read = 4 * matrices + per_token * (draw.prompt_tokens + draw.sequences * 8 / 2)
+    assert parts["sample"].seconds == pytest.approx(8 * read / MEMORY, rel=0.02)
+    assert parts["optimizer"].seconds == pytest.approx((3 + 4) * 4 * (2 * per_layer + 2 * 37 * 32) / MEMORY, rel=0.02)
+
+
+def test_the_reference_is_asked_for_samples_alone_where_pairs_are_known(predicted):
+    _, asked, _ = predicted(algorithm="hypo", precompute_ref_log_probs=False)
+    _, known, _ = predicted(algorithm="hypo", precompute_ref_log_probs=True)
+    assert asked.reference == asked.policy
+    assert 0 < known.reference.rows < known.policy.rows
+    parts, dpo, _ = predicted(algorithm="dpo", precompute_ref_log_probs=True)
+    assert dpo.reference.tokens == 0
+    assert dpo.passes.of_reference == 0
+    assert "sample" not in parts
+
+
+def test_gradients_hide_behind_the_backward_pass_of_the_last_micro_batch(predicted):
+    parts, _, [exchange] = predicted(2, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    part = parts["backward"]
+    assert exchange.sent(2) == exchange.whole
+    assert part.hidden == pytest.approx(min(part.computing / 2, exchange.whole / LINKS))
+    assert part.waiting + part.hidden == pytest.approx(exchange.whole / LINKS)
+
+
+def test_weights_for_sampling_are_waited_for_and_a_layer_s_hide_behind_another_s_computation(predicted):
+    parts, _, exchanged = predicted(2, fsdp=True, per_device_train_batch_size=2)
+    sample, forward = (next(e for e in exchanged if e.phase == phase) for phase in ("sample", "forward"))
+    assert parts["sample"].waiting == pytest.approx(sample.sent(2) / LINKS)
+    assert parts["forward"].hidden == pytest.approx(min(forward.layers / 2 / LINKS, parts["forward"].computing))
+    without, _, _ = predicted(2, False, fsdp=True, per_device_train_batch_size=2)
+    assert {part.hidden for part in without.values()} == {0}
+
+
+def test_a_ring_sends_almost_all_of_it_once_for_a_gather_and_twice_for_a_sum():
+    assert Exchange("forward", "gather", 100, 700).sent(8) == 700
+    assert Exchange("backward", "reduce", 0, 800).sent(8) == 1400
+
+
+def test_between_nodes_the_adapters_of_a_node_carry_what_leaves_it():
+    h100 = DEVICES["H100"]
+    assert bandwidth(h100, 8, Assumed()) == 450e9
+    assert bandwidth(h100, 9, Assumed()) == 8 * 50e9
+    assert bandwidth(h100, 2, Assumed(devices_per_node=1, network=1e9)) == 1e9
+    assert bandwidth(DEVICES["L40S"], 16, Assumed()) is None
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
+
+
+def page_of(config, *flags):
+    dry_run, _ = take_dry_run(["--dry_run", *flags])
+    return check(config, dry_run).page()
+
+
+def test_the_page_says_what_is_sent_and_how_long_a_step_takes_and_what_that_assumes(settings):
+    page = page_of(
+        settings(fsdp=True, per_device_train_batch_size=1),
+        "--dry_run_device",
+        "H100",
+        "--num_devices",
+        "16",
+        "--mfu",
+        "0.35",
+    )
+    time = "\n".join(page[page.index("time") : page.index("disk")])
+    assert "each of 16 devices sends" in time
+    assert "a step takes about" in time
+    assert "35% of 989 TFLOP/s" in time
+    assert "2 nodes of 8, each sends at 80% of 400 GB/s" in time
+
+
+def test_without_a_named_device_there_are_bytes_and_no_seconds(settings):
+    page = page_of(settings(), "--dry_run_device", "cpu", "--num_devices", "2")
+    assert any(line.startswith("  each of 2 devices sends ") for line in page)
+    assert not any("a step takes about" in line for line in page)
+    assert any("how long a step takes: --dry_run_device A100, H100" in line for line in page)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mfu", "40"], "--mfu=40: it is the share of a device's peak that passes reach, above 0 and up to 1"),
+        (["--mfu", "nan"], "--mfu=nan: it is the share of a device's peak that passes reach, above 0 and up to 1"),
+        (["--devices_per_node", "0"], "--devices_per_node=0: it is how many devices a machine has, 1 or more"),
+        (
+            ["--network_gb_s", "fast"],
+            "--network_gb_s=fast: it is what a device sends to other machines, in GB a second, above 0",
+        ),
+    ],
+)
+def test_an_assumption_that_cannot_be_is_one_line(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        take_dry_run(["--dry_run", *flags])
+    assert str(caught.value) == message
