@@ -106,6 +106,9 @@ class Config(BaseModel):
     fsdp: bool = False
     """Shard weights, gradients and the optimizer's state over the processes (PyTorch's FSDP2), for models that do not
     fit a device; without it each process holds all of them (DDP)."""
+    vocab_parallel: bool = False
+    """With fsdp: each process keeps its part of the vocabulary of embedding and LM head and works on all processes'
+    rows with it. Neither is put together in training, nor are their gradients; hidden states are exchanged instead."""
     share_trunk: bool = True
     """Run the frozen layers below num_layers_unfrozen once for policy and reference."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
@@ -379,6 +382,19 @@ def _conflicts(c: Config) -> list[str]:
             c.fsdp and c.use_peft and c.algorithm == "reward",
             "fsdp=true with use_peft=true and algorithm=reward: its adapter could not be merged in the end, leave fsdp "
             "out",
+        ),
+        (
+            c.vocab_parallel and not c.fsdp,
+            "vocab_parallel=true without fsdp: it is about weights that processes share, set fsdp: true (or leave it "
+            "out)",
+        ),
+        (
+            c.vocab_parallel and c.algorithm == "reward",
+            "vocab_parallel=true with algorithm=reward: a reward model has no LM head, leave vocab_parallel out",
+        ),
+        (
+            c.vocab_parallel and c.impl == "reference",
+            "vocab_parallel=true with impl=reference: that takes the whole vocabulary, use impl: auto",
         ),
         (
             c.dataset_test_split is not None and c.num_eval_rows > 0,

@@ -154,7 +154,7 @@ def _prepared(
     if isinstance(trained, Policy):
         sampler, why_generate = build_sampler(config, trained, ends, tokenizer.pad_token_id)
     if config.fsdp:
-        trained.shard(accelerator.device, autocast=autocast)
+        trained.shard(accelerator.device, autocast=autocast, vocab_parallel=config.vocab_parallel)
     parameters = trained.trained_parameters()
     optimizer = build_optimizer(
         parameters.items(),

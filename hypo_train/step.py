@@ -39,13 +39,13 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None
     for part in _micro_batches(run, _lengths(rows, samples)):
         drawn = samples.of_prompts(part.start, part.stop) if samples else None
-        batch = MicroBatch(rows[part], indices[part], drawn, prompts)
+        batch = MicroBatch(rows[part], indices[part], drawn, prompts, share=_weight(rows[part]) / weight)
         last = part.stop == len(rows)
         with nullcontext() if last else run.accelerator.no_sync(run.model):  # processes exchange gradients once
             loss = loss_of(run, batch, meter)
             run.finite.see(step, loss.detach())
             with timer.phase("backward"):
-                run.accelerator.backward(loss * (_weight(batch.rows) / weight))
+                run.accelerator.backward(loss * batch.share)
     with timer.phase("optimizer"):
         if run.config.max_grad_norm > 0:
             norm = _clip_gradients(run)

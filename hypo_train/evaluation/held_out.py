@@ -92,7 +92,7 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
         return
     if isinstance(rows[0], Example):
         tree = run.batcher.examples(rows).to(device)
-        meter.add("loss", run.policy(tree, token_losses(tree, run.config)))
+        meter.add("loss", run.policy(tree, token_losses(tree, run.config)).of_tokens)
         return
     if isinstance(run.trained, RewardModel):
         tree = run.batcher.scored_pairs(rows).to(device)

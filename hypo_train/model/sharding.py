@@ -8,25 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, *, autocast: bool) -> None:
-    """Spread the weights over all processes, in place: those of a layer together, and all that is in none of them."""
-    # Under autocast products are in bf16 anyway: so are the weights that the processes exchange. Gradients add in fp32.
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if autocast else None
+@dataclass(frozen=True)
+class Spread:
+    """Over which devices weights are spread, and what they are put together in."""
+
+    mesh: DeviceMesh
+    dtype: torch.dtype | None  # None: their own
+
+    @classmethod
+    def over_all(cls, device: torch.device, *, autocast: bool) -> Spread:
+        """All processes. Under autocast products are in bf16 anyway: so are the weights that the processes exchange."""
+        return cls(init_device_mesh(device.type, (dist.get_world_size(),)), torch.bfloat16 if autocast else None)
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], spread: Spread, *, leave: set[nn.Parameter]) -> None:
+    """Spread the weights over all processes, in place: those of a layer together, and all that is in none of them;
+    those of ``leave`` are left as they are."""
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mesh": spread.mesh,
         # Always, the root too: whoever asks for parameters outside of a forward pass gets the sharded ones.
         "reshard_after_forward": True,
-        "mp_policy": precision or MixedPrecisionPolicy(),
+        # Gradients add in fp32.
+        "mp_policy": MixedPrecisionPolicy(param_dtype=spread.dtype, reduce_dtype=spread.dtype and torch.float32),
+        "ignored_params": leave,
     }
     for layer in layers:
         fully_shard(layer, **options)

@@ -41,6 +41,7 @@ FREE_TO_CHANGE = {
     "per_device_eval_batch_size",
     "ref_logps_cache_dir",
     "fsdp",
+    "vocab_parallel",
 }
 # Of algorithms that do not learn from the reward.
 FREE_WITHOUT_RLOO = {"reward", "reward_model_path", "missing_eos_penalty"}

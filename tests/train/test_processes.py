@@ -20,6 +20,7 @@ REWARD = "tiny:reward_of_length"
 FULL = {"learning_rate": 1e-3}
 LORA = {"use_peft": True, "lora_r": 4}
 LAST = {"num_layers_unfrozen": 1}
+VOCAB = {"fsdp": True, "vocab_parallel": True}
 CASES = {
     "hypo": FULL,
     "hypo, micro-batches": {**FULL, "max_tokens_per_micro_batch": 60},
@@ -39,6 +40,17 @@ CASES = {
     "fsdp, separate rows": {**FULL, "fsdp": True, "attn_implementation": "sdpa"},
     "fsdp, reward": {"algorithm": "reward", **FULL, "fsdp": True},
     "fsdp, sft": {"algorithm": "sft", **FULL, "fsdp": True},
+    "vocab-parallel": {**FULL, **VOCAB},
+    "vocab-parallel, micro-batches, tied head": {**FULL, **VOCAB, "max_tokens_per_micro_batch": 60},
+    "vocab-parallel, exact KL": {**FULL, **VOCAB, "kl_estimator": "exact"},
+    "vocab-parallel, exact KL, LoRA": {**LORA, **VOCAB, "kl_estimator": "exact"},
+    "vocab-parallel, LoRA on a tied head": {**LORA, **VOCAB, "lora_target_modules": ["q_proj", "lm_head"]},
+    "vocab-parallel, last layer, checkpointing": {**LAST, **VOCAB, "gradient_checkpointing": True},
+    "vocab-parallel, samples drawn ahead": {**FULL, **VOCAB, "rollout_steps": 3},
+    "vocab-parallel, dpo, GPT-NeoX": {"algorithm": "dpo", **FULL, **VOCAB},
+    "vocab-parallel, ipo, head with a bias, phi": {"algorithm": "ipo", **FULL, **VOCAB},
+    "vocab-parallel, rloo": {"algorithm": "rloo", "reward": REWARD, "beta": 0.1, **FULL, **VOCAB},
+    "vocab-parallel, sft": {"algorithm": "sft", **FULL, **VOCAB},
     "separate rows": {**FULL, "attn_implementation": "sdpa"},
 }
 
@@ -55,7 +67,8 @@ def config_of(name: str, folder: Path, model: Path, world: int = 1) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
     changes = {"per_device_train_batch_size": 4 // world, "num_eval_rows": 8, "max_steps": STEPS, **CASES[name]}
     # Adam divides by a gradient's size: of one that is zero but for rounding, it would train on the rounding.
-    changes |= {"adam_epsilon": 1e-5, "fsdp": world > 1 and CASES[name].get("fsdp", False)}
+    shared = {} if world > 1 else {"fsdp": False, "vocab_parallel": False}
+    changes |= {"adam_epsilon": 1e-5, **shared}
     return make_config(folder, model, **changes)
 
 
@@ -63,9 +76,12 @@ def config_of(name: str, folder: Path, model: Path, world: int = 1) -> Config:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case as one process has run it, in ``one``, and as two have, in ``two``."""
     folder = tmp_path_factory.mktemp("processes")
-    models = {name: save(new_model(name), folder / name) for name in ("llama", "gpt_neox")}
+    models = {name: save(new_model(name), folder / name) for name in ("llama", "gpt_neox", "phi")}
     tied = save(new_model("llama", tie_word_embeddings=True), folder / "tied")
-    of = {name: models["gpt_neox" if "NeoX" in name else "llama"] for name in CASES}
+    architecture = {"NeoX": "gpt_neox", "phi": "phi"}
+    of = {
+        name: models[next((known for part, known in architecture.items() if part in name), "llama")] for name in CASES
+    }
     of |= {name: tied for name in CASES if "tied" in name}
     launch(folder / "launch", [config_of(name, folder / "two" / name, of[name], WORLD) for name in CASES])
     for name in CASES:
