@@ -97,7 +97,7 @@ class Policy(TreeModel[Head]):
     def _as_the_reference(self) -> Iterator[None]:
         """The sharded model with the reference's parameters in the place of its own."""
         own = dict(self.named_parameters())
-        parts = set() if self.vocab_parts is None else self.vocab_parts.parameters
+        parts = set() if self.vocab_parts is None else set(self.vocab_parts.parameters)
         of_layers = {name: p for name, p in self.reference_parameters.items() if own[name] not in parts}
         of_parts = {own[name]: p for name, p in self.reference_parameters.items() if own[name] in parts}
         with (

@@ -32,7 +32,7 @@ class Spread:
         return cls(init_device_mesh(device.type, (dist.get_world_size(),)), torch.bfloat16 if autocast else None)
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], spread: Spread, *, leave: set[nn.Parameter]) -> None:
+def shard(model: nn.Module, layers: Iterable[nn.Module], spread: Spread, *, leave: Iterable[nn.Parameter]) -> None:
     """Spread the weights over all processes, in place: those of a layer together, and all that is in none of them;
     those of ``leave`` are left as they are."""
     options: dict[str, Any] = {
@@ -41,7 +41,7 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], spread: Spread, *, leav
         "reshard_after_forward": True,
         # Gradients add in fp32.
         "mp_policy": MixedPrecisionPolicy(param_dtype=spread.dtype, reduce_dtype=spread.dtype and torch.float32),
-        "ignored_params": leave,
+        "ignored_params": set(leave),
     }
     for layer in layers:
         fully_shard(layer, **options)

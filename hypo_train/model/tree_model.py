@@ -111,7 +111,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         spread = Spread.over_all(device, autocast=autocast)
         if vocab_parallel:
             self.vocab_parts = self._in_parts(spread, device)
-        shard(self, layers, spread, leave=set() if self.vocab_parts is None else self.vocab_parts.parameters)
+        shard(self, layers, spread, leave=() if self.vocab_parts is None else self.vocab_parts.parameters)
 
     def _in_parts(self, spread: Spread, device: torch.device) -> VocabParts:
         embedding, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()

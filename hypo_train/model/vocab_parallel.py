@@ -54,8 +54,9 @@ class VocabParts:
         embedding.forward = _looking_up(embedding.forward, self.exchange, spread.dtype)  # type: ignore[method-assign]
 
     @property
-    def parameters(self) -> set[nn.Parameter]:
-        return {part for _, _, part in self._places}
+    def parameters(self) -> list[nn.Parameter]:
+        """Each once, in an order that all processes have."""
+        return list(dict.fromkeys(part for _, _, part in self._places))
 
     @contextmanager
     def replaced(self, others: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
