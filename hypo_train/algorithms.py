@@ -137,7 +137,7 @@ def _reference(run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | None) -> 
         asked = run.batcher.samples(batch.prompt_ids, samples.completions).to(known.device)
     run.throughput.reference(asked, trunk_known=trunk is not None)
     if known is None:
-        return run.policy.reference(asked, reference_of(asked, run.config), trunk=trunk)
+        return reference_of(run.policy, asked, run.config, trunk=trunk)
     of_samples = run.policy.reference(asked, sequence_logprobs_of(asked, run.config), trunk=trunk)
     return Reference(logps=torch.cat([known, of_samples]))
 

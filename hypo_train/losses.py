@@ -12,7 +12,8 @@ from torch import Tensor
 from hypo_kernels import HypoLoss, fused_hypo_loss, sequence_logprobs, token_logprobs
 from hypo_train.config import Config
 from hypo_train.model.head_call import HeadCall
-from hypo_train.model.policy import Head, HeadFunction
+from hypo_train.model.policy import Head, HeadFunction, Policy
+from hypo_train.model.tree_model import Trunk
 from hypo_train.trees.tree import Tree
 
 
@@ -22,8 +23,8 @@ class Reference:
 
     logps: Tensor | None = None  # (S,)
     hidden: Tensor | None = None  # (T, D)
-    weight: Tensor | None = None  # (V, D), its own: where the head is trained, the policy's is another
-    bias: Tensor | None = None  # (V,)
+    weight: Tensor | None = None  # (V, D), where the head is trained: the policy's is another
+    bias: Tensor | None = None  # (V,), with it
 
 
 def sequence_logprobs_of(tree: Tree, config: Config) -> HeadFunction[Tensor]:
@@ -35,16 +36,13 @@ def sequence_logprobs_of(tree: Tree, config: Config) -> HeadFunction[Tensor]:
     return HeadCall(logprobs, {"targets": tree.targets, "cu_seqlens": tree.cu_seqlens})
 
 
-def reference_of(tree: Tree, config: Config) -> HeadFunction[Reference]:
+def reference_of(policy: Policy, tree: Tree, config: Config, *, trunk: Trunk | None = None) -> Reference:
     """What the configured loss has to know: the exact KL needs distributions, any other loss log-probs alone."""
-    logprobs = sequence_logprobs_of(tree, config)
-
-    def reference(hidden: Tensor, head: Head) -> Reference:
-        if config.kl_estimator == "exact":
-            return Reference(hidden=hidden, weight=head.weight, bias=head.bias)
-        return Reference(logps=logprobs(hidden, head))
-
-    return reference
+    if config.kl_estimator != "exact":
+        return Reference(logps=policy.reference(tree, sequence_logprobs_of(tree, config), trunk=trunk))
+    hidden = policy.reference(tree, lambda hidden, head: hidden, trunk=trunk)
+    weight, bias = policy.reference_head()
+    return Reference(hidden=hidden, weight=weight, bias=bias)
 
 
 def preference_loss(

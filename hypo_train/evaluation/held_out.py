@@ -103,7 +103,7 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
         return
     tree = run.batcher.pairs(rows, []).to(device)
     if run.eval_ref_logps is None:
-        reference = run.policy.reference(tree, reference_of(tree, run.config))
+        reference = reference_of(run.policy, tree, run.config)
     else:
         reference = Reference(logps=run.eval_ref_logps[start:stop].T.flatten())
     out = run.policy(tree, preference_loss(tree, reference, len(rows), run.config))

@@ -106,6 +106,21 @@ class Policy(TreeModel[Head]):
         ):
             yield
 
+    def reference_head(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the reference's head for a pass of the policy's; None where they are the policy's own.
+
+        Sharded weights are as the process holds them: DTensors, or its part of the vocabulary.
+        """
+        linear = self.base.get_output_embeddings()
+        linear = getattr(linear, "base_layer", linear)
+        copies = {id(p): self.reference_parameters.get(name) for name, p in self.named_parameters()}
+        weight, bias = copies[id(linear.weight)], copies.get(id(linear.bias))
+        if weight is not None and bias is None:  # a frozen one goes with the weight
+            bias = linear.bias
+        if self.vocab_parts is None:
+            return weight, bias
+        return None if weight is None else local(weight), None if bias is None else local(bias)
+
     def shard(self, device: torch.device, *, autocast: bool, vocab_parallel: bool = False) -> None:
         """See ``TreeModel.shard``: the reference's parameters too, which are still those that training starts from."""
         super().shard(device, autocast=autocast, vocab_parallel=vocab_parallel)

@@ -39,8 +39,12 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], spread: Spread, *, leav
         "mesh": spread.mesh,
         # Always, the root too: whoever asks for parameters outside of a forward pass gets the sharded ones.
         "reshard_after_forward": True,
-        # Gradients add in fp32.
-        "mp_policy": MixedPrecisionPolicy(param_dtype=spread.dtype, reduce_dtype=spread.dtype and torch.float32),
+        # Gradients add in fp32. Inputs stay as they are: FSDP's cast would take a tree's layout apart.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=spread.dtype,
+            reduce_dtype=None if spread.dtype is None else torch.float32,
+            cast_forward_inputs=False,
+        ),
         "ignored_params": set(leave),
     }
     for layer in layers:
