@@ -210,6 +210,17 @@ def test_processes_that_share_the_weights_hold_a_part_of_what_training_keeps_of_
     assert alone.peak > 100 * 2**30 > 45 * 2**30 > eighth.peak
 
 
+def test_parts_of_a_vocabulary_are_never_put_together_in_training():
+    (whole, trained), (parts, _) = of_devices(8), of_devices(8, vocab_parallel=True)
+    head = trained.base.get_output_embeddings().weight
+    together = "weights put together"
+    assert parts.of(together).sampling == whole.of(together).sampling
+    assert whole.of(together).training - parts.of(together).training == 2 * 2 * head.numel()  # embedding and head
+    # Nor is the head's gradient: a process has that of its part, and for a turn as much again.
+    spared = whole.peak - parts.peak - (whole.of(together).training - parts.of(together).training)
+    assert spared > 4 * head.numel() * 6 // 8
+
+
 def test_a_processs_activations_are_those_of_its_own_rows():
     changes = {"per_device_train_batch_size": 2}
     assert of_devices(8, **changes)[0].of("activations") == of_devices(2, **changes)[0].of("activations")

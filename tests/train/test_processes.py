@@ -20,6 +20,8 @@ REWARD = "tiny:reward_of_length"
 FULL = {"learning_rate": 1e-3}
 LORA = {"use_peft": True, "lora_r": 4}
 LAST = {"num_layers_unfrozen": 1}
+RLOO = {"algorithm": "rloo", "reward": REWARD, "beta": 0.1}
+HEAD_TOO = {"lora_target_modules": ["q_proj", "lm_head"]}
 VOCAB = {"fsdp": True, "vocab_parallel": True}
 CASES = {
     "hypo": FULL,
@@ -29,30 +31,28 @@ CASES = {
     "hypo, last layer": LAST,
     "dpo, GPT-NeoX": {"algorithm": "dpo", **FULL},
     "ipo, LoRA": {"algorithm": "ipo", **LORA},
-    "rloo": {"algorithm": "rloo", "reward": REWARD, "beta": 0.1, **FULL},
+    "rloo": {**RLOO, **FULL},
     "reward": {"algorithm": "reward", **FULL},
     "sft": {"algorithm": "sft", **FULL},
     "fsdp": {**FULL, "fsdp": True},
     "fsdp, micro-batches, tied head": {**FULL, "fsdp": True, "max_tokens_per_micro_batch": 60},
     "fsdp, exact KL, LoRA": {**LORA, "fsdp": True, "kl_estimator": "exact"},
-    "fsdp, last layer, checkpointing": {**LAST, "fsdp": True, "gradient_checkpointing": True},
+    "fsdp, exact KL, last layer, checkpointing": {
+        **LAST, "fsdp": True, "kl_estimator": "exact", "gradient_checkpointing": True,
+    },
     "fsdp, dpo, GPT-NeoX": {"algorithm": "dpo", **FULL, "fsdp": True},
     "fsdp, separate rows": {**FULL, "fsdp": True, "attn_implementation": "sdpa"},
     "fsdp, reward": {"algorithm": "reward", **FULL, "fsdp": True},
     "fsdp, sft": {"algorithm": "sft", **FULL, "fsdp": True},
-    "vocab-parallel": {**FULL, **VOCAB},
     "vocab-parallel, micro-batches, tied head": {**FULL, **VOCAB, "max_tokens_per_micro_batch": 60},
-    "vocab-parallel, exact KL": {**FULL, **VOCAB, "kl_estimator": "exact"},
-    "vocab-parallel, exact KL, LoRA": {**LORA, **VOCAB, "kl_estimator": "exact"},
-    "vocab-parallel, LoRA on a tied head": {**LORA, **VOCAB, "lora_target_modules": ["q_proj", "lm_head"]},
-    "vocab-parallel, last layer, checkpointing": {**LAST, **VOCAB, "gradient_checkpointing": True},
-    "vocab-parallel, samples drawn ahead": {**FULL, **VOCAB, "rollout_steps": 3},
+    "vocab-parallel, exact KL, LoRA, head too": {**LORA, **VOCAB, "kl_estimator": "exact", **HEAD_TOO},
+    "vocab-parallel, exact KL, last layer": {**LAST, **VOCAB, "kl_estimator": "exact"},
     "vocab-parallel, dpo, GPT-NeoX": {"algorithm": "dpo", **FULL, **VOCAB},
-    "vocab-parallel, ipo, head with a bias, phi": {"algorithm": "ipo", **FULL, **VOCAB},
-    "vocab-parallel, rloo": {"algorithm": "rloo", "reward": REWARD, "beta": 0.1, **FULL, **VOCAB},
+    "vocab-parallel, ipo, phi": {"algorithm": "ipo", **FULL, **VOCAB},  # whose head has a bias
+    "vocab-parallel, rloo, drawn ahead": {**RLOO, **FULL, **VOCAB, "rollout_steps": 3},
     "vocab-parallel, sft": {"algorithm": "sft", **FULL, **VOCAB},
     "separate rows": {**FULL, "attn_implementation": "sdpa"},
-}
+}  # fmt: skip
 
 
 def launch(folder: Path, configs: list[Config]) -> None:

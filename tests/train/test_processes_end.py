@@ -19,6 +19,7 @@ from hypo_train.train import train
 
 pytestmark = pytest.mark.slow
 STEPS = 6
+WHOLE = {"fsdp": False, "vocab_parallel": False}
 
 
 def start(config: Config) -> list["subprocess.Popen[str]"]:
@@ -51,9 +52,11 @@ def final(config: Config) -> dict[str, torch.Tensor]:
     return load_file(next((Path(config.output_dir) / "final").glob("*.safetensors")))
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(tmp_path, fsdp):
-    config = config_of(tmp_path, fsdp=fsdp, logging_steps=2)
+@pytest.mark.parametrize(
+    "way", [{}, {"fsdp": True}, {"fsdp": True, "vocab_parallel": True}], ids=["ddp", "fsdp", "vocab-parallel"]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(tmp_path, way):
+    config = config_of(tmp_path, **way, logging_steps=2)
     assert [status for status, _, _ in ended(start(config))] == [0, 0]
     again = cut_to(config, 3, tmp_path / "again")
     found = ended(start(again))
@@ -61,12 +64,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_
     assert lines_of(again) == lines_of(config)
     assert all(torch.equal(value, final(config)[name]) for name, value in final(again).items())
 
-    alone = cut_to(config, 3, tmp_path / "alone", per_device_train_batch_size=4, fsdp=False)
+    alone = cut_to(config, 3, tmp_path / "alone", per_device_train_batch_size=4, **WHOLE)
     train(alone, progress=False)
     for line, expected in zip(lines_of(alone), lines_of(config), strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
-    other_rows = cut_to(config, 3, tmp_path / "other", fsdp=False)
+    other_rows = cut_to(config, 3, tmp_path / "other", **WHOLE)
     with pytest.raises(ValueError, match=r"4 rows a step on 2 processes, and this one has 2 on 1"):
         train(other_rows, progress=False)
 
