@@ -72,7 +72,8 @@ class HeadCall(Generic[T]):
             of_rows = inputs.detached()
             leaves = parts._replace(hidden=turn.hidden.requires_grad_(hidden.requires_grad), lora_a=of_rows.lora_a)
             result: Any = self.compute(leaves.hidden, leaves.put_into(head), **turn.arguments)
-            (turn.share * result.loss).backward()
+            with torch.autocast(hidden.device.type, enabled=False):  # as backward passes are
+                (turn.share * result.loss).backward()
             if turn.is_own:  # what is whole everywhere has its gradient from its process's own rows, as all layers have
                 found, own = result, leaves
         for part in (parts.weight, parts.bias, parts.lora_b):

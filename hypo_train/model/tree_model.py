@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hypo_train.model.sharding import Spread, is_sharded, local, shard, unsharded, whole
 from hypo_train.model.trunk import decoder_layers, frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
-from hypo_train.model.vocab_parallel import VocabParts
+from hypo_train.model.vocab_parallel import VocabParts, processes_without_a_part
 from hypo_train.optim import Role, parameter_roles
 from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
 from hypo_train.trees.tree import Tree
@@ -77,10 +77,8 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         self.model = model
         self.is_peft = is_peft
         self.why_separate_rows: str | None = None  # None: the model runs trees
+        self.vocab_parts: VocabParts | None = None  # embedding and LM head, where no pass puts them together
         # What nothing below is trained of, and other passes can share. LoRA's layers all are.
-        self.vocab_parts: VocabParts | None = (
-            None  # of the embedding and the LM head, where they are never put together
-        )
         self.trunk_layers = [] if is_peft else frozen_layers(self.base.get_decoder())
 
     @property
@@ -117,13 +115,11 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         embedding, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         adapted = list(head.lora_B.values()) if hasattr(head, "lora_B") else []
         modules = [getattr(module, "base_layer", module) for module in (embedding, head)]
-        count = spread.mesh.size()
-        for size in {module.weight.shape[0] for module in modules}:
-            if -(-size // count) * (count - 1) >= size:
-                raise ModelError(
-                    f"vocab_parallel: a vocabulary of {size} leaves some of {count} processes without a part of it, "
-                    "start fewer"
-                )
+        size, count = min(module.weight.shape[0] for module in modules), spread.mesh.size()
+        if idle := processes_without_a_part(size, count):
+            raise ModelError(
+                f"vocab_parallel: {idle} of {count} processes would have no part of a vocabulary of {size}, start fewer"
+            )
         return VocabParts(modules[0], [modules[1], *adapted], spread, device)
 
     def whole_state(self) -> dict[str, Tensor] | None:

@@ -1,16 +1,18 @@
 """Embedding and LM head in parts of the vocabulary: each process keeps and multiplies its own rows of both.
 
 A tensor of the vocabulary is split as ``torch.chunk`` splits it, ⌈V/n⌉ entries a process, and is no part of what FSDP
-puts together. The processes have rows of data of their own, so they take turns: every one works on each one's rows,
-with its part of the vocabulary, and their owner gets the sum. What is sent of one owner's T rows, to each process:
+puts together. The processes have rows of data of their own, so they take turns: all of them work on one's rows, each
+with its part of the vocabulary, and what their parts give is summed. In an owner's turn each process sends or gets
 
-    tokens looked up    T · D forward (a sum), T · D backward, where the embedding is trained
-    tokens predicted    T · D forward, 2 · T · D in fp32 for the gradient of hidden states (a sum that all get)
+    tokens looked up    T · D numbers forward (summed at the owner), T · D backward where the embedding is trained
+    tokens predicted    T · D forward, and 2 · T · D in fp32 for the gradient of hidden states (summed everywhere)
 
-in the dtype that is computed in where nothing else is said, beside a few numbers a row. Putting a head together takes
-V · D forward, V · D backward and V · D in fp32 for its gradient, however few the rows: of many small micro-batches
-parts cost less to exchange, of few large ones more. Nothing of this overlaps with other work: a turn's rows are sent,
-then worked on. Memory does not grow with the processes: one owner's rows are there at a time.
+for its T tokens, in the dtype that is computed in where nothing else is said, and a few numbers a token. To put a head
+together takes V · D numbers forward, as many backward, and again in fp32 for its gradient, whatever there is to do. So
+parts take less to send where a micro-batch's tokens, of all processes together, are fewer than the vocabulary's.
+Nothing of this overlaps with other work: a turn's rows are sent, and then worked on. A product's rows are an owner's,
+and there are as many products as processes, each with an n-th of the columns. Memory does not grow with the processes:
+one owner's rows are there at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +31,11 @@ from torch.overrides import TorchFunctionMode
 from hypo_kernels import VocabShard
 from hypo_train.model.exchange import Exchange
 from hypo_train.model.sharding import Spread, whole
+
+
+def processes_without_a_part(vocab_size: int, count: int) -> int:
+    """How many of ``count`` processes, of a split into parts of ⌈V/n⌉."""
+    return count - -(-vocab_size // -(-vocab_size // count))
 
 
 class VocabParts:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from hypo_train.config import Config
 from hypo_train.journal.metrics import Meter
+from hypo_train.model.policy import Policy
+from hypo_train.model.sharding import Spread
+from hypo_train.model.tree_model import ModelError
+from hypo_train.model.vocab_parallel import processes_without_a_part
 from hypo_train.run import prepare
 from hypo_train.step import train_step
 
@@ -118,6 +123,18 @@ def test_under_bf16_sharded_weights_are_trained_as_whole_ones(steps, model, tmp_
         losses = [rank[way][1]["loss"] for rank in steps]
         assert sum(losses) / 2 == pytest.approx(alone["loss"], rel=0.02)
         assert losses == pytest.approx([rank["whole"][1]["loss"] for rank in steps], rel=1e-3)
+
+
+def test_processes_without_a_part_are_counted_as_torch_chunk_leaves_them():
+    for size in range(1, 30):
+        for count in range(1, 12):
+            assert processes_without_a_part(size, count) == count - len(torch.empty(size).chunk(count))
+
+
+def test_more_processes_than_have_a_part_are_refused():
+    policy, mesh = Policy(new_model("llama", vocab_size=37), is_peft=False), SimpleNamespace(size=lambda: 12)
+    with pytest.raises(ModelError, match="2 of 12 processes would have no part of a vocabulary of 37, start fewer"):
+        policy._in_parts(Spread(mesh, None), torch.device("cpu"))
 
 
 if __name__ == "__main__":
