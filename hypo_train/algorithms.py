@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class MicroBatch:
     indices: Sequence[int]  # of the rows among all training rows
     samples: StepSamples | None  # of the rows' prompts
     prompts: PromptPass | None  # the rows' prompts, run already
+    share: float  # what its mean loss is multiplied by before ``backward``
 
     @property
     def prompt_ids(self) -> list[Sequence[int]]:
@@ -58,7 +59,7 @@ def _preference(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     trunk = _run_trunk(run, batch, tree)
     with run.timer.phase("reference"), run.accelerator.autocast():
         reference = _reference(run, batch, tree, trunk)
-    loss = preference_loss(tree, reference, len(batch.rows), run.config, behavior_logps)
+    loss = preference_loss(tree, reference, len(batch.rows), run.config, behavior_logps, share=batch.share)
     return _through_policy(run, batch, tree, trunk, loss, meter)
 
 
@@ -77,9 +78,8 @@ def _rloo(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     with run.timer.phase("reference"), run.accelerator.autocast():
         run.throughput.reference(tree, trunk_known=trunk is not None)
         ref_logps = run.policy.reference(tree, sequence_logprobs_of(tree, run.config), trunk=trunk)
-    return _through_policy(
-        run, batch, tree, trunk, rloo_loss(tree, ref_logps, rewards, run.config, behavior_logps), meter
-    )
+    loss = rloo_loss(tree, ref_logps, rewards, run.config, behavior_logps, share=batch.share)
+    return _through_policy(run, batch, tree, trunk, loss, meter)
 
 
 def _run_trunk(run: Run, batch: MicroBatch, tree: Tree) -> Trunk | None:
@@ -118,10 +118,10 @@ def _sft(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     with run.timer.phase("data"):
         tree = run.batcher.examples(batch.rows).to(run.accelerator.device)
     with run.timer.phase("forward"), run.accelerator.autocast():
-        losses = run.model(tree, _timed(run.timer, token_losses(tree, run.config)))
+        out = run.model(tree, _timed(run.timer, token_losses(tree, run.config, share=batch.share)))
     run.throughput.policy(tree, len(batch.rows))
-    meter.add("loss", losses)
-    return losses.mean()
+    meter.add("loss", out.of_tokens)
+    return cast(Tensor, out.loss)
 
 
 def _reference(run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | None) -> Reference:
@@ -137,7 +137,7 @@ def _reference(run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | None) -> 
         asked = run.batcher.samples(batch.prompt_ids, samples.completions).to(known.device)
     run.throughput.reference(asked, trunk_known=trunk is not None)
     if known is None:
-        return run.policy.reference(asked, reference_of(asked, run.config), trunk=trunk)
+        return reference_of(run.policy, asked, run.config, trunk=trunk)
     of_samples = run.policy.reference(asked, sequence_logprobs_of(asked, run.config), trunk=trunk)
     return Reference(logps=torch.cat([known, of_samples]))
 

@@ -109,6 +109,9 @@ class Config(BaseModel):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed's ZeRO: 1 spreads the optimizer's state over the processes, 2 gradients too, and weights stay whole;
     needs deepspeed. 0 is without it; for 3, weights too, use fsdp."""
+    vocab_parallel: bool = False
+    """With fsdp: each process keeps its part of the vocabulary of embedding and LM head and works on all processes'
+    rows with it. Neither is put together in training, nor are their gradients; hidden states are exchanged instead."""
     share_trunk: bool = True
     """Run the frozen layers below num_layers_unfrozen once for policy and reference."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
@@ -392,6 +395,19 @@ def _conflicts(c: Config) -> list[str]:
             c.zero_stage > 0 and not c.optim.startswith("adamw_torch"),
             f"zero_stage={c.zero_stage} with optim={c.optim}: its state has a tensor's shape, which ZeRO flattens; use "
             "optim: adamw_torch",
+        ),
+        (
+            c.vocab_parallel and not c.fsdp,
+            "vocab_parallel=true without fsdp: it is about weights that processes share, set fsdp: true (or leave it "
+            "out)",
+        ),
+        (
+            c.vocab_parallel and c.algorithm == "reward",
+            "vocab_parallel=true with algorithm=reward: a reward model has no LM head, leave vocab_parallel out",
+        ),
+        (
+            c.vocab_parallel and c.impl == "reference",
+            "vocab_parallel=true with impl=reference: that takes the whole vocabulary, use impl: auto",
         ),
         (
             c.dataset_test_split is not None and c.num_eval_rows > 0,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from hypo_kernels import HypoLoss, fused_hypo_loss, sequence_logprobs, token_logprobs
 from hypo_train.config import Config
-from hypo_train.model.policy import Head, HeadFunction
+from hypo_train.model.head_call import HeadCall
+from hypo_train.model.policy import Head, HeadFunction, Policy
+from hypo_train.model.tree_model import Trunk
 from hypo_train.trees.tree import Tree
 
 
@@ -20,63 +23,66 @@ class Reference:
 
     logps: Tensor | None = None  # (S,)
     hidden: Tensor | None = None  # (T, D)
-    weight: Tensor | None = None  # (V, D), its own: where the head is trained, the policy's is another
-    bias: Tensor | None = None  # (V,)
+    weight: Tensor | None = None  # (V, D), where the head is trained: the policy's is another
+    bias: Tensor | None = None  # (V,), with it
 
 
 def sequence_logprobs_of(tree: Tree, config: Config) -> HeadFunction[Tensor]:
     """Log-prob of each of the tree's sequences, (S,)."""
 
-    def logprobs(hidden: Tensor, head: Head) -> Tensor:
-        return sequence_logprobs(
-            hidden,
-            head.weight,
-            tree.targets,
-            tree.cu_seqlens,
-            max_chunk_bytes=config.max_chunk_bytes,
-            impl=config.impl,
-            lora=head.lora,
-            **head.constants(),
-        )
+    def logprobs(hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return sequence_logprobs(hidden, head.weight, targets, cu_seqlens, **_options(head, config))
 
-    return logprobs
+    return HeadCall(logprobs, {"targets": tree.targets, "cu_seqlens": tree.cu_seqlens})
 
 
-def reference_of(tree: Tree, config: Config) -> HeadFunction[Reference]:
+def reference_of(policy: Policy, tree: Tree, config: Config, *, trunk: Trunk | None = None) -> Reference:
     """What the configured loss has to know: the exact KL needs distributions, any other loss log-probs alone."""
-    logprobs = sequence_logprobs_of(tree, config)
-
-    def reference(hidden: Tensor, head: Head) -> Reference:
-        if config.kl_estimator == "exact":
-            return Reference(hidden=hidden, weight=head.weight, bias=head.bias)
-        return Reference(logps=logprobs(hidden, head))
-
-    return reference
+    if config.kl_estimator != "exact":
+        return Reference(logps=policy.reference(tree, sequence_logprobs_of(tree, config), trunk=trunk))
+    hidden = policy.reference(tree, lambda hidden, head: hidden, trunk=trunk)
+    weight, bias = policy.reference_head()
+    return Reference(hidden=hidden, weight=weight, bias=bias)
 
 
 def preference_loss(
-    tree: Tree, reference: Reference, num_pairs: int, config: Config, behavior_logps: Tensor | None = None
+    tree: Tree,
+    reference: Reference,
+    num_pairs: int,
+    config: Config,
+    behavior_logps: Tensor | None = None,
+    *,
+    share: float = 1.0,
 ) -> HeadFunction[HypoLoss]:
-    """The configured preference loss of a tree of pairs and samples; ``behavior_logps`` (T,) of an earlier policy."""
-
+    """The configured preference loss of a tree of pairs and samples; ``behavior_logps`` (T,) of an earlier policy,
+    ``share`` as :class:`HeadCall` has it."""
     return _fused(
         tree,
         config,
-        num_pairs=num_pairs,
-        ref_logps=reference.logps,
-        ref_hidden=reference.hidden,
+        {
+            "num_pairs": num_pairs,
+            "ref_logps": reference.logps,
+            "ref_hidden": reference.hidden,
+            "behavior_logps": behavior_logps,
+        },
+        share,
         ref_lm_head_weight=reference.weight,
         ref_bias=reference.bias,
         kl_coef=config.kl_coef,
         preference="ipo" if config.algorithm == "ipo" else "sigmoid",
         label_smoothing=config.label_smoothing,
         kl_estimator=config.kl_estimator,
-        behavior_logps=behavior_logps,
     )
 
 
 def rloo_loss(
-    tree: Tree, ref_logps: Tensor, rewards: Tensor, config: Config, behavior_logps: Tensor | None = None
+    tree: Tree,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    config: Config,
+    behavior_logps: Tensor | None = None,
+    *,
+    share: float = 1.0,
 ) -> HeadFunction[HypoLoss]:
     """RLHF's loss on a tree of samples: −(reward − beta · KL), by RLOO (Ahmadian et al. 2024).
 
@@ -85,9 +91,8 @@ def rloo_loss(
     ``beta · ρ − r``: the loss is HyPO's online half with λ = beta. The statistics are those of the reference itself.
     """
     tilt = rewards / config.beta
-    tilted = _fused(
-        tree, config, num_pairs=0, ref_logps=ref_logps + tilt, kl_coef=config.beta, behavior_logps=behavior_logps
-    )
+    own = {"num_pairs": 0, "ref_logps": ref_logps + tilt, "behavior_logps": behavior_logps}
+    tilted = _fused(tree, config, own, share, kl_coef=config.beta)
 
     def loss(hidden: Tensor, head: Head) -> HypoLoss:
         out = tilted(hidden, head)
@@ -96,44 +101,54 @@ def rloo_loss(
     return loss
 
 
-def _fused(tree: Tree, config: Config, **terms: Any) -> HeadFunction[HypoLoss]:
-    """``fused_hypo_loss`` of a tree with the configured settings and an algorithm's ``terms``."""
+def _fused(tree: Tree, config: Config, own: Mapping[str, Any], share: float, **terms: Any) -> HeadFunction[HypoLoss]:
+    """``fused_hypo_loss`` of a tree with the configured settings and an algorithm's ``terms``, ``own`` those of the
+    tree's rows."""
 
-    def loss(hidden: Tensor, head: Head) -> HypoLoss:
+    def loss(hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, **own: Any) -> HypoLoss:
         return fused_hypo_loss(
             hidden,
             head.weight,
-            tree.targets,
-            tree.cu_seqlens,
+            targets,
+            cu_seqlens,
             num_generations=max(2, config.num_generations),
             beta=config.beta,
             length_penalty=config.length_penalty,
             importance_cap=config.importance_cap,
-            max_chunk_bytes=config.max_chunk_bytes,
-            impl=config.impl,
-            lora=head.lora,
-            **head.constants(),
+            **_options(head, config),
+            **own,
             **terms,
         )
 
-    return loss
+    return HeadCall(loss, {"targets": tree.targets, "cu_seqlens": tree.cu_seqlens, **own}, share)
 
 
-def token_losses(tree: Tree, config: Config) -> HeadFunction[Tensor]:
-    """Negative log-prob of each counted token, (T,): SFT's loss is their mean."""
+class TokenLosses(NamedTuple):
+    """SFT's loss, and what it is the mean of."""
 
-    def losses(hidden: Tensor, head: Head) -> Tensor:
-        return -token_logprobs(
-            hidden,
-            head.weight,
-            tree.targets,
-            max_chunk_bytes=config.max_chunk_bytes,
-            impl=config.impl,
-            lora=head.lora,
-            **head.constants(),
-        )
+    loss: Tensor  # ()
+    of_tokens: Tensor  # (T,), detached
 
-    return losses
+
+def token_losses(tree: Tree, config: Config, *, share: float = 1.0) -> HeadFunction[TokenLosses]:
+    """Negative log-prob of the counted tokens."""
+
+    def losses(hidden: Tensor, head: Head, targets: Tensor) -> TokenLosses:
+        found = -token_logprobs(hidden, head.weight, targets, **_options(head, config))
+        return TokenLosses(found.mean(), found.detach())
+
+    return HeadCall(losses, {"targets": tree.targets}, share)
+
+
+def _options(head: Head, config: Config) -> dict[str, Any]:
+    """What every function of the head is told of it, beside its weight."""
+    return {
+        "max_chunk_bytes": config.max_chunk_bytes,
+        "impl": config.impl,
+        "lora": head.lora,
+        "vocab_shard": head.shard,
+        **head.constants(),
+    }
 
 
 def bradley_terry_loss(rewards: Tensor) -> Tensor:

@@ -192,7 +192,8 @@ def _sharded(
     counted, trained.why_separate_rows, attention = known
     assert counted is not None
     base.set_attn_implementation(attention)
-    trained.shard(accelerator.device, autocast=accelerator.mixed_precision == "bf16")
+    autocast = accelerator.mixed_precision == "bf16"
+    trained.shard(accelerator.device, autocast=autocast, vocab_parallel=config.vocab_parallel)
     if not isinstance(trained, Policy):
         return counted, None
     ends, pad = loaded.checked.eos_token_ids, loaded.checked.tokenizer.pad_token_id

@@ -39,13 +39,13 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None
     for part in _micro_batches(run, _lengths(rows, samples)):
         drawn = samples.of_prompts(part.start, part.stop) if samples else None
-        batch = MicroBatch(rows[part], indices[part], drawn, prompts)
+        batch = MicroBatch(rows[part], indices[part], drawn, prompts, share=_weight(rows[part]) / weight)
         last = part.stop == len(rows)
         with _gradients_of(run, last=last):
             loss = loss_of(run, batch, meter)
             run.finite.see(step, loss.detach())
             with timer.phase("backward"):
-                _backward(run, loss * (_weight(batch.rows) / weight))
+                _backward(run, loss * batch.share)
     with timer.phase("optimizer"):
         norm = _update(run)
         if norm is not None:

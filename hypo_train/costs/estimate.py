@@ -130,7 +130,9 @@ def estimate(
         )
     count = plan.share.count if config.fsdp else 1
     always = [(name, number if name == _REWARD_MODEL else divided(number, count)) for name, number in always]
-    whole = put_together(trained, autocast=conditions.autocast) if count > 1 else (0, 0)
+    whole = (0, 0)
+    if count > 1:
+        whole = put_together(trained, autocast=conditions.autocast, vocab_parallel=config.vocab_parallel)
     gradients, changing = divided(held.gradients, count), divided(size, count)
     state, temporary = divided(optimizer.state, count), divided(optimizer.temporary, count)
     zero = None
@@ -188,12 +190,18 @@ def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Condit
         autocast=conditions.autocast,
         chunk_bytes=_chunk_bytes(plan, trained, laid_out.counted, max(map(sum, branches)), conditions),
         accumulates=not plan.one_micro_batch,
+        parts=_parts(plan),
     )
     if conditions.prompts_run_first(plan) and conditions.device_type == "cuda":
         # Attention of the branches keeps keys and values of its own, the prompts' among them.
         again = sum(prompts) * kv_bytes_per_token(trained, conditions.autocast)
         return Held(held.casts, held.activations + again, held.loss, held.gradients, held.temporary)
     return held
+
+
+def _parts(plan: Plan) -> int:
+    """Of the vocabulary, in a pass."""
+    return plan.share.count if plan.config.vocab_parallel else 1
 
 
 def branch_lengths(plan: Plan, row: Any) -> list[int]:
@@ -214,7 +222,7 @@ def _chunk_bytes(
     if isinstance(trained, RewardModel):
         return 0
     weight, device = trained.head().weight, torch.device(conditions.device_type)
-    vocab, width = weight.shape
+    vocab, width = divided(weight.shape[0], _parts(plan)), weight.shape[1]
     compute = torch.bfloat16 if conditions.autocast else torch.float32
     operand = gemm.operand_dtype(device, compute)
     buffers = 2 if plan.config.kl_estimator == "exact" else 1

@@ -80,7 +80,14 @@ class Held:
 
 
 def rehearse(
-    trained: Policy | RewardModel, rows: Rows, *, device_type: str, autocast: bool, chunk_bytes: int, accumulates: bool
+    trained: Policy | RewardModel,
+    rows: Rows,
+    *,
+    device_type: str,
+    autocast: bool,
+    chunk_bytes: int,
+    accumulates: bool,
+    parts: int = 1,
 ) -> Held:
     """What one micro-batch holds, forward and backward, at its peak.
 
@@ -90,13 +97,15 @@ def rehearse(
         autocast: under bfloat16.
         chunk_bytes: the loss's temporaries.
         accumulates: after other micro-batches, whose gradients are there.
+        parts: of the vocabulary, where processes work on each other's rows; gradients of parts are in ``loss`` until
+            they are handed on, and no others are made in the head.
     """
     with _faked(trained, device_type, autocast) as tracker:
         if accumulates:
             tracker.give_gradients(trained)
         with tracker.making("activations"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             hidden = _decode(trained, rows, device_type)
-            loss = _head_loss(trained, hidden.flatten(0, 1)[: rows.counted], chunk_bytes, tracker)
+            loss = _head_loss(trained, hidden.flatten(0, 1)[: rows.counted], chunk_bytes, parts, tracker)
         del hidden
         with tracker.making("temporary"):
             loss.backward()
@@ -208,27 +217,39 @@ class _Loss(torch.autograd.Function):
     """A loss that has computed its gradients in the forward call, as the fused one does."""
 
     @staticmethod
-    def forward(ctx: Any, tracker: _Tracker, chunk_bytes: int, hidden: Tensor, *matrices: Tensor) -> Tensor:
+    def forward(ctx: Any, tracker: _Tracker, chunk_bytes: int, parts: int, hidden: Tensor, *matrices: Tensor) -> Tensor:
+        trained = [m for m in matrices if m.requires_grad]
         with tracker.making("loss"):
-            chunk = torch.empty(chunk_bytes, dtype=torch.uint8)
+            temporary = [torch.empty(chunk_bytes, dtype=torch.uint8)]
             ctx.gradients = [torch.empty_like(hidden)] if hidden.requires_grad else [None]
             # Products are summed in fp32.
-            ctx.gradients += [torch.empty_like(m, dtype=torch.float32) if m.requires_grad else None for m in matrices]
-            del chunk
+            if parts == 1:
+                ctx.gradients += [
+                    torch.empty_like(m, dtype=torch.float32) if m.requires_grad else None for m in matrices
+                ]
+            else:  # which are no tensors of the matrices' shapes: they stay here, beside those of a turn
+                ctx.gradients += [None] * len(matrices)
+                ctx.of_parts, of_a_turn = (
+                    [m.new_empty(-(-m.numel() // parts), dtype=torch.float32) for m in trained] for _ in range(2)
+                )
+                temporary += [*of_a_turn, torch.empty_like(hidden), torch.empty_like(hidden, dtype=torch.float32)]
+            del temporary
         return hidden.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, []  # handed on: nothing else holds them
-        return (None, None, *gradients)
+        return (None, None, None, *gradients)
 
 
-def _head_loss(trained: Policy | RewardModel, hidden: Tensor, chunk_bytes: int, tracker: _Tracker) -> Tensor:
+def _head_loss(
+    trained: Policy | RewardModel, hidden: Tensor, chunk_bytes: int, parts: int, tracker: _Tracker
+) -> Tensor:
     if isinstance(trained, RewardModel):
         return trained.head()(hidden).float().sum()
     head = trained.head()
     matrices = [head.weight, head.bias, *(() if head.lora is None else head.lora[:2])]
-    return _Loss.apply(tracker, chunk_bytes, hidden, *(m for m in matrices if m is not None))
+    return _Loss.apply(tracker, chunk_bytes, parts, hidden, *(m for m in matrices if m is not None))
 
 
 # Fakes, and who counts them.
@@ -297,7 +318,8 @@ class _Tracker(TorchDispatchMode):
         self._live[kind] -= nbytes
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:  # of a head in parts: the loss has it
+            return
         key = self._key(parameter.grad)
         kind, nbytes = self._kinds[key]
         self._kinds[key] = "gradients", nbytes

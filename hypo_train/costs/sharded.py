@@ -65,18 +65,24 @@ def zero_bytes(stage: int, count: int, *, trained: int, gradients: int, state: i
     )
 
 
-def put_together(trained: Any, *, autocast: bool) -> tuple[int, int]:
+def put_together(trained: Any, *, autocast: bool, vocab_parallel: bool) -> tuple[int, int]:
     """Bytes of weights that a process holds whole, beside its parts: while it samples, and while it trains.
 
     Sampling has all of them. A pass has what lies in no layer, and two layers, the one that runs and the next; in the
-    backward pass also a layer's gradients.
+    backward pass also a layer's gradients. ``vocab_parallel``: it has neither embedding nor head.
     """
     own = groups(trained)
+    in_parts = {id(p) for p in _of_the_vocabulary(trained.base)} if vocab_parallel else set()
     outside = _computed_bytes(own.outside, autocast)
+    outside_a_pass = _computed_bytes((p for p in own.outside if id(p) not in in_parts), autocast)
     of_layers = [_computed_bytes(layer, autocast) for layer in own.layers]
     gradients = max((bytes_of(p for p in layer if p.requires_grad) for layer in own.layers), default=0)
     largest = max(of_layers, default=0)
-    return outside + sum(of_layers), outside + min(2 * largest, sum(of_layers)) + gradients
+    return outside + sum(of_layers), outside_a_pass + min(2 * largest, sum(of_layers)) + gradients
+
+
+def _of_the_vocabulary(model: Any) -> list[torch.Tensor]:
+    return [*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()]
 
 
 def _computed_bytes(parameters: Iterable[torch.Tensor], autocast: bool) -> int:

@@ -92,7 +92,7 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
         return
     if isinstance(rows[0], Example):
         tree = run.batcher.examples(rows).to(device)
-        meter.add("loss", run.policy(tree, token_losses(tree, run.config)))
+        meter.add("loss", run.policy(tree, token_losses(tree, run.config)).of_tokens)
         return
     if isinstance(run.trained, RewardModel):
         tree = run.batcher.scored_pairs(rows).to(device)
@@ -103,7 +103,7 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
         return
     tree = run.batcher.pairs(rows, []).to(device)
     if run.eval_ref_logps is None:
-        reference = run.policy.reference(tree, reference_of(tree, run.config))
+        reference = reference_of(run.policy, tree, run.config)
     else:
         reference = Reference(logps=run.eval_ref_logps[start:stop].T.flatten())
     out = run.policy(tree, preference_loss(tree, reference, len(rows), run.config))

@@ -6,8 +6,8 @@ of just the trained parameters, put in their place for a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hypo_kernels.head import LMHead, LoRA
+from hypo_train.model.exchange import Exchange
 from hypo_train.model.mode import eval_mode
-from hypo_train.model.sharding import exchanged, is_sharded
+from hypo_train.model.sharding import exchanged, is_sharded, local
 from hypo_train.model.tree_model import ModelError, TreeModel, Trunk
 from hypo_train.trees.tree import Tree
 
@@ -27,9 +28,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Head(LMHead):
-    """The model's LM head, and the update that an adapter on it makes: none while the adapter is off."""
+    """The model's LM head, and the update that an adapter on it makes: none while the adapter is off.
+
+    With ``exchange`` it is this process's ``shard``, under hidden states of its own: what is asked of it is a
+    :class:`hypo_train.model.head_call.HeadCall`.
+    """
 
     lora: LoRA | None = None
+    exchange: Exchange | None = None
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
         """fp32 (T, V) of hidden states (T, D), before the temperature."""
@@ -59,13 +65,20 @@ class Policy(TreeModel[Head]):
         """The LM head with the live weights; for use inside ``forward``."""
         linear, config = self.base.get_output_embeddings(), self.base.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
+        lora = _active_lora(linear) if hasattr(linear, "lora_A") else None
+        parts = self.vocab_parts
+        if parts is not None and lora is not None:
+            lora = lora._replace(B=local(lora.B))
         return Head(
-            weight=linear.weight,  # an adapted layer's is its frozen base's
-            bias=linear.bias,
+            # An adapted layer's is its frozen base's.
+            weight=linear.weight if parts is None else local(linear.weight),
+            bias=linear.bias if parts is None or linear.bias is None else local(linear.bias),
             logit_softcap=getattr(config, "final_logit_softcapping", None),
             logit_scale=1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0),
             temperature=self.temperature,
-            lora=_active_lora(linear) if hasattr(linear, "lora_A") else None,
+            lora=lora,
+            shard=None if parts is None else parts.shard,
+            exchange=None if parts is None else parts.exchange,
         )
 
     @torch.no_grad()
@@ -75,14 +88,42 @@ class Policy(TreeModel[Head]):
             raise RuntimeError("the reference was dropped, and is asked for")
         with eval_mode(self), self.model.disable_adapter() if self.is_peft else nullcontext():
             if is_sharded(self):  # whose layers put their own parameters together, whatever a call is given
-                with exchanged(self, self.reference_parameters):
+                with self._as_the_reference():
                     found: T = self(tree, function, trunk=trunk)
                     return found
             return functional_call(self, self.reference_parameters, (tree, function), {"trunk": trunk})
 
-    def shard(self, device: torch.device, *, autocast: bool) -> None:
+    @contextmanager
+    def _as_the_reference(self) -> Iterator[None]:
+        """The sharded model with the reference's parameters in the place of its own."""
+        own = dict(self.named_parameters())
+        parts = set() if self.vocab_parts is None else set(self.vocab_parts.parameters)
+        of_layers = {name: p for name, p in self.reference_parameters.items() if own[name] not in parts}
+        of_parts = {own[name]: p for name, p in self.reference_parameters.items() if own[name] in parts}
+        with (
+            exchanged(self, of_layers),
+            nullcontext() if self.vocab_parts is None else self.vocab_parts.replaced(of_parts),
+        ):
+            yield
+
+    def reference_head(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the reference's head for a pass of the policy's; None where they are the policy's own.
+
+        Sharded weights are as the process holds them: DTensors, or its part of the vocabulary.
+        """
+        linear = self.base.get_output_embeddings()
+        linear = getattr(linear, "base_layer", linear)
+        copies = {id(p): self.reference_parameters.get(name) for name, p in self.named_parameters()}
+        weight, bias = copies[id(linear.weight)], copies.get(id(linear.bias))
+        if weight is not None and bias is None:  # a frozen one goes with the weight
+            bias = linear.bias
+        if self.vocab_parts is None:
+            return weight, bias
+        return None if weight is None else local(weight), None if bias is None else local(bias)
+
+    def shard(self, device: torch.device, *, autocast: bool, vocab_parallel: bool = False) -> None:
         """See ``TreeModel.shard``: the reference's parameters too, which are still those that training starts from."""
-        super().shard(device, autocast=autocast)
+        super().shard(device, autocast=autocast, vocab_parallel=vocab_parallel)
         own = self.trained_parameters()
         self.reference_parameters = {name: own[name].detach().clone() for name in self.reference_parameters}
 

@@ -9,35 +9,55 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device, *, autocast: bool) -> None:
-    """Spread the first process's weights over all, in place: those of a layer together, and all that is in none.
+@dataclass(frozen=True)
+class Spread:
+    """Over which devices weights are spread, and what they are put together in."""
+
+    mesh: DeviceMesh
+    device: torch.device
+    dtype: torch.dtype | None  # None: their own
+
+    @classmethod
+    def over_all(cls, device: torch.device, *, autocast: bool) -> Spread:
+        """All processes. Under autocast products are in bf16 anyway: so are the weights that the processes exchange."""
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        return cls(mesh, device, torch.bfloat16 if autocast else None)
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], spread: Spread) -> None:
+    """Spread the first process's weights over all, in place: those of a layer together, and all that is in none; what
+    is spread already is left as it is.
 
     The first one has read them into its host's memory, and the others' may lie on the meta device: no other process,
     and no device, holds more at a time than a layer beside its parts.
     """
-    # Under autocast products are in bf16 anyway: so are the weights that the processes exchange. Gradients add in fp32.
-    # Inputs are autocast's to convert, and a tree of them is nothing that FSDP could take apart.
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if autocast else None
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mesh": spread.mesh,
         # Always, the root too: whoever asks for parameters outside of a forward pass gets the sharded ones.
         "reshard_after_forward": True,
-        "mp_policy": precision or MixedPrecisionPolicy(),
+        # Gradients add in fp32. Inputs stay as they are: FSDP's cast would take a tree's layout apart.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=spread.dtype,
+            reduce_dtype=None if spread.dtype is None else torch.float32,
+            cast_forward_inputs=False,
+        ),
+        "ignored_params": {p for p in model.parameters() if isinstance(p, DTensor)},
     }
     shared, left = _shared(model), dict.fromkeys(model.modules())
     for part in (*layers, model):
         modules = [module for module in part.modules() if module in left]
-        _take_from_first(modules, device, shared)
+        _take_from_first(modules, spread.device, shared)
         for module in modules:
             del left[module]
         fully_shard(part, **options)
@@ -53,17 +73,21 @@ def _take_from_first(modules: Iterable[nn.Module], device: torch.device, shared:
     """Give parameters and buffers the first process's values; ``shared``: what has become of those met before."""
     for module in modules:
         for name, own in [*module._parameters.items(), *module._buffers.items()]:
-            if own is None:
+            if own is None or isinstance(own, DTensor):
                 continue
             taken = shared.get(own)
             if taken is None:
-                value = own.detach().to(device) if dist.get_rank() == 0 else torch.empty_like(own, device=device)
-                dist.broadcast(value, src=0)
-                is_parameter = isinstance(own, nn.Parameter)
-                taken = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
+                taken = of_first(own, device)
             if own in shared:
                 shared[own] = taken
             setattr(module, name, taken)
+
+
+def of_first(own: Tensor, device: torch.device) -> Tensor:
+    """A parameter or buffer with the first process's values, on every process's ``device``."""
+    value = own.detach().to(device) if dist.get_rank() == 0 else torch.empty_like(own, device=device)
+    dist.broadcast(value, src=0)
+    return nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -16,8 +16,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hypo_train.model.sharding import is_sharded, local, shard, unsharded, whole
+from hypo_train.model.sharding import Spread, is_sharded, local, shard, unsharded, whole
 from hypo_train.model.trunk import decoder_layers, frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
+from hypo_train.model.vocab_parallel import VocabParts, processes_without_a_part
 from hypo_train.optim import Role, parameter_roles
 from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
 from hypo_train.trees.tree import Tree
@@ -76,6 +77,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         self.model = model
         self.is_peft = is_peft
         self.why_separate_rows: str | None = None  # None: the model runs trees
+        self.vocab_parts: VocabParts | None = None  # embedding and LM head, where no pass puts them together
         # What nothing below is trained of, and other passes can share. LoRA's layers all are.
         self.trunk_layers = [] if is_peft else frozen_layers(self.base.get_decoder())
 
@@ -93,18 +95,34 @@ class TreeModel(nn.Module, ABC, Generic[H]):
     def head(self) -> H:
         """What is above the hidden states, with the live weights; for use inside ``forward``."""
 
-    def shard(self, device: torch.device, *, autocast: bool) -> None:
-        """Spread the weights over all processes, which each have them whole until then.
+    def shard(self, device: torch.device, *, autocast: bool, vocab_parallel: bool = False) -> None:
+        """Spread the first process's weights over all.
+
+        ``vocab_parallel``: embedding and LM head are computed with in parts, see :mod:`.vocab_parallel`.
 
         Raises:
-            ModelError: the model has no list of layers.
+            ModelError: the model has no list of layers; or no part of its vocabulary for each process.
         """
         layers = decoder_layers(self.base.get_decoder())
         if layers is None:
             raise ModelError(f"fsdp: {type(self.base).__name__} has no list of layers to shard by, leave fsdp out")
-        shard(self, layers, device, autocast=autocast)
+        spread = Spread.over_all(device, autocast=autocast)
+        if vocab_parallel:
+            self.vocab_parts = self._in_parts(spread)
+        shard(self, layers, spread)
         # What is trained, and in which dtype, FSDP takes from the first pass: a reference's has its adapter frozen.
         self(None, lambda hidden, head: None)
+
+    def _in_parts(self, spread: Spread) -> VocabParts:
+        embedding, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()
+        adapted = list(head.lora_B.values()) if hasattr(head, "lora_B") else []
+        modules = [getattr(module, "base_layer", module) for module in (embedding, head)]
+        size, count = min(module.weight.shape[0] for module in modules), spread.mesh.size()
+        if idle := processes_without_a_part(size, count):
+            raise ModelError(
+                f"vocab_parallel: {idle} of {count} processes would have no part of a vocabulary of {size}, start fewer"
+            )
+        return VocabParts(modules[0], [modules[1], *adapted], spread)
 
     def whole_state(self) -> dict[str, Tensor] | None:
         """Weights by the name that the model has for them, put together on the CPU, a tied one once; None: they are not
@@ -122,7 +140,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
             return function()
 
         def with_all(hidden: Tensor, head: H) -> T:
-            with unsharded(self):
+            with unsharded(self), nullcontext() if self.vocab_parts is None else self.vocab_parts.together():
                 return function()
 
         found: T = self(None, with_all)

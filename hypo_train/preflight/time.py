@@ -29,6 +29,12 @@ def describe_time(
     exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=conditions.autocast)
     if exchanged:
         found.time += _exchanges(exchanged, count, config.fsdp)
+    if count > 1 and config.vocab_parallel:
+        found.unchecked.append(
+            "hidden states that vocab_parallel sends: counted as the embedding and head that it spares"
+        )
+    if count > 1 and config.zero_stage:
+        found.unchecked.append(f"what ZeRO-{config.zero_stage} exchanges: counted as DDP's gradients")
     name = dry_run.device if dry_run.device in DEVICES else _device_here(conditions)
     if name is None:
         found.unchecked.append(f"how long a step takes: --dry_run_device {', '.join(DEVICES)} predicts it")

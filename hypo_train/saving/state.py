@@ -42,6 +42,7 @@ FREE_TO_CHANGE = {
     "ref_logps_cache_dir",
     "fsdp",
     "zero_stage",
+    "vocab_parallel",
 }
 # Of algorithms that do not learn from the reward.
 FREE_WITHOUT_RLOO = {"reward", "reward_model_path", "missing_eos_penalty"}

@@ -218,6 +218,18 @@ def test_conflicting_settings_are_all_listed():
     assert len(text.split("\n")) == 4
 
 
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("", "vocab_parallel=true without fsdp"),
+        ("--fsdp --algorithm reward", "vocab_parallel=true with algorithm=reward: a reward model has no LM head"),
+        ("--fsdp --impl reference", "vocab_parallel=true with impl=reference: that takes the whole vocabulary"),
+    ],
+)
+def test_where_no_part_of_a_vocabulary_is_worked_on_it_is_refused(flags, why):
+    assert why in problem(required_and(f"--vocab_parallel {flags}"))
+
+
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo", "sft"])
 def test_one_sample_a_prompt_is_refused_for_hypo_alone(algorithm):
     assert load_config([*REQUIRED, "--algorithm", algorithm, "--num_generations", "1"]).num_generations == 1

@@ -230,6 +230,17 @@ def test_where_sampling_has_all_weights_whole_the_advice_is_not_to_sample():
     assert "algorithm: dpo" not in memory._advice(config_of(), of_devices(1)[0])
 
 
+def test_parts_of_a_vocabulary_are_never_put_together_in_training():
+    (whole, trained), (parts, _) = of_devices(8), of_devices(8, vocab_parallel=True)
+    head = trained.base.get_output_embeddings().weight
+    together = "weights put together"
+    assert parts.of(together).sampling == whole.of(together).sampling
+    assert whole.of(together).training - parts.of(together).training == 2 * 2 * head.numel()  # embedding and head
+    # Nor is the head's gradient: a process has that of its part, and for a turn as much again.
+    spared = whole.peak - parts.peak - (whole.of(together).training - parts.of(together).training)
+    assert spared > 4 * head.numel() * 6 // 8
+
+
 def test_a_processs_activations_are_those_of_its_own_rows():
     changes = {"per_device_train_batch_size": 2}
     assert of_devices(8, **changes)[0].of("activations") == of_devices(2, **changes)[0].of("activations")

@@ -17,6 +17,9 @@ REWARD = "tiny:reward_of_length"
 FULL = {"learning_rate": 1e-3}
 LORA = {"use_peft": True, "lora_r": 4}
 LAST = {"num_layers_unfrozen": 1}
+RLOO = {"algorithm": "rloo", "reward": REWARD, "beta": 0.1}
+HEAD_TOO = {"lora_target_modules": ["q_proj", "lm_head"]}
+VOCAB = {"fsdp": True, "vocab_parallel": True}
 CASES = {
     "hypo": FULL,
     "hypo, micro-batches": {**FULL, "max_tokens_per_micro_batch": 60},
@@ -25,26 +28,36 @@ CASES = {
     "hypo, last layer": LAST,
     "dpo, GPT-NeoX": {"algorithm": "dpo", **FULL},
     "ipo, LoRA": {"algorithm": "ipo", **LORA},
-    "rloo": {"algorithm": "rloo", "reward": REWARD, "beta": 0.1, **FULL},
+    "rloo": {**RLOO, **FULL},
     "reward": {"algorithm": "reward", **FULL},
     "sft": {"algorithm": "sft", **FULL},
     "fsdp": {**FULL, "fsdp": True},
     "fsdp, micro-batches, tied head": {**FULL, "fsdp": True, "max_tokens_per_micro_batch": 60},
     "fsdp, exact KL, LoRA": {**LORA, "fsdp": True, "kl_estimator": "exact"},
-    "fsdp, last layer, checkpointing": {**LAST, "fsdp": True, "gradient_checkpointing": True},
+    "fsdp, exact KL, last layer, checkpointing": {
+        **LAST, "fsdp": True, "kl_estimator": "exact", "gradient_checkpointing": True,
+    },
     "fsdp, dpo, GPT-NeoX": {"algorithm": "dpo", **FULL, "fsdp": True},
     "fsdp, separate rows": {**FULL, "fsdp": True, "attn_implementation": "sdpa"},
     "fsdp, reward": {"algorithm": "reward", **FULL, "fsdp": True},
     "fsdp, sft": {"algorithm": "sft", **FULL, "fsdp": True},
+    "vocab-parallel, micro-batches, tied head": {**FULL, **VOCAB, "max_tokens_per_micro_batch": 60},
+    "vocab-parallel, exact KL, LoRA, head too": {**LORA, **VOCAB, "kl_estimator": "exact", **HEAD_TOO},
+    "vocab-parallel, exact KL, last layer": {**LAST, **VOCAB, "kl_estimator": "exact"},
+    "vocab-parallel, dpo, GPT-NeoX": {"algorithm": "dpo", **FULL, **VOCAB},
+    "vocab-parallel, ipo, phi": {"algorithm": "ipo", **FULL, **VOCAB},  # whose head has a bias
+    "vocab-parallel, rloo, drawn ahead": {**RLOO, **FULL, **VOCAB, "rollout_steps": 3},
+    "vocab-parallel, sft": {"algorithm": "sft", **FULL, **VOCAB},
     "separate rows": {**FULL, "attn_implementation": "sdpa"},
-}
+}  # fmt: skip
 
 
 def config_of(name: str, folder: Path, model: Path, world: int = 1) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
     changes = {"per_device_train_batch_size": 4 // world, "num_eval_rows": 8, "max_steps": STEPS, **CASES[name]}
     # Adam divides by a gradient's size: of one that is zero but for rounding, it would train on the rounding.
-    changes |= {"adam_epsilon": 1e-5, "fsdp": world > 1 and CASES[name].get("fsdp", False)}
+    shared = {} if world > 1 else {"fsdp": False, "vocab_parallel": False}
+    changes |= {"adam_epsilon": 1e-5, **shared}
     return make_config(folder, model, **changes)
 
 
@@ -52,9 +65,12 @@ def config_of(name: str, folder: Path, model: Path, world: int = 1) -> Config:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case as one process has run it, in ``one``, and as two have, in ``two``."""
     folder = tmp_path_factory.mktemp("processes")
-    models = {name: save(new_model(name), folder / name) for name in ("llama", "gpt_neox")}
+    models = {name: save(new_model(name), folder / name) for name in ("llama", "gpt_neox", "phi")}
     tied = save(new_model("llama", tie_word_embeddings=True), folder / "tied")
-    of = {name: models["gpt_neox" if "NeoX" in name else "llama"] for name in CASES}
+    architecture = {"NeoX": "gpt_neox", "phi": "phi"}
+    of = {
+        name: models[next((known for part, known in architecture.items() if part in name), "llama")] for name in CASES
+    }
     of |= {name: tied for name in CASES if "tied" in name}
     launch(folder / "launch", [config_of(name, folder / "two" / name, of[name], WORLD) for name in CASES])
     for name in CASES:

@@ -19,7 +19,13 @@ from hypo_train.train import train
 
 pytestmark = pytest.mark.slow
 STEPS = 6
-WAYS = {"ddp": {}, "fsdp": {"fsdp": True}, "zero": {"zero_stage": 2}}
+WAYS = {
+    "ddp": {},
+    "fsdp": {"fsdp": True},
+    "vocab-parallel": {"fsdp": True, "vocab_parallel": True},
+    "zero": {"zero_stage": 2},
+}
+WHOLE = {"fsdp": False, "vocab_parallel": False, "zero_stage": 0}
 
 
 def start(config: Config) -> list["subprocess.Popen[str]"]:
@@ -74,12 +80,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_
     whole = final(Path(config.output_dir))
     assert all(torch.equal(value, whole[name]) for name, value in final(Path(again.output_dir)).items())
 
-    alone = cut_to(config, 3, tmp_path / "alone", per_device_train_batch_size=4, fsdp=False, zero_stage=0)
+    alone = cut_to(config, 3, tmp_path / "alone", per_device_train_batch_size=4, **WHOLE)
     train(alone, progress=False)
     for line, expected in zip(lines_of(alone), lines_of(config), strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
-    other_rows = cut_to(config, 3, tmp_path / "other", fsdp=False, zero_stage=0)
+    other_rows = cut_to(config, 3, tmp_path / "other", **WHOLE)
     with pytest.raises(ValueError, match=r"4 rows a step on 2 processes, and this one has 2 on 1"):
         train(other_rows, progress=False)
 

@@ -34,7 +34,7 @@ def step(policy, *, prompts_first=False, share_trunk=False):
     tree, config = whole_tree(), model_config("-", kl_coef=0.1, beta=0.5)
     prompts = policy.run_prompts(tree) if prompts_first else None
     trunk = policy.run_trunk(tree, prompts) if share_trunk else None
-    reference = policy.reference(tree, reference_of(tree, config), trunk=trunk)
+    reference = reference_of(policy, tree, config, trunk=trunk)
     loss = policy(tree, preference_loss(tree, reference, len(PAIRS), config), prompts=prompts, trunk=trunk).loss
     policy.zero_grad()
     loss.backward()
