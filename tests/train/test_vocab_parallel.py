@@ -134,7 +134,7 @@ def test_processes_without_a_part_are_counted_as_torch_chunk_leaves_them():
 def test_more_processes_than_have_a_part_are_refused():
     policy, mesh = Policy(new_model("llama", vocab_size=37), is_peft=False), SimpleNamespace(size=lambda: 12)
     with pytest.raises(ModelError, match="2 of 12 processes would have no part of a vocabulary of 37, start fewer"):
-        policy._in_parts(Spread(mesh, None), torch.device("cpu"))
+        policy._in_parts(Spread(mesh, torch.device("cpu"), None))
 
 
 if __name__ == "__main__":
