@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench gpu smollm2 paper paper-full soak
+.PHONY: demo test check deepspeed bench gpu smollm2 paper paper-full soak
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hypo_train
@@ -39,6 +39,11 @@ paper-full: $(INSTALLED)
 soak: $(INSTALLED)
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 	FUZZ_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -n 2 --timeout 0
+
+# DeepSpeed is no part of what other tests install, and skipped by them.
+deepspeed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train -k "deepspeed or zero"
 
 smollm2: $(INSTALLED) models/SmolLM2-135M-Instruct
 	$(BIN)/python -m hypo_train --config hypo_train/recipes/smollm2-lora.yaml

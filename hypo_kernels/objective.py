@@ -71,9 +71,10 @@ class Objective:
             error = delta - 1 / (2 * self.beta)
             return error.square() / self.num_pairs, 2 * error / self.num_pairs
         margin = self.beta * delta  # Eq. 4, with label smoothing as in conservative DPO
-        flip = self.label_smoothing
-        loss = -(1 - flip) * F.logsigmoid(margin) - flip * F.logsigmoid(-margin)
-        slope = flip * torch.sigmoid(margin) - (1 - flip) * torch.sigmoid(-margin)
+        loss, slope = -F.logsigmoid(margin), -torch.sigmoid(-margin)
+        if flip := self.label_smoothing:
+            loss = (1 - flip) * loss - flip * F.logsigmoid(-margin)
+            slope = (1 - flip) * slope + flip * torch.sigmoid(margin)
         return loss / self.num_pairs, self.beta * slope / self.num_pairs
 
     def online(self, ratio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

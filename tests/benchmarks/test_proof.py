@@ -43,7 +43,7 @@ def test_an_outcome_is_written_before_the_next_step_begins(tmp_path: Path, monke
     assert run_kit(monkeypatch, results, python("first", ""), reads) == 0
 
 
-LIMIT = 8  # seconds, in which a busy machine has started a shell
+LIMIT = 4  # seconds, in which a busy machine has started a shell
 
 
 def shell(name: str, script: str) -> Step:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -97,12 +97,10 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     for values in json.loads((folder / "configs.json").read_text(encoding="utf-8")):
         config = Config(**values)
-        given_its_part = config.fsdp and os.environ["RANK"] != "0"  # and reads no weights
-        with (
-            patch.multiple("hypo_train.run", load_policy=None, load_reward_model=None)
-            if given_its_part
-            else nullcontext()
-        ):
+        with ExitStack() as patches:
+            patches.enter_context(patch("hypo_train.preflight.stages._check_memory"))  # as in tests of one process
+            if config.fsdp and os.environ["RANK"] != "0":  # it is given its part, and reads no weights
+                patches.enter_context(patch.multiple("hypo_train.run", load_policy=None, load_reward_model=None))
             train(config, progress=False)
 
 

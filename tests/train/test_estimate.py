@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import tiny
 import torch
@@ -189,6 +191,7 @@ def test_the_estimate_is_near_the_peak_of_a_real_step(tmp_path, medium, changes)
 # Several devices
 
 
+@cache
 def of_devices(count, **changes):
     """The estimate for one of ``count`` processes that fine-tune Llama-3-8B fully on rows of 300 tokens."""
     fixed = {"algorithm": "dpo", "precompute_ref_log_probs": False, "bf16": True, "max_steps": 1}
