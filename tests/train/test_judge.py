@@ -283,10 +283,20 @@ def test_a_busy_endpoint_is_asked_again_when_it_says(written, judged, served):
 
 
 def test_while_one_request_has_to_wait_no_other_is_sent(written, judged, served):
-    server = served(then_prefers_longer((429, {"Retry-After": "1"}, "slow down")))
+    answers = then_prefers_longer((429, {"Retry-After": "2"}, "slow down"))
+    under_way = iter([0.8])  # seconds: whoever sent the refused request has read so when the other one's is answered
+
+    def reply(a, b):
+        answer = answers(a, b)
+        if isinstance(answer, str):
+            time.sleep(next(under_way, 0))
+        return answer
+
+    server = served(reply)
     judged(written(samples(12)), *asking(server, "--judge_workers", 2))
     late = sorted(server.times)
-    assert sum(t < late[0] + 0.9 for t in late) <= 3, "the one refused, and what was under way"
+    assert sum(t < late[0] + 1.8 for t in late) <= 2, "the one refused, and what was under way"
+    assert len(late) == 17, "eight comparisons in two orders, one of them asked twice"
 
 
 def test_what_passes_is_tried_again(written, judged, served):
@@ -311,14 +321,14 @@ def test_an_answer_that_does_not_come_is_tried_again(written, judged, served):
     def reply(a, b):
         if not slow.is_set():
             slow.set()
-            time.sleep(1.5)
+            time.sleep(10)
         return prefers_longer(a, b)
 
     server = served(reply)
     started = time.monotonic()
     found, _, _ = judged(written(samples(2)), *asking(server, "--judge_timeout", 0.3, "--judge_workers", 1))
     assert (found["failed"], len(server.asked)) == (0, 5)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 10
 
 
 def test_failed_comparisons_are_named_left_out_and_tried_again_by_the_same_command(written, judged, served):
