@@ -173,12 +173,14 @@ class Clocked:
 def test_a_phase_inside_another_counts_once_and_all_phases_add_up_to_the_whole() -> None:
     work = Clocked()
     hooks = [Hook("outer", work, "outer"), Hook("inner", work, "inner")]
-    start = time.perf_counter()
+    before = time.perf_counter()
     with timed_phases(hooks, CPU) as seconds:
+        began = time.perf_counter()
         work.outer()
         work.inner()
         time.sleep(0.01)
-    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - start, abs=5e-3)
+        ended = time.perf_counter()
+    assert ended - began <= sum(seconds.values()) <= time.perf_counter() - before
     assert seconds["outer"] >= 0.05
     assert 0.03 <= seconds["inner"] < seconds["outer"]
     assert seconds[REST] >= 0.01
