@@ -31,7 +31,15 @@ from hypo_train.processes import Processes
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import Reward, load_reward
 from hypo_train.rollouts import Rollouts
-from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, ShardedSampler, VLLMSampler, serves
+from hypo_train.sampling import (
+    DecodeSampler,
+    Distribution,
+    GenerateSampler,
+    Sampler,
+    ShardedSampler,
+    VLLMSampler,
+    serves,
+)
 from hypo_train.trees.batch import Batcher
 from hypo_train.zero import ZeroOptimizer
 
@@ -308,9 +316,7 @@ def build_sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token
     options: dict[str, Any] = {
         "eos_token_ids": ends,
         "pad_token_id": pad_token_id,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
+        "distribution": Distribution(config.temperature, config.top_k, config.top_p),
         "score": config.rollout_steps > 1,
     }
     if config.sampler == "vllm":

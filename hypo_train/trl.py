@@ -35,7 +35,7 @@ from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model.load import eos_token_ids, policy_of
 from hypo_train.model.mode import eval_mode
 from hypo_train.plan import SEEDS_PER_RUN
-from hypo_train.sampling import DecodeSampler, GenerateSampler, Sampler, Samples, serves
+from hypo_train.sampling import DecodeSampler, Distribution, GenerateSampler, Sampler, Samples, serves
 from hypo_train.trees.batch import Batcher
 from hypo_train.trees.tree import Tree
 
@@ -167,7 +167,7 @@ class HyPOTrainer(trl.DPOTrainer):
             model,
             eos_token_ids=eos_token_ids(self._policy.base.generation_config, self._tokenizer),
             pad_token_id=self._tokenizer.pad_token_id,
-            temperature=self._settings.temperature,
+            distribution=Distribution(self._settings.temperature),
         )
         return sampler
 

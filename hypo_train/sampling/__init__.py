@@ -2,13 +2,14 @@
 
 from hypo_train.sampling.decode import DecodeSampler
 from hypo_train.sampling.generate import GenerateSampler
-from hypo_train.sampling.protocol import PromptKV, Sampler, Samples
+from hypo_train.sampling.protocol import Distribution, PromptKV, Sampler, Samples
 from hypo_train.sampling.sharded import ShardedSampler
 from hypo_train.sampling.support import serves
 from hypo_train.sampling.vllm import VLLMSampler
 
 __all__ = [
     "DecodeSampler",
+    "Distribution",
     "GenerateSampler",
     "PromptKV",
     "Sampler",

@@ -13,7 +13,7 @@ from hypo_train.model.mode import eval_mode
 from hypo_train.sampling.branches import Branches, KVShape, Rules, attention, num_slots, takes_packed
 from hypo_train.sampling.capture import CapturedBranches, bucket, fingerprint
 from hypo_train.sampling.prefill import prefill
-from hypo_train.sampling.protocol import Distribution, PromptKV, Samples, base_model, check_request
+from hypo_train.sampling.protocol import MODELS_OWN, Distribution, PromptKV, Samples, base_model, check_request
 from hypo_train.sampling.shadow import Shadow, is_adapted, linear_layers, quantized, unmergeable
 from hypo_train.sampling.support import (
     attention_window,
@@ -60,8 +60,7 @@ class DecodeSampler:
             state, as they were.
         eos_token_ids: tokens that end a completion; empty = only `max_new_tokens` does.
         pad_token_id: what fills a row after its EOS; may be an EOS itself.
-        temperature, top_k, top_p: the sampling distribution. Under the defaults it is the model's own, the
-            only one for which HyPO's KL estimate is unbiased. top_k = 0 and top_p = 1 do not truncate.
+        distribution: what tokens are drawn from; HyPO's KL estimate is unbiased for the model's own alone.
         merge_lora: decode from a copy with LoRA merged into it, made anew after `weights_changed`, instead of
             adding the adapter's products at every step. None = for 128 new tokens and more, where the
             adapter is LoRA or DoRA on weights that are not packed. Under autocast on CUDA, weights of another
@@ -74,8 +73,7 @@ class DecodeSampler:
         score: also give `logprobs`; they cost nothing.
 
     Raises:
-        ValueError: a model that is not served, a temperature, top_k or top_p that is no distribution, or a
-            max_kv_bytes below 1.
+        ValueError: a model that is not served, or a max_kv_bytes below 1.
     """
 
     takes_prompt_kv = True
@@ -86,9 +84,7 @@ class DecodeSampler:
         *,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        distribution: Distribution = MODELS_OWN,
         merge_lora: bool | None = None,
         capture: bool | None = None,
         max_kv_bytes: int | None = None,
@@ -99,7 +95,7 @@ class DecodeSampler:
         self.model = model
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
-        self.distribution = Distribution(temperature, top_k, top_p)
+        self.distribution = distribution
         self.merge_lora = merge_lora
         self.capture = capture
         self.max_kv_bytes = max_kv_bytes

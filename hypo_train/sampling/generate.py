@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from hypo_train.model.mode import eval_mode
 from hypo_train.sampling.protocol import (
+    MODELS_OWN,
     Distribution,
     PromptKV,
     Samples,
@@ -35,15 +36,14 @@ class GenerateSampler:
             gradients, train flags and generation config, and the global random state, as they were.
         eos_token_ids: tokens that end a completion; empty = only `max_new_tokens` does.
         pad_token_id: what fills a row after its EOS; may be an EOS itself.
-        temperature, top_k, top_p: the sampling distribution. Under the defaults it is the model's own, the
-            only one for which HyPO's KL estimate is unbiased. top_k = 0 and top_p = 1 do not truncate.
+        distribution: what tokens are drawn from; HyPO's KL estimate is unbiased for the model's own alone.
         max_batch_tokens: rows are generated in batches of at most this many tokens (rows x (longest prompt +
             max_new_tokens)), at least a row each, which bounds the KV cache; None = all in one batch. Random
             numbers are drawn per batch, so another value gives other samples.
         score: also compute `logprobs`, by one more forward over each batch.
 
     Raises:
-        ValueError: a temperature, top_k or top_p that is no distribution, or a max_batch_tokens below 1.
+        ValueError: a max_batch_tokens below 1.
     """
 
     live = True
@@ -55,9 +55,7 @@ class GenerateSampler:
         *,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        distribution: Distribution = MODELS_OWN,
         max_batch_tokens: int | None = None,
         score: bool = False,
     ) -> None:
@@ -66,7 +64,7 @@ class GenerateSampler:
         self.model = model
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
-        self.distribution = Distribution(temperature, top_k, top_p)
+        self.distribution = distribution
         self.max_batch_tokens = max_batch_tokens
         self.score = score
         self.version = 0

@@ -118,6 +118,9 @@ class Distribution:
         return rows.view(logits.shape)
 
 
+MODELS_OWN = Distribution()
+
+
 def check_request(prompts: list[list[int]], n: int, max_new_tokens: int) -> None:
     """Raises ValueError: no prompts, an empty one, n or max_new_tokens below 1."""
     if not prompts:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hypo_train.sampling.protocol import Distribution, PromptKV, Samples, check_request
+from hypo_train.sampling.protocol import MODELS_OWN, Distribution, PromptKV, Samples, check_request
 from hypo_train.sampling.shadow import merged_weights
 
 
@@ -19,14 +19,13 @@ class VLLMSampler:
     Args:
         model: what is trained, or a PeftModel around it; its weights are pushed, LoRA merged into them.
         name_or_path: the checkpoint that vLLM builds its model from, of the same architecture.
-        eos_token_ids, pad_token_id, temperature, top_k, top_p, score: as for the other engines.
+        eos_token_ids, pad_token_id, distribution, score: as for the other engines.
         dtype: what vLLM computes in.
         gpu_memory_utilization: the share of the GPU that vLLM takes for its weights and KV.
         max_model_len: the longest row, prompt and completion; None = the model's own limit.
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: a temperature, top_k or top_p that is no distribution.
     """
 
     live = False
@@ -39,15 +38,13 @@ class VLLMSampler:
         *,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        distribution: Distribution = MODELS_OWN,
         score: bool = False,
         dtype: str = "bfloat16",
         gpu_memory_utilization: float = 0.3,
         max_model_len: int | None = None,
     ) -> None:
-        self.distribution = Distribution(temperature, top_k, top_p)
+        self.distribution = distribution
         # The engine's core would otherwise be another process, which cannot read our tensors.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 
-from hypo_train.sampling import DecodeSampler, PromptKV, branches, decode, serves
+from hypo_train.sampling import DecodeSampler, Distribution, PromptKV, branches, decode, serves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS, PAD = 1, 0
@@ -268,7 +268,9 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.8, "temperature": 1.3}], ids=["plain", "truncated"])
+@pytest.mark.parametrize(
+    "options", [{}, {"distribution": Distribution(temperature=1.3, top_k=5, top_p=0.8)}], ids=["plain", "truncated"]
+)
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_a_step_never_waits_for_the_device(architecture, options, monkeypatch):
     sampler = sampler_of(new_model(architecture), **options)

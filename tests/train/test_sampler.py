@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
-from hypo_train.sampling import DecodeSampler, GenerateSampler, Samples
+from hypo_train.sampling import DecodeSampler, Distribution, GenerateSampler, Samples
 
 
 def kv_bytes(model, tokens):
@@ -26,12 +26,13 @@ def decode_sampler(model, *, max_batch_tokens=None, **options):
     return DecodeSampler(model, max_kv_bytes=limit, **options)
 
 
-# A factory takes (model, *, eos_token_ids, pad_token_id, temperature, top_k, top_p, max_batch_tokens, score).
+# A factory takes (model, *, eos_token_ids, pad_token_id, distribution, max_batch_tokens, score).
 ENGINES = {"generate": GenerateSampler, "decode": decode_sampler}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":  # where "decode" replays graphs
     ENGINES["decode, step by step"] = partial(decode_sampler, capture=False)
 EOS, PAD = 1, 0
+MOST_LIKELY = Distribution(top_k=1)
 # Of different lengths, one of a single token, one that holds the pad and the EOS token.
 PROMPTS = [[5, 3, 8, 2], [4], [7, PAD, EOS, 6, 9, 2, 5], [3, 3]]
 
@@ -110,7 +111,7 @@ def test_logprobs_equal_teacher_forcing(engine, architecture, max_batch_tokens):
 
 def test_logprobs_are_those_of_the_truncated_and_tempered_distribution(engine, architecture):
     model = tiny_model(architecture)
-    sampler = build(engine, model, score=True, temperature=1.7, top_k=5, top_p=0.8)
+    sampler = build(engine, model, score=True, distribution=Distribution(1.7, top_k=5, top_p=0.8))
     prompt, n = [5, 3, 8], 64
     samples = sampler.sample([prompt], n, 1, seed=1)
     logits = next_token_logprobs(model, prompt)[-1] / 1.7
@@ -144,7 +145,7 @@ def test_the_weights_are_those_of_the_last_update(engine, architecture):
     model = tiny_model(architecture)
     scored = build(engine, model, score=True)
     # The log-probs alone could come from a fresh pass over stale samples: the greedy limit shows the draw.
-    most_likely = build(engine, model, top_k=1)
+    most_likely = build(engine, model, distribution=MOST_LIKELY)
     seen = []
     for step in range(3):
         if step:
@@ -207,7 +208,9 @@ def test_the_first_two_tokens_follow_the_exact_joint_distribution(engine, archit
 
 def test_temperature_is_applied_when_asked_for(engine):
     model = tiny_model("llama")
-    drawn = build(engine, model, temperature=1.5).sample([[5, 3]], 8192, 2, seed=1).completions()
+    drawn = (
+        build(engine, model, distribution=Distribution(temperature=1.5)).sample([[5, 3]], 8192, 2, seed=1).completions()
+    )
     assert chi_square_p_value(drawn, joint_distribution(model, [5, 3], temperature=1.5)) > 1e-4
 
 
@@ -316,7 +319,7 @@ def test_without_an_eos_every_row_is_cut_at_the_limit(engine):
 @pytest.mark.parametrize("max_batch_tokens", [None, 40, 1], ids=["one batch", "several", "a row each"])
 def test_ragged_prompts_decode_as_they_do_alone(engine, architecture, max_batch_tokens):
     model = tiny_model(architecture)
-    sampler = build(engine, model, top_k=1, max_batch_tokens=max_batch_tokens)
+    sampler = build(engine, model, distribution=MOST_LIKELY, max_batch_tokens=max_batch_tokens)
     completions = sampler.sample(PROMPTS, 2, 10, seed=1).completions()
     assert completions == [greedy(model, prompt, 10) for prompt in PROMPTS for _ in range(2)]
 
@@ -357,7 +360,7 @@ def test_a_caller_in_train_mode_with_checkpointing_and_lora_dropout_gets_the_rig
     frozen.eval()  # a caller may hold part of the model in eval mode
     flags = {name: module.training for name, module in model.named_modules()}
     assert len(set(flags.values())) == 2
-    drawn = build(engine, model, top_k=1).sample(PROMPTS, 1, 8, seed=1).completions()
+    drawn = build(engine, model, distribution=MOST_LIKELY).sample(PROMPTS, 1, 8, seed=1).completions()
     samples = build(engine, model, score=True).sample(PROMPTS, 2, 8, seed=1)
     assert {name: module.training for name, module in model.named_modules()} == flags
     assert drawn == [greedy(model, prompt, 8) for prompt in PROMPTS]
@@ -451,7 +454,7 @@ def test_the_samples_of_one_prompt_differ(engine, architecture, max_batch_tokens
 
 def test_rows_are_prompt_by_prompt(engine):
     model = tiny_model("llama")
-    completions = build(engine, model, top_k=1).sample(PROMPTS, 3, 6, seed=1).completions()
+    completions = build(engine, model, distribution=MOST_LIKELY).sample(PROMPTS, 3, 6, seed=1).completions()
     for row, completion in enumerate(completions):
         assert completion == greedy(model, PROMPTS[row // 3], 6)
 
@@ -474,17 +477,16 @@ def test_what_cannot_be_sampled_is_named(engine, prompts, n, max_new_tokens, mes
         build(engine, tiny_model("llama")).sample(prompts, n, max_new_tokens, seed=0)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_batch_tokens": 0}],
-    ids=str,
-)
-def test_settings_that_are_no_distribution_are_refused(engine, options):
-    name = next(iter(options))
-    if name == "max_batch_tokens" and engine is not GenerateSampler:
-        name = "max_kv_bytes"
-    with pytest.raises(ValueError, match=f"{name} is"):
-        build(engine, tiny_model("llama"), **options)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}], ids=str)
+def test_settings_that_are_no_distribution_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
+        Distribution(**options)
+
+
+def test_batches_of_nothing_are_refused(engine):
+    name = "max_batch_tokens" if engine is GenerateSampler else "max_kv_bytes"
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        build(engine, tiny_model("llama"), max_batch_tokens=0)
 
 
 def test_completions_stop_with_the_mask():

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
-from hypo_train.sampling import VLLMSampler
+from hypo_train.sampling import Distribution, VLLMSampler
 
 EOS, PAD = 1, 0
 PROMPTS = [[5, 3, 8, 2], [4], [7, 9]]
@@ -125,7 +125,7 @@ def test_rows_are_prompt_by_prompt_with_their_ends_and_log_probs(sampler):
 
 
 def test_nothing_but_the_callers_settings_shapes_the_distribution(sampler):
-    drawn = sampler(new_model(), temperature=1.5, top_k=7, top_p=0.9)
+    drawn = sampler(new_model(), distribution=Distribution(temperature=1.5, top_k=7, top_p=0.9))
     drawn.sample([PROMPTS[0]] * 3, 2, 5, seed=1)
     engine = drawn._engine
     assert engine.settings["generation_config"] == "vllm"
