@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 from hypo_train.config import Config, help_text, is_users_mistake, load_config
 from hypo_train.interrupt import ElsewhereError, NotFiniteError, Stopped
 from hypo_train.invocation import DryRun, take_dry_run
+from hypo_train.journal.say import say
 
 T = TypeVar("T")
 
@@ -40,16 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hypo_train: {error}", file=sys.stderr)
         return 2
     except NotFiniteError as error:
-        print(f"hypo_train: {error}", file=sys.stderr)
+        say(f"hypo_train: {error}", sys.stderr)
         return 1
     except ElsewhereError as error:
-        print(f"hypo_train: another process has failed: {error}", file=sys.stderr)
+        say(f"hypo_train: another process has failed: {error}", sys.stderr)
         return 1
     except Stopped as stopped:
-        print(f"hypo_train: {stopped}", file=sys.stderr)
+        say(f"hypo_train: {stopped}", sys.stderr)
         return 128 + stopped.signal
     if os.environ.get("RANK", "0") == "0":
-        print(f"model saved in {result.model_dir}")
+        say(f"model saved in {result.model_dir}")
     return 0
 
 

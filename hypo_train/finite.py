@@ -1,8 +1,10 @@
-"""A loss or gradient that is not finite stops the run before anything is saved, and leaves its rows to be looked at."""
+"""A loss or gradient that is not finite stops the run before anything is saved, and leaves its step to be looked at."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from hypo_train.interrupt import NotFiniteError
@@ -10,23 +12,30 @@ from hypo_train.journal.records import write_json_lines
 from hypo_train.run import Run
 from hypo_train.saving.checkpoint import latest_checkpoint
 
+Samples = Sequence[Sequence[Sequence[int]]]  # token ids of each sample of each row
+
 
 def stop_if_not_finite(run: Run) -> None:
     """Raise NotFiniteError if a step so far had a loss or gradient that is not finite, on any process; the host waits
     for the device.
 
-    The step's rows are in ``not-finite-step-N.jsonl`` then. No checkpoint is of that step or a later one, so that a
-    run that goes on from the newest comes to it again, with the same rows and samples.
+    The step's rows and their samples are in ``not-finite-step-N.jsonl`` then. No checkpoint is of that step or a later
+    one, so that a run that goes on from the newest comes to it again, with the same rows and samples.
     """
     steps = [step for step in run.processes.gather(run.finite.first_bad()) if step is not None]
     if steps:
-        raise_not_finite(run, min(steps))
+        raise_not_finite(run, min(steps), _samples(run, min(steps)))
+    if run.config.draws_samples:
+        run.rollouts.forget()
 
 
-def raise_not_finite(run: Run, step: int) -> None:
-    """Keep the rows of ``step``, counted from 0, and raise NotFiniteError."""
+def raise_not_finite(run: Run, step: int, samples: Samples | None = None) -> None:
+    """Keep the rows of ``step``, counted from 0, with their samples where these are known, and raise NotFiniteError."""
     path = run.output_dir / f"not-finite-step-{step + 1}.jsonl"
-    write_json_lines(path, [_record(run, run.train_rows[i]) for i in run.rows_of_step(step)])
+    rows = [run.train_rows[i] for i in run.rows_of_step(step)]
+    if samples is None:
+        samples = _own_samples(run, step) if run.processes.count == 1 else []
+    write_json_lines(path, [_record(run, *both) for both in zip_longest(rows, samples, fillvalue=())])
     raise NotFiniteError(
         f"step {step + 1}: the loss or its gradient is not finite; its rows are in {path}. {_advice(run)}"
     )
@@ -34,13 +43,32 @@ def raise_not_finite(run: Run, step: int) -> None:
 
 def _advice(run: Run) -> str:
     folder = latest_checkpoint(run.output_dir)
-    before = "There is no checkpoint yet" if folder is None else f"{folder} is from before it"
-    return f"{before}; a lower learning_rate, a longer warm-up or a lower max_grad_norm often helps"
+    if folder is None:
+        replay = "There is no checkpoint yet: the same run, started anew, comes to that step"
+    else:
+        replay = f"{folder} is from before it: --resume comes to that step"
+    return (
+        f"{replay} again, with the same rows and samples; --logging_steps 1 shows what leads to it. In another run a "
+        "lower learning_rate, a longer warm-up or a lower max_grad_norm often helps"
+    )
 
 
-def _record(run: Run, row: Any) -> dict[str, Any]:
-    """The row's number in its split, its token ids and their texts."""
+def _samples(run: Run, step: int) -> Samples:
+    """What all processes sampled in ``step``, row by row; every process calls it."""
+    parts = run.processes.gather(_own_samples(run, step))
+    return [part[place] for place in range(max(map(len, parts))) for part in parts if place < len(part)]
+
+
+def _own_samples(run: Run, step: int) -> Samples:
+    return run.rollouts.recent(step) if run.config.draws_samples else []
+
+
+def _record(run: Run, row: Any, samples: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The row's number in its split, its token ids and their texts; its samples', where it has any."""
     fields = dataclasses.asdict(row)
-    ids = {name: list(value) for name, value in fields.items() if name != "row"}
-    texts = {name: run.tokenizer.decode(value) for name, value in ids.items()}
+    ids: dict[str, Any] = {name: list(value) for name, value in fields.items() if name != "row"}
+    texts: dict[str, Any] = {name: run.tokenizer.decode(value) for name, value in ids.items()}
+    if samples:
+        ids["samples"] = [list(sample) for sample in samples]
+        texts["samples"] = [run.tokenizer.decode(sample) for sample in ids["samples"]]
     return {"row": fields["row"], **texts, "ids": ids}

@@ -1,4 +1,5 @@
-"""What ends a run before its time: numbers that are not finite, another process's end, or SIGTERM and SIGINT.
+"""What ends a run before its time: numbers that are not finite, another process's end, or SIGTERM, SIGINT and
+SIGHUP, which a terminal that is closed sends.
 
 At a signal a run ends its step, saves and leaves; a second one stops it where it is.
 """
@@ -12,7 +13,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from hypo_train.journal.say import say
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -64,7 +67,7 @@ class StopRequest:
         self.number = number
         self._restore()
         name = signal.Signals(number).name
-        print(f"\n{name}: ending the step, then saving; once more to stop at once", file=sys.stderr, flush=True)
+        say(f"\n{name}: ending the step, then saving; once more to stop at once", sys.stderr)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

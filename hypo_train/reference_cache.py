@@ -32,6 +32,7 @@ from tqdm import tqdm
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.rows import Pair
 from hypo_train.fingerprint import fingerprint
+from hypo_train.journal.say import say
 from hypo_train.losses import sequence_logprobs_of
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import scales
@@ -301,4 +302,4 @@ def _digest(logps: Tensor) -> str:
 
 def _say(text: str) -> None:
     with tqdm.external_write_mode():
-        print(text, flush=True)
+        say(text)

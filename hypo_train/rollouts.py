@@ -14,6 +14,7 @@ of a checkpoint.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -98,6 +99,7 @@ class Rollouts:
         self.share = share
         self.seed_of = seed_of
         self._ahead: dict[int, StepSamples] = {}  # of the steps of this window that are still to come
+        self._recent: dict[int, list[array[int]]] = {}  # token ids of the samples of steps since the last `forget`
 
     def of_step(self, step: int, prompt_kv: PromptKV | None = None) -> StepSamples:
         """The samples of ``step``, handed out once; draws its window where the step begins one.
@@ -116,7 +118,18 @@ class Rollouts:
                 "moved on. Load the checkpoint's state of the rollouts, or continue from a step that "
                 f"num_steps={self.num_steps} divides"
             )
-        return self._ahead.pop(step)
+        samples = self._ahead.pop(step)
+        self._recent[step] = [array("i", completion) for completion in samples.completions]
+        return samples
+
+    def recent(self, step: int) -> list[list[list[int]]]:
+        """The samples that ``step`` was given, prompt by prompt; nothing if it is longer ago than the last `forget`."""
+        completions, k = self._recent.get(step, []), self.num_generations
+        return [[list(ids) for ids in completions[i : i + k]] for i in range(0, len(completions), k)]
+
+    def forget(self) -> None:
+        """Of the samples so far, nobody will ask."""
+        self._recent = {}
 
     def _draw(self, steps: range, prompt_kv: PromptKV | None) -> dict[int, StepSamples]:
         """One call of the sampler for this process's prompts of all ``steps``."""

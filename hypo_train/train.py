@@ -20,6 +20,7 @@ from hypo_train.journal.device import device_name
 from hypo_train.journal.environment import Attempt
 from hypo_train.journal.log import RunLog, SilentLog
 from hypo_train.journal.metrics import Meter
+from hypo_train.journal.say import say
 from hypo_train.journal.trackers import Trackers
 from hypo_train.report.ending import report_at_the_end
 from hypo_train.run import Run, prepare, with_reference_logps
@@ -43,7 +44,7 @@ def train(config: Config, *, progress: bool = True) -> Result:
     Raises:
         ValueError: it cannot be run; before any training.
         NotFiniteError: a loss or gradient is NaN or infinite.
-        Stopped: SIGTERM or SIGINT came, and the step that it came in is done and saved.
+        Stopped: SIGTERM, SIGINT or SIGHUP came, and the step that it came in is done and saved.
     """
     refuse_to_overwrite(config)
     run = prepare(config, show=_print_lines)
@@ -84,7 +85,7 @@ def _recorded(run: Run, first_step: int, trackers: Trackers | None, *, progress:
 
 
 def _print_lines(lines: list[str]) -> None:
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines))
 
 
 def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hypo_train.journal.say import say
 from hypo_train.journal.trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
@@ -94,7 +95,8 @@ class RunLog(SilentLog):
         self._file = path.open("a", encoding="utf-8")
         self._bar = None
         if progress and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", dynamic_ncols=True)
+            # The time left by the mean of all steps: by the newest ones, an evaluation would count as many of them.
+            self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", dynamic_ncols=True, smoothing=0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step, on the disk when this returns as far as a killed process goes."""
@@ -104,6 +106,10 @@ class RunLog(SilentLog):
         if self._trackers is not None:
             self._trackers.log(step, metrics)
         self._show(step, metrics)
+        if step == self._first_step:  # an evaluation before the first step says nothing of how long steps take
+            self._started = time.monotonic()
+            if self._bar is not None:
+                self._bar.unpause()
 
     def flush(self) -> None:
         """What was logged is on the disk when this returns, even if the power fails: for before a checkpoint."""
@@ -117,7 +123,7 @@ class RunLog(SilentLog):
     def message(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         with tqdm.external_write_mode():
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         """Close the files and the bar; closing twice does nothing."""

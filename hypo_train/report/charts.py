@@ -14,6 +14,7 @@ from hypo_train.report.series import Point, Series
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 24  # LEFT: seven characters and a gap
+_CHARACTER = 7  # no digit of a tick is wider
 
 
 def run_colour(number: int) -> str:
@@ -47,7 +48,7 @@ def line_chart(title: str, curves: Sequence[Curve]) -> Html:
     """Curves over the step, with a band or whiskers for their ``low`` and ``high``."""
     axes = _axes_of(curves)
     drawn = [part for curve in curves for part in (_band(axes, curve), _curve(axes, curve)) if part is not None]
-    return _picture(title, axes, drawn)
+    return _picture(f"{title}. {' '.join(filter(None, map(_summary, curves)))}", axes, drawn)
 
 
 def stacked_chart(title: str, layers: Sequence[tuple[str, str, Sequence[float]]], steps: Sequence[float]) -> Html:
@@ -77,6 +78,16 @@ def hover_data(curves: Sequence[Curve]) -> list[dict[str, Any]]:
         }
         for curve in curves
     ]
+
+
+def _summary(curve: Curve) -> str:
+    """For those who hear a picture."""
+    points = curve.series.points
+    if not points:
+        return ""
+    first, last = points[0], points[-1]
+    start = f"from {_said(curve.series, first)} in step {short(first.step)} to" if len(points) > 1 else "is"
+    return f"{curve.series.label}: {start} {_said(curve.series, last)} in step {short(last.step)}."
 
 
 def _said(series: Series, point: Point) -> str:
@@ -145,7 +156,7 @@ def _written(places: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
-def _picture(title: str, axes: Axes, drawn: Sequence[Html]) -> Html:
+def _picture(said: str, axes: Axes, drawn: Sequence[Html]) -> Html:
     grid, labels = [], []
     for value in _ticks(*axes.y, count=4):
         _, y = axes.place(axes.x[0], value)
@@ -154,14 +165,17 @@ def _picture(title: str, axes: Axes, drawn: Sequence[Html]) -> Html:
     for step in _ticks(*axes.x, count=5):
         if step == int(step):
             x, _ = axes.place(step, axes.y[0])
-            labels.append(element("text", short(step), x=f"{x:.1f}", y=HEIGHT - 8, text_anchor="middle"))
+            text = short(step)
+            x = min(x, WIDTH - len(text) * _CHARACTER / 2)  # the last one ends with the picture
+            labels.append(element("text", text, x=f"{x:.1f}", y=HEIGHT - 8, text_anchor="middle"))
+    labels.append(element("text", "step", x=LEFT - 12, y=HEIGHT - 8, text_anchor="end"))
     return element(
         "svg",
         element("g", *grid, class_="grid"),
         *drawn,
         element("line", x1=0, x2=0, y1=TOP, y2=HEIGHT - BOTTOM, class_="pointer"),
         element("g", *labels, class_="ticks"),
-        viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=said,
     )  # fmt: skip
 
 

@@ -92,7 +92,8 @@ class Charts:
             kind = "dashed" if place else "line"
             for lines, name, part in ((run.trained, metric, ""), (run.evaluated, f"eval_{metric}", "evaluation")):
                 label = ", ".join(filter(None, [run.name if len(self._runs) > 1 else "", of, part])) or "training"
-                drawn = series(label, lines, name)
+                # Smallest to largest of several runs would cover each other's curves, and squeeze them all.
+                drawn = series(label, lines, name, spread=len(self._runs) == 1)
                 if drawn is not None:
                     curves.append(Curve(drawn, colour, "dots" if part else kind))
         return curves
@@ -156,7 +157,8 @@ def _notes(curves: Sequence[Curve]) -> Html | None:
         notes.append("Bands and bars: one standard error.")
     means = max((curve.series.per_point for curve in curves), default=1)
     if means > 1:
-        spread = "" if any(curve.series.has_errors for curve in curves) else "; bands: smallest to largest"
+        points = [point for curve in curves if not curve.series.has_errors for point in curve.series.points]
+        spread = "; bands: smallest to largest" if any(point.high > point.low for point in points) else ""
         notes.append(f"Each point is the mean of {means} logged values{spread}.")
     notes += [_left_out(curve) for curve in curves if curve.series.not_finite]
     return element("p", " ".join(notes)) if notes else None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hypo_train.journal.say import say
 from hypo_train.report.page import REPORT_FILE, write_report
 
 
@@ -22,4 +23,4 @@ def report_at_the_end(output_dir: Path) -> Iterator[None]:
         try:
             write_report([output_dir], output_dir / REPORT_FILE)
         except Exception as error:
-            print(f"the report was not written ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+            say(f"the report was not written ({type(error).__name__}: {error})", sys.stderr)

@@ -25,6 +25,7 @@ from hypo_train.report.samples import samples
 from hypo_train.report.series import is_number, last
 
 REPORT_FILE = "report.html"
+_NAMED = 3  # runs in the title
 _ALGORITHMS = {"hypo": "HyPO", "dpo": "DPO", "ipo": "IPO", "rloo": "RLOO", "reward": "Reward model", "sft": "SFT"}
 
 
@@ -86,7 +87,8 @@ def _require_report(path: Path) -> None:
 
 def _title(runs: Sequence[RecordedRun]) -> str:
     names = [run.name for run in runs]
-    return names[0] if len(names) == 1 else f"{len(names)} runs: {', '.join(names)}"
+    more = ", …" if len(names) > _NAMED else ""  # each has a card below
+    return names[0] if len(names) == 1 else f"{len(names)} runs: {', '.join(names[:_NAMED])}{more}"
 
 
 def _contents(titles: Sequence[str]) -> Html:

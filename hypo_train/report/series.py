@@ -28,12 +28,13 @@ class Series:
     label: str
     points: list[Point]
     per_point: int  # logged values that a point is the mean of
-    has_errors: bool  # ``low`` and ``high`` are one standard error away; else the smallest and largest of a point's
+    has_errors: bool  # ``low`` and ``high`` are one standard error away
     not_finite: list[int]  # steps
 
 
-def series(label: str, lines: Sequence[dict[str, Any]], metric: str) -> Series | None:
-    """The curve of ``metric``, with ``<metric>_se`` where the lines have it. None: no line has the metric."""
+def series(label: str, lines: Sequence[dict[str, Any]], metric: str, *, spread: bool = True) -> Series | None:
+    """The curve of ``metric``, with ``<metric>_se`` where the lines have it; ``spread``: else with the smallest and
+    largest of what a point is the mean of. None: no line has the metric."""
     logged = [line for line in lines if is_number(line.get(metric))]
     if not logged:
         return None
@@ -42,7 +43,7 @@ def series(label: str, lines: Sequence[dict[str, Any]], metric: str) -> Series |
     per_point = max(1, math.ceil(len(finite) / MOST_POINTS))
     has_errors = any(f"{metric}_se" in line for line in finite)
     groups = [finite[i : i + per_point] for i in range(0, len(finite), per_point)]
-    points = [_point(group, metric, has_errors=has_errors) for group in groups]
+    points = [_point(group, metric, has_errors=has_errors, spread=spread) for group in groups]
     return Series(label, points, per_point, has_errors, steps_left_out)
 
 
@@ -51,12 +52,12 @@ def last(lines: Sequence[dict[str, Any]], metric: str) -> float | None:
     return next((line[metric] for line in reversed(lines) if is_number(line.get(metric))), None)
 
 
-def _point(group: Sequence[dict[str, Any]], metric: str, *, has_errors: bool) -> Point:
+def _point(group: Sequence[dict[str, Any]], metric: str, *, has_errors: bool, spread: bool) -> Point:
     values = [line[metric] for line in group]
     mean = math.fsum(values) / len(values)
     step = group[0]["step"] if len(group) == 1 else math.fsum(line["step"] for line in group) / len(group)
     if not has_errors:
-        return Point(step, mean, min(values), max(values))
+        return Point(step, mean, min(values), max(values)) if spread else Point(step, mean, mean, mean)
     error = math.sqrt(math.fsum(_error(line.get(f"{metric}_se")) ** 2 for line in group)) / len(group)
     return Point(step, mean, mean - error, mean + error)
 

@@ -29,9 +29,9 @@ _NAMES = {
     "rewards/accuracies": "reward accuracy",
     "rewards/margins": "reward margin",
     "rewards/chosen": "reward, chosen",
-    "rewards/rejected": "rejected",
+    "rewards/rejected": "reward, rejected",
     "logps/chosen": "log-prob, chosen",
-    "logps/rejected": "rejected",
+    "logps/rejected": "log-prob, rejected",
     "completions/mean_length": "tokens",
     "completions/clipped_ratio": "cut off",
 }

@@ -55,6 +55,31 @@ def test_the_step_is_named_its_rows_are_kept_and_no_checkpoint_is_of_it(long_run
     assert train(config.model_copy(update={"resume_from_checkpoint": "auto"}), progress=False).model_dir.is_dir()
 
 
+def test_the_samples_of_the_step_are_kept_and_a_replay_comes_to_it_with_the_same(long_run, monkeypatch):
+    config = long_run(algorithm="hypo", num_generations=2)
+    drawn = []
+    draw = one_step._samples
+    monkeypatch.setattr(one_step, "_samples", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+    kept = Path(config.output_dir) / "not-finite-step-7.jsonl"
+    with monkeypatch.context() as patch:
+        poisoned(patch, 7)
+        with pytest.raises(NotFiniteError, match="checkpoint-4 is from before it: --resume comes to that step again"):
+            train(config, progress=False)
+    found = kept.read_text()
+    records = [json.loads(line) for line in found.splitlines()]
+    assert [sample for record in records for sample in record["ids"]["samples"]] == drawn[6].completions
+    run = prepare(config)
+    assert all(
+        record["samples"] == [run.tokenizer.decode(sample) for sample in record["ids"]["samples"]] for record in records
+    )
+    kept.unlink()
+    with monkeypatch.context() as patch:
+        poisoned(patch, 3)
+        with pytest.raises(NotFiniteError, match="step 7"):
+            train(config.model_copy(update={"resume_from_checkpoint": "auto", "logging_steps": 1}), progress=False)
+    assert kept.read_text() == found
+
+
 @pytest.mark.parametrize("sampler", ["decode", "generate"])
 def test_weights_that_have_run_away_are_told_from_a_fault_of_the_sampler(long_run, monkeypatch, sampler):
     with monkeypatch.context() as patch:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from hypo_train.journal.log import RunLog, read_metrics
+from hypo_train.journal.say import say
 
 
 def run_log(output_dir, **options):
@@ -224,6 +225,37 @@ def test_the_time_left_counts_this_attempts_steps_alone(tmp_path, capsys, monkey
     assert "02:00 left" in capsys.readouterr().out  # 30 s a step, 4 to go
 
 
+@pytest.mark.parametrize("on_a_terminal", [True, False])
+def test_the_time_left_is_not_led_astray_by_evaluations(tmp_path, capsys, monkeypatch, on_a_terminal):
+    now = 100.0
+    monkeypatch.setattr("hypo_train.journal.log.time.monotonic", lambda: now)
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    screen = terminal(monkeypatch) if on_a_terminal else None
+    with RunLog(tmp_path, 1000, progress=True) as log:
+        now += 500.0  # before the first step, which no step will wait for again
+        log.log(0, {"eval_loss": 1.0})
+        for step in range(1, 101):
+            now += 10.0
+            log.advance(step)
+            log.log(step, {"loss": 1.0})
+            if step == 99:
+                now += 500.0
+                log.log(step, {"eval_loss": 1.0})
+    shown = screen.getvalue().split("\r")[-1] if on_a_terminal else capsys.readouterr().out
+    assert "3:45:00" in shown  # 900 steps of 15 s each, a tenth of the way
+
+
+def test_a_resumed_bar_counts_the_time_of_its_own_steps(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    screen = terminal(monkeypatch)
+    with RunLog(tmp_path, 1000, progress=True, resume_step=900) as log:
+        for step in range(901, 951):
+            now += 60.0
+            log.advance(step)
+    assert "50:00<50:00" in screen.getvalue().split("\r")[-1]
+
+
 def test_without_progress_only_messages_are_printed(tmp_path, capsys, monkeypatch):
     screen = terminal(monkeypatch)
     with run_log(tmp_path, progress=False) as log:
@@ -232,6 +264,41 @@ def test_without_progress_only_messages_are_printed(tmp_path, capsys, monkeypatc
         log.message("hello")
     assert capsys.readouterr().out == "hello\n"
     assert screen.getvalue() == ""
+
+
+# Nobody there
+
+
+def gone_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def gone_terminal():
+    master, slave = os.openpty()
+    os.close(master)
+    return open(slave, "w")
+
+
+def full_disk():
+    return open("/dev/full", "w")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("why", [gone_reader, gone_terminal, full_disk], ids=lambda why: why.__name__)
+def test_a_run_goes_on_when_nobody_can_be_told(tmp_path, monkeypatch, why, stream):
+    broken = why()
+    monkeypatch.setattr(sys, stream, broken)
+    with run_log(tmp_path, progress=True) as log:
+        for step in range(1, 4):
+            log.advance(step)
+            log.log(step, {"loss": 0.5})
+            log.message("hello")
+            say("hello", sys.stderr)
+    assert len(lines(tmp_path)) == 3
+    if why is not full_disk:  # as at the interpreter's end, whose exit status says that this has failed
+        broken.close()
 
 
 # Closing

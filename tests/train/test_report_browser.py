@@ -75,6 +75,19 @@ def test_the_page_does_not_scroll_sideways_and_wide_tables_scroll_inside_themsel
         assert browser.run("const t = document.querySelector('.scrolls'); return t.scrollWidth > t.clientWidth")
 
 
+def test_no_text_of_a_picture_is_cut_off(opened, tmp_path):
+    browser, address = opened
+    write_report([recorded.write_run(tmp_path / "long", steps=2000)], tmp_path / "report.html")
+    browser.open((tmp_path / "report.html").as_uri())
+    cut = browser.run(
+        "return [...document.querySelectorAll('svg text')].filter((text) => { const own = text.getBoundingClientRect(),"
+        " all = text.closest('svg').getBoundingClientRect(); return own.left < all.left || own.right > all.right })"
+        ".map((text) => text.textContent)"
+    )
+    browser.open(address)
+    assert cut == []
+
+
 def test_the_values_under_the_pointer_are_shown(opened):
     browser, _ = opened
     said = browser.run(

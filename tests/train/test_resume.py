@@ -289,10 +289,12 @@ def test_a_finished_run_that_is_resumed_trains_no_more(interrupted, uninterrupte
 
 @pytest.fixture
 def heard():
-    """SIGINT is heard, as it is in a terminal; a script's background jobs begin with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGINT and SIGHUP are heard, as in a terminal: a script's background jobs and nohup begin with them ignored."""
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def signalled(patch, number, nth=8, times=1):
@@ -310,7 +312,7 @@ def signalled(patch, number, nth=8, times=1):
 
 
 @pytest.mark.usefixtures("heard")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_run_that_is_told_to_stop_ends_its_step_saves_and_goes_on_later(
     interrupted, uninterrupted, monkeypatch, capsys, number
 ):

@@ -99,6 +99,29 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert [run.name for run in read_runs(runs)] == ["seed-0/hypo", "seed-1/hypo"]
 
 
+def test_a_picture_can_be_heard(tmp_path):
+    html = str(page(read_runs([recorded.write_run(tmp_path / "one")])))
+    assert (
+        'aria-label="Reverse KL to the reference, nats a response. training: from 0.5 ± 0.1 in step 1 to 10 ± 0.1 in '
+        'step 20. evaluation: from 5 ± 0.21 in step 10 to 10 ± 0.21 in step 20."'
+    ) in html
+
+
+def test_of_many_runs_the_title_names_the_first(tmp_path):
+    runs = [recorded.write_run(tmp_path / name) for name in "abcde"]
+    assert "5 runs: a, b, c, … " in shown(*runs)
+
+
+def test_how_far_values_spread_is_drawn_of_a_single_run_and_does_not_cover_the_curves_of_several(tmp_path):
+    runs = [recorded.write_run(tmp_path / name, steps=2 * MOST_POINTS) for name in "ab"]
+    band = 'class="band c0"'
+    alone, together = (str(page(read_runs(some))) for some in (runs[:1], runs))
+    assert "Each point is the mean of 2 logged values; bands: smallest to largest." in alone
+    assert "Each point is the mean of 2 logged values." in together
+    assert "smallest to largest" not in together
+    assert alone.count(band) > together.count(band) == 1, "the KL's standard error"
+
+
 def test_an_evaluation_made_afterwards_is_in_the_table(tmp_path):
     run = recorded.write_run(tmp_path / "one")
     (run / "evaluation").mkdir()
