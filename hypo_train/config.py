@@ -26,6 +26,8 @@ from pydantic import (
     model_validator,
 )
 
+from hypo_train.foreign_names import FOREIGN_NAMES
+
 Text = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
@@ -277,7 +279,8 @@ class Config(BaseModel):
         # Pydantic reads yes and no as 1 and 0: ``save_steps: no`` or ``beta: on`` would pass.
         types = _types(cls.model_fields[info.field_name or ""].annotation)
         if isinstance(value, bool) and bool not in types:
-            raise ValueError(f"should be {_type_name(types)}, not true or false")
+            instead = _INSTEAD_OF_A_BOOL.get(info.field_name or "", "")
+            raise ValueError(f"should be {_type_name(types)}, not true or false{instead}")
         return value
 
     @field_validator("report_to", mode="before")
@@ -316,7 +319,7 @@ class Config(BaseModel):
                 f"top_k={self.top_k}, top_p={self.top_p:g}: truncated samples do not follow the policy, so the KL "
                 "is biased (use 0, 1)"
             )
-        return lines
+        return lines + _without_effect(self)
 
     def to_yaml(self) -> str:
         """All fields as a YAML mapping that ``load_config`` reads back to an equal ``Config``."""
@@ -443,6 +446,29 @@ def _conflicts(c: Config) -> list[str]:
     return [problem for broken, problem in rules if broken]
 
 
+def _without_effect(c: Config) -> list[str]:
+    """Fields that have been set and that nothing reads, one line each."""
+    draws = "algorithm: hypo or rloo"
+    needs = [
+        (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), c.use_peft, "use_peft: true"),
+        (("bnb_4bit_quant_type", "use_bnb_nested_quant"), c.load_in_4bit, "load_in_4bit: true"),
+        (("kl_coef",), c.algorithm == "hypo", "algorithm: hypo"),
+        (("num_generations", "length_penalty"), c.draws_samples, draws),
+        (("importance_cap",), c.rollout_steps > 1, "rollout_steps above 1"),
+    ]
+    return [
+        f"{name}={shown(getattr(c, name))} has no effect without {what}"
+        for names, is_there, what in needs
+        for name in names
+        if not is_there and getattr(c, name) != Config.model_fields[name].default
+    ]
+
+
+_INSTEAD_OF_A_BOOL = {  # a field -> what true or false was meant to be
+    "report_to": ": none logs to metrics.jsonl alone",
+    "resume_from_checkpoint": ": auto goes on from the newest checkpoint, where it is left out a new run starts",
+}
+
 _RENAMED = {  # a field of before -> what to write now
     "tensorboard": "tensorboard is report_to now: report_to: [tensorboard] for true (the default), report_to: none for "
     "false",
@@ -487,10 +513,14 @@ def load_config(argv: Sequence[str]) -> Config:
             raise ConfigError("--config needs one file, as in --config recipe.yaml")
         values = _read_file(config_tokens[0], problems)
     for name, tokens in flags.items():
-        if name in Config.model_fields:
-            values[name] = _flag_value(name, tokens)
-        else:
+        if name not in Config.model_fields:
             problems.append(_RENAMED.get(name) or f"unknown flag --{_shown_name(name)}{_nearest(name, '--')}")
+        elif len(tokens) > 1 and not _takes_several(name):
+            given = ", ".join(map(shown, tokens[:4]))
+            problems.append(f"--{name} takes one value, and is given {given}: flags begin with --, quote spaces")
+            values[name] = _flag_value(name, tokens[:1])
+        else:
+            values[name] = _flag_value(name, tokens)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -535,6 +565,10 @@ def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]
     return flags
 
 
+def _takes_several(name: str) -> bool:
+    return any(get_origin(kind) is list for kind in _types(Config.model_fields[name].annotation))
+
+
 def _flag_value(name: str, tokens: list[str]) -> Any:
     """What the flag's text means for its field, for pydantic to check; numbers stay text, which it reads."""
     types = _types(Config.model_fields[name].annotation)
@@ -544,7 +578,7 @@ def _flag_value(name: str, tokens: list[str]) -> Any:
         return tokens
     if NoneType in types and tokens[0].lower() in ("none", "null"):
         return None
-    if any(get_origin(kind) is list for kind in types) and re.fullmatch(r"\[.*\]", tokens[0]):
+    if _takes_several(name) and re.fullmatch(r"\[.*\]", tokens[0]):
         return re.findall(r"[^\s,'\"]+", tokens[0][1:-1])
     return tokens[0]
 
@@ -561,8 +595,11 @@ def _read_file(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dic
         values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{where}: not valid YAML: line {line} is no UTF-8, save the file in that encoding") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where}: not valid YAML: {_why_no_yaml(error)}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deep, and should hold lines of the form 'name: value'") from None
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
@@ -573,6 +610,18 @@ def _read_file(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dic
     problems += [_RENAMED.get(key) or f"unknown key {shown(key)} in {path}{_nearest(str(key))}" for key in unknown]
     own = {key: value for key, value in values.items() if key in Config.model_fields}
     return _read_base(values["base"], problems, [*heirs, path]) | own if "base" in values else own
+
+
+def _why_no_yaml(error: Exception) -> str:
+    """The line and what is wrong with it."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark, fix = error.problem_mark, ""
+    if "'\\t'" in error.problem:
+        fix = ": indent with spaces, and not with a tab"
+    elif error.context == "while scanning a simple key" and error.context_mark is not None:
+        mark, fix = error.context_mark, ": a line is of the form 'name: value'"
+    return f"line {mark.line + 1}: {' '.join(error.problem.split())}{fix}"
 
 
 def _read_base(base: Any, problems: list[str], heirs: Sequence[str]) -> dict[str, Any]:
@@ -589,6 +638,8 @@ def _read_base(base: Any, problems: list[str], heirs: Sequence[str]) -> dict[str
 
 def _nearest(name: str, prefix: str = "") -> str:
     """The end of an unknown name's message; ``prefix`` is that of a flag."""
+    if name in FOREIGN_NAMES:
+        return f": {FOREIGN_NAMES[name]}"
     known = [*Config.model_fields, "config" if prefix else "base"]
     names = difflib.get_close_matches(name, known, n=1) or [field for field in known if field.startswith(f"{name}_")]
     return f": did you mean {prefix}{names[0]}?" if names else " (--help lists the fields)"
@@ -605,6 +656,9 @@ def _explain(error: ValidationError) -> list[str]:
         if item["type"] == "missing" or (required and value is None):
             lines[name] = f"{name} is missing: set it in the file or with --{name}"
         else:
+            if value is None and NoneType not in _types(Config.model_fields[name].annotation):
+                lines[name] = f"{name} has no value: write one, or leave it out"
+                continue
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
             message = "needs a value" if value == "" else message
             quotes = " (put it in quotes)" if item["type"] == "string_type" and value is not None else ""

@@ -27,6 +27,7 @@ from hypo_train.model.tree_model import ModelError
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.plan import Plan
 from hypo_train.preflight import Passed, passed
+from hypo_train.preflight.hub import offline_where_unreachable
 from hypo_train.processes import Processes
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import Reward, load_reward
@@ -143,7 +144,8 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
     _check_processes(config, processes.count)
     with processes.telling_failures():
         # Whoever fails alone, as where a file is missing on one machine, does so before anybody waits for the others.
-        loaded = processes.together(lambda: _loaded(config, accelerator, processes, show))
+        with offline_where_unreachable(config):
+            loaded = processes.together(lambda: _loaded(config, accelerator, processes, show))
         return _built(config, accelerator, processes, loaded)
 
 

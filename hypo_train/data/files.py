@@ -35,6 +35,7 @@ def load_rows(config: Config, split: str) -> datasets.Dataset:
         reason = " ".join(str(cause or error).split())
         if "corresponds to no data" in reason:
             reason = "there are no rows"
+        reason = reason if len(reason) <= 300 else f"{reason[:280]}..."
         where = "" if Path(name).expanduser().exists() else "no local file or folder, and from the Hub: "
         raise DataError(f"dataset_name={name!r}, split {split!r}: {where}{reason}") from error
     if len(rows) == 0:
@@ -82,6 +83,8 @@ def _open_local(path: Path, config: Config, split: str) -> datasets.Dataset:
         return _open_file(path, split)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, split)
+    if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise DataError(f"dataset_name={str(path)!r}: the folder is a saved model, and no data set")
     for file in path.rglob("*.json*"):
         _refuse_null_rows(file)
     return datasets.load_dataset(str(path), config.dataset_config, split=split)

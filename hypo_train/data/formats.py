@@ -147,10 +147,18 @@ def _text_or_messages(value: Any, column: str) -> str | Messages:
     if isinstance(value, str):
         refuse_blank(value, column)
         return value
+    if isinstance(value, Mapping):
+        raise Unusable(f"a {column!r} that is one message, and should be a list of them")
     if not isinstance(value, list):
         raise Unusable(f"a {column!r} that is neither text nor chat messages")
     for message in value:
         fields = message if isinstance(message, Mapping) else {}
+        if isinstance(fields.get("content"), list):
+            raise Unusable(f"a {column!r} with a message in parts, and should be text (images are not served)")
+        if isinstance(fields.get("from"), str) and "value" in fields:
+            raise Unusable(
+                f"a {column!r} with 'from' and 'value' in its messages, and should have 'role' and 'content'"
+            )
         if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)):
             raise Unusable(f"a {column!r} with a message without a 'role' and a 'content' text")
     return [{key: item for key, item in message.items() if item is not None} for message in value]

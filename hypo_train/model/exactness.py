@@ -54,6 +54,7 @@ def check_exactness(policy: Policy) -> str | None:
     try:
         with eval_mode(policy):
             in_rows, alone, by_head = run(separate_rows(prompts, branches, pad_token_id=0), every)
+            _check_finite(alone, name)
             if not _close(by_head, alone, 1e-3 if precise else 1e-2):
                 raise ModelError(
                     f"{name} computes its logits in a way the kernels do not serve: they differ by "
@@ -97,6 +98,7 @@ def check_rewards(model: RewardModel) -> str | None:
             in_rows = rewards(Batcher(pad, shares_prompts=False))
         except (TypeError, RuntimeError) as error:
             raise ModelError(f"{name} cannot be trained here: {first_line(error)}") from error
+        _check_finite(alone, name)
         if not _close(in_rows, alone, 1e-3 if precise else 1e-1):
             raise ModelError(
                 f"{name} ({attention} attention) gives a row alone other rewards than the same row in a batch: they "
@@ -111,6 +113,11 @@ def check_rewards(model: RewardModel) -> str | None:
     if _close(in_trees, alone, 1e-3 if precise else 1e-1):
         return None
     return f"its attention does not keep to trees: rewards differ by {(in_trees - alone).abs().max():.2g}"
+
+
+def _check_finite(results: Tensor, name: str) -> None:
+    if not torch.isfinite(results).all():
+        raise ModelError(f"{name} gives NaN or infinity on a few plain tokens: its weights are damaged, use other ones")
 
 
 def _plain_reward(model: RewardModel, tokens: list[int]) -> Tensor:

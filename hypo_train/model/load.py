@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hypo_train.config import Config
@@ -29,7 +31,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import keep_scales, quantizable, quantization_options
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, TreeModel, first_line
-from hypo_train.model.weight_files import SAFETENSORS_ONLY, refuse_pickles, why_not_read
+from hypo_train.model.weight_files import SAFETENSORS_ONLY, check_weight_files, refuse_pickles, why_not_read
 from hypo_train.trees.attention import NAME
 
 # Parameters from which on selective checkpointing is a CPU's default: it looks at every operation, which took longer
@@ -47,7 +49,7 @@ def load_tokenizer(config: Config, architecture: Any = None) -> Any:
     ``architecture``: what :func:`read_architecture` gave, where it has been read.
     """
     check_source(config.model_name_or_path)
-    check_causal(read_architecture(config) if architecture is None else architecture, config)
+    check_architecture(read_architecture(config) if architecture is None else architecture, config)
     tokenizer = _open_tokenizer(config, config.model_name_or_path)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {config.model_name_or_path!r} has no EOS token: set its eos_token")
@@ -60,6 +62,12 @@ def _open_tokenizer(config: Config, path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises a different class for every way to fail
+        folder = Path(path).expanduser()
+        if folder.is_dir() and not any(folder.glob("token*")) and not any(folder.glob("vocab*")):
+            raise ModelError(
+                f"cannot load the tokenizer of {path!r}: the folder has none; save it there as well, as with "
+                f"AutoTokenizer.from_pretrained(BASE).save_pretrained({path!r})"
+            ) from error
         raise ModelError(f"cannot load the tokenizer of {path!r}: {why_not(error)}") from error
 
 
@@ -94,7 +102,7 @@ def load_policy(config: Config, *, autocast: bool) -> Policy:
             kernels asked for where they cannot be had.
     """
     check_source(config.model_name_or_path)
-    check_causal(read_architecture(config), config)
+    check_architecture(read_architecture(config), config)
     options = quantization_options(config, autocast=autocast)
     model = _open(AutoModelForCausalLM, config, config.model_name_or_path, autocast=autocast, **options)
     keep_scales(model)
@@ -113,7 +121,7 @@ def load_reward_model(config: Config, *, pad_token_id: int, autocast: bool) -> R
         ModelError: as of :func:`load_policy`; or there is no such classifier of the architecture.
     """
     check_source(config.model_name_or_path)
-    check_causal(read_architecture(config), config)
+    check_architecture(read_architecture(config), config)
     kind, path = AutoModelForSequenceClassification, config.model_name_or_path
     model = _open(kind, config, path, autocast=autocast, new=["score.weight"], num_labels=1)
     _check_window(model, config.max_prompt_length + config.max_completion_length)
@@ -255,6 +263,8 @@ def _open(kind: Any, config: Config, path: str, *, autocast: bool, new: Sequence
     """The pretrained model of an auto class, without dropout. What is not in the checkpoint, transformers draws at
     random: only the weights called ``new`` may be so."""
     _check_dtype(config, autocast=autocast)
+    if (folder := Path(path).expanduser()).is_dir():
+        check_weight_files(folder, "the model")
     try:
         with _errors_only():  # its report of missing weights is what is checked below
             model, found = kind.from_pretrained(
@@ -263,14 +273,36 @@ def _open(kind: Any, config: Config, path: str, *, autocast: bool, new: Sequence
                 attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # its own error names none; they are refused below
                 **SAFETENSORS_ONLY,
                 **options,
             )
     except Exception as error:
         raise ModelError(f"cannot load the model {path!r}: {why_not(error)}{why_not_read(path, error)}") from error
+    _refuse_other_shapes(found, path)
+    _refuse_layers_left_out(found, path, model)
     refuse_missing(found, path, new)
     _disable_dropout(model)
     return model
+
+
+def _refuse_other_shapes(loading_info: dict[str, Any], path: str) -> None:
+    for name, there, wanted in sorted(loading_info["mismatched_keys"]):
+        raise ModelError(
+            f"the checkpoint {path!r} does not fit its config.json: {name} is {tuple(there)} there, and the config "
+            f"makes it {tuple(wanted)}; use the config.json that was saved with the weights"
+        )
+
+
+def _refuse_layers_left_out(loading_info: dict[str, Any], path: str, model: Any) -> None:
+    """Raise ModelError for a checkpoint with more layers than its config has, of which transformers reads the first."""
+    count, own = model.config.get_text_config().num_hidden_layers, {name for name, _ in model.named_parameters()}
+    for name in sorted(loading_info["unexpected_keys"]):
+        if re.sub(r"(?<=\.)\d+(?=\.)", "0", name, count=1) in own:
+            raise ModelError(
+                f"the checkpoint {path!r} does not fit its config.json: it has {name}, and the config has {count} "
+                "layers; use the config.json that was saved with the weights"
+            )
 
 
 def refuse_missing(loading_info: dict[str, Any], path: str, new: Sequence[str] = ()) -> None:
@@ -348,10 +380,20 @@ def check_source(name: str, field: str = "model_name_or_path") -> None:
     path = Path(name).expanduser()
     if looks_local(name) and not path.is_dir():
         raise ModelError(f"{field}: there is no folder {name!r}")
-    if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model")
-    if path.is_dir():
-        refuse_pickles(path, field)
+    if not path.is_dir():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{field}: {name!r} is an adapter and not a whole model: merge it into its base model first, as with "
+            f"AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(...) and the "
+            "tokenizer beside it; of a run of this project, python -m hypo_train export RUN --merge --output_dir FOLDER"
+        )
+    if not (path / "config.json").is_file():
+        of_gguf = (
+            ": convert it first, python -m hypo_train.convert_gguf FILE FOLDER" if any(path.glob("*.gguf")) else ""
+        )
+        raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model{of_gguf}")
+    refuse_pickles(path, field)
 
 
 def read_architecture(config: Config) -> Any:
@@ -363,8 +405,17 @@ def read_architecture(config: Config) -> Any:
         raise ModelError(f"cannot read the config of {config.model_name_or_path!r}: {where}{why_not(error)}") from error
 
 
-def check_causal(found: Any, config: Config) -> None:
-    """Refuse encoders and sequence-to-sequence models, from their transformers config, before weights are read."""
+def check_architecture(found: Any, config: Config) -> None:
+    """Refuse what cannot be trained, from its transformers config and before weights are read: encoders and
+    sequence-to-sequence models, and quantised checkpoints."""
+    if (quantized := getattr(found, "quantization_config", None)) is not None:
+        fields = quantized if isinstance(quantized, dict) else vars(quantized)
+        method = fields.get("quant_method", "unknown method")
+        raise ModelError(
+            f"{config.model_name_or_path!r} is a quantised checkpoint ({method}): "
+            "name the model that it was made from; load_in_4bit: true with use_peft: true holds its frozen weights in "
+            "4 bits"
+        )
     listed = found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
         getattr(found, "auto_map", None) or {}
     )
@@ -412,6 +463,8 @@ def _with_lora(model: Any, config: Config) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = config.lora_target_modules
+    if isinstance(targets, list):
+        _check_targets(model, targets)
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -424,8 +477,23 @@ def _with_lora(model: Any, config: Config) -> Any:
     )
     try:
         return get_peft_model(model, settings)
-    except ValueError as error:
-        raise ModelError(f"lora_target_modules={targets!r}: {first_line(error)}") from error
+    except (ValueError, re.error) as error:
+        as_list = ": write several names as a list, [q_proj, v_proj]" if "," in str(targets) else ""
+        raise ModelError(f"lora_target_modules={targets!r}: {first_line(error)}{as_list}") from error
+
+
+def _check_targets(model: Any, targets: Sequence[str]) -> None:
+    """peft is content with any one name that it finds, and leaves out the others in silence."""
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = sorted(
+                {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            )
+            raise ModelError(
+                f"lora_target_modules={list(targets)!r}: {type(model).__name__} has no module {target!r}; its linear "
+                f"ones are {', '.join(linear)}"
+            )
 
 
 def _unfreeze_last(model: Any, count: int) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hypo_train.config import Config
 from hypo_train.model.load import made_ready
 from hypo_train.model.policy import Policy
-from hypo_train.model.tree_model import ModelError
+from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.sampling import serves
 
 _SMALLER = {"num_hidden_layers": 2, "n_layer": 2, "vocab_size": 512, "intermediate_size": 256, "ffn_dim": 256}
@@ -48,10 +48,9 @@ def look_at_structure(config: Config, architecture: Any) -> Structure:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             kind = AutoModelForSequenceClassification if of_reward else AutoModelForCausalLM
-            options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+            model = kind.from_config(small, trust_remote_code=config.trust_remote_code)
             if config.attn_implementation != "auto":
-                options["attn_implementation"] = config.attn_implementation
-            model = kind.from_config(small, **options)
+                _set_attention(model, config.attn_implementation)
             trained = made_ready(model, config.model_copy(update=changes), device_type="cpu")
     except ModelError:
         if config.lora_target_modules is not None:
@@ -61,6 +60,14 @@ def look_at_structure(config: Config, architecture: Any) -> Structure:
         return UNKNOWN
     why_generate = serves(trained.model) if isinstance(trained, Policy) else None
     return Structure(trained.shares_prompts, trained.why_separate_rows, why_generate is None, why_generate)
+
+
+def _set_attention(model: Any, name: str) -> None:
+    """Raises ModelError where there is no such attention, or not for this model."""
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"attn_implementation={name!r}: {first_line(error)}") from error
 
 
 def _smaller(architecture: Any) -> Any:

@@ -232,5 +232,7 @@ def _branches(tree: Tree, prompts: PromptPass) -> Part:
 
 def first_line(error: BaseException) -> str:
     """What went wrong, without the page of advice that libraries add."""
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # and the next one says it
+        return " ".join(lines[:2])
     return lines[0] if lines else type(error).__name__

@@ -1,10 +1,12 @@
 """Weights are read from safetensors alone: a pickle runs whatever its author wrote into it.
 
-transformers reads pickles with torch's restricted reader. This goes further and reads none.
+transformers reads pickles with torch's restricted reader. This goes further and reads none. That the files are there
+and whole is seen before any weights are read, from the header of each.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,49 @@ def refuse_pickles(folder: Path, field: str) -> None:
     found = sorted(name for name in names if kind in name and name.endswith(_PICKLES))
     if found and not is_safe:
         raise ModelError(f"{field}: {str(folder)!r} has its weights as a pickle ({found[0]}): {_fix(str(folder))}")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is a file, or a list of files, of a saved model's weights."""
+    return any((folder / f"model{end}").is_file() for end in _SAFE)
+
+
+def check_weight_files(folder: Path, field: str) -> None:
+    """Raise ModelError where a saved model, the value of ``field``, lacks weights or has damaged files of them."""
+    if not has_weights(folder):
+        raise ModelError(
+            f"{field}: the folder {str(folder)!r} has no weights (model.safetensors): "
+            "name a folder that save_pretrained has written, or download all of its files"
+        )
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not (folder / names[0]).is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, LookupError, AttributeError, TypeError):
+            raise ModelError(f"{field}: {str(index)!r} lists no weights: download or copy it again") from None
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ModelError(
+            f"{field}: {len(missing)} of the {len(names)} files of weights in {str(folder)!r} are not there "
+            f"({missing[0]}{', ...' if missing[1:] else ''}): download or copy them again"
+        )
+    for name in names:
+        if not _is_whole(folder / name):
+            raise ModelError(f"{field}: {str(folder / name)!r} is damaged or cut off: download or copy it again")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return False
+        try:
+            entries = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            return False
+    return path.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def why_not_read(path: str, error: Exception) -> str:

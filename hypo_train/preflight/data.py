@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypo_train.config import Config
 from hypo_train.data.load import KINDS, check_texts
 from hypo_train.data.rows import Example, Pair, Prompt
+from hypo_train.model.tree_model import ModelError
 from hypo_train.plan import Plan, Rows, load_plan
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.source import Source
@@ -16,6 +17,7 @@ def check_data(config: Config, source: Source | None, found: Findings, share: Sh
     """Rows as token ids; rows of the largest lengths where there is no tokenizer. Raises ``DataError``."""
     if source is not None and source.tokenizer is not None:
         plan, reports = load_plan(config, source.tokenizer, source.eos_token_ids, share)
+        _check_vocabulary(source, plan)
     else:
         reports = check_texts(config)
         counts = {name: report.used for name, report in reports.items()}
@@ -26,6 +28,22 @@ def check_data(config: Config, source: Source | None, found: Findings, share: Sh
         found.data[split] = report.lines()
         found.warnings += [f"{split}: {line}" for line in report.warnings()]
     return plan
+
+
+def _check_vocabulary(source: Source, plan: Plan) -> None:
+    """Raise ModelError for token ids of rows or padding that the model has no embedding of."""
+    tokenizer, size = source.tokenizer, getattr(source.architecture.get_text_config(), "vocab_size", None)
+    if size is None or len(tokenizer) <= size:
+        return
+    texts = [ids for row in [*plan.train_rows, *plan.eval_rows] for ids in vars(row).values() if isinstance(ids, tuple)]
+    largest = max(tokenizer.pad_token_id, *map(max, texts))
+    if largest >= size:
+        token, name = tokenizer.convert_ids_to_tokens(largest), source.config.model_name_or_path
+        raise ModelError(
+            f"model_name_or_path={name!r}: the model knows {size} tokens, and its tokenizer has {len(tokenizer)}, of "
+            f"which {token!r} ({largest}) is needed: use the tokenizer that the model was trained with, or save the "
+            "model after resize_token_embeddings"
+        )
 
 
 def _longest_rows(config: Config, count: int) -> Rows:

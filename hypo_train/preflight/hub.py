@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -12,13 +13,20 @@ from urllib.request import getproxies
 import datasets
 import huggingface_hub
 
+from hypo_train.config import Config
+
 
 @contextmanager
-def offline_where_unreachable() -> Iterator[None]:
-    """Without the Hub its cache serves at once; libraries would ask five times, for half a minute, to say so."""
+def offline_where_unreachable(config: Config) -> Iterator[None]:
+    """Without the Hub its cache serves at once; libraries would ask five times, for half a minute, to say so.
+
+    Nothing is asked where all that the configuration names is here.
+    """
     settings: list[Any] = [huggingface_hub.constants, datasets.config]
     before = [module.HF_HUB_OFFLINE for module in settings]
-    unreachable = _is_unreachable()
+    names = (config.model_name_or_path, config.dataset_name, config.reward_model_path)
+    is_here = all(Path(name).expanduser().exists() for name in names if name is not None)
+    unreachable = not is_here and _is_unreachable()
     try:
         for module, was in zip(settings, before, strict=True):
             module.HF_HUB_OFFLINE = was or unreachable

@@ -16,7 +16,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.findings import Findings
-from hypo_train.preflight.source import Source, is_missing
+from hypo_train.preflight.source import Source, check_weights, is_missing
 
 
 def describe_model(
@@ -77,6 +77,8 @@ def check_reward_model(config: Config, source: Source, found: Findings, *, must_
         return None
     if must_exist or not is_missing(path):
         check_source(path, "reward_model_path")
+        if must_exist:
+            check_weights(path, "reward_model_path")
         architecture = _classifier_config(config, path, found, must_exist=must_exist)
         if architecture is None:
             return None

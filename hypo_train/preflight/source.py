@@ -12,7 +12,7 @@ from hypo_train.config import Config, ConfigError, load_config
 from hypo_train.invocation import DryRun
 from hypo_train.model.architectures import known_architecture
 from hypo_train.model.load import (
-    check_causal,
+    check_architecture,
     check_source,
     eos_token_ids,
     generation_config,
@@ -21,6 +21,7 @@ from hypo_train.model.load import (
     read_architecture,
 )
 from hypo_train.model.tree_model import ModelError
+from hypo_train.model.weight_files import check_weight_files, has_weights
 from hypo_train.preflight.findings import Findings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -46,6 +47,7 @@ class Source:
         """What a run reads itself, with nothing in its place. Raises ModelError."""
         name = config.model_name_or_path
         check_source(name)
+        check_weights(name)
         architecture = read_architecture(config)
         line = f"config of {name}: {_origin(name)}"
         return cls(config, architecture, load_tokenizer(config, architecture), line)
@@ -66,7 +68,9 @@ class Source:
             architecture, origin = _architecture(at)
         except ModelError as error:
             raise (ModelError(f"{error}{made}: {stand_in}") if dry_run.model is None else error) from None
-        check_causal(architecture, at)
+        check_architecture(architecture, at)
+        if name == wanted and has_weights(Path(name).expanduser()):
+            check_weights(name)
         line = f"config of {name}: {origin}"
         if name != wanted:
             there = "is there and not looked at" if Path(wanted).expanduser().is_dir() else "is no folder here"
@@ -106,6 +110,12 @@ def _tokenizer(config: Config, architecture: Any, origin: str, stands_in: bool, 
             raise
         found.warnings.append(f"{error}: lengths are unknown, and rows are taken to be {LONGEST}")
         return None
+
+
+def check_weights(name: str, field: str = "model_name_or_path") -> None:
+    """Raise ModelError for a local folder whose files of weights are not there, or not whole."""
+    if (folder := Path(name).expanduser()).is_dir():
+        check_weight_files(folder, field)
 
 
 def is_missing(name: str) -> bool:

@@ -26,6 +26,7 @@ from hypo_train.model.tree_model import first_line
 from hypo_train.optim import require_optimizer
 from hypo_train.plan import Plan
 from hypo_train.preflight.data import assumed_plan, check_data, describe_steps
+from hypo_train.preflight.device import check_kernels, require_engine
 from hypo_train.preflight.disk import check_disk, check_output_dir
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.hub import offline_where_unreachable
@@ -75,10 +76,10 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16, dry_run.device)
     share = Share(0, dry_run.num_devices)
     found = Findings(config)
-    with offline_where_unreachable():
+    with offline_where_unreachable(config):
         with found.collected():
             refuse_to_overwrite(config)
-        _check_settings(config, found)
+        _check_settings(config, device, found)
         source = None
         with found.collected():
             source = Source.of_dry_run(config, dry_run, found)
@@ -104,7 +105,7 @@ def passed(config: Config, *, device_type: str, autocast: bool, share: Share) ->
         ValueError: it cannot be run: the problem itself, or PreflightError with all of a stage.
     """
     device, found = _Device(cast(DeviceType, device_type), autocast), Findings(config)
-    function = _check_settings(config, found)
+    function = _check_settings(config, device, found)
     found.refuse()
     source = Source.of_run(config)
     outlined = _check_model(config, source, device, found, must_exist=True)
@@ -118,11 +119,13 @@ def passed(config: Config, *, device_type: str, autocast: bool, share: Share) ->
     return Passed(found, source.tokenizer, source.eos_token_ids, plan, function)
 
 
-def _check_settings(config: Config, found: Findings) -> RewardFunction | None:
+def _check_settings(config: Config, device: _Device, found: Findings) -> RewardFunction | None:
     """Names and folders; the reward function, where there is one."""
     with found.collected():
         check_output_dir(config)
-    for require in (require_optimizer, require_quantization, require_deepspeed, require_trackers):
+    with found.collected():
+        check_kernels(config, device.kind)
+    for require in (require_optimizer, require_quantization, require_deepspeed, require_engine, require_trackers):
         with found.collected():
             require(config)
     with found.collected():

@@ -82,12 +82,18 @@ def refuse_to_overwrite(config: Config) -> None:
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:
-    """The checkpoint that a run continues from, if there is one. Raises ConfigError: the named one is not there."""
+    """The checkpoint that a run continues from, if there is one. Raises ConfigError: the named one is not
+    there, or is none."""
     wanted = config.resume_from_checkpoint
     if wanted is None or wanted == "auto":
         return None if wanted is None else latest_checkpoint(Path(config.output_dir))
     if not Path(wanted).is_dir():
         raise ConfigError(f"resume_from_checkpoint={wanted!r}: there is no such folder")
+    if not (Path(wanted) / "checkpoint.json").is_file():
+        raise ConfigError(
+            f"resume_from_checkpoint={wanted!r}: it is no whole checkpoint (checkpoint.json is missing): name a "
+            "checkpoint-<step> of a run, or give --resume alone for the newest one in output_dir"
+        )
     return Path(wanted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from hypo_train.config import Config, ConfigError, help_text, load_config
+from hypo_train.foreign_names import FOREIGN_NAMES
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
@@ -200,7 +202,8 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
         ("--use_peft --num_layers_unfrozen 4", "use_peft=true with num_layers_unfrozen=4: choose one"),
         ("--dataset_test_split test --num_eval_rows 9", "num_eval_rows=9 with dataset_test_split='test'"),
         ("--eval_steps 5", "eval_steps=5: nothing to evaluate on, set dataset_test_split or num_eval_rows"),
-        ("--seed 1 2", "seed=['1', '2']: should be a valid integer"),
+        ("--seed 1 2", "--seed takes one value, and is given '1', '2': flags begin with --, quote spaces"),
+        ("--run_name a -beta 0.2", "--run_name takes one value, and is given 'a', '-beta', '0.2': flags begin with --"),
         ("--learning_rate", "learning_rate='': needs a value"),
         ("--ref_logps_cache_dir", "ref_logps_cache_dir='': needs a value"),
         ("--seed 1 --seed 2", "--seed is given more than once"),
@@ -241,6 +244,22 @@ def test_yes_and_no_are_not_numbers(recipe, key, kind):
     assert f"{key}=True: should be {kind}, not true or false" in problem(["--config", path])
 
 
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ("report_to: no", "none logs to metrics.jsonl alone"),
+        ("resume_from_checkpoint: true", "auto goes on from the newest checkpoint"),
+    ],
+)
+def test_a_yes_or_no_that_has_another_name_here_is_told_it(recipe, line, fix):
+    assert fix in problem(["--config", recipe(f"model_name_or_path: m\ndataset_name: d\n{line}\n")])
+
+
+def test_a_key_without_a_value_says_so(recipe):
+    path = recipe("model_name_or_path: m\ndataset_name: d\nbeta:\n")
+    assert problem(["--config", path]).endswith("beta has no value: write one, or leave it out")
+
+
 def test_a_number_where_text_belongs_asks_for_quotes(recipe):
     path = recipe("model_name_or_path: m\ndataset_name: d\ndataset_config: 2024\n")
     assert "dataset_config=2024: should be a valid string (put it in quotes)" in problem(["--config", path])
@@ -263,6 +282,44 @@ def test_a_recipe_that_is_not_yaml_is_named_in_one_line(recipe, text):
     message = problem(["--config", path])
     assert message.startswith(f"--config {path}: not valid YAML: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\n\tb: 2\n", r"line 2: found character '\t' that cannot start any token: indent with spaces"),
+        (b"a: 1\nb 2\nc: 3\n", "line 2: could not find expected ':': a line is of the form 'name: value'"),
+        (b"a: 1\nb: caf\xe9\n", "line 2 is no UTF-8, save the file in that encoding"),
+    ],
+)
+def test_a_line_that_is_not_yaml_is_named_with_its_fix(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    assert problem(["--config", str(path)]).startswith(f"--config {path}: not valid YAML: {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("per_device_batch_size", "use per_device_train_batch_size"),
+        ("lr", "use learning_rate"),
+        ("warmup_steps", "use warmup_ratio, a share of the steps"),
+        ("loss_type", "use algorithm: hypo, dpo or ipo"),
+        ("ref_model", "the reference is the model that training starts from, leave it out"),
+    ],
+)
+def test_the_name_that_a_setting_has_elsewhere_is_answered_with_what_it_is_here(recipe, name, fix):
+    """And not with the nearest name, which would be that of another setting."""
+    path = recipe(f"model_name_or_path: m\ndataset_name: d\n{name}: 1\n")
+    assert problem(["--config", path]).endswith(f"unknown key {name!r} in {path}: {fix}")
+    assert problem([*REQUIRED, f"--{name}", "1"]).endswith(f"unknown flag --{name}: {fix}")
+
+
+def test_names_of_elsewhere_are_none_of_ours_and_lead_to_some_that_are():
+    for name, fix in FOREIGN_NAMES.items():
+        assert name not in Config.model_fields
+        if fix.startswith("use "):
+            assert re.search(r"\w+", fix[4:])[0] in Config.model_fields
 
 
 @pytest.mark.parametrize("text", ["", "# nothing yet\n", "- beta\n- 0.1\n", "beta\n", "3\n"])
@@ -430,6 +487,24 @@ def test_settings_that_bias_the_kl_are_warned_about():
         [line] = load_config([*REQUIRED, *flags]).warnings()
         assert "KL is biased" in line
         assert load_config([*REQUIRED, *flags, "--algorithm", "dpo"]).warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--lora_r 64", "lora_r=64 has no effect without use_peft: true"),
+        ("--lora_target_modules all-linear", "lora_target_modules='all-linear' has no effect without use_peft: true"),
+        ("--algorithm dpo --kl_coef 0.1", "kl_coef=0.1 has no effect without algorithm: hypo"),
+        ("--algorithm dpo --num_generations 8", "num_generations=8 has no effect without algorithm: hypo or rloo"),
+        ("--importance_cap 3", "importance_cap=3.0 has no effect without rollout_steps above 1"),
+    ],
+)
+def test_settings_that_nothing_reads_are_warned_about(flags, line):
+    assert load_config(required_and(flags)).warnings() == [line]
+
+
+def test_settings_that_are_read_are_not_warned_about():
+    assert load_config(required_and("--use_peft --lora_r 64 --kl_coef 0.1 --num_generations 8")).warnings() == []
 
 
 def test_help_documents_every_field_and_fits_in_100_columns():

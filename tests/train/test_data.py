@@ -304,7 +304,16 @@ def test_a_row_that_the_template_refuses_is_dropped_with_its_words():
         ({"chosen": "Q: ", "rejected": "Q: b"}, "an empty 'chosen'"),
         (row(chosen=[assistant("\n")], rejected=[assistant("b")]), "an empty 'chosen'"),
         (row(prompt=3), "a 'prompt' that is neither text nor chat messages"),
-        (row(rejected={"text": "no"}), "a 'rejected' that is neither text nor chat messages"),
+        (row(rejected=3.5), "a 'rejected' that is neither text nor chat messages"),
+        (row(rejected=assistant("no")), "a 'rejected' that is one message, and should be a list of them"),
+        (
+            row(prompt=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}]),
+            "a 'prompt' with a message in parts, and should be text (images are not served)",
+        ),
+        (
+            row(chosen=[{"from": "gpt", "value": "yes"}]),
+            "a 'chosen' with 'from' and 'value' in its messages, and should have 'role' and 'content'",
+        ),
         (row(chosen=" \ud800"), "text that is no valid Unicode (half of a surrogate pair)"),
         (row(prompt=[user("\udfff")], chosen=[assistant("a")], rejected="b"), "text that is no valid Unicode"),
         (row(chosen=["yes"]), "a 'chosen' with a message without a 'role' and a 'content' text"),
@@ -651,6 +660,20 @@ def test_an_empty_folder_is_named(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="nothing"):
         load_rows(config_for(tmp_path / "nothing"), "train")
+
+
+def test_a_models_folder_is_no_data_set(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(DataError, match="the folder is a saved model, and no data set"):
+        load_rows(config_for(tmp_path), "train")
+
+
+def test_what_a_reader_says_at_length_is_cut_short(tmp_path):
+    for index in range(2):
+        (tmp_path / f"{index}.json").write_text(json.dumps({f"column {index} {i}": i for i in range(99)}))
+    with pytest.raises(DataError) as caught:
+        load_rows(config_for(tmp_path), "train")
+    assert len(str(caught.value)) < 500
 
 
 def test_csv_cells_are_text(tmp_path):

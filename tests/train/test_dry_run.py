@@ -191,7 +191,7 @@ def test_lora_targets_that_are_not_found_are_a_problem(dry_run):
     status, _, problems = dry_run(use_peft=True, lora_target_modules=["nowhere"])
     assert status == 2
     assert len(problems) == 1
-    assert problems[0].startswith("lora_target_modules=['nowhere']: Target modules {'nowhere'} not found")
+    assert problems[0].startswith("lora_target_modules=['nowhere']: LlamaForCausalLM has no module 'nowhere'")
 
 
 def test_a_window_that_is_too_short_is_a_problem(dry_run):

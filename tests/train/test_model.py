@@ -743,7 +743,7 @@ def test_a_folder_without_weights_is_named(tmp_path, saved_model):
     for path in saved_model().iterdir():
         if path.suffix != ".safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert f"cannot load the model {str(tmp_path)!r}" in refusal(tmp_path)
+    assert f"the folder {str(tmp_path)!r} has no weights (model.safetensors)" in refusal(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -11,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hypo_train import preflight, run
 from hypo_train.config import ConfigError
 from hypo_train.data import load
+from hypo_train.data.formats import DataError
 from hypo_train.model import load as model_load
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight import PreflightError, disk, memory, stages
@@ -97,6 +101,24 @@ def test_nothing_is_read_twice(settings, monkeypatch):
     assert counts == {"data": 1, "tokenizer": 1}
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(settings, monkeypatch):
+    """The libraries would ask five times for each file, and wait for longer every time."""
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("hypo_train.preflight.hub.getproxies", dict)
+
+    def refuse(address, **_):
+        asked.append(address)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: refuse(arguments))
+    with pytest.raises(DataError, match="no local file or folder, and from the Hub: "):
+        prepare(settings(dataset_name="nobody/nothing"))
+    assert asked == [("huggingface.co", 443)]
+
+
 # Refused before data and weights are read
 
 
@@ -107,6 +129,12 @@ def test_problems_of_the_settings_are_all_named(settings, tmp_path, nothing_heav
     assert lines[0] == "2 problems:"
     assert "there is no such folder" in lines[1]
     assert "No module named 'no_such_module'" in lines[2]
+
+
+def test_a_run_that_is_named_where_its_checkpoint_is_meant_is_told_so(settings, tmp_path, nothing_heavy):
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"it is no whole checkpoint .*: name a checkpoint-<step> of a run, or give"):
+        prepare(settings(resume_from_checkpoint=str(tmp_path / "run")))
 
 
 def test_a_reward_model_that_is_not_there_is_named(settings, nothing_heavy):

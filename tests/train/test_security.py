@@ -16,7 +16,9 @@ import yaml
 from hypo_train.__main__ import main
 from hypo_train.config import ConfigError, load_config
 from hypo_train.data.formats import DataError
+from hypo_train.invocation import DryRun
 from hypo_train.model.tree_model import ModelError
+from hypo_train.preflight import check
 from hypo_train.run import prepare
 from hypo_train.train import train
 
@@ -122,12 +124,13 @@ def test_a_data_set_with_a_script_does_not_run_it(settings, tmp_path, marker):
 def test_a_recipe_cannot_run_code(tmp_path, marker, tag):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model_name_or_path: m\ndataset_name: d\nseed: !!python/{tag} ['touch {marker}']\n")
-    with pytest.raises(ConfigError, match="not valid YAML: could not determine a constructor"):
+    with pytest.raises(ConfigError, match="not valid YAML: line 3: could not determine a constructor"):
         load_config(["--config", str(recipe)])
     assert not marker.exists()
 
 
-def test_a_run_on_local_files_opens_no_connection(settings, monkeypatch):
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_run_on_local_files_opens_no_connection(settings, monkeypatch, dry):
     """No telemetry: not ours, and not that of the libraries, which are online here."""
     asked = []
 
@@ -139,7 +142,11 @@ def test_a_run_on_local_files_opens_no_connection(settings, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: refuse(None, arguments))
-    train(settings(max_steps=1, num_eval_rows=4, report_to=["tensorboard"]), progress=False)
+    config = settings(max_steps=1, num_eval_rows=4, report_to=["tensorboard"])
+    if dry:
+        check(config, DryRun())
+    else:
+        train(config, progress=False)
     assert asked == []
 
 
