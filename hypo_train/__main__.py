@@ -78,10 +78,13 @@ def _dry_run(config: Config, dry_run: DryRun) -> int:
 
 
 def _demo(argv: Sequence[str]) -> int:
-    from hypo_train.demo import main as demo
+    from hypo_train.demo.settings import load_settings
+
+    settings = load_settings(argv)
+    from hypo_train.demo.run import run
 
     _quiet_libraries()
-    return demo(argv)
+    return run(settings)
 
 
 def _evaluate(argv: Sequence[str]) -> int:

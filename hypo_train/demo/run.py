@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hypo_train.demo import report, world
+from hypo_train.demo import report
+from hypo_train.demo.settings import Settings
 from hypo_train.demo.stages import Sizes, configure, train_language_model, write_pairs
 from hypo_train.report.page import REPORT_FILE, write_report
 from hypo_train.train import train
@@ -29,18 +28,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
+def run(settings: Settings) -> int:
     """Train, compare, print the table and draw the curves."""
-    parser = argparse.ArgumentParser(prog="python -m hypo_train demo", description=world.__doc__)
-    parser.add_argument("--output_dir", default="runs/demo", help="folder for everything (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds to average over (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="the first of them (default: 0)")
-    options = parser.parse_args(argv)
-    if options.seeds < 1:
-        parser.error(f"--seeds {options.seeds}: at least 1")
-    started = time.perf_counter()
-    output_dir = Path(options.output_dir)
-    outcomes = [run_seed(output_dir / f"seed-{s}", s) for s in range(options.seed, options.seed + options.seeds)]
+    started, output_dir = time.perf_counter(), settings.output_dir
+    outcomes = [run_seed(output_dir / f"seed-{seed}", seed) for seed in settings.seeds]
     table = report.table(outcomes)
     (output_dir / "table.md").write_text(table, encoding="utf-8")
     picture = report.draw(outcomes, output_dir / "curves.png")

@@ -10,7 +10,8 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hypo_train.demo import main, report, run, stages, world
+from hypo_train.__main__ import main
+from hypo_train.demo import report, run, stages, world
 from hypo_train.journal.log import read_metrics
 
 
@@ -216,7 +217,7 @@ def test_the_curves_are_a_png(outcomes, tmp_path, seeds):
 def test_a_demo_in_miniature_ends_in_a_table_and_curves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "SIZES", stages.Sizes(num_reviews=456, num_pairs=24, num_held_out=8))
     monkeypatch.setattr(run, "SETTINGS", {**run.SETTINGS, "per_device_train_batch_size": 8, "num_train_epochs": 2})
-    assert main(["--output_dir", str(tmp_path), "--seed", "3"]) == 0
+    assert main(["demo", "--output_dir", str(tmp_path), "--seed", "3"]) == 0
     out = capsys.readouterr().out
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table in out
@@ -244,9 +245,8 @@ def test_a_demo_in_miniature_ends_in_a_table_and_curves(tmp_path, monkeypatch, c
     assert dpo[-1]["step"] == 6
 
 
-@pytest.mark.parametrize("argv", [["--seeds", "0"], ["--sed", "1"]], ids=" ".join)
+@pytest.mark.parametrize("argv", [["--seeds", "0"], ["--seed", "-1"], ["--sed", "1"]], ids=" ".join)
 def test_what_the_demo_cannot_do_is_refused_before_it_starts(argv, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--output_dir", str(tmp_path / "demo"), *argv])
-    assert caught.value.code == 2
+    assert main(["demo", "--output_dir", str(tmp_path / "demo"), *argv]) == 2
+    assert capsys.readouterr().err.startswith("hypo_train: ")
     assert not (tmp_path / "demo").exists()

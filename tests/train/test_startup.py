@@ -22,7 +22,14 @@ def run(*argv):
 
 
 @pytest.mark.parametrize(
-    "command", [["--config"], ["--dry-run", "--config"], ["evaluate", "--no_such_flag"], ["judge", "--no_such_flag"]]
+    "command",
+    [
+        ["--config"],
+        ["--dry-run", "--config"],
+        ["demo", "--no_such_flag"],
+        ["evaluate", "--no_such_flag"],
+        ["judge", "--no_such_flag"],
+    ],
 )
 def test_a_mistake_is_reported_within_3_seconds_and_without_a_heavy_import(tmp_path, command):
     recipe = tmp_path / "bad.yaml"
