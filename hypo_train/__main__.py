@@ -6,13 +6,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
 
 from hypo_train.config import Config, help_text, is_users_mistake, load_config
 from hypo_train.interrupt import ElsewhereError, NotFiniteError, Stopped
 from hypo_train.invocation import DryRun, take_dry_run
-
-T = TypeVar("T")
+from hypo_train.torchrun import leave_the_end_to_it, telling_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hypo_train.train import train
 
         _quiet_libraries()
-        result = _recorded(train)(config)
+        result = telling_torchrun(train)(config)
     except ValueError as error:
         if not is_users_mistake(error):
             raise
@@ -43,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hypo_train: {error}", file=sys.stderr)
         return 1
     except ElsewhereError as error:
-        print(f"hypo_train: another process has failed: {error}", file=sys.stderr)
+        print(f"hypo_train: another process has failed: {error}", file=sys.stderr, flush=True)
+        leave_the_end_to_it()
         return 1
     except Stopped as stopped:
         print(f"hypo_train: {stopped}", file=sys.stderr)
@@ -51,15 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"model saved in {result.model_dir}")
     return 0
-
-
-def _recorded(function: Callable[[Config], T]) -> Callable[[Config], T]:
-    """``function``, whose error torchrun shows as the cause where it has started this process."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return function
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    return cast(Callable[[Config], T], record(function))
 
 
 def _dry_run(config: Config, dry_run: DryRun) -> int:

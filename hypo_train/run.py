@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from hypo_train.alike import require_same_contents, require_same_settings
 from hypo_train.config import Config, ConfigError
 from hypo_train.costs.devices import peak_bf16
 from hypo_train.costs.flops import ModelFlops, UncountedError
@@ -132,10 +133,12 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
     _check_launcher()
     accelerator = build_accelerator(config)
     processes = Processes()
-    _check_processes(config, processes.count)
     with processes.telling_failures():
+        require_same_settings(processes, config, device_type=accelerator.device.type)
+        _check_processes(config, processes.count)
         # Whoever fails alone, as where a file is missing on one machine, does so before anybody waits for the others.
         loaded = processes.together(lambda: _loaded(config, accelerator, processes, show))
+        _require_same_contents(processes, loaded)
         return _built(config, accelerator, processes, loaded)
 
 
@@ -179,6 +182,19 @@ def _loaded(
     throughput = _throughput(config, trained, accelerator)
     sampler = build_sampler(config, trained, ends, pad) if isinstance(trained, Policy) else None
     return _Loaded(checked, reward, why_texts, trained, throughput, sampler)
+
+
+def _require_same_contents(processes: Processes, loaded: _Loaded) -> None:
+    checked = loaded.checked
+    ends, pad = checked.eos_token_ids, checked.tokenizer.pad_token_id
+    require_same_contents(
+        processes,
+        checked.plan,
+        loaded.trained,
+        tokens={"tokens that end": ends, "padding": [pad]},
+        reward=loaded.reward,
+        reward_function=checked.reward_function,
+    )
 
 
 def _sharded(
