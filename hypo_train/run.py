@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from hypo_train.alike import require_same_contents, require_same_settings
@@ -391,4 +392,7 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
 
 def build_accelerator(config: Config) -> Accelerator:
     bf16 = torch.cuda.is_available() if config.bf16 is None else config.bf16
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
+    # Gradients lie in the buckets that DDP exchanges them in, not beside them.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    precision = "bf16" if bf16 else "no"
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
