@@ -6,14 +6,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
 
 from hypo_train.config import Config, help_text, is_users_mistake, load_config
 from hypo_train.interrupt import ElsewhereError, NotFiniteError, Stopped
 from hypo_train.invocation import DryRun, take_dry_run
 from hypo_train.journal.say import say
-
-T = TypeVar("T")
+from hypo_train.torchrun import leave_the_end_to_it, telling_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hypo_train.train import train
 
         _quiet_libraries()
-        result = _recorded(train)(config)
+        result = telling_torchrun(train)(config)
     except ValueError as error:
         if not is_users_mistake(error):
             raise
@@ -45,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ElsewhereError as error:
         say(f"hypo_train: another process has failed: {error}", sys.stderr)
+        leave_the_end_to_it()
         return 1
     except Stopped as stopped:
         say(f"hypo_train: {stopped}", sys.stderr)
@@ -52,15 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("RANK", "0") == "0":
         say(f"model saved in {result.model_dir}")
     return 0
-
-
-def _recorded(function: Callable[[Config], T]) -> Callable[[Config], T]:
-    """``function``, whose error torchrun shows as the cause where it has started this process."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return function
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    return cast(Callable[[Config], T], record(function))
 
 
 def _dry_run(config: Config, dry_run: DryRun) -> int:

@@ -125,7 +125,7 @@ class Processes:
         """What ``function`` gives here, if it raises nowhere.
 
         Raises:
-            ElsewhereError: where it has raised on another process only.
+            ElsewhereError: where it has raised on another process, the first of which raises its error itself.
         """
         if self.count == 1:
             return function()
@@ -135,11 +135,12 @@ class Processes:
             result = function()
         except Exception as raised:
             error = raised
-        failed = [rank for rank, bad in enumerate(self.gather(error is not None)) if bad]
+        everyones = self.gather(None if error is None else self._told(error))
+        failed = [rank for rank, told in enumerate(everyones) if told is not None]
         if error is not None and self.share.rank == failed[0]:
             raise error
-        if failed:  # a user's mistake, as a rule, which that process alone shows
-            raise ElsewhereError(f"process {failed[0]} has failed")
+        if failed:  # what all have found is said once; what one has found, where its own machine's words are not read
+            raise ElsewhereError(everyones[failed[0]] if error is None else f"process {failed[0]} has failed")
         return cast(T, result)
 
     def _told(self, error: Exception) -> str:

@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +163,21 @@ def cache_key(policy: Policy, rows: Sequence[Pair], config: Config, *, autocast:
     """SHA-256, in hexadecimal, of all that the values depend on."""
     base = policy.base
     constants = {name: value for name, value in policy.head().constants().items() if name != "bias"}  # a weight
-    settings = {name: value for name, value in base.config.to_dict().items() if name not in _NOT_COMPUTED_WITH}
     facts = {
         "format_version": FORMAT_VERSION,
         "pairs": _tokens_hash(rows),
         "weights": _reference_weights(policy),
         "model": [type(base).__module__, type(base).__qualname__, transformers.__version__],
-        "settings": settings,
+        "settings": settings_computed_with(base),
         "head": constants,
         "autocast": autocast,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def settings_computed_with(base: Any) -> dict[str, Any]:
+    """What a transformers model's settings say of how it computes."""
+    return {name: value for name, value in base.config.to_dict().items() if name not in _NOT_COMPUTED_WITH}
 
 
 def _tokens_hash(rows: Sequence[Pair]) -> str:
@@ -193,10 +197,14 @@ def _reference_weights(policy: Policy) -> dict[str, list[Any]]:
     """
     tensors: dict[str, Tensor] = dict(policy.named_buffers())
     tensors |= {name: p for name, p in policy.named_parameters() if not p.requires_grad}
-    tensors |= policy.reference_parameters
+    return contents(tensors | policy.reference_parameters)
+
+
+def contents(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Dtype, shape and content of weights, by name."""
     quantized = {f"{name}.{scale}": t for name, p in tensors.items() for scale, t in scales(p).items()}
-    tensors |= quantized  # equal codes under other scales are other weights
-    return {name: [str(t.dtype), list(t.shape), fingerprint(whole(t))] for name, t in tensors.items()}
+    everything = {**tensors, **quantized}  # equal codes under other scales are other weights
+    return {name: [str(t.dtype), list(t.shape), fingerprint(whole(t))] for name, t in everything.items()}
 
 
 def _computed(

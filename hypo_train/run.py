@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
+from hypo_train.alike import require_same_contents, require_same_settings
 from hypo_train.config import Config, ConfigError
 from hypo_train.costs.devices import peak_bf16
 from hypo_train.costs.flops import ModelFlops, UncountedError
@@ -141,11 +143,13 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
     _check_launcher()
     accelerator = build_accelerator(config)
     processes = Processes()
-    _check_processes(config, processes.count)
     with processes.telling_failures():
+        require_same_settings(processes, config, device_type=accelerator.device.type)
+        _check_processes(config, processes.count)
         # Whoever fails alone, as where a file is missing on one machine, does so before anybody waits for the others.
         with offline_where_unreachable(config):
             loaded = processes.together(lambda: _loaded(config, accelerator, processes, show))
+        _require_same_contents(processes, loaded)
         return _built(config, accelerator, processes, loaded)
 
 
@@ -189,6 +193,19 @@ def _loaded(
     throughput = _throughput(config, trained, accelerator)
     sampler = build_sampler(config, trained, ends, pad) if isinstance(trained, Policy) else None
     return _Loaded(checked, reward, why_texts, trained, throughput, sampler)
+
+
+def _require_same_contents(processes: Processes, loaded: _Loaded) -> None:
+    checked = loaded.checked
+    ends, pad = checked.eos_token_ids, checked.tokenizer.pad_token_id
+    require_same_contents(
+        processes,
+        checked.plan,
+        loaded.trained,
+        tokens={"tokens that end": ends, "padding": [pad]},
+        reward=loaded.reward,
+        reward_function=checked.reward_function,
+    )
 
 
 def _sharded(
@@ -383,4 +400,7 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
 
 def build_accelerator(config: Config) -> Accelerator:
     bf16 = torch.cuda.is_available() if config.bf16 is None else config.bf16
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
+    # Gradients lie in the buckets that DDP exchanges them in, not beside them.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    precision = "bf16" if bf16 else "no"
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])

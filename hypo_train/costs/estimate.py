@@ -70,6 +70,7 @@ class Estimate:
     draws_samples: bool
     kv_of_a_prompt: int  # bytes: on CUDA prompts are decoded in as many batches as it takes
     kv: int
+    processes: int = 1  # of the run
 
     @property
     def phases(self) -> dict[str, int]:
@@ -135,7 +136,7 @@ def estimate(
         whole = put_together(trained, autocast=conditions.autocast, vocab_parallel=config.vocab_parallel)
     gradients, changing = divided(held.gradients, count), divided(size, count)
     state, temporary = divided(optimizer.state, count), divided(optimizer.temporary, count)
-    zero = None
+    zero, in_buckets = None, 0
     if config.zero_stage and plan.share.count > 1:
         zero = zero_bytes(
             config.zero_stage,
@@ -146,12 +147,14 @@ def estimate(
             temporary=optimizer.temporary,
         )
         gradients, changing, state, temporary = zero.gradients, zero.changing_gradients, zero.state, zero.temporary
+    elif plan.share.count > 1 and not config.fsdp:
+        in_buckets, gradients = size, size  # DDP's, made with it, which gradients lie in
     unpacked = max((bytes_of([p]) for p in packed), default=0)
     components = [
         *(Component(name, number, number, number) for name, number in always),
         Component(optimizer.what, state, state, state),
         Component("ZeRO's copy of its part of the weights", *[zero.weights if zero else 0] * 3),
-        Component("gradients (float32)", 0, gradients, changing),
+        Component("gradients (float32)", in_buckets, gradients, changing),
         Component("ZeRO's bucket of gradients", 0, *[zero.bucket if zero else 0] * 2),
         Component(PUT_TOGETHER, *whole, 0),
         # What is sharded comes in the dtype that is computed in.
@@ -164,7 +167,7 @@ def estimate(
         Component("the optimizer's temporaries", 0, 0, temporary),
     ]
     present = [part for part in components if any(part[1:])]
-    return Estimate(present, config.draws_samples, draws.kv_of_a_prompt, draws.kv)
+    return Estimate(present, config.draws_samples, draws.kv_of_a_prompt, draws.kv, plan.share.count)
 
 
 def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: DeviceType) -> int:

@@ -94,9 +94,14 @@ def describe(device: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: found for name in PACKAGES if (found := _version(name)) is not None},
+        **versions(),
         "commit": _commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are installed of those that a run computes with."""
+    return {name: found for name in PACKAGES if (found := _version(name)) is not None}
 
 
 def _version(package: str) -> str | None:

@@ -32,7 +32,8 @@ def check_memory(
     is known by its data sheet.
 
     Raises:
-        ConfigError: weights, their copies and the optimizer's state alone are more than the device has.
+        ConfigError: weights, their copies, those whole for samples too, and the optimizer's state alone are more than
+            the device has.
     """
     found.unchecked.append("memory of evaluations, of an allocator's slack, of CUDA's context and of libraries")
     if config.sampler == "vllm" and config.draws_samples:
@@ -50,10 +51,11 @@ def check_memory(
         return
     where = f"{name} has" if known else "are there"
     found.memory.append(f"at least {readable(needed)} of the {readable(room)} that {where}")
-    if (always := _states(numbers)) > room:
+    if (always := _states(numbers) + _whole_for_samples(numbers)) > room:
+        advice = _advice_on_samples(numbers) + _advice_on_states(config, numbers)
         raise ConfigError(
             f"memory: weights, their copies and the optimizer's state alone take {readable(always)}, and the device "
-            f"has {readable(room)}: try {', '.join(_advice_on_states(config)) or 'a larger device'}"
+            f"has {readable(room)}: try {', '.join(advice) or 'a larger device'}"
         )
     if needed > FREE * room:
         found.warnings.append(_too_much(config, numbers, needed, room))
@@ -77,6 +79,11 @@ def _too_much(config: Config, numbers: Estimate, needed: int, room: int) -> str:
 def _states(numbers: Estimate) -> int:
     """Bytes that a run holds in every part of a step, whatever its rows are."""
     return sum(min(part[1:]) for part in numbers.components)
+
+
+def _whole_for_samples(numbers: Estimate) -> int:
+    """Bytes of weights that lie in parts and are put together whenever samples are drawn."""
+    return sum(part.sampling for part in numbers.components if part.name == PUT_TOGETHER) * numbers.draws_samples
 
 
 def _gib(number: int) -> str:
@@ -103,10 +110,7 @@ def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | No
 
 def _advice(config: Config, numbers: Estimate) -> str:
     """What to change, by what takes most."""
-    advice = []
-    whole = [part.sampling for part in numbers.components if part.name == PUT_TOGETHER]
-    if sum(whole) > numbers.peak / 2:
-        advice.append("algorithm: dpo, as samples need all weights whole on each device and more devices do not help")
+    advice = _advice_on_samples(numbers)
     if numbers.of("activations").training > numbers.peak / 4:
         if config.per_device_train_batch_size > 1:
             advice.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")
@@ -115,14 +119,22 @@ def _advice(config: Config, numbers: Estimate) -> str:
         lower = "a lower " if config.max_tokens_per_micro_batch is not None else ""
         advice.append(f"{lower}max_tokens_per_micro_batch")
     if _states(numbers) > numbers.peak / 2:
-        advice += _advice_on_states(config)
+        advice += _advice_on_states(config, numbers)
     if config.keep_sampling_memory:
         advice.append("keep_sampling_memory: false")
     return "try " + ", ".join(advice or ["shorter sequences"])
 
 
-def _advice_on_states(config: Config) -> list[str]:
+def _advice_on_samples(numbers: Estimate) -> list[str]:
+    if _whole_for_samples(numbers) <= numbers.peak / 2:
+        return []
+    return ["algorithm: dpo, as samples need all weights whole on each device and more devices do not help"]
+
+
+def _advice_on_states(config: Config, numbers: Estimate) -> list[str]:
     advice = []
+    if numbers.processes > 1 and not config.fsdp:
+        advice.append("fsdp: true")
     if not config.use_peft:
         advice.append("use_peft: true" + ("" if config.num_layers_unfrozen else " or num_layers_unfrozen"))
     if config.dtype == "float32" and (config.use_peft or config.num_layers_unfrozen):

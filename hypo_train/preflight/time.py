@@ -53,6 +53,9 @@ def describe_time(
     found.time += _step(parts, plan.total_steps)
     found.time += _assumptions(name, device, peak, count, assumed)
     found.unchecked.append("times of evaluations, of saving, of a reward function, of the reference's pass beforehand")
+    slow = config.draws_samples and config.fsdp
+    without_graphs = ": with fsdp each sampled token may wait longer for them, as there are no CUDA graphs"
+    found.unchecked.append(f"the host's work and latencies of exchanges{without_graphs if slow else ''}")
 
 
 def _device_here(conditions: Conditions) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import peak_extra_bytes
-from hypo_train.config import Config
+from hypo_train.config import Config, ConfigError
 from hypo_train.costs.estimate import Conditions, estimate
 from hypo_train.costs.rehearsal import Rows, bytes_of, rehearse
 from hypo_train.data.rows import Pair
@@ -19,6 +19,7 @@ from hypo_train.model.architectures import known_architecture
 from hypo_train.model.load import outline
 from hypo_train.plan import Plan
 from hypo_train.preflight import memory
+from hypo_train.preflight.findings import Findings
 from hypo_train.processes import Share
 from hypo_train.run import prepare, with_reference_logps
 from hypo_train.step import train_step
@@ -227,8 +228,31 @@ def test_zero_spreads_the_optimizers_state_and_at_stage_2_gradients_and_no_weigh
     assert ddp.phases["optimizer"] > first.phases["optimizer"] > second.phases["optimizer"]
 
 
+def test_ddp_holds_gradients_in_its_buckets_all_the_time():
+    (alone, _), (ddp, _) = of_devices(1), of_devices(8, fsdp=False)
+    size, gradients = alone.of("trained weights (float32)").training, "gradients (float32)"
+    assert ddp.of(gradients)[1:] == (size, size, size)
+    assert ddp.phases["training"] == alone.phases["training"] + size - alone.of(gradients).training
+
+
+def test_what_is_too_much_for_a_device_in_ddp_is_advised_fsdp():
+    def advice(numbers, **changes):
+        return memory._advice_on_states(config_of(**changes), numbers)
+
+    assert advice(of_devices(8, fsdp=False)[0])[0] == "fsdp: true"
+    assert "fsdp: true" not in [*advice(of_devices(1)[0]), *advice(of_devices(8)[0], fsdp=True)]
+
+
+def test_whole_weights_for_samples_that_exceed_the_device_are_refused(monkeypatch):
+    numbers, config = of_devices(64, algorithm="hypo")[0], config_of(fsdp=True)
+    room = numbers.of("weights put together").sampling  # and the parts of everything else beside
+    monkeypatch.setattr(memory, "device_room", lambda device: room)
+    with pytest.raises(ConfigError, match="try algorithm: dpo, as samples need"):
+        memory.check_memory(config, numbers, "cuda", True, Findings(config), whole=False)
+
+
 def test_where_sampling_has_all_weights_whole_the_advice_is_not_to_sample():
-    numbers, _ = of_devices(64)
+    numbers, _ = of_devices(64, algorithm="hypo")
     assert "algorithm: dpo, as samples need all weights whole" in memory._advice(config_of(), numbers)
     assert "algorithm: dpo" not in memory._advice(config_of(), of_devices(1)[0])
 

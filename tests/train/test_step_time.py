@@ -135,6 +135,7 @@ def test_the_page_says_what_is_sent_and_how_long_a_step_takes_and_what_that_assu
     assert "a step takes about" in time
     assert "35% of 989 TFLOP/s" in time
     assert "2 nodes of 8, each sends at 80% of 400 GB/s" in time
+    assert any("the host's work" in line and "no CUDA graphs" in line for line in page[page.index("not checked") :])
 
 
 def test_without_a_named_device_there_are_bytes_and_no_seconds(settings):
