@@ -26,16 +26,26 @@ def stop_if_not_finite(run: Run) -> None:
 def raise_not_finite(run: Run, step: int) -> None:
     """Keep the rows of ``step``, counted from 0, and raise NotFiniteError."""
     path = run.output_dir / f"not-finite-step-{step + 1}.jsonl"
-    write_json_lines(path, [_record(run, run.train_rows[i]) for i in run.rows_of_step(step)])
-    raise NotFiniteError(
-        f"step {step + 1}: the loss or its gradient is not finite; its rows are in {path}. {_advice(run)}"
-    )
+    kept = f"its rows are in {path}"
+    try:
+        write_json_lines(path, [_record(run, run.train_rows[i]) for i in run.rows_of_step(step)])
+    except OSError as error:  # on a full disk; that the numbers have run away is the worse news
+        kept = f"its rows could not be kept ({error})"
+    raise NotFiniteError(f"step {step + 1}: the loss or its gradient is not finite; {kept}. {_advice(run)}")
 
 
 def _advice(run: Run) -> str:
     folder = latest_checkpoint(run.output_dir)
-    before = "There is no checkpoint yet" if folder is None else f"{folder} is from before it"
-    return f"{before}; a lower learning_rate, a longer warm-up or a lower max_grad_norm often helps"
+    before = (
+        "There is no checkpoint yet: started again, the run comes to it with the same rows and samples"
+        if folder is None
+        else f"{folder} is from before it: with --resume_from_checkpoint auto the run comes to it again, with the same "
+        "rows and samples"
+    )
+    return (
+        f"{before}. A lower learning_rate, a longer warm-up or a lower max_grad_norm often helps, in a new run in "
+        "another output_dir"
+    )
 
 
 def _record(run: Run, row: Any) -> dict[str, Any]:

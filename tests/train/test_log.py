@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from hypo_train.journal.log import RunLog, read_metrics
+from hypo_train.journal.records import RecordError
 
 
 def run_log(output_dir, **options):
@@ -232,6 +233,22 @@ def test_without_progress_only_messages_are_printed(tmp_path, capsys, monkeypatc
         log.message("hello")
     assert capsys.readouterr().out == "hello\n"
     assert screen.getvalue() == ""
+
+
+# A disk that is full
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_line_that_finds_no_room_is_an_error_that_names_the_file_and_the_way_on(tmp_path):
+    log = run_log(tmp_path)
+    with open("/dev/full", "w") as full:
+        log._file = full
+        with pytest.raises(
+            RecordError, match=r"cannot write .*metrics\.jsonl: No space left .*auto goes on from the new"
+        ):
+            log.log(1, {"loss": 0.5})
+        with pytest.raises(RecordError, match="cannot write"):  # what is still to be written
+            log.close()
 
 
 # Closing
