@@ -77,7 +77,7 @@ def test_weights_that_have_run_away_are_told_from_a_fault_of_the_sampler(long_ru
 
 
 def test_a_rate_that_is_far_too_high_ends_in_a_line_about_it(long_run):
-    with pytest.raises(NotFiniteError, match=r"step [23]: .* A lower learning_rate .* in a new run"):
+    with pytest.raises(NotFiniteError, match=r"step [23]: .* A lower learning_rate.* in a new run"):
         train(long_run(learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0), progress=False)
 
 
