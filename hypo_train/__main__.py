@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         say(f"hypo_train: {stopped}", sys.stderr)
         return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print("hypo_train: stopped by SIGINT where it was; what was saved before is kept", file=sys.stderr)
+        return 128 + signal.SIGINT
     if os.environ.get("RANK", "0") == "0":
         say(f"model saved in {result.model_dir}")
     return 0

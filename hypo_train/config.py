@@ -247,7 +247,7 @@ class Config(BaseModel):
     peak_tflops: PositiveFloat | None = None
     """What the device can do, in 10^12 FLOP a second, for the logged mfu; none means the data sheet's figure under
     bf16 on a GPU that is known, and no mfu elsewhere."""
-    save_steps: NonNegativeInt = 0
+    save_steps: NonNegativeInt = 500
     """Save a checkpoint every so many steps; 0 means only at the end."""
     save_total_limit: PositiveInt = 2
     """Checkpoints to keep; older ones are deleted."""

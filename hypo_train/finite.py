@@ -35,10 +35,12 @@ def raise_not_finite(run: Run, step: int, samples: Samples | None = None) -> Non
     rows = [run.train_rows[i] for i in run.rows_of_step(step)]
     if samples is None:
         samples = _own_samples(run, step) if run.processes.count == 1 else []
-    write_json_lines(path, [_record(run, *both) for both in zip_longest(rows, samples, fillvalue=())])
-    raise NotFiniteError(
-        f"step {step + 1}: the loss or its gradient is not finite; its rows are in {path}. {_advice(run)}"
-    )
+    kept = f"its rows are in {path}"
+    try:
+        write_json_lines(path, [_record(run, *both) for both in zip_longest(rows, samples, fillvalue=())])
+    except OSError as error:  # on a full disk; that the numbers have run away is the worse news
+        kept = f"its rows could not be kept ({error})"
+    raise NotFiniteError(f"step {step + 1}: the loss or its gradient is not finite; {kept}. {_advice(run)}")
 
 
 def _advice(run: Run) -> str:

@@ -15,6 +15,7 @@ from hypo_train.data.order import batch_indices, batches_per_epoch, longest_firs
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.processes import ALONE, Share
+from hypo_train.saving.origin import rows_hash
 
 # A run's steps draw from seeds of their own, above the small ones that evaluations use.
 SEEDS_PER_RUN = 2**31
@@ -47,6 +48,11 @@ class Plan:
         config, count = self.config, self.share.count
         wanted = config.per_device_train_batch_size * config.gradient_accumulation_steps * count
         return wanted if count == 1 else min(wanted, len(self.train_rows) // count * count)
+
+    @cached_property
+    def rows_hashes(self) -> dict[str, str]:
+        """Of each split's rows, as a checkpoint keeps them."""
+        return {"train": rows_hash(self.train_rows), "eval": rows_hash(self.eval_rows)}
 
     @property
     def max_new_tokens(self) -> int:

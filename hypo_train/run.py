@@ -43,6 +43,7 @@ from hypo_train.sampling import (
     VLLMSampler,
     serves,
 )
+from hypo_train.saving.origin import weights_hash
 from hypo_train.trees.batch import Batcher
 from hypo_train.zero import ZeroOptimizer
 
@@ -65,6 +66,7 @@ class Run(Plan):
     timer: PhaseTimer
     throughput: Throughput
     finite: FiniteWatch
+    origin: dict[str, Any]  # what its checkpoints belong to, beside its settings
     # The reference's log-probs of each split's chosen and rejected, fp32 (rows, 2), where they are known beforehand.
     ref_logps: dict[str, Tensor] = field(default_factory=dict)
     data_report: dict[str, list[str]] = field(default_factory=dict)  # what became of the rows of each split
@@ -236,6 +238,7 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
     assert shown is not None
     throughput, why_uncounted = shown
     sampler, why_generate = drawing or (None, None)
+    origin = {"rows": plan.rows_hashes, "weights": weights_hash(trained)}
     parameters = trained.trained_parameters()
     optimizer = build_optimizer(
         parameters.items(),
@@ -295,6 +298,7 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
         timer=PhaseTimer(accelerator.device),
         throughput=throughput,
         finite=FiniteWatch(accelerator.device),
+        origin=origin,
         data_report=loaded.checked.findings.data,
     )
 

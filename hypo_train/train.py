@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,15 @@ from hypo_train.journal.device import device_name
 from hypo_train.journal.environment import Attempt
 from hypo_train.journal.log import RunLog, SilentLog
 from hypo_train.journal.metrics import Meter
+from hypo_train.journal.records import written
 from hypo_train.journal.say import say
 from hypo_train.journal.trackers import Trackers
 from hypo_train.report.ending import report_at_the_end
+from hypo_train.report.runs import CONFIG_FILE
 from hypo_train.run import Run, prepare, with_reference_logps
-from hypo_train.saving.checkpoint import checkpoint_folder, flush
-from hypo_train.saving.model_card import write_data_report
+from hypo_train.saving.checkpoint import checkpoint_folder, flush, put_text
+from hypo_train.saving.lock import locked
+from hypo_train.saving.model_card import DATA_FILE, write_data_report
 from hypo_train.saving.state import refuse_to_overwrite, resume, save, save_model
 from hypo_train.step import train_step
 
@@ -53,6 +56,18 @@ def train(config: Config, *, progress: bool = True) -> Result:
 
 
 def _train(run: Run, *, progress: bool) -> Result:
+    with ExitStack() as held:
+        run.processes.on_main(lambda: _claim(run.config, held))
+        return _train_alone(run, progress=progress)
+
+
+def _claim(config: Config, held: ExitStack) -> None:
+    """Keep other runs out of output_dir, where one may have begun since it was looked at."""
+    held.enter_context(locked(Path(config.output_dir)))
+    refuse_to_overwrite(config)
+
+
+def _train_alone(run: Run, *, progress: bool) -> Result:
     config, meter = run.config, Meter()
     first_step = resume(run, meter)
     if run.processes.is_main:
@@ -73,14 +88,17 @@ def _recorded(run: Run, first_step: int, trackers: Trackers | None, *, progress:
         yield SilentLog()
         return
     folder, device = run.output_dir, device_name(run.accelerator.device)
-    folder.mkdir(parents=True, exist_ok=True)
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with (
         report_at_the_end(folder),
         Attempt(folder, first_step=first_step, total_steps=run.total_steps, device=device),
         RunLog(folder, run.total_steps, trackers=trackers, resume_step=first_step, progress=progress) as log,
     ):
-        (folder / "config.yaml").write_text(run.config.to_yaml(), encoding="utf-8")
-        write_data_report(folder, run.data_report)
+        with written(folder / CONFIG_FILE):
+            put_text(folder / CONFIG_FILE, run.config.to_yaml())
+        with written(folder / DATA_FILE):
+            write_data_report(folder, run.data_report)
         yield log
 
 
@@ -151,10 +169,10 @@ def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
     log.log(step, evaluation.metrics)
     if not (evaluation.samples and run.processes.is_main):
         return evaluation
-    folder = run.output_dir / "samples"
-    folder.mkdir(exist_ok=True)
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples]
-    path = folder / f"step-{step}.jsonl"
-    path.write_text("".join(lines), encoding="utf-8")
-    flush(path)
+    path = run.output_dir / "samples" / f"step-{step}.jsonl"
+    with written(path):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+        flush(path)
     return evaluation

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from hypo_train.interrupt import NotFiniteError, Stopped
+from hypo_train.journal.records import written
 
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = (
@@ -57,14 +59,18 @@ class Attempt:
             "seconds": None,
             **describe(self._device),
         }
-        self._write()
+        with written(self._path):
+            self._write()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._record |= {"ended": _ending(error), "seconds": round(time.monotonic() - self._began, 1)}
-        self._write()
+        try:
+            self._write()
+        except OSError as failed:  # how it ended is worth more than the record of it, and no error hides it
+            print(f"{self._path} does not say how the run ended: {failed}", file=sys.stderr, flush=True)
 
     def _write(self) -> None:
         temporary = self._path.with_name(self._path.name + ".tmp")

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hypo_train.journal.records import written
 from hypo_train.journal.say import say
 from hypo_train.journal.trackers import Trackers
 
@@ -83,16 +84,17 @@ class RunLog(SilentLog):
         resume_step: int = 0,
         progress: bool,
     ) -> None:
-        path = Path(output_dir) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path = Path(output_dir) / METRICS_FILE
         self.total_steps = total_steps
         self._progress = progress
         self._first_step = resume_step
         self._started = time.monotonic()
         self._shown: dict[str, str] = {}
         self._trackers = trackers
-        _cut(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        with written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut(path, resume_step)
+            self._file = path.open("a", encoding="utf-8")
         self._bar = None
         if progress and sys.stderr.isatty():
             # The time left by the mean of all steps: by the newest ones, an evaluation would count as many of them.
@@ -101,8 +103,9 @@ class RunLog(SilentLog):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step, on the disk when this returns as far as a killed process goes."""
         line = {"step": step, **{name: _to_json(value) for name, value in metrics.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with written(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         if self._trackers is not None:
             self._trackers.log(step, metrics)
         self._show(step, metrics)
@@ -113,7 +116,8 @@ class RunLog(SilentLog):
 
     def flush(self) -> None:
         """What was logged is on the disk when this returns, even if the power fails: for before a checkpoint."""
-        os.fsync(self._file.fileno())
+        with written(self._path):
+            os.fsync(self._file.fileno())
 
     def advance(self, step: int) -> None:
         """Move the bar: `step` steps are done."""
@@ -127,11 +131,12 @@ class RunLog(SilentLog):
 
     def close(self) -> None:
         """Close the files and the bar; closing twice does nothing."""
-        self._file.close()
         if self._trackers is not None:
             self._trackers.close()
         if self._bar is not None:
             self._bar.close()
+        with written(self._path):
+            self._file.close()
 
     def __enter__(self) -> RunLog:
         return self

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ def make_folder(folder: Path, field: str) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{field}={str(folder)!r} cannot be written to: {error.strerror}") from error
+
+
+class RecordError(ValueError):
+    """What a run says of itself cannot be written, as on a full disk."""
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Around whatever writes ``path``, a run's. Raises RecordError, in the place of the system's error."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {path}: {error.strerror or error}; checkpoints are kept as they were: mend that, then "
+            "--resume_from_checkpoint auto goes on from the newest"
+        ) from error
 
 
 def write_json_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

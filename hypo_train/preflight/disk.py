@@ -14,6 +14,7 @@ from hypo_train.model.reward_model import RewardModel
 from hypo_train.optim import footprint
 from hypo_train.plan import Plan
 from hypo_train.preflight.findings import Findings
+from hypo_train.saving.checkpoint import checkpoint_folder
 
 
 def check_output_dir(config: Config) -> None:
@@ -41,10 +42,12 @@ def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, found:
         f"{readable(most)} for {kept} checkpoint{'s' * (kept > 1)} of {readable(one)} and the final model of "
         f"{readable(final)}; {readable(free)} are free at output_dir"
     )
-    if one > free + already:
+    ends = checkpoint_folder(Path(config.output_dir), plan.total_steps).is_dir()  # the final model alone is to be saved
+    if one > free + _bytes_of_leftovers(Path(config.output_dir)) and not ends:
         raise ConfigError(
             f"output_dir={config.output_dir!r}: a checkpoint takes {readable(one)}, and {readable(free)} are free: "
-            "choose a folder on another disk, or train fewer parameters (use_peft: true or num_layers_unfrozen)"
+            "choose a folder on another disk, make room, or train fewer parameters (use_peft: true or "
+            "num_layers_unfrozen)"
         )
     if most > free + already:
         found.warnings.append(
@@ -75,6 +78,11 @@ def _num_saves(config: Config, plan: Plan) -> int:
 def _bytes_of_checkpoints(output_dir: Path) -> int:
     """Of a run that goes on: they make room for its new ones."""
     return sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*") if file.is_file())
+
+
+def _bytes_of_leftovers(output_dir: Path) -> int:
+    """Of saves that were killed, which the next one removes before it writes."""
+    return sum(file.stat().st_size for file in output_dir.glob("checkpoint-*.tmp/*") if file.is_file())
 
 
 def _existing_parent(config: Config) -> Path:

@@ -8,6 +8,7 @@ and named as not checked by a dry run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -36,7 +37,8 @@ from hypo_train.preflight.source import LONGEST, Source
 from hypo_train.preflight.time import describe_time
 from hypo_train.processes import Share
 from hypo_train.reward import RewardFunction, load_function
-from hypo_train.saving.state import checkpoint_to_resume, refuse_to_overwrite
+from hypo_train.saving.lock import require_unlocked
+from hypo_train.saving.state import check_resume, checkpoint_to_resume, refuse_to_overwrite
 from hypo_train.zero import require_deepspeed
 
 
@@ -88,6 +90,8 @@ def check(config: Config, dry_run: DryRun) -> Findings:
         with found.collected():
             plan = check_data(config, source, found, share)
     if plan is not None:
+        with found.collected():
+            check_resume(plan, rows=source is not None and source.tokenizer is not None and dry_run.model is None)
         describe_steps(config, plan, found)
     elif outlined is not None:
         found.warnings.append(f"without the data, memory is estimated for rows {LONGEST}")
@@ -107,10 +111,14 @@ def passed(config: Config, *, device_type: str, autocast: bool, share: Share) ->
     device, found = _Device(cast(DeviceType, device_type), autocast), Findings(config)
     function = _check_settings(config, device, found)
     found.refuse()
+    if share.rank == 0:
+        require_unlocked(Path(config.output_dir))
     source = Source.of_run(config)
     outlined = _check_model(config, source, device, found, must_exist=True)
     found.refuse()
     plan = check_data(config, source, found, share)
+    if share.rank == 0:
+        check_resume(plan)
     describe_steps(config, plan, found)
     if outlined is not None:
         _check_room(config, plan, outlined, device, found, whole=False)
@@ -129,8 +137,7 @@ def _check_settings(config: Config, device: _Device, found: Findings) -> RewardF
         with found.collected():
             require(config)
     with found.collected():
-        if config.resume_from_checkpoint != "auto":
-            checkpoint_to_resume(config)
+        checkpoint_to_resume(config, tensors=False)
     with found.collected():
         if config.reward is not None:
             return load_function(config.reward)

@@ -146,7 +146,7 @@ def load_checkpoint(
 
     Args:
         optimizer, scheduler: built as for the saved run; None = their state is not read.
-        verify: compare every file with its checksum first; False right after `latest_checkpoint`, which did.
+        verify: compare tensors with their checksums first; False right after `latest_checkpoint`, which did.
         accept: called with the caller's own `extra` before anything is loaded; raises if it is of another run.
 
     Raises:
@@ -154,7 +154,7 @@ def load_checkpoint(
             loaded then.
     """
     folder = Path(folder)
-    damage = _damage(folder, checksums=verify)
+    damage = _damage(folder, tensors=verify)
     if damage:
         raise CheckpointError(f"{folder} cannot be loaded: {damage}")
     trainer = json.loads((folder / _TRAINER).read_text(encoding="utf-8"))
@@ -170,20 +170,43 @@ def load_checkpoint(
     return Checkpoint(step=step, model_state=model_state, extra=trainer["extra"])
 
 
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None; a warning names each newer one that is not, and why."""
+def latest_checkpoint(output_dir: Path, *, tensors: bool = True) -> Path | None:
+    """The newest checkpoint that is whole, or None; a warning names each newer one that is not, and why.
+
+    ``tensors``: read them to compare their checksums; False goes by their presence and size.
+    """
     for folder in _newest_first(Path(output_dir)):
-        damage = _damage(folder, checksums=True)
+        damage = _damage(folder, tensors=tensors)
         if not damage:
             return folder
         warnings.warn(f"skipping the checkpoint {folder}: {damage}", stacklevel=2)
     return None
 
 
+def damaged_checkpoints(output_dir: Path, *, tensors: bool) -> list[str]:
+    """What is wrong with each one that is not whole, the newest first."""
+    found = {folder.name: _damage(folder, tensors=tensors) for folder in _newest_first(Path(output_dir))}
+    return [f"{name}: {damage}" for name, damage in found.items() if damage]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is called as one, or holds what one does."""
+    return folder.is_dir() and bool(_FOLDER.fullmatch(folder.name) or (folder / _MANIFEST).exists())
+
+
+def read_extra(folder: Path) -> dict[str, Any]:
+    """The caller's own part of a checkpoint, whose tensors are not read. Raises CheckpointError."""
+    damage = _damage(folder, tensors=False)
+    if damage:
+        raise CheckpointError(f"{folder} cannot be loaded: {damage}")
+    extra: dict[str, Any] = json.loads((folder / _TRAINER).read_text(encoding="utf-8"))["extra"]
+    return extra
+
+
 def prune(output_dir: Path, keep: int) -> None:
     """Remove all checkpoints older than the newest `keep` whole ones.
 
-    Only presence and size of the files are looked at: reading them all at each save would cost more.
+    Only presence and size of the tensors' files are looked at: reading them all at each save would cost more.
 
     Raises:
         ValueError: `keep` is below 1.
@@ -194,7 +217,7 @@ def prune(output_dir: Path, keep: int) -> None:
     for folder in _newest_first(Path(output_dir)):
         if whole >= keep:
             shutil.rmtree(_set_aside(folder))
-        elif not _damage(folder, checksums=False):
+        elif not _damage(folder, tensors=False):
             whole += 1
 
 
@@ -205,7 +228,7 @@ def _newest_first(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
-def _damage(folder: Path, *, checksums: bool) -> str | None:
+def _damage(folder: Path, *, tensors: bool) -> str | None:
     """Why a folder is not a whole checkpoint; None if it is."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
@@ -221,11 +244,16 @@ def _damage(folder: Path, *, checksums: bool) -> str | None:
         return f"{_MANIFEST} is of step {step!r}"
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            found = path.stat().st_size
+            matches = found == size and (_sha256(path) == digest if tensors or name == _TRAINER else True)
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if checksums and _sha256(path) != digest:
+        except OSError as error:
+            return f"{name} cannot be read ({type(error).__name__}: {error})"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if not matches:
             return f"{name} does not match its checksum"
     return None
 
@@ -364,6 +392,17 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def put_text(path: Path, text: str) -> None:
+    """All of a file, or what it held before, as a disk that is full leaves it."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _set_aside(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 from hypo_train.config import Config
 from hypo_train.journal.log import read_metrics
 from hypo_train.journal.redact import redacted
+from hypo_train.saving.checkpoint import put_text
 
 DATA_FILE = "data.json"
 # Of the machine that the run was on, not of the model; and what has a line of its own.
@@ -74,7 +75,7 @@ _PAPERS = {
 
 def write_data_report(run: Path, report: dict[str, list[str]]) -> None:
     """Keep what became of the rows of each split, for the cards of what the run saves."""
-    (run / DATA_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    put_text(run / DATA_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_card(folder: Path, config: Config, run: Path, *, step: int | None = None) -> None:

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hypo_train.config import Config, ConfigError
+from hypo_train.journal.log import METRICS_FILE
 from hypo_train.journal.metrics import Meter, added_up
 from hypo_train.model.trained_weights import put_saved
+from hypo_train.plan import Plan
 from hypo_train.saving.checkpoint import (
     checkpoint_folder,
+    damaged_checkpoints,
+    is_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     prune,
+    read_extra,
     remove_temporaries,
     save_checkpoint,
 )
@@ -65,6 +70,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
         extra={
             "config": run.config.model_dump(),
             "rows_a_step": run.batch_size,
+            "origin": run.origin,
             "processes": parts,  # by rank
         },
         processes=run.processes,
@@ -74,27 +80,72 @@ def save(run: Run, meter: Meter, step: int) -> None:
 
 def refuse_to_overwrite(config: Config) -> None:
     """A used output_dir is continued or left alone, never started over in silence."""
-    if config.resume_from_checkpoint is None and (Path(config.output_dir) / "metrics.jsonl").exists():
+    wanted, folder = config.resume_from_checkpoint, Path(config.output_dir)
+    if wanted == "auto" or not (folder / METRICS_FILE).exists():
+        return
+    if wanted is None:
         raise ConfigError(
             f"output_dir={config.output_dir!r} already holds a run: choose another folder, or continue that run "
             "with resume_from_checkpoint: auto"
         )
-
-
-def checkpoint_to_resume(config: Config) -> Path | None:
-    """The checkpoint that a run continues from, if there is one. Raises ConfigError: the named one is not
-    there, or is none."""
-    wanted = config.resume_from_checkpoint
-    if wanted is None or wanted == "auto":
-        return None if wanted is None else latest_checkpoint(Path(config.output_dir))
-    if not Path(wanted).is_dir():
-        raise ConfigError(f"resume_from_checkpoint={wanted!r}: there is no such folder")
-    if not (Path(wanted) / "checkpoint.json").is_file():
+    if is_checkpoint(Path(wanted)) and Path(wanted).resolve().parent != folder.resolve():
         raise ConfigError(
-            f"resume_from_checkpoint={wanted!r}: it is no whole checkpoint (checkpoint.json is missing): name a "
-            "checkpoint-<step> of a run, or give --resume alone for the newest one in output_dir"
+            f"output_dir={config.output_dir!r} already holds another run than resume_from_checkpoint={wanted!r}: "
+            "choose another folder, or continue the run that is there with resume_from_checkpoint: auto"
+        )
+
+
+def checkpoint_to_resume(config: Config, *, tensors: bool = True) -> Path | None:
+    """The checkpoint that a run continues from, if there is one.
+
+    ``tensors``: as ``latest_checkpoint`` takes it.
+
+    Raises:
+        ConfigError: the named one is not there, or there are some and none is whole.
+    """
+    wanted, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        found = latest_checkpoint(output_dir, tensors=tensors)
+        if found is None and (damaged := damaged_checkpoints(output_dir, tensors=tensors)):
+            raise ConfigError(
+                f"output_dir={config.output_dir!r}: none of its checkpoints can be continued ({'; '.join(damaged)}): "
+                "mend them, or remove them to start from the beginning"
+            )
+        return found
+    if not Path(wanted).is_dir():
+        raise ConfigError(
+            f"resume_from_checkpoint={wanted!r}: there is no such folder{_nearest(Path(wanted), output_dir)}"
+        )
+    if not is_checkpoint(Path(wanted)):
+        raise ConfigError(
+            f"resume_from_checkpoint={wanted!r} is no checkpoint, which are called checkpoint-<step>"
+            f"{_nearest(Path(wanted), output_dir)}"
         )
     return Path(wanted)
+
+
+def _nearest(wanted: Path, output_dir: Path) -> str:
+    """The end of a message: a checkpoint that may be meant."""
+    for folder in (wanted, output_dir):
+        if (newest := latest_checkpoint(folder, tensors=False)) is not None:
+            named = output_dir / wanted.name
+            return f": did you mean {named if is_checkpoint(named) else newest}?"
+    return f": give a checkpoint's folder, or auto for the newest one in {output_dir}"
+
+
+def check_resume(plan: Plan, *, rows: bool = True) -> None:
+    """Compare the checkpoint that is to be continued with the run, as far as that can be done without any weights.
+
+    ``rows``: the plan's are those that will be trained on.
+
+    Raises:
+        ValueError: it is of another run, or not there.
+    """
+    folder = checkpoint_to_resume(plan.config, tensors=False)
+    if folder is not None:
+        _check_same_run(plan, read_extra(folder), folder, rows=rows)
 
 
 def resume(run: Run, meter: Meter) -> int:
@@ -111,7 +162,7 @@ def resume(run: Run, meter: Meter) -> int:
         optimizer=run.optimizer,
         scheduler=run.scheduler,
         verify=wanted != "auto",
-        accept=lambda extra: _check_same_run(run, extra, folder),
+        accept=lambda extra: _check_same_origin(run, extra, folder),
     )
     put_saved(run.trained, checkpoint.model_state, folder)
     if run.zero is not None:
@@ -147,7 +198,17 @@ def _load_parts(run: Run, meter: Meter, parts: list[dict[str, Any]], folder: Pat
         run.rollouts.load(own["rollouts"])
 
 
-def _check_same_run(run: Run, extra: dict[str, Any], folder: Path) -> None:
+def _check_same_origin(run: Run, extra: dict[str, Any], folder: Path) -> None:
+    _check_same_run(run, extra, folder)
+    before = extra.get("origin", run.origin)["weights"]  # a checkpoint from before it was kept
+    if before != run.origin["weights"]:
+        raise ConfigError(
+            f"{folder} is of another model: the weights in {run.config.model_name_or_path!r} have changed since the "
+            "run began; bring them back, or start a new run in another output_dir"
+        )
+
+
+def _check_same_run(run: Plan, extra: dict[str, Any], folder: Path, *, rows: bool = True) -> None:
     config, saved = run.config, extra["config"]
     defaults = {name: field.default for name, field in Config.model_fields.items()}
     saved, now = defaults | saved, config.model_dump()  # a setting that is newer than the checkpoint had its default
@@ -166,7 +227,17 @@ def _check_same_run(run: Run, extra: dict[str, Any], folder: Path) -> None:
         if name not in free and saved[name] != value
     ]
     if changed:
-        raise ConfigError(f"{folder} is of another run: {'; '.join(changed)}")
+        raise ConfigError(
+            f"{folder} is of another run: {'; '.join(changed)}; set it back, or start a new run in another output_dir"
+        )
+    hashes = extra["origin"]["rows"] if rows and "origin" in extra else {}
+    others = [split for split, found in hashes.items() if found != run.rows_hashes[split]]
+    if others:
+        raise ConfigError(
+            f"{folder} is of other data: the {' and '.join(others)} rows of dataset_name={config.dataset_name!r}, as "
+            "the tokenizer reads them, have changed since the run began; bring them back, or start a new run in "
+            "another output_dir"
+        )
 
 
 def save_model(run: Run) -> Path:

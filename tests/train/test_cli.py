@@ -259,3 +259,15 @@ def test_a_fault_of_the_program_is_not_dressed_up_as_the_users(recipe, monkeypat
     monkeypatch.setattr(load, "tokenize", fail)
     with pytest.raises(ValueError, match="a bug in torch"):
         main(["--config", str(recipe())])
+
+
+def test_a_ctrl_c_outside_of_the_steps_ends_in_a_line(tmp_path, saved_model, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny.make_config(tmp_path, saved_model()).to_yaml(), encoding="utf-8")
+
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hypo_train.train.train", interrupt)
+    assert main(["--config", str(recipe)]) == 130
+    assert capsys.readouterr().err == "hypo_train: stopped by SIGINT where it was; what was saved before is kept\n"

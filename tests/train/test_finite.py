@@ -42,7 +42,9 @@ def test_the_step_is_named_its_rows_are_kept_and_no_checkpoint_is_of_it(long_run
         with pytest.raises(NotFiniteError, match=r"step 7: the loss or its gradient is not finite") as caught:
             train(config, progress=False)
     folder = Path(config.output_dir)
-    assert f"{folder}/checkpoint-4 is from before it" in str(caught.value)
+    assert f"{folder}/checkpoint-4 is from before it: with --resume_from_checkpoint auto the run comes to it again" in (
+        str(caught.value)
+    )
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not (folder / "final").exists()
     run = prepare(config)
@@ -51,8 +53,15 @@ def test_the_step_is_named_its_rows_are_kept_and_no_checkpoint_is_of_it(long_run
         list(run.train_rows[i].chosen) for i in run.rows_of_step(6)
     ]
     assert all(record["chosen"] == run.tokenizer.decode(record["ids"]["chosen"]) for record in records)
+    again = config.model_copy(update={"resume_from_checkpoint": "auto"})
+    kept = (folder / "not-finite-step-7.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        poisoned(patch, 3, value)  # of the steps from the checkpoint on
+        with pytest.raises(NotFiniteError, match=r"step 7: the loss or its gradient is not finite"):
+            train(again, progress=False)
+    assert (folder / "not-finite-step-7.jsonl").read_bytes() == kept
     # What made it so has been mended: the run goes on from before.
-    assert train(config.model_copy(update={"resume_from_checkpoint": "auto"}), progress=False).model_dir.is_dir()
+    assert train(again, progress=False).model_dir.is_dir()
 
 
 def test_the_samples_of_the_step_are_kept_and_a_replay_comes_to_it_with_the_same(long_run, monkeypatch):
@@ -93,7 +102,7 @@ def test_weights_that_have_run_away_are_told_from_a_fault_of_the_sampler(long_ru
 
 
 def test_a_rate_that_is_far_too_high_ends_in_a_line_about_it(long_run):
-    with pytest.raises(NotFiniteError, match=r"step [23]: .* a lower learning_rate"):
+    with pytest.raises(NotFiniteError, match=r"step [23]: .* A lower learning_rate.* in a new run"):
         train(long_run(learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0), progress=False)
 
 

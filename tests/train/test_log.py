@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from hypo_train.journal.log import RunLog, read_metrics
+from hypo_train.journal.records import RecordError
 from hypo_train.journal.say import say
 
 
@@ -299,6 +300,22 @@ def test_a_run_goes_on_when_nobody_can_be_told(tmp_path, monkeypatch, why, strea
     assert len(lines(tmp_path)) == 3
     if why is not full_disk:  # as at the interpreter's end, whose exit status says that this has failed
         broken.close()
+
+
+# A disk that is full
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_line_that_finds_no_room_is_an_error_that_names_the_file_and_the_way_on(tmp_path):
+    log = run_log(tmp_path)
+    with open("/dev/full", "w") as full:
+        log._file = full
+        with pytest.raises(
+            RecordError, match=r"cannot write .*metrics\.jsonl: No space left .*auto goes on from the new"
+        ):
+            log.log(1, {"loss": 0.5})
+        with pytest.raises(RecordError, match="cannot write"):  # what is still to be written
+            log.close()
 
 
 # Closing

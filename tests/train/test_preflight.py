@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -239,6 +241,16 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(settings, monkeypatch
     monkeypatch.setattr(run, "load_policy", None)
     with pytest.raises(ConfigError, match=r"a checkpoint takes 0\.20 MiB, and 0\.19 MiB are free: choose a folder"):
         prepare(settings())
+
+
+def test_a_run_that_goes_on_needs_room_for_one_more_checkpoint_unless_it_is_at_its_end(settings, page, monkeypatch):
+    train(settings(max_steps=2, save_steps=1), progress=False)
+    with_free_disk(monkeypatch, 200_000)
+    going_on = {"max_steps": 2, "save_steps": 1, "resume_from_checkpoint": "auto"}
+    assert page(**going_on), "the final model alone is still to be saved"
+    shutil.rmtree(Path(settings().output_dir) / "checkpoint-2")
+    with pytest.raises(ConfigError, match=r"a checkpoint takes 0\.20 MiB, and 0\.19 MiB are free"):
+        page(**going_on)
 
 
 def test_a_disk_without_room_for_all_that_is_kept_is_a_warning(page, monkeypatch):

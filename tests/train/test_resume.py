@@ -18,9 +18,10 @@ import pytest
 import tiny
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hypo_train.algorithms as algorithms
+import hypo_train.run as building
 import hypo_train.saving.state as state
 import hypo_train.step as one_step
 import hypo_train.train as loop
@@ -515,15 +516,36 @@ def test_after_a_power_failure_the_last_whole_checkpoint_is_found(interrupted, u
     assert not list(folder.glob("*.tmp"))
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_starts_over_and_says_so(
-    interrupted, uninterrupted, monkeypatch, capsys
-):
+@pytest.mark.parametrize("damage", ["truncated", "a byte changed"])
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(interrupted, uninterrupted, monkeypatch, damage):
     config = killed_run(interrupted(), monkeypatch)
-    for path in Path(config.output_dir).glob("checkpoint-*/model.safetensors"):
-        os.truncate(path, 8)
-    with pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint-3: model\.safetensors"):
+    folders = sorted(Path(config.output_dir).glob("checkpoint-*"))
+    for folder in folders:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:8] if damage == "truncated" else bytes(path.stat().st_size))
+    before = snapshot(config.output_dir)
+    with (
+        pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint-3: model\.safetensors"),
+        pytest.raises(ConfigError, match=r"none of its checkpoints .*checkpoint-6: model.*checkpoint-3: .*remove them"),
+    ):
         resumed(config)
-    assert f"no checkpoint in {config.output_dir}: starting from the beginning" in capsys.readouterr().out
+    assert snapshot(config.output_dir) == before
+    for folder in folders:
+        shutil.rmtree(folder)
+    assert_same_run(resumed(config), uninterrupted)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_skipped_by_name(interrupted, uninterrupted, monkeypatch):
+    config, read = killed_run(interrupted(), monkeypatch), Path.open
+
+    def refuse(path, *args, **options):
+        if path.parent.name == "checkpoint-6" and path.name == "optimizer.safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.warns(UserWarning, match=r"checkpoint-6: optimizer\.safetensors cannot be read \(PermissionError"):
+        resumed(config)
     assert_same_run(config, uninterrupted)
 
 
@@ -558,8 +580,22 @@ def test_a_checkpoint_may_be_continued_in_another_folder(interrupted, uninterrup
 
 
 def test_a_checkpoint_that_is_not_there_is_named(interrupted):
-    with pytest.raises(ConfigError, match="resume_from_checkpoint='runs/checkpoint-5': there is no such folder"):
+    with pytest.raises(ConfigError, match="resume_from_checkpoint='runs/checkpoint-5': there is no such folder: "):
         resumed(interrupted(), resume_from_checkpoint="runs/checkpoint-5")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "wrong", "meant"),
+    [
+        ("{run}", "is no checkpoint", "checkpoint-6"),
+        ("checkpoint-3", "there is no such folder", "checkpoint-3"),
+        ("{run}/checkpoint-7", "there is no such folder", "checkpoint-6"),
+    ],
+)
+def test_what_may_be_meant_by_a_folder_that_is_no_checkpoint_is_named(interrupted, monkeypatch, wanted, wrong, meant):
+    config = killed_run(interrupted(), monkeypatch)
+    with pytest.raises(ConfigError, match=rf"{wrong}.*: did you mean {config.output_dir}/{meant}\?"):
+        resumed(config, resume_from_checkpoint=wanted.format(run=config.output_dir))
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(interrupted, monkeypatch):
@@ -601,7 +637,8 @@ def test_a_run_with_another_setting_is_refused_by_the_settings_name(interrupted,
     with pytest.raises(ConfigError) as caught:
         resumed(config, **{field: value})
     assert str(caught.value) == (
-        f"{config.output_dir}/checkpoint-6 is of another run: {field} was {getattr(config, field)!r} and is {value!r}"
+        f"{config.output_dir}/checkpoint-6 is of another run: {field} was {getattr(config, field)!r} and is {value!r}; "
+        "set it back, or start a new run in another output_dir"
     )
     assert snapshot(config.output_dir) == before
 
@@ -617,6 +654,54 @@ def test_another_model_is_refused(interrupted, monkeypatch, saved_model):
     config = killed_run(interrupted(), monkeypatch)
     with pytest.raises(ConfigError, match="is of another run: model_name_or_path was"):
         resumed(config, model_name_or_path=str(saved_model("gpt_neox")))
+
+
+def test_another_run_s_checkpoint_is_refused_before_weights_are_read_and_by_a_dry_run(
+    interrupted, monkeypatch, tmp_path, capsys
+):
+    config = killed_run(interrupted(), monkeypatch)
+    monkeypatch.setattr(building, "load_policy", None)
+    with pytest.raises(ConfigError, match="is of another run: beta was"):
+        resumed(config, beta=0.5)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.to_yaml(), encoding="utf-8")
+    command = ["--config", str(recipe), "--resume", "--dry-run"]
+    assert main(command) == 0
+    assert main([*command, "--beta", "0.5"]) == 2
+    assert "is of another run: beta was" in capsys.readouterr().err
+
+
+def test_data_that_have_changed_under_their_name_are_refused(interrupted, monkeypatch):
+    config = killed_run(interrupted(), monkeypatch)
+    before = snapshot(config.output_dir)
+    rows = tiny.pair_rows()
+    tiny.write_rows(Path(config.dataset_name), [rows[1], rows[0], *rows[2:]])
+    with pytest.raises(ConfigError, match=r"checkpoint-6 is of other data: the train rows of dataset_name=.* changed"):
+        resumed(config)
+    assert snapshot(config.output_dir) == before
+
+
+@pytest.mark.parametrize("way", [{}, LORA, {"num_layers_unfrozen": 1}], ids=["full", "lora", "last layer"])
+def test_a_model_that_has_changed_under_its_name_is_refused(interrupted, saved_model, monkeypatch, tmp_path, way):
+    model = shutil.copytree(saved_model(), tmp_path / "model")
+    config = killed_run(interrupted(model=model, **way), monkeypatch)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"checkpoint-6 is of another model: the weights in .* have changed"):
+        resumed(config)
+
+
+def test_a_checkpoint_from_before_rows_and_weights_were_kept_is_continued(interrupted, uninterrupted, monkeypatch):
+    write = state.save_checkpoint
+
+    def without(*args, extra, **options):
+        write(*args, extra={name: value for name, value in extra.items() if name != "origin"}, **options)
+
+    with monkeypatch.context() as older:
+        older.setattr(state, "save_checkpoint", without)
+        config = killed_run(interrupted(), monkeypatch)
+    assert_same_run(resumed(config), uninterrupted)
 
 
 def test_another_rank_of_the_adapter_is_refused_by_its_name(interrupted, monkeypatch):
@@ -674,6 +759,15 @@ def test_a_used_output_dir_is_refused_and_left_alone(interrupted, monkeypatch, s
         train(config.model_copy(update={"seed": 7}), progress=False)
     assert repr(config.output_dir) in str(caught.value)
     assert snapshot(config.output_dir) == before
+
+
+def test_a_checkpoint_is_not_continued_in_a_folder_that_holds_another_run(interrupted, monkeypatch):
+    config, other = killed_run(interrupted(), monkeypatch), interrupted("other", max_steps=1)
+    train(other, progress=False)
+    before = snapshot(other.output_dir)
+    with pytest.raises(ConfigError, match=r"other' already holds another run than .*checkpoint-6'"):
+        resumed(config, output_dir=other.output_dir, resume_from_checkpoint=f"{config.output_dir}/checkpoint-6")
+    assert snapshot(other.output_dir) == before
 
 
 def test_an_output_dir_with_other_files_is_used_and_leaves_them(interrupted):

@@ -1,5 +1,6 @@
 """report.html without a browser: what it says, of whole runs and of broken ones."""
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import hypo_train.train
 from hypo_train.__main__ import main
 from hypo_train.interrupt import NotFiniteError, Stopped
 from hypo_train.journal.environment import Attempt
+from hypo_train.journal.records import RecordError
 from hypo_train.journal.redact import redacted
 from hypo_train.report.html import Html, data, element, text
 from hypo_train.report.numbers import duration, short, with_error
@@ -261,6 +263,24 @@ def test_credentials_in_addresses_are_not_shown(tmp_path):
 
 
 # The environment
+
+
+def test_a_disk_that_is_full_at_the_end_hides_no_other_error(tmp_path, monkeypatch, capsys):
+    def in_no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail():
+        monkeypatch.setattr(os, "replace", in_no_room)
+        raise RuntimeError("the cause")
+
+    with pytest.raises(RuntimeError, match="the cause"), Attempt(tmp_path, first_step=0, total_steps=9, device="cpu"):
+        fail()
+    assert "environment.json does not say how the run ended: [Errno 28] No space left" in capsys.readouterr().err
+    with (
+        pytest.raises(RecordError, match=r"cannot write .*environment\.json: No space left"),
+        Attempt(tmp_path, first_step=0, total_steps=9, device="cpu"),
+    ):
+        pass
 
 
 def test_an_environment_names_no_person_and_no_place(tmp_path, monkeypatch):

@@ -1,0 +1,78 @@
+"""Two runs in one output_dir: the second is told before it reads weights, and a killed one leaves no lock."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hypo_train import run
+from hypo_train.config import ConfigError
+from hypo_train.saving.lock import LOCK_FILE, locked, require_unlocked
+from hypo_train.train import train
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def another_run_at_work(folder):
+    """A process that holds the folder's lock, as a run does."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLDER, str(folder / LOCK_FILE)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_run_where_another_one_is_at_work_is_refused_before_weights_are_read(settings, monkeypatch, resume):
+    config = settings(resume_from_checkpoint=resume)
+    monkeypatch.setattr(run, "load_policy", None)
+    with (
+        another_run_at_work(Path(config.output_dir)),
+        pytest.raises(ConfigError, match=r"output_dir='.*run': another run is at work there: wait until it has ended"),
+    ):
+        train(config, progress=False)
+    assert [path.name for path in Path(config.output_dir).iterdir()] == [LOCK_FILE]
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    with another_run_at_work(tmp_path) as holder:
+        with pytest.raises(ConfigError, match="another run is at work"):
+            require_unlocked(tmp_path)
+        with pytest.raises(ConfigError, match="another run is at work"), locked(tmp_path):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        assert holder.wait(timeout=60) == -signal.SIGKILL
+        require_unlocked(tmp_path)
+        with locked(tmp_path):
+            pass
+
+
+def test_looking_for_a_run_makes_nothing(tmp_path):
+    require_unlocked(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_are_no_locks_a_run_goes_without_one(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with locked(tmp_path):
+        pass
