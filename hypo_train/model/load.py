@@ -348,7 +348,12 @@ def check_source(name: str, field: str = "model_name_or_path") -> None:
     path = Path(name).expanduser()
     if looks_local(name) and not path.is_dir():
         raise ModelError(f"{field}: there is no folder {name!r}")
-    if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{field}: {name!r} is an adapter, and not a whole model: merge it first, with python -m hypo_train "
+                "export RUN --output_dir FOLDER --merge, or peft's merge_and_unload, and name the result"
+            )
         raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model")
     if path.is_dir():
         refuse_pickles(path, field)

@@ -130,6 +130,7 @@ def _write(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[st
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for name in (*_FILES, _MANIFEST):
+        open_as_its_folder(folder / name)
         flush(folder / name)
     flush(folder)
 
@@ -355,6 +356,12 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def open_as_its_folder(path: Path) -> None:
+    """Let all those read a new file who may read its new folder: safetensors makes files for their owner alone, which
+    an inference server of another user, or a colleague, could not load."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def flush(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,19 @@ def test_without_a_dtype_weights_have_that_of_the_model_the_run_started_from(set
     run = trained_run(settings(algorithm="sft", model=start))
     save_model(run)
     assert loaded_whole(export(run.output_dir, tmp_path / "out")).dtype == torch.bfloat16
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets(settings, tmp_path):
+    before = os.umask(0o027)
+    try:
+        run = trained_run(settings(algorithm="dpo", **LORA))
+        save(run, Meter(), 1)
+        folders = [save_model(run), run.output_dir / "checkpoint-1", export(run.output_dir, tmp_path / "out", "--merge")]
+    finally:
+        os.umask(before)
+    files = [file for folder in folders for file in folder.iterdir()]
+    assert sum(file.suffix == ".safetensors" for file in files) == 4
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
 
 
 def test_what_vllm_reads_of_a_model_is_there(settings, tmp_path):
