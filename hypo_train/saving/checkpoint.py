@@ -113,7 +113,7 @@ def _put(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str,
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot save {folder}: {error}; what was saved before is kept") from error
-    replaced = _set_aside(folder) if folder.exists() else None
+    replaced = set_aside(folder) if folder.exists() else None
     temporary.rename(folder)
     flush(folder.parent)
     if replaced:
@@ -194,7 +194,7 @@ def prune(output_dir: Path, keep: int) -> None:
     whole = 0
     for folder in _newest_first(Path(output_dir)):
         if whole >= keep:
-            shutil.rmtree(_set_aside(folder))
+            shutil.rmtree(set_aside(folder))
         elif not _damage(folder, checksums=False):
             whole += 1
 
@@ -373,9 +373,18 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _set_aside(folder: Path) -> Path:
-    """Under a name that no one reads, so that a removal killed midway leaves no half checkpoint."""
-    return folder.rename(folder.with_name(f"{folder.name}.old{_TEMPORARY}"))
+def set_aside(folder: Path) -> Path:
+    """Under a name that no one reads, so that a removal killed midway leaves no half checkpoint.
+
+    Of a link, as to a checkpoint that somebody has moved to another disk, the link alone goes: what is to be removed
+    then is an empty folder.
+    """
+    aside = folder.with_name(f"{folder.name}.old{_TEMPORARY}")
+    if not folder.is_symlink():
+        return folder.rename(aside)
+    aside.mkdir()
+    folder.unlink()
+    return aside
 
 
 def remove_temporaries(output_dir: Path) -> None:

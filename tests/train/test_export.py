@@ -144,7 +144,8 @@ def test_what_is_saved_can_be_read_by_whom_the_umask_lets(settings, tmp_path):
     try:
         run = trained_run(settings(algorithm="dpo", **LORA))
         save(run, Meter(), 1)
-        folders = [save_model(run), run.output_dir / "checkpoint-1", export(run.output_dir, tmp_path / "out", "--merge")]
+        final = save_model(run)
+        folders = [final, run.output_dir / "checkpoint-1", export(run.output_dir, tmp_path / "out", "--merge")]
     finally:
         os.umask(before)
     files = [file for folder in folders for file in folder.iterdir()]
