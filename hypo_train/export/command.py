@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from hypo_train.config import ConfigError
+from hypo_train.config import ConfigError, require_trust
 from hypo_train.export.settings import Settings
 from hypo_train.export.source import Source
 from hypo_train.model.load import generation_config, load_tokenizer, read_architecture
@@ -24,6 +24,7 @@ from hypo_train.saving.whole_folder import put_whole
 def run(settings: Settings) -> int:
     """Write the folder and say what it is. Exit status 0."""
     source = Source.find(settings.source)
+    require_trust(source.config, given=settings.trust_remote_code, where=source.folder)
     whole = _is_whole(settings, source)
     tokenizer = load_tokenizer(source.config)
     start = read_architecture(source.config)
