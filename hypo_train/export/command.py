@@ -68,7 +68,7 @@ def save_whole(
         ModelError: an adapter that cannot be merged, or a weight that does not fit ``dtype``.
     """
     try:
-        weights = dict(merged_weights(trained.model, dtype))
+        weights = dict(merged_weights(trained.model, dtype, embeddings=True))
     except ValueError as error:
         raise ModelError(str(error)) from error
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
@@ -86,9 +86,10 @@ def save_whole(
 
 
 def _unties(trained: Policy | RewardModel) -> bool:
-    """Whether a merged adapter has made a head another one than the embeddings that it was tied to."""
-    head = trained.base.get_output_embeddings()
-    return hasattr(head, "lora_A") and head.weight is trained.base.get_input_embeddings().weight
+    """Whether a merged adapter has made head and embeddings, which were tied, two."""
+    head, embeddings = trained.base.get_output_embeddings(), trained.base.get_input_embeddings()
+    adapted = hasattr(head, "lora_A") or hasattr(embeddings, "lora_A")
+    return adapted and head is not None and head.weight is embeddings.weight
 
 
 def _without_adapters(base: Any, dtype: torch.dtype, *, unties: bool) -> Any:

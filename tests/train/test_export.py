@@ -101,6 +101,16 @@ def test_every_kind_of_head_is_written_with_the_adapter_in_it(settings, tmp_path
     assert_close(logits_of(loaded_whole(folder)), logits_of(run.policy.base), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_on_the_embeddings_is_merged_and_leaves_a_tied_head_as_it_was(settings, tmp_path, saved_model, tied):
+    targets = {"lora_target_modules": ["q_proj", "embed_tokens"]}
+    model = saved_model("llama", tie_word_embeddings=tied)
+    run = trained_run(settings(algorithm="dpo", model=model, **LORA | targets))
+    save_model(run)
+    folder = export(run.output_dir, tmp_path / "out", "--merge", "--dtype", "float32")
+    assert_close(logits_of(loaded_whole(folder)), logits_of(run.policy.base), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("which", ["final", "checkpoint"])
 def test_an_adapter_loads_in_peft(settings, tmp_path, which):
     run = trained_run(settings(algorithm="dpo", **LORA_HEAD))
