@@ -540,6 +540,16 @@ def checked(values: dict[str, Any]) -> Config:
         raise ConfigError("; ".join(_explain(error))) from None
 
 
+def require_trust(saved: Config, *, given: bool, where: Path) -> None:
+    """Raise ConfigError where the files of a run ask for foreign code to be run, and who reads them now has not: they
+    may be somebody else's."""
+    if saved.trust_remote_code and not given:
+        raise ConfigError(
+            f"{where} is of a run with trust_remote_code: true, for code of {shown(saved.model_name_or_path)}: add "
+            "--trust_remote_code if you have read that code and trust it"
+        )
+
+
 _SHORT = {"resume": "resume_from_checkpoint"}  # flags of another name than their field
 _BARE = {"resume_from_checkpoint": "auto"}  # what a flag without a value means
 

@@ -110,6 +110,7 @@ def _refuse_options(args: HyPOConfig) -> None:
         (bool(args.router_aux_loss_coef), "router_aux_loss_coef", "there is no auxiliary loss, use 0"),
         (args.truncation_mode != "keep_start", "truncation_mode", "pairs share their prompt, use 'keep_start'"),
         (args.precompute_ref_log_probs, "precompute_ref_log_probs", "samples ask the reference anyway, use False"),
+        (bool(args.neftune_noise_alpha), "neftune_noise_alpha", "samples are of the policy without noise, use None"),
         (args.use_liger_kernel, "use_liger_kernel", 'use model_init_kwargs={"use_kernels": True}'),
     ]
     problems = [f"{name}={getattr(args, name)!r}: {fix}" for broken, name, fix in rules if broken]

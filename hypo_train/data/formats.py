@@ -222,7 +222,7 @@ def _render(prompt: Messages, answers: list[Messages], tokenizer: PreTrainedToke
     try:
         start = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
         whole = [str(tokenizer.apply_chat_template(prompt + answer, tokenize=False)) for answer in answers]
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # a program
         raise Unusable(f"messages that the chat template refuses: {error}") from None
     if not all(text.startswith(start) for text in whole):
         raise Unusable("a prompt that the chat template writes differently once an answer follows")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from hypo_train.arguments import OneLineParser
-from hypo_train.config import Config, ConfigError, field_help, load_config
+from hypo_train.config import Config, ConfigError, field_help, load_config, require_trust
 
 # The fields of a run that an evaluation can have otherwise; all others are about training.
 FIELDS = (
@@ -141,6 +141,7 @@ def _config_of_run(run: Path, flags: Sequence[str], given: set[str]) -> tuple[fl
     if not (run / "final").is_dir():
         raise ConfigError(f"{str(run)!r} has no final model: let the run end first (resume_from_checkpoint: auto)")
     saved = load_config(["--config", str(recipe)])
+    require_trust(saved, given="trust_remote_code" in given, where=run)
     if "dataset_name" in given and not given & {"dataset_test_split", "num_eval_rows"}:
         raise ConfigError(
             "--dataset_name without its rows to evaluate on: name a split with --dataset_test_split (a single file is "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from hypo_train.config import ConfigError
+from hypo_train.config import ConfigError, require_trust
 from hypo_train.export.settings import Settings
 from hypo_train.export.source import Source
 from hypo_train.model.load import generation_config, load_tokenizer, read_architecture
@@ -24,6 +24,7 @@ from hypo_train.saving.whole_folder import put_whole
 def run(settings: Settings) -> int:
     """Write the folder and say what it is. Exit status 0."""
     source = Source.find(settings.source)
+    require_trust(source.config, given=settings.trust_remote_code, where=source.folder)
     whole = _is_whole(settings, source)
     tokenizer = load_tokenizer(source.config)
     start = read_architecture(source.config)
@@ -67,7 +68,7 @@ def save_whole(
         ModelError: an adapter that cannot be merged, or a weight that does not fit ``dtype``.
     """
     try:
-        weights = dict(merged_weights(trained.model, dtype))
+        weights = dict(merged_weights(trained.model, dtype, embeddings=True))
     except ValueError as error:
         raise ModelError(str(error)) from error
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
@@ -85,9 +86,10 @@ def save_whole(
 
 
 def _unties(trained: Policy | RewardModel) -> bool:
-    """Whether a merged adapter has made a head another one than the embeddings that it was tied to."""
-    head = trained.base.get_output_embeddings()
-    return hasattr(head, "lora_A") and head.weight is trained.base.get_input_embeddings().weight
+    """Whether a merged adapter has made head and embeddings, which were tied, two."""
+    head, embeddings = trained.base.get_output_embeddings(), trained.base.get_input_embeddings()
+    adapted = hasattr(head, "lora_A") or hasattr(embeddings, "lora_A")
+    return adapted and head is not None and head.weight is embeddings.weight
 
 
 def _without_adapters(base: Any, dtype: torch.dtype, *, unties: bool) -> Any:

@@ -24,6 +24,7 @@ class Settings:
     output_dir: Path
     merge: bool
     dtype: Dtype | None  # None: of the model that the run started from; an adapter keeps its own
+    trust_remote_code: bool  # as of a run: what the source says of it is not asked for by whom reads it
 
 
 def load_settings(argv: Sequence[str]) -> Settings:
@@ -34,7 +35,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
         raise ConfigError(f"there is no folder {given.source!r}: name a run's output_dir, or one of its checkpoints")
     if output_dir.exists():
         raise ConfigError(f"output_dir={given.output_dir!r} is there already: choose a folder that is not")
-    return Settings(source, output_dir, given.merge, given.dtype)
+    return Settings(source, output_dir, given.merge, given.dtype, given.trust_remote_code)
 
 
 def _parser() -> OneLineParser:
@@ -60,5 +61,10 @@ def _parser() -> OneLineParser:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="type of the weights of a whole model (default: of the model that the run started from)",
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run the Python code of the model that the run started from, where the run did",
     )
     return parser

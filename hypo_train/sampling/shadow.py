@@ -86,15 +86,18 @@ class Shadow:
         return state
 
 
-def merged_weights(model: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(
+    model: Any, dtype: torch.dtype | None = None, *, embeddings: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model by its name without adapters, one at a time, LoRA merged into it, 4 bits unpacked.
 
-    ``dtype``: what they are cast to; None = each in its own, fp32 where it is packed.
+    ``dtype``: what they are cast to; None = each in its own, fp32 where it is packed. ``embeddings``: LoRA on those is
+    merged too, and a head that was tied to one comes by a name of its own.
 
     Raises:
         ValueError: see `unmergeable`.
     """
-    if reason := unmergeable(model):
+    if reason := unmergeable(model, embeddings=embeddings):
         raise ValueError(reason)
     base = base_model(model)
     adapted = [(name, layer) for name, layer in linear_layers(base) if is_adapted(layer)]
@@ -104,8 +107,12 @@ def merged_weights(model: Any, dtype: torch.dtype | None = None) -> Iterator[tup
         if bias is not None:
             yield f"{name}.bias", bias.detach().to(dtype or bias.dtype)
     inside = tuple(f"{name}." for name, _ in adapted)
-    for name, parameter in base.named_parameters():
-        if not name.startswith(inside) and ".original_module." not in name:  # which a trained copy has replaced
+    seen: set[int] = set()
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if name.startswith(inside) or ".original_module." in name:  # which a trained copy has replaced
+            continue
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
             weight = dequantized(parameter) if is_quantized(parameter) else parameter.detach()
             yield _TRAINED_COPY.sub(".", name), weight.to(dtype or weight.dtype)
 
@@ -115,7 +122,7 @@ def is_adapted(layer: Any) -> bool:
 
 
 def layer_bias(layer: Any) -> Tensor | None:
-    return (layer.base_layer if is_adapted(layer) else layer).bias
+    return getattr(layer.base_layer if is_adapted(layer) else layer, "bias", None)
 
 
 @torch.no_grad()
@@ -128,6 +135,10 @@ def merged_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
     weight = dequantized(base) if is_quantized(base) else base
     if not is_adapted(layer) or layer.disable_adapters:
         return weight.to(dtype or weight.dtype)
+    if isinstance(layer.base_layer, nn.Embedding):
+        names = [name for name in layer.active_adapters if name in layer.lora_embedding_A]
+        rows = (layer.scaling[n] * (layer.lora_embedding_B[n] @ layer.lora_embedding_A[n]).float().t() for n in names)
+        return sum(rows, weight.float()).to(dtype or weight.dtype)
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     deltas = (layer.scaling[n] * (layer.lora_B[n].weight.float() @ layer.lora_A[n].weight.float()) for n in names)
     merged = sum(deltas, (weight.t() if layer.fan_in_fan_out else weight).float())
@@ -137,14 +148,16 @@ def merged_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
     return (merged.t() if layer.fan_in_fan_out else merged).to(dtype or weight.dtype)
 
 
-def unmergeable(model: Any) -> str | None:
-    """Why adapters cannot be merged: variants but DoRA, a bias of the adapter's, layers that are not linear."""
+def unmergeable(model: Any, *, embeddings: bool = False) -> str | None:
+    """Why adapters cannot be merged: variants but DoRA, a bias of the adapter's, layers that are not linear (nor, where
+    they are allowed, embeddings)."""
     base = base_model(model)
+    kinds = (nn.Linear, Conv1D, nn.Embedding) if embeddings else (nn.Linear, Conv1D)
     for name, layer in linear_layers(base):
         if not is_adapted(layer):
             continue
-        plain = isinstance(layer.base_layer, nn.Linear | Conv1D) and not layer.merged
-        for adapter in layer.lora_A:
+        plain = isinstance(layer.base_layer, kinds) and not layer.merged
+        for adapter in (*layer.lora_A, *layer.lora_embedding_A):
             variant = layer.lora_variant.get(adapter)
             dora_alone = type(variant).__name__ == "DoraLinearVariant" and len(layer.lora_A) == 1
             plain = plain and (variant is None or dora_alone) and not layer.lora_bias[adapter]

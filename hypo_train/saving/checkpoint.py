@@ -113,7 +113,7 @@ def _put(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str,
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot save {folder}: {error}; what was saved before is kept") from error
-    replaced = _set_aside(folder) if folder.exists() else None
+    replaced = set_aside(folder) if folder.exists() else None
     temporary.rename(folder)
     flush(folder.parent)
     if replaced:
@@ -130,6 +130,7 @@ def _write(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[st
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for name in (*_FILES, _MANIFEST):
+        open_as_its_folder(folder / name)
         flush(folder / name)
     flush(folder)
 
@@ -216,7 +217,7 @@ def prune(output_dir: Path, keep: int) -> None:
     whole = 0
     for folder in _newest_first(Path(output_dir)):
         if whole >= keep:
-            shutil.rmtree(_set_aside(folder))
+            shutil.rmtree(set_aside(folder))
         elif not _damage(folder, tensors=False):
             whole += 1
 
@@ -385,6 +386,12 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def open_as_its_folder(path: Path) -> None:
+    """Let all those read a new file who may read its new folder: safetensors makes files for their owner alone, which
+    an inference server of another user, or a colleague, could not load."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def flush(path: Path) -> None:
     """Ask the system to put a file, or a folder's list of names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -405,9 +412,18 @@ def put_text(path: Path, text: str) -> None:
         raise
 
 
-def _set_aside(folder: Path) -> Path:
-    """Under a name that no one reads, so that a removal killed midway leaves no half checkpoint."""
-    return folder.rename(folder.with_name(f"{folder.name}.old{_TEMPORARY}"))
+def set_aside(folder: Path) -> Path:
+    """Under a name that no one reads, so that a removal killed midway leaves no half checkpoint.
+
+    Of a link, as to a checkpoint that somebody has moved to another disk, the link alone goes: what is to be removed
+    then is an empty folder.
+    """
+    aside = folder.with_name(f"{folder.name}.old{_TEMPORARY}")
+    if not folder.is_symlink():
+        return folder.rename(aside)
+    aside.mkdir()
+    folder.unlink()
+    return aside
 
 
 def remove_temporaries(output_dir: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hypo_train.saving.checkpoint import CheckpointError, flush
+from hypo_train.saving.checkpoint import CheckpointError, flush, open_as_its_folder, set_aside
 
 
 def put_whole(folder: Path, write: Callable[[Path], None], *, advice: str = "") -> Path:
@@ -22,11 +22,13 @@ def put_whole(folder: Path, write: Callable[[Path], None], *, advice: str = "") 
     try:
         unfinished.mkdir(parents=True)
         write(unfinished)
+        for path in unfinished.iterdir():
+            open_as_its_folder(path)
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
+            set_aside(folder)
         unfinished.rename(folder)
         flush(folder.parent)
     except (OSError, SafetensorError) as error:

@@ -184,7 +184,9 @@ def _capped(
         seen = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
         mask = seen.tril_(key.shape[2] - query.shape[2])
     precise = torch.promote_types(scores.dtype, torch.float32)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=precise).to(value.dtype) @ value
+    # Not minus infinity: a padding token sees no key, and its NaN would reach every row that shares a product with it.
+    unseen = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~mask, unseen).softmax(-1, dtype=precise).to(value.dtype) @ value
 
 
 def _tree_attention(

@@ -17,6 +17,7 @@ from hypo_train.saving.checkpoint import (
     prune,
     save_checkpoint,
 )
+from hypo_train.saving.whole_folder import put_whole
 
 FILES = ["checkpoint.json", "model.safetensors", "optimizer.safetensors", "trainer.json"]
 
@@ -391,6 +392,22 @@ def test_prune_leaves_other_folders_alone(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     prune(tmp_path, keep=1)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_of_a_checkpoint_or_model_that_is_a_link_the_link_is_replaced_and_what_it_leads_to_is_left(tmp_path):
+    run, elsewhere = Run(), tmp_path / "other disk"
+    first = run.train(1).save(tmp_path)
+    shutil.move(first, elsewhere)
+    first.symlink_to(elsewhere)
+    assert latest_checkpoint(tmp_path) == first
+    second = run.train(1).save(tmp_path)
+    prune(tmp_path, 1)
+    model = tmp_path / "final"
+    model.symlink_to(elsewhere)
+    put_whole(model, lambda folder: (folder / "config.json").write_text("{}"))
+    assert sorted(tmp_path.iterdir()) == [second, model, elsewhere]
+    assert [path.name for path in model.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == FILES
 
 
 def test_prune_refuses_to_remove_everything(tmp_path):

@@ -287,6 +287,18 @@ def test_a_row_that_the_template_refuses_is_dropped_with_its_words():
     assert report.dropped == {"messages that the chat template refuses: no system role": [1]}
 
 
+@pytest.mark.parametrize("mistake", ["{{ 'text' + 1 }}", "{% for i in range(10 ** 9) %}{% endfor %}"])
+def test_a_row_that_breaks_the_template_is_dropped_as_well(mistake):
+    template = "{% if messages[0]['role'] == 'system' %}" + mistake + "{% endif %}" + CHATML
+    tokenizer = make_tokenizer(eos_token="<|im_end|>", chat_template=template)
+    system = [{"role": "system", "content": "Be kind."}, user("hi")]
+    rows = [GOOD, {"chosen": [*system, assistant("yes")], "rejected": [*system, assistant("no")]}]
+    _, report = pairs_of(rows, tokenizer)
+    [(why, dropped)] = report.dropped.items()
+    assert why.startswith("messages that the chat template refuses: ")
+    assert dropped == [1]
+
+
 # Rows that cannot be used
 
 

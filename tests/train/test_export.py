@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def test_every_kind_of_head_is_written_with_the_adapter_in_it(settings, tmp_path
     assert_close(logits_of(loaded_whole(folder)), logits_of(run.policy.base), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_on_the_embeddings_is_merged_and_leaves_a_tied_head_as_it_was(settings, tmp_path, saved_model, tied):
+    targets = {"lora_target_modules": ["q_proj", "embed_tokens"]}
+    model = saved_model("llama", tie_word_embeddings=tied)
+    run = trained_run(settings(algorithm="dpo", model=model, **LORA | targets))
+    save_model(run)
+    folder = export(run.output_dir, tmp_path / "out", "--merge", "--dtype", "float32")
+    assert_close(logits_of(loaded_whole(folder)), logits_of(run.policy.base), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("which", ["final", "checkpoint"])
 def test_an_adapter_loads_in_peft(settings, tmp_path, which):
     run = trained_run(settings(algorithm="dpo", **LORA_HEAD))
@@ -136,6 +147,20 @@ def test_without_a_dtype_weights_have_that_of_the_model_the_run_started_from(set
     run = trained_run(settings(algorithm="sft", model=start))
     save_model(run)
     assert loaded_whole(export(run.output_dir, tmp_path / "out")).dtype == torch.bfloat16
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets(settings, tmp_path):
+    before = os.umask(0o027)
+    try:
+        run = trained_run(settings(algorithm="dpo", **LORA))
+        save(run, Meter(), 1)
+        final = save_model(run)
+        folders = [final, run.output_dir / "checkpoint-1", export(run.output_dir, tmp_path / "out", "--merge")]
+    finally:
+        os.umask(before)
+    files = [file for folder in folders for file in folder.iterdir()]
+    assert sum(file.suffix == ".safetensors" for file in files) == 4
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
 
 
 def test_what_vllm_reads_of_a_model_is_there(settings, tmp_path):

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import GenerationConfig
 
 from hypo_train.sampling import DecodeSampler, Distribution, GenerateSampler, Samples
+from hypo_train.trees.attention import NAME
 
 
 def kv_bytes(model, tokens):
@@ -107,6 +108,14 @@ def test_logprobs_equal_teacher_forcing(engine, architecture, max_batch_tokens):
     samples = sampler.sample(PROMPTS, 3, 12, seed=1)
     assert samples.logprobs.dtype == torch.float32
     assert_scored_as_teacher_forced(model, samples, n=3)
+
+
+def test_capped_scores_are_no_nan_where_a_shorter_prompt_is_padded():
+    """Gemma 2's attention, under which a padding token sees no key."""
+    model = tiny.new_model("gemma2", vocab_size=12, attn_logit_softcapping=2.0, attn_implementation="eager").to(DEVICE)
+    model.set_attn_implementation(NAME)
+    samples = build(GenerateSampler, model, score=True).sample(PROMPTS, 2, 6, seed=1)
+    assert_scored_as_teacher_forced(model, samples, n=2)
 
 
 def test_logprobs_are_those_of_the_truncated_and_tempered_distribution(engine, architecture):

@@ -70,6 +70,21 @@ def test_it_runs_where_it_is_trusted_so_that_the_test_above_can_fail(settings, m
     assert marker.exists()
 
 
+def test_a_runs_folder_does_not_ask_for_code_in_the_place_of_who_reads_it(
+    settings, model_with_code, own_modules, tmp_path, capsys
+):
+    config = settings(algorithm="dpo", model=model_with_code, trust_remote_code=True, max_steps=1, num_eval_rows=4)
+    train(config, progress=False)
+    for source in (config.output_dir, f"{config.output_dir}/checkpoint-1"):
+        export = ["export", source, "--output_dir", str(tmp_path / "out")]
+        capsys.readouterr()
+        assert main(export) == 2
+        assert "add --trust_remote_code if you have read that code and trust it" in capsys.readouterr().err
+    assert main(["evaluate", config.output_dir]) == 2
+    assert "add --trust_remote_code if" in capsys.readouterr().err
+    assert main([*export, "--trust_remote_code"]) == 0
+
+
 def test_code_beside_a_model_that_transformers_knows_is_not_run(settings, saved_model, tmp_path, marker):
     folder = tmp_path / "model"
     shutil.copytree(saved_model(), folder)

@@ -233,6 +233,7 @@ def test_a_run_trains_evaluates_saves_and_resumes_as_if_it_was_not_interrupted(m
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: samples ask the reference anyway"),
         ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end': pairs share their prompt"),
         ({"sync_ref_model": True}, "sync_ref_model=True: the reference stays as it is"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0: samples are of the policy without noise, use None"),
         ({"num_generations": 1}, "num_generations=1: hypo compares the samples of a prompt, use at least 2"),
         ({"kl_coef": -1.0}, "kl_coef=-1.0: should be greater than or equal to 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: should be greater than 0"),
