@@ -13,9 +13,8 @@ from hypo_train.data.formats import DataError
 from hypo_train.data.load import KINDS, load_split_rows
 from hypo_train.data.order import batch_indices, batches_per_epoch, longest_first
 from hypo_train.data.report import DataReport
-from hypo_train.data.rows import Example, Pair, Prompt
-from hypo_train.processes import ALONE, Share
-from hypo_train.saving.origin import rows_hash
+from hypo_train.data.rows import Example, Pair, Prompt, rows_hash
+from hypo_train.distributed.processes import ALONE, Share
 
 # A run's steps draw from seeds of their own, above the small ones that evaluations use.
 SEEDS_PER_RUN = 2**31
@@ -51,7 +50,7 @@ class Plan:
 
     @cached_property
     def rows_hashes(self) -> dict[str, str]:
-        """Of each split's rows, as a checkpoint keeps them."""
+        """Of each split's rows, which a checkpoint keeps."""
         return {"train": rows_hash(self.train_rows), "eval": rows_hash(self.eval_rows)}
 
     @property

@@ -17,8 +17,7 @@ import math
 import os
 import tempfile
 import time
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.data.rows import Pair
-from hypo_train.fingerprint import fingerprint
+from hypo_train.data.rows import Pair, rows_hash
+from hypo_train.distributed.processes import Processes
 from hypo_train.journal.say import say
 from hypo_train.losses import sequence_logprobs_of
+from hypo_train.model.contents import contents, started_from
 from hypo_train.model.policy import Policy
-from hypo_train.model.quantization import scales
-from hypo_train.model.sharding import whole
 from hypo_train.model.tree_model import ModelError
 from hypo_train.plan import Plan
-from hypo_train.processes import Processes
 from hypo_train.trees.batch import Batcher
 
 FORMAT_VERSION = 1  # of the file, and of how the values are computed: raised when either changes
@@ -165,7 +162,7 @@ def cache_key(policy: Policy, rows: Sequence[Pair], config: Config, *, autocast:
     constants = {name: value for name, value in policy.head().constants().items() if name != "bias"}  # a weight
     facts = {
         "format_version": FORMAT_VERSION,
-        "pairs": _tokens_hash(rows),
+        "pairs": rows_hash(rows),
         "weights": _reference_weights(policy),
         "model": [type(base).__module__, type(base).__qualname__, transformers.__version__],
         "settings": settings_computed_with(base),
@@ -180,31 +177,9 @@ def settings_computed_with(base: Any) -> dict[str, Any]:
     return {name: value for name, value in base.config.to_dict().items() if name not in _NOT_COMPUTED_WITH}
 
 
-def _tokens_hash(rows: Sequence[Pair]) -> str:
-    """Of every token of every row, each list of them told from the next by its length."""
-    digest = hashlib.sha256()
-    for row in rows:
-        for ids in (row.prompt, row.chosen, row.rejected):
-            digest.update(array("q", (len(ids), *ids)).tobytes())
-    return digest.hexdigest()
-
-
 def _reference_weights(policy: Policy) -> dict[str, list[Any]]:
-    """Dtype, shape and content of what the reference is made of, by name.
-
-    That is what is frozen, buffers included, and the copies of what is trained. LoRA's adapter, trained and
-    without a copy, is switched off in the reference and does not count.
-    """
-    tensors: dict[str, Tensor] = dict(policy.named_buffers())
-    tensors |= {name: p for name, p in policy.named_parameters() if not p.requires_grad}
-    return contents(tensors | policy.reference_parameters)
-
-
-def contents(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """Dtype, shape and content of weights, by name."""
-    quantized = {f"{name}.{scale}": t for name, p in tensors.items() for scale, t in scales(p).items()}
-    everything = {**tensors, **quantized}  # equal codes under other scales are other weights
-    return {name: [str(t.dtype), list(t.shape), fingerprint(whole(t))] for name, t in everything.items()}
+    """Of what the reference is made of, buffers included."""
+    return contents({**dict(policy.named_buffers()), **started_from(policy)})
 
 
 def _computed(

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from hypo_kernels import HypoLoss
+from hypo_train.distributed.processes import ALONE, Share
 from hypo_train.journal.metrics import Meter
-from hypo_train.processes import ALONE, Share
 from hypo_train.sampling import PromptKV, Sampler
 from hypo_train.trees.tree import Tree
 

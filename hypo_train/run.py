@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +16,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from hypo_train.alike import require_same_contents, require_same_settings
 from hypo_train.config import Config, ConfigError
 from hypo_train.costs.devices import peak_bf16
 from hypo_train.costs.flops import ModelFlops, UncountedError
 from hypo_train.costs.throughput import Throughput
 from hypo_train.costs.timing import PhaseTimer
+from hypo_train.distributed.alike import require_same_contents, require_same_settings
+from hypo_train.distributed.processes import Processes
+from hypo_train.distributed.zero import ZeroOptimizer
 from hypo_train.journal.metrics import FiniteWatch
+from hypo_train.model.contents import contents, started_from
 from hypo_train.model.load import load_policy, load_reward_model, load_structure
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import num_elements
@@ -30,7 +35,6 @@ from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.plan import Plan
 from hypo_train.preflight import Passed, passed
 from hypo_train.preflight.hub import offline_where_unreachable
-from hypo_train.processes import Processes
 from hypo_train.reference_cache import cache_folder, pair_reference_logps, require_writable, splits_to_precompute
 from hypo_train.reward import Reward, load_reward
 from hypo_train.rollouts import Rollouts
@@ -43,9 +47,7 @@ from hypo_train.sampling import (
     VLLMSampler,
     serves,
 )
-from hypo_train.saving.origin import weights_hash
 from hypo_train.trees.batch import Batcher
-from hypo_train.zero import ZeroOptimizer
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
     assert shown is not None
     throughput, why_uncounted = shown
     sampler, why_generate = drawing or (None, None)
-    origin = {"rows": plan.rows_hashes, "weights": weights_hash(trained)}
+    origin = {"rows": plan.rows_hashes, "weights": _digest(contents(started_from(trained)))}
     parameters = trained.trained_parameters()
     optimizer = build_optimizer(
         parameters.items(),
@@ -301,6 +303,10 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
         origin=origin,
         data_report=loaded.checked.findings.data,
     )
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _check_processes(config: Config, count: int) -> None:

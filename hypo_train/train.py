@@ -27,9 +27,10 @@ from hypo_train.report.ending import report_at_the_end
 from hypo_train.report.runs import CONFIG_FILE
 from hypo_train.run import Run, prepare, with_reference_logps
 from hypo_train.saving.checkpoint import checkpoint_folder, flush, put_text
+from hypo_train.saving.continued import refuse_to_overwrite
 from hypo_train.saving.lock import locked
 from hypo_train.saving.model_card import DATA_FILE, write_data_report
-from hypo_train.saving.state import refuse_to_overwrite, resume, save, save_model
+from hypo_train.saving.state import resume, save, save_model
 from hypo_train.step import train_step
 
 

@@ -32,10 +32,10 @@ from hypo_train.costs.flops import ModelFlops
 from hypo_train.costs.step_time import Speeds, predict
 from hypo_train.costs.timing import _HostClock
 from hypo_train.costs.work import work_of
+from hypo_train.distributed.processes import Share
 from hypo_train.journal.log import read_metrics
 from hypo_train.model.load import outline
 from hypo_train.plan import load_plan
-from hypo_train.processes import Share
 from hypo_train.train import train
 
 WARM_UP, STEPS = 2, 5

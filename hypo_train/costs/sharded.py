@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hypo_train.costs.rehearsal import bytes_of
+from hypo_train.distributed.zero import BUCKET
 from hypo_train.model.trunk import decoder_layers
-from hypo_train.zero import BUCKET
 
 
 class Groups(NamedTuple):

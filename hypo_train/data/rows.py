@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, TypeVar
 
 Ids: TypeAlias = tuple[int, ...]
 Row = TypeVar("Row", "Pair", "Example", "Prompt")
@@ -48,3 +51,14 @@ class Prompt:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt)
+
+
+def rows_hash(rows: Sequence[Any]) -> str:
+    """SHA-256 of every token of every row, in order, each list of them told from the next by its length."""
+    digest = hashlib.sha256()
+    names = [field.name for field in fields(rows[0]) if field.name != "row"] if rows else []
+    for row in rows:
+        for name in names:
+            ids = getattr(row, name)
+            digest.update(array("q", (len(ids), *ids)).tobytes())
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hypo_kernels import HypoLoss
-from hypo_train.processes import Processes
+from hypo_train.distributed.processes import Processes
 
 _NONE = -1
 

@@ -16,6 +16,8 @@ import torch
 from hypo_train.config import Config
 from hypo_train.costs.devices import DEVICES
 from hypo_train.costs.estimate import Conditions, DeviceType, estimate
+from hypo_train.distributed.processes import Share
+from hypo_train.distributed.zero import require_deepspeed
 from hypo_train.invocation import DryRun
 from hypo_train.journal.trackers import require_trackers
 from hypo_train.model.load import StructureError, outline
@@ -35,11 +37,9 @@ from hypo_train.preflight.memory import check_memory
 from hypo_train.preflight.model import check_reward_model, describe_model, sampler_kind
 from hypo_train.preflight.source import LONGEST, Source
 from hypo_train.preflight.time import describe_time
-from hypo_train.processes import Share
 from hypo_train.reward import RewardFunction, load_function
+from hypo_train.saving.continued import check_resume, checkpoint_to_resume, refuse_to_overwrite
 from hypo_train.saving.lock import require_unlocked
-from hypo_train.saving.state import check_resume, checkpoint_to_resume, refuse_to_overwrite
-from hypo_train.zero import require_deepspeed
 
 
 @dataclass(frozen=True)

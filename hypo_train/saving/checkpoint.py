@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from hypo_train.distributed.processes import Processes
 from hypo_train.model.sharding import local, sharded_as, whole
-from hypo_train.processes import Processes
 
 FORMAT_VERSION = 2
 _MANIFEST = "checkpoint.json"

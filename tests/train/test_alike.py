@@ -12,13 +12,13 @@ import tiny
 import torch
 from tiny import new_model, pair_rows, save, write_rows
 
-from hypo_train import alike
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.rows import Pair
+from hypo_train.distributed import alike
+from hypo_train.distributed.processes import Processes, Share
 from hypo_train.interrupt import ElsewhereError
 from hypo_train.model.policy import Policy
 from hypo_train.plan import Plan
-from hypo_train.processes import Processes, Share
 
 ROWS = (Pair(0, (5, 6), (7, 1), (8, 1)), Pair(1, (5,), (9, 1), (8, 1)))
 

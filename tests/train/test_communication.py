@@ -11,9 +11,9 @@ from transformers import AutoConfig
 from hypo_train.costs.communication import exchanges
 from hypo_train.costs.estimate import Conditions
 from hypo_train.costs.work import work_of
+from hypo_train.distributed.processes import Share
 from hypo_train.model.load import outline
 from hypo_train.plan import load_plan
-from hypo_train.processes import Share
 
 FSDP = {"fsdp": True}
 BF16 = {"bf16": True}

@@ -11,11 +11,11 @@ from hypo_train.costs.estimate import Conditions
 from hypo_train.costs.flops import ModelFlops
 from hypo_train.costs.step_time import Speeds, predict
 from hypo_train.costs.work import work_of
+from hypo_train.distributed.processes import Share
 from hypo_train.invocation import take_dry_run
 from hypo_train.model.load import outline
 from hypo_train.plan import load_plan
 from hypo_train.preflight import check, hub
-from hypo_train.processes import Share
 from hypo_train.run import prepare
 
 COMPUTE, MEMORY, LINKS = 1e9, 1e8, 1e7

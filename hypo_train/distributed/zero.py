@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.processes import Processes
+from hypo_train.distributed.processes import Processes
 
 BUCKET = 50_000_000  # gradients that are exchanged at a time: 200 MB
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import hypo_kernels
 import hypo_train
 from hypo_train.config import Config, ConfigError
+from hypo_train.distributed.processes import Processes
 from hypo_train.journal.environment import versions
+from hypo_train.model.contents import contents
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import TreeModel
-from hypo_train.plan import Plan, Rows
-from hypo_train.processes import Processes
-from hypo_train.reference_cache import contents, settings_computed_with
+from hypo_train.plan import Plan
+from hypo_train.reference_cache import settings_computed_with
 from hypo_train.reward import EndedReward, Reward, RewardFunction
 
 # Where things lie; the main process's count for what is written, and the contents of what is read are compared.
@@ -65,7 +64,7 @@ def require_same_contents(
     if processes.count == 1:
         return
     config = plan.config
-    rows = {"training rows": _hash_of_rows(plan.train_rows), "evaluation rows": _hash_of_rows(plan.eval_rows)}
+    rows = {f"{split} rows": digest for split, digest in plan.rows_hashes.items()}
     _require_same(processes, {**rows, **tokens}, f"dataset_name={config.dataset_name!r} and the model's tokenizer")
     model: dict[str, Any] = {"model settings": settings_computed_with(trained.base)}
     if not config.fsdp:  # which the main process reads alone
@@ -114,15 +113,6 @@ def _hash_of_code() -> str:
         folder = Path(package.__path__[0])
         for file in sorted(folder.rglob("*.py")):
             digest.update(str(file.relative_to(folder)).encode() + b"\n" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _hash_of_rows(rows: Rows) -> str:
-    """Of every number of every row, each list of them told from the next by its length."""
-    digest = hashlib.sha256()
-    for row in rows:
-        number, *parts = astuple(row)
-        digest.update(array("q", (number, *(token for ids in parts for token in (len(ids), *ids)))).tobytes())
     return digest.hexdigest()
 
 
