@@ -115,8 +115,8 @@ def test_other_rows_weights_model_settings_or_rewards_are_refused_by_name():
     moved = replace(ROWS[1], prompt=(5, 9), chosen=(1,))  # the same numbers, cut elsewhere
     for row in (one_token, moved):
         text = said((Plan(config, (ROWS[0], row), ROWS[:1]), *same[1:]))
-        assert text.startswith("process 1 does not have process 0's training rows: dataset_name='d'")
-    assert "process 0's evaluation rows" in said((Plan(config, ROWS, ()), *same[1:]))
+        assert text.startswith("process 1 does not have process 0's train rows: dataset_name='d'")
+    assert "process 0's eval rows" in said((Plan(config, ROWS, ()), *same[1:]))
     weights = Policy(new_model("llama"), is_peft=False)
     with torch.no_grad():
         next(weights.parameters())[3, 4] += 1e-3
@@ -142,7 +142,7 @@ def test_a_process_with_other_data_is_refused_in_a_line_that_torchrun_shows_as_t
         text=True,
         timeout=250,
     )
-    said = "process 1 does not have process 0's training rows"
+    said = "process 1 does not have process 0's train rows"
     assert done.returncode != 0
     assert f"hypo_train: {said}" in done.stderr
     assert "hypo_train: another process has failed: process 0 has failed" in done.stderr

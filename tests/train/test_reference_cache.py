@@ -26,6 +26,7 @@ from hypo_train.model.tree_model import ModelError
 from hypo_train.plan import Plan
 from hypo_train.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
 from hypo_train.run import prepare, with_reference_logps
+from hypo_train.saving.lock import LOCK_FILE
 from hypo_train.train import train
 
 WAYS = {"full": {}, "lora": LORA, "lora, head": LORA_HEAD, "last layer": LAST_LAYER}
@@ -528,7 +529,8 @@ def test_a_run_killed_before_its_first_step_starts_again_as_if_it_had_not_been(
         die(patch, owner, name, nth)
         with pytest.raises(Killed):
             train(killed, progress=False)
-    assert not Path(killed.output_dir).exists(), "nothing that keeps the command from being given again"
+    left = [file.name for file in Path(killed.output_dir).iterdir()]
+    assert left == [LOCK_FILE], "nothing that keeps the command from being given again"
     assert len(list(folder.iterdir())) == (1 if nth in (2, 6) else 0)
     train(killed, progress=False)
     assert_same_run(killed, whole)
