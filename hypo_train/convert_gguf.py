@@ -51,6 +51,8 @@ def convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from hypo_train.saving.checkpoint import open_as_its_folder
+
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("reading GGUF files needs the package gguf: pip install gguf")
     source, name = str(file.parent), file.name
@@ -63,6 +65,8 @@ def convert(file: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        open_as_its_folder(path)
 
 
 if __name__ == "__main__":

@@ -352,8 +352,8 @@ def build_sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token
         longest = config.max_prompt_length + (config.max_new_tokens or config.max_completion_length)
         try:
             return VLLMSampler(policy.model, config.model_name_or_path, max_model_len=longest, **options), None
-        except ImportError as error:
-            raise ModelError(f"sampler=vllm: {error}") from error
+        except (ImportError, ValueError) as error:
+            raise ModelError(f"sampler=vllm: {error} (or use sampler: auto)") from error
     engine: Any = GenerateSampler
     if config.sampler != "generate" and why is None:
         engine = DecodeSampler

@@ -1,4 +1,4 @@
-"""The runs that are killed: small ones in the demo's world, one for each way to train and each state to bring back."""
+"""Small runs to be killed, in the demo's world, for each algorithm, way to train and state to bring back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from hypo_train.demo import stages, world
 
@@ -38,15 +39,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "hypo": {"precompute_ref_log_probs": True, "gradient_accumulation_steps": 2, "report_to": ["tensorboard"]},
     "hypo, LoRA": {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2, "lora_target_modules": "all-linear"},
     "hypo, last layers": {"num_layers_unfrozen": 2, "rollout_steps": 3},
+    "hypo, GPT-NeoX": {"model_name_or_path": "gpt-neox"},  # whose head has another name where it is saved
     "rloo": {"algorithm": "rloo", "rollout_steps": 3, "beta": 0.05},
+    "dpo": {"algorithm": "dpo", "optim": "muon"},
+    "sft": {"algorithm": "sft", "optim": "adafactor", "use_peft": True, "use_dora": True, "lora_r": 4},
+    "reward": {"algorithm": "reward", "reward": None},
 }
 
 
 def make_world(folder: Path) -> None:
-    """The demo's model, untrained, and reviews of its world as preference pairs."""
+    """The demo's model, untrained, another architecture's, and reviews of its world as preference pairs."""
     rng = random.Random(0)
     torch.manual_seed(0)
     world.save_new_model(folder / "model")
+    _save_gpt_neox(folder / "gpt-neox", folder / "model")
     rows = []
     for _ in range(NUM_ROWS):
         prompt, *texts = world.prompt(rng), world.review(rng), world.review(rng)
@@ -55,15 +61,35 @@ def make_world(folder: Path) -> None:
     stages.write_rows(folder / "pairs.jsonl", rows)
 
 
+def _save_gpt_neox(folder: Path, llama: Path) -> None:
+    """A small GPT-NeoX with the tokenizer of ``llama``."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def write_recipe(world_folder: Path, folder: Path, settings: dict[str, Any]) -> Path:
     """A run of its own in ``folder``, all that it keeps for others included; its recipe."""
     folder.mkdir(parents=True)
+    own = dict(settings)
+    model = own.pop("model_name_or_path", "model")
     config = stages.configure(
         folder / "run",
-        world_folder / "model",
+        world_folder / model,
         world_folder / "pairs.jsonl",
         seed=1,
-        **{**INTERVALS, **SMALL, "ref_logps_cache_dir": str(folder / "cache"), **settings},
+        **{**INTERVALS, **SMALL, "ref_logps_cache_dir": str(folder / "cache"), **own},
     )
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config.model_dump(exclude_defaults=True)), encoding="utf-8")

@@ -16,7 +16,7 @@ from hypo_train.model.load import generation_config, load_tokenizer, read_archit
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
-from hypo_train.sampling.shadow import merged_weights
+from hypo_train.sampling.shadow import merged_weights, unties
 from hypo_train.saving.model_card import write_card
 from hypo_train.saving.whole_folder import put_whole
 
@@ -73,7 +73,7 @@ def save_whole(
         raise ModelError(str(error)) from error
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise ModelError(f"{broken[0]} is not finite in {str(dtype).removeprefix('torch.')}: use --dtype float32")
-    plain = _without_adapters(trained.base, dtype, unties=_unties(trained))
+    plain = _without_adapters(trained.base, dtype, unties=unties(trained.model))
     weights |= {name: buffer for name, buffer in trained.base.named_buffers() if name in plain.state_dict()}
     unknown = plain.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     plain.tie_weights()
@@ -83,13 +83,6 @@ def save_whole(
     if generation is not None:
         plain.generation_config = generation
     plain.save_pretrained(folder)
-
-
-def _unties(trained: Policy | RewardModel) -> bool:
-    """Whether a merged adapter has made head and embeddings, which were tied, two."""
-    head, embeddings = trained.base.get_output_embeddings(), trained.base.get_input_embeddings()
-    adapted = hasattr(head, "lora_A") or hasattr(embeddings, "lora_A")
-    return adapted and head is not None and head.weight is embeddings.weight
 
 
 def _without_adapters(base: Any, dtype: torch.dtype, *, unties: bool) -> Any:

@@ -121,6 +121,13 @@ def is_adapted(layer: Any) -> bool:
     return hasattr(layer, "lora_A")
 
 
+def unties(model: Any) -> bool:
+    """Whether a merged adapter makes head and embeddings, which are tied, two matrices."""
+    base = base_model(model)
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    return (is_adapted(head) or is_adapted(embeddings)) and head is not None and head.weight is embeddings.weight
+
+
 def layer_bias(layer: Any) -> Tensor | None:
     return getattr(layer.base_layer if is_adapted(layer) else layer, "bias", None)
 

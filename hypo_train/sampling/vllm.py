@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hypo_train.sampling.protocol import MODELS_OWN, Distribution, PromptKV, Samples, check_request
-from hypo_train.sampling.shadow import merged_weights
+from hypo_train.sampling.shadow import merged_weights, unties
 
 
 class VLLMSampler:
@@ -26,6 +26,7 @@ class VLLMSampler:
 
     Raises:
         ImportError: vLLM is not installed.
+        ValueError: an adapter on embeddings that the head shares, which vLLM has one matrix for.
     """
 
     live = False
@@ -44,6 +45,8 @@ class VLLMSampler:
         gpu_memory_utilization: float = 0.3,
         max_model_len: int | None = None,
     ) -> None:
+        if unties(model):
+            raise ValueError("the adapter is on what embeddings and head share, and vLLM would not take them apart")
         self.distribution = distribution
         # The engine's core would otherwise be another process, which cannot read our tensors.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

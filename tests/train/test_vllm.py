@@ -1,5 +1,6 @@
 """The vLLM engine against a stand-in that records its calls, and against vLLM itself where that can run."""
 
+import copy
 import importlib.util
 import sys
 from types import SimpleNamespace
@@ -157,6 +158,15 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="pip install"):
         VLLMSampler(new_model(), "checkpoint", eos_token_ids=(EOS,), pad_token_id=PAD)
+
+
+def test_an_adapter_that_parts_a_head_from_its_embeddings_is_refused(sampler):
+    """vLLM's loader leaves out a head's weights where its model ties them: samples would come from another policy."""
+    tied = tiny.new_model("llama", vocab_size=12, tie_word_embeddings=True)
+    sampler(get_peft_model(copy.deepcopy(tied), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")))
+    on_head = get_peft_model(tied, LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="would not take them apart"):
+        sampler(on_head)
 
 
 @pytest.mark.parametrize(("prompts", "message"), [([], "no prompts"), ([[1], []], "prompt 1 is empty")])
