@@ -63,6 +63,14 @@ class _Device:
 
 
 @dataclass(frozen=True)
+class _Named:
+    """What the settings name, and is there."""
+
+    reward_function: RewardFunction | None
+    checkpoint: Path | None  # to go on from
+
+
+@dataclass(frozen=True)
 class _Outline:
     """The models on the meta device, and what a miniature shows of the trained one."""
 
@@ -81,7 +89,7 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     with offline_where_unreachable(config):
         with found.collected():
             refuse_to_overwrite(config)
-        _check_settings(config, device, found)
+        named = _check_settings(config, device, found)
         source = None
         with found.collected():
             source = Source.of_dry_run(config, dry_run, found)
@@ -91,7 +99,8 @@ def check(config: Config, dry_run: DryRun) -> Findings:
             plan = check_data(config, source, found, share)
     if plan is not None:
         with found.collected():
-            check_resume(plan, rows=source is not None and source.tokenizer is not None and dry_run.model is None)
+            are_its_rows = source is not None and source.tokenizer is not None and dry_run.model is None
+            check_resume(plan, named.checkpoint, rows=are_its_rows)
         describe_steps(config, plan, found)
     elif outlined is not None:
         found.warnings.append(f"without the data, memory is estimated for rows {LONGEST}")
@@ -109,7 +118,7 @@ def passed(config: Config, *, device_type: str, autocast: bool, share: Share) ->
         ValueError: it cannot be run: the problem itself, or PreflightError with all of a stage.
     """
     device, found = _Device(cast(DeviceType, device_type), autocast), Findings(config)
-    function = _check_settings(config, device, found)
+    named = _check_settings(config, device, found)
     found.refuse()
     if share.rank == 0:
         require_unlocked(Path(config.output_dir))
@@ -118,17 +127,16 @@ def passed(config: Config, *, device_type: str, autocast: bool, share: Share) ->
     found.refuse()
     plan = check_data(config, source, found, share)
     if share.rank == 0:
-        check_resume(plan)
+        check_resume(plan, named.checkpoint)
     describe_steps(config, plan, found)
     if outlined is not None:
         _check_room(config, plan, outlined, device, found, whole=False)
     found.refuse()
     found.unchecked.clear()  # the run will show it
-    return Passed(found, source.tokenizer, source.eos_token_ids, plan, function)
+    return Passed(found, source.tokenizer, source.eos_token_ids, plan, named.reward_function)
 
 
-def _check_settings(config: Config, device: _Device, found: Findings) -> RewardFunction | None:
-    """Names and folders; the reward function, where there is one."""
+def _check_settings(config: Config, device: _Device, found: Findings) -> _Named:
     with found.collected():
         check_output_dir(config)
     with found.collected():
@@ -136,12 +144,13 @@ def _check_settings(config: Config, device: _Device, found: Findings) -> RewardF
     for require in (require_optimizer, require_quantization, require_deepspeed, require_engine, require_trackers):
         with found.collected():
             require(config)
+    function, checkpoint = None, None
     with found.collected():
-        checkpoint_to_resume(config, tensors=False)
+        checkpoint = checkpoint_to_resume(config, tensors=False)
     with found.collected():
         if config.reward is not None:
-            return load_function(config.reward)
-    return None
+            function = load_function(config.reward)
+    return _Named(function, checkpoint)
 
 
 def _check_model(

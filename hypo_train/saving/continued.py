@@ -91,15 +91,14 @@ def _nearest(wanted: Path, output_dir: Path) -> str:
     return f": give a checkpoint's folder, or auto for the newest one in {output_dir}"
 
 
-def check_resume(plan: Plan, *, rows: bool = True) -> None:
-    """Compare the checkpoint that is to be continued with the run, as far as that can be done without any weights.
+def check_resume(plan: Plan, folder: Path | None, *, rows: bool = True) -> None:
+    """Compare the checkpoint in ``folder``, where one is to be continued, with the run: all but its weights.
 
     ``rows``: the plan's are those that will be trained on.
 
     Raises:
-        ValueError: it is of another run, or not there.
+        ValueError: it is of another run.
     """
-    folder = checkpoint_to_resume(plan.config, tensors=False)
     if folder is not None:
         check_same_run(plan, read_extra(folder), folder, rows=rows)
 

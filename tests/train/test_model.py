@@ -733,7 +733,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 def test_an_adapter_in_the_place_of_a_model_is_told_how_to_become_one(tmp_path, saved_model):
     policy_of(saved_model(), use_peft=True).save_pretrained(tmp_path)
-    message = f"model_name_or_path: {str(tmp_path)!r} is an adapter, and not a whole model: merge it first"
+    message = f"model_name_or_path: {str(tmp_path)!r} is an adapter and not a whole model: merge it"
     assert refusal(tmp_path).startswith(message)
 
 

@@ -135,7 +135,7 @@ def test_problems_of_the_settings_are_all_named(settings, tmp_path, nothing_heav
 
 def test_a_run_that_is_named_where_its_checkpoint_is_meant_is_told_so(settings, tmp_path, nothing_heavy):
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"it is no whole checkpoint .*: name a checkpoint-<step> of a run, or give"):
+    with pytest.raises(ConfigError, match=r"is no checkpoint, which are called checkpoint-<step>: "):
         prepare(settings(resume_from_checkpoint=str(tmp_path / "run")))
 
 
