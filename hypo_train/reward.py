@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.model.load import as_reward_model, load_classifier, load_classifier_tokenizer
+from hypo_train.model.load import as_reward_model, load_classifier
+from hypo_train.model.named import load_classifier_tokenizer
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.trees.batch import Batcher

@@ -14,7 +14,8 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.data.load import load_held_out
 from hypo_train.distributed.processes import Processes
 from hypo_train.evaluation.settings import Settings
-from hypo_train.model.load import eos_token_ids, generation_config, load_policy, load_reward_model, load_tokenizer
+from hypo_train.model.load import load_policy, load_reward_model
+from hypo_train.model.named import eos_token_ids, generation_config, load_tokenizer
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.trained_weights import put_trained_weights

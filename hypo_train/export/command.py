@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from hypo_train.config import ConfigError, require_trust
 from hypo_train.export.settings import Settings
 from hypo_train.export.source import Source
-from hypo_train.model.load import generation_config, load_tokenizer, read_architecture
+from hypo_train.model.named import generation_config, load_tokenizer, read_architecture
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError

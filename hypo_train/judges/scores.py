@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from hypo_train.config import Config
 from hypo_train.judges.protocol import Comparison, Outcome, Verdict
-from hypo_train.model.load import load_text_tokenizer
+from hypo_train.model.named import load_text_tokenizer
 from hypo_train.reward import Reward, RewardFunction, finite_score, load_function, load_reward
 
 

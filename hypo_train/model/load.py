@@ -1,4 +1,4 @@
-"""A model and its tokenizer, loaded, refused where they do not fit, and made ready to train."""
+"""A model, loaded with or without its weights, refused where they do not fit, and made ready to train."""
 
 from __future__ import annotations
 
@@ -12,85 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hypo_train.config import Config
-from hypo_train.model import checkpointing
-from hypo_train.model.checkpointing import Checkpointing
 from hypo_train.model.exactness import check_exactness, check_rewards
 from hypo_train.model.liger import use_layer_kernels
+from hypo_train.model.named import check_architecture, check_source, read_architecture, why_not
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import keep_scales, quantizable, quantization_options
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.trainable import made_trainable
 from hypo_train.model.tree_model import ModelError, TreeModel, first_line
-from hypo_train.model.weight_files import SAFETENSORS_ONLY, check_weight_files, refuse_pickles, why_not_read
+from hypo_train.model.weight_files import SAFETENSORS_ONLY, check_weight_files, why_not_read
 from hypo_train.trees.attention import NAME
-
-# Parameters from which on selective checkpointing is a CPU's default: it looks at every operation, which took longer
-# than to compute it in a model of a million (0.8 s a step instead of 0.5), and 4 % of the time in one of 135 million.
-SELECTIVE_FROM = 10_000_000
 
 
 class StructureError(ModelError):
     """A model that cannot be built from its architecture's config alone; its checkpoint may load all the same."""
-
-
-def load_tokenizer(config: Config, architecture: Any = None) -> Any:
-    """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart.
-
-    ``architecture``: what :func:`read_architecture` gave, where it has been read.
-    """
-    check_source(config.model_name_or_path)
-    check_architecture(read_architecture(config) if architecture is None else architecture, config)
-    tokenizer = _open_tokenizer(config, config.model_name_or_path)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {config.model_name_or_path!r} has no EOS token: set its eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _open_tokenizer(config: Config, path: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises a different class for every way to fail
-        folder = Path(path).expanduser()
-        if folder.is_dir() and not any(folder.glob("token*")) and not any(folder.glob("vocab*")):
-            raise ModelError(
-                f"cannot load the tokenizer of {path!r}: the folder has none; save it there as well, as with "
-                f"AutoTokenizer.from_pretrained(BASE).save_pretrained({path!r})"
-            ) from error
-        raise ModelError(f"cannot load the tokenizer of {path!r}: {why_not(error)}") from error
-
-
-def why_not(error: Exception) -> str:
-    """Why transformers did not load something, in a line."""
-    if "trust_remote_code" in str(error):
-        return "it asks for Python code of its own: set trust_remote_code: true if you have read that code and trust it"
-    return first_line(error)
-
-
-def eos_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a completion: the tokenizer's EOS and the checkpoint's (Llama 3 has several)."""
-    more = getattr(model_generation_config, "eos_token_id", None)
-    listed = [] if more is None else [more] if isinstance(more, int) else list(more)
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
-
-
-def generation_config(config: Config) -> GenerationConfig | None:
-    """The checkpoint's own, for its list of end tokens; many have none."""
-    try:
-        return GenerationConfig.from_pretrained(config.model_name_or_path)
-    except OSError:
-        return None
 
 
 def load_policy(config: Config, *, autocast: bool) -> Policy:
@@ -161,7 +102,7 @@ def policy_of(model: Any, *, is_peft: bool, temperature: float) -> Policy:
 
 
 def _as_configured(model: Any, config: Config, device_type: str) -> Policy | RewardModel:
-    model = _made_trainable(model, config, device_type)
+    model = made_trainable(model, config, device_type)
     if config.algorithm == "reward":
         return RewardModel(model, is_peft=config.use_peft)
     return Policy(model, is_peft=config.use_peft, temperature=config.temperature)
@@ -232,23 +173,6 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
     if model.config.get_text_config().pad_token_id is None:
         raise ModelError(f"reward_model_path={path!r}: its config has no pad_token_id, set it to its tokenizer's")
     return model.requires_grad_(False).eval()
-
-
-def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
-    """The classifier's own; a text that is too long loses its beginning."""
-    path = str(config.reward_model_path)
-    tokenizer = _open_tokenizer(config, path)
-    tokenizer.pad_token_id = classifier.config.get_text_config().pad_token_id
-    tokenizer.truncation_side = "left"
-    positions = getattr(classifier.config.get_text_config(), "max_position_embeddings", None)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-    return tokenizer
-
-
-def load_text_tokenizer(config: Config, path: str, field: str) -> Any:
-    """The tokenizer at ``path``, the value of ``field``, as it is saved. Raises ModelError where there is none."""
-    check_source(path, field)
-    return _open_tokenizer(config, path)
 
 
 def as_reward_model(classifier: Any, config: Config) -> RewardModel:
@@ -331,24 +255,6 @@ def _check_dtype(config: Config, *, autocast: bool) -> None:
         raise ModelError("dtype='bfloat16' needs bf16 compute: set bf16: true, or dtype: float32")
 
 
-def _made_trainable(model: Any, config: Config, device_type: str) -> Any:
-    """The model with the configured parameters trained, in fp32, and its activations checkpointed.
-
-    ``device_type``: of the device that it will train on.
-    """
-    if config.use_peft:
-        model = _with_lora(model, config)
-    elif config.num_layers_unfrozen is not None:
-        _unfreeze_last(model, config.num_layers_unfrozen)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # One update of 3e-6 changes 4 % of bf16 weights: what is trained is held in fp32.
-            parameter.data = parameter.data.float()
-    if kind := _checkpointing(config, model, device_type):
-        checkpointing.enable(model, kind, has_dropout=config.lora_dropout > 0)
-    return model
-
-
 def _share_prompts(model: TreeModel[Any], attn_implementation: str, check: Callable[[], str | None]) -> None:
     """Run trees where the ``check`` proves that the model does so exactly, and separate rows elsewhere."""
     plain = model.base.config._attn_implementation
@@ -357,79 +263,6 @@ def _share_prompts(model: TreeModel[Any], attn_implementation: str, check: Calla
     model.why_separate_rows = check()
     if not model.shares_prompts:
         model.base.set_attn_implementation(plain)
-
-
-def _checkpointing(config: Config, model: Any, device_type: str) -> Checkpointing:
-    """What the configuration asks for, or what suits the device where it leaves that open."""
-    serves = model.supports_gradient_checkpointing
-    if config.gradient_checkpointing is None:
-        large = sum(p.numel() for p in model.parameters()) >= SELECTIVE_FROM
-        return "selective" if serves and large and device_type == "cpu" else False
-    if config.gradient_checkpointing and not serves:
-        raise ModelError(f"gradient_checkpointing: {type(model).__name__} has none: set it to false")
-    return config.gradient_checkpointing
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name is the path of a folder rather than one on the Hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def check_source(name: str, field: str = "model_name_or_path") -> None:
-    """A local folder that is not there is not worth asking the Hub about."""
-    path = Path(name).expanduser()
-    if looks_local(name) and not path.is_dir():
-        raise ModelError(f"{field}: there is no folder {name!r}")
-    if not path.is_dir():
-        return
-    if (path / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{field}: {name!r} is an adapter and not a whole model: merge it into its base model first, as with "
-            f"AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(...) and the "
-            "tokenizer beside it; of a run of this project, python -m hypo_train export RUN --merge --output_dir FOLDER"
-        )
-    if not (path / "config.json").is_file():
-        of_gguf = (
-            ": convert it first, python -m hypo_train.convert_gguf FILE FOLDER" if any(path.glob("*.gguf")) else ""
-        )
-        raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model{of_gguf}")
-    refuse_pickles(path, field)
-
-
-def read_architecture(config: Config) -> Any:
-    """The transformers config of the model to train. Raises ModelError where it cannot be had."""
-    try:
-        return AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:
-        where = "" if Path(config.model_name_or_path).is_dir() else "no local folder, and from the Hub: "
-        raise ModelError(f"cannot read the config of {config.model_name_or_path!r}: {where}{why_not(error)}") from error
-
-
-def check_architecture(found: Any, config: Config) -> None:
-    """Refuse what cannot be trained, from its transformers config and before weights are read: encoders and
-    sequence-to-sequence models, and quantised checkpoints."""
-    if (quantized := getattr(found, "quantization_config", None)) is not None:
-        fields = quantized if isinstance(quantized, dict) else vars(quantized)
-        method = fields.get("quant_method", "unknown method")
-        raise ModelError(
-            f"{config.model_name_or_path!r} is a quantised checkpoint ({method}): "
-            "name the model that it was made from; load_in_4bit: true with use_peft: true holds its frozen weights in "
-            "4 bits"
-        )
-    listed = found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
-        getattr(found, "auto_map", None) or {}
-    )
-    architectures = getattr(found, "architectures", None) or []
-    known: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    if config.algorithm == "reward":
-        known += ("ForSequenceClassification",)
-    masked = architectures and not any(a.endswith(known) for a in architectures)
-    if not listed or masked or getattr(found, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{config.model_name_or_path!r} is a {found.model_type} model"
-            f"{f' ({architectures[0]})' if architectures else ''}, not a causal language model: "
-            "choose a decoder that AutoModelForCausalLM loads"
-        )
 
 
 def _check_window(model: Any, longest: int) -> None:
@@ -457,59 +290,3 @@ def _disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):  # attention's, OPT's functional ones, layerdrop
                 setattr(module, name, 0.0)
-
-
-def _with_lora(model: Any, config: Config) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    targets = config.lora_target_modules
-    if isinstance(targets, list):
-        _check_targets(model, targets)
-    settings = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        bias="none",
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        task_type="SEQ_CLS" if config.algorithm == "reward" else "CAUSAL_LM",  # which trains the new score too
-    )
-    try:
-        return get_peft_model(model, settings)
-    except (ValueError, re.error) as error:
-        as_list = ": write several names as a list, [q_proj, v_proj]" if "," in str(targets) else ""
-        raise ModelError(f"lora_target_modules={targets!r}: {first_line(error)}{as_list}") from error
-
-
-def _check_targets(model: Any, targets: Sequence[str]) -> None:
-    """peft is content with any one name that it finds, and leaves out the others in silence."""
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            linear = sorted(
-                {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-            )
-            raise ModelError(
-                f"lora_target_modules={list(targets)!r}: {type(model).__name__} has no module {target!r}; its linear "
-                f"ones are {', '.join(linear)}"
-            )
-
-
-def _unfreeze_last(model: Any, count: int) -> None:
-    """Train the last ``count`` decoder layers, the norm above them and an untied head."""
-    decoder = model.get_decoder()
-    layers = next((m for m in decoder.children() if isinstance(m, nn.ModuleList)), None)
-    if layers is None:
-        raise ModelError(f"num_layers_unfrozen: found no list of layers in {type(decoder).__name__}")
-    if count > len(layers):
-        raise ModelError(f"num_layers_unfrozen={count}: {type(model).__name__} has {len(layers)} layers")
-    model.requires_grad_(False)
-    for layer in layers[-count:]:
-        layer.requires_grad_(True)
-    for name, module in decoder.named_children():
-        if "norm" in name or name == "ln_f":
-            module.requires_grad_(True)
-    head = getattr(model, "score", None) or model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        head.requires_grad_(True)

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hypo_train.config import Config
 from hypo_train.costs.estimate import SamplerKind
-from hypo_train.model.load import check_source, meta_model, why_not
+from hypo_train.model.load import meta_model
 from hypo_train.model.miniature import Structure
+from hypo_train.model.named import check_source, why_not
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError

@@ -11,7 +11,7 @@ from typing import Any
 from hypo_train.config import Config, ConfigError, load_config
 from hypo_train.invocation import DryRun
 from hypo_train.model.architectures import known_architecture
-from hypo_train.model.load import (
+from hypo_train.model.named import (
     check_architecture,
     check_source,
     eos_token_ids,

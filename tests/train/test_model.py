@@ -30,7 +30,8 @@ from hypo_train.config import Config
 from hypo_train.data.rows import Pair
 from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model.exactness import check_exactness
-from hypo_train.model.load import eos_token_ids, load_policy, load_reward_model, load_tokenizer
+from hypo_train.model.load import load_policy, load_reward_model
+from hypo_train.model.named import eos_token_ids, load_tokenizer
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
 from hypo_train.trees.attention import NAME
@@ -538,7 +539,7 @@ def test_selective_checkpointing_keeps_no_wide_result_of_a_low_rank_update(saved
 )
 def test_checkpointing_is_what_was_asked_for_and_on_a_cpu_selective(saved_model, monkeypatch, asked, enabled):
     assert not policy_of(saved_model()).base.is_gradient_checkpointing, "a small model keeps what it computes"
-    monkeypatch.setattr("hypo_train.model.load.SELECTIVE_FROM", 1000)
+    monkeypatch.setattr("hypo_train.model.trainable.SELECTIVE_FROM", 1000)
     policy = policy_of(saved_model(), gradient_checkpointing=asked)
     assert policy.base.is_gradient_checkpointing is enabled
 

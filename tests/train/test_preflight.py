@@ -18,6 +18,7 @@ from hypo_train.config import ConfigError
 from hypo_train.data import load
 from hypo_train.data.formats import DataError
 from hypo_train.model import load as model_load
+from hypo_train.model import named
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight import PreflightError, disk, memory, stages
 from hypo_train.run import prepare
@@ -98,7 +99,7 @@ def test_nothing_is_read_twice(settings, monkeypatch):
         return open_tokenizer(*arguments, **options)
 
     monkeypatch.setattr(load, "load_rows", rows)
-    monkeypatch.setattr(model_load.AutoTokenizer, "from_pretrained", tokenizer)
+    monkeypatch.setattr(named.AutoTokenizer, "from_pretrained", tokenizer)
     train(settings(max_steps=1, num_eval_rows=4), progress=False)
     assert counts == {"data": 1, "tokenizer": 1}
 
