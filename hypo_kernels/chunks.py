@@ -11,6 +11,10 @@ from hypo_kernels import gemm
 from hypo_kernels.head import LMHead
 
 
+class BudgetError(ValueError):
+    """``max_chunk_bytes`` is less than a single row takes; the message says how much would do."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Whole pairs and groups: consecutive sequences, in group order, and their consecutive rows."""
@@ -84,7 +88,7 @@ def max_rows(
     ``buffers`` is 2 where the logits of two heads have to be there together, ``straight`` says that kernels make
     partial results of their own, and ``stacked`` how many times a row may stand in a buffer: the policy's and the
     reference's, where one GEMM makes both. ``objective_bytes`` of every counted row are the objective's. Raises
-    ValueError when not even one row fits.
+    BudgetError when not even one row fits.
     """
     weights = [weight for head in heads for weight in head.weights]
     device, vocab = weights[0].device, heads[0].largest_share
@@ -112,7 +116,7 @@ def max_rows(
         # A larger budget grants a converted head larger panels, by a fraction of the growth: this settles.
         while needed < (more := fixed(needed) + per_row + scratch_per_row):
             needed = more
-        raise ValueError(
+        raise BudgetError(
             f"max_chunk_bytes={max_chunk_bytes} cannot hold one row of {vocab} logits: "
             f"pass at least {needed} for this call"
         )

@@ -41,8 +41,8 @@ class ConfigError(ValueError):
 
 
 def is_users_mistake(error: ValueError) -> bool:
-    """Whether an error is one of this package's: each says in a line what is wrong and how to mend it."""
-    return type(error).__module__.split(".")[0] == "hypo_train"
+    """Whether an error is one of this project's: each says in a line what is wrong and how to mend it."""
+    return type(error).__module__.split(".")[0] in ("hypo_train", "hypo_kernels")
 
 
 class Config(BaseModel):

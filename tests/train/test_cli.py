@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -178,6 +179,12 @@ def test_an_adapter_folder_is_one_line(refusal, tmp_path, saved_model):
 
 def test_too_long_sequences_for_the_model_are_one_line(refusal):
     assert refusal(max_prompt_length=512).startswith("LlamaForCausalLM has 128 positions, and prompt and completion")
+
+
+def test_a_budget_of_less_than_a_row_is_a_line_that_says_how_much_would_do(recipe, capfd):
+    assert main(["--config", str(recipe(max_steps=1, max_chunk_bytes=100))]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"hypo_train: max_chunk_bytes=100 cannot hold one row of \d+ logits: pass at least \d+.*", last)
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(refusal):
