@@ -213,7 +213,7 @@ class Config(BaseModel):
     """Decay of AdamW's mean of the gradients; adafactor has none."""
     adam_beta2: BelowOne = 0.999
     """Decay of AdamW's mean of the squared gradients."""
-    adam_epsilon: PositiveFloat = 1e-8
+    adam_epsilon: Annotated[float, Field(ge=1e-37)] = 1e-8
     """Added to AdamW's denominator."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient to this global norm; 0 means no clipping."""

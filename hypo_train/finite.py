@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite stops the run before anything is saved, and leaves its step to be looked at."""
+"""A loss, gradient or weight that is not finite stops the run before anything is saved, and leaves its step to look at."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+import torch
+
 from hypo_train.interrupt import NotFiniteError
 from hypo_train.journal.records import write_json_lines
+from hypo_train.model.sharding import local
 from hypo_train.run import Run
 from hypo_train.saving.checkpoint import latest_checkpoint
 
 Samples = Sequence[Sequence[Sequence[int]]]  # token ids of each sample of each row
 
 
-def stop_if_not_finite(run: Run) -> None:
-    """Raise NotFiniteError if a step so far had a loss or gradient that is not finite, on any process; the host waits
-    for the device.
+def stop_if_not_finite(run: Run, last: int, *, saves: bool) -> None:
+    """Raise NotFiniteError if a step up to ``last``, counted from 0, had a loss or gradient that is not finite, on any
+    process; the host waits for the device. ``saves``: or if ``last`` has left such weights, which no later step shows.
 
     The step's rows and their samples are in ``not-finite-step-N.jsonl`` then. No checkpoint is of that step or a later
     one, so that a run that goes on from the newest comes to it again, with the same rows and samples.
@@ -25,11 +28,15 @@ def stop_if_not_finite(run: Run) -> None:
     steps = [step for step in run.processes.gather(run.finite.first_bad()) if step is not None]
     if steps:
         raise_not_finite(run, min(steps), _samples(run, min(steps)))
+    if saves and not all(run.processes.gather(_weights_are_finite(run))):
+        raise_not_finite(run, last, _samples(run, last), what="the weights after its update are not finite")
     if run.config.draws_samples:
         run.rollouts.forget()
 
 
-def raise_not_finite(run: Run, step: int, samples: Samples | None = None) -> None:
+def raise_not_finite(
+    run: Run, step: int, samples: Samples | None = None, what: str = "the loss or its gradient is not finite"
+) -> None:
     """Keep the rows of ``step``, counted from 0, with their samples where these are known, and raise NotFiniteError."""
     path = run.output_dir / f"not-finite-step-{step + 1}.jsonl"
     rows = [run.train_rows[i] for i in run.rows_of_step(step)]
@@ -40,7 +47,14 @@ def raise_not_finite(run: Run, step: int, samples: Samples | None = None) -> Non
         write_json_lines(path, [_record(run, *both) for both in zip_longest(rows, samples, fillvalue=())])
     except OSError as error:  # on a full disk; that the numbers have run away is the worse news
         kept = f"its rows could not be kept ({error})"
-    raise NotFiniteError(f"step {step + 1}: the loss or its gradient is not finite; {kept}. {_advice(run)}")
+    raise NotFiniteError(f"step {step + 1}: {what}; {kept}. {_advice(run)}")
+
+
+@torch.no_grad()
+def _weights_are_finite(run: Run) -> bool:
+    """Of this process's parts of what is trained."""
+    found = [local(p).isfinite().all() for p in run.trained.trained_parameters().values()]
+    return not found or bool(torch.stack(found).all())
 
 
 def _advice(run: Run) -> str:

@@ -46,7 +46,7 @@ CHANGES = {
     "top_p": st.sampled_from([1e-9, 0.5, 1.0]),
     "learning_rate": st.sampled_from([1e-300, 3e-3, 1e10]),
     "adam_beta1": st.sampled_from([0.0, 0.9]),
-    "adam_epsilon": st.sampled_from([1e-300, 1e-8]),
+    "adam_epsilon": st.sampled_from([1e-300, 1e-37, 1e-8]),
     "weight_decay": st.sampled_from([0.0, 1e20]),
     "max_grad_norm": st.sampled_from([0.0, 1e-30, 1.0]),
     "warmup_ratio": st.floats(0, 1),

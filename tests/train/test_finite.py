@@ -62,6 +62,24 @@ def test_the_step_is_named_its_rows_are_kept_and_no_checkpoint_is_of_it(long_run
     assert train(again, progress=False).model_dir.is_dir()
 
 
+def test_weights_that_the_last_update_breaks_are_not_saved(long_run, monkeypatch):
+    """No later step's loss would tell."""
+    config = long_run(algorithm="dpo", max_steps=3, save_steps=0)
+    update, steps = one_step._update, []
+
+    def breaks(run):
+        norm = update(run)
+        steps.append(norm)
+        if len(steps) == 3:
+            next(iter(run.trained.trained_parameters().values())).data[0] = math.nan
+        return norm
+
+    monkeypatch.setattr(one_step, "_update", breaks)
+    with pytest.raises(NotFiniteError, match="step 3: the weights after its update are not finite; its rows are in"):
+        train(config, progress=False)
+    assert not [*Path(config.output_dir).glob("checkpoint-*"), *Path(config.output_dir).glob("final")]
+
+
 def test_the_samples_of_the_step_are_kept_and_a_replay_comes_to_it_with_the_same(long_run, monkeypatch):
     config = long_run(algorithm="hypo", num_generations=2)
     drawn = []
