@@ -1,4 +1,4 @@
-"""A loss, gradient or weight that is not finite stops the run before anything is saved, and leaves its step to look at."""
+"""Numbers that are not finite stop a run before anything is saved, and leave the step that made them to look at."""
 
 from __future__ import annotations
 

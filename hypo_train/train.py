@@ -124,9 +124,8 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
         evaluates = last or (config.eval_steps and done % config.eval_steps == 0)
         saves = last or stopped_by is not None or (config.save_steps and done % config.save_steps == 0)
         if logs or evaluates or saves:
-            stop_if_not_finite(
-                run, step, saves=bool(saves)
-            )  # from here on, and nowhere else, the host waits for the device
+            # From here on, and nowhere else, the host waits for the device.
+            stop_if_not_finite(run, step, saves=bool(saves))
         if logs:
             metrics = meter.read(run.processes)
             metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
