@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"hypo_train: {stopped}", sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("hypo_train: stopped by SIGINT where it was; what was saved before is kept", file=sys.stderr)
+        say("hypo_train: stopped by SIGINT where it was; what was saved before is kept", sys.stderr)
         return 128 + signal.SIGINT
     if os.environ.get("RANK", "0") == "0":
         say(f"model saved in {result.model_dir}")

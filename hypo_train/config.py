@@ -214,7 +214,7 @@ class Config(BaseModel):
     adam_beta2: BelowOne = 0.999
     """Decay of AdamW's mean of the squared gradients."""
     adam_epsilon: Annotated[float, Field(ge=1e-37)] = 1e-8
-    """Added to AdamW's denominator."""
+    """Added to AdamW's denominator; what is less than 1e-37 would be 0 in fp32."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient to this global norm; 0 means no clipping."""
     num_train_epochs: PositiveFloat = 1.0

@@ -65,7 +65,7 @@ def convert(file: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
+    for path in folder.glob("*.safetensors"):
         open_as_its_folder(path)
 
 

@@ -24,7 +24,7 @@ class Settings:
     output_dir: Path
     merge: bool
     dtype: Dtype | None  # None: of the model that the run started from; an adapter keeps its own
-    trust_remote_code: bool  # as of a run: what the source says of it is not asked for by whom reads it
+    trust_remote_code: bool  # of who reads the source, whatever that says itself
 
 
 def load_settings(argv: Sequence[str]) -> Settings:

@@ -20,6 +20,7 @@ from typing import Any
 
 from hypo_train.interrupt import NotFiniteError, Stopped
 from hypo_train.journal.records import written
+from hypo_train.journal.say import say
 
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = (
@@ -70,7 +71,7 @@ class Attempt:
         try:
             self._write()
         except OSError as failed:  # how it ended is worth more than the record of it, and no error hides it
-            print(f"{self._path} does not say how the run ended: {failed}", file=sys.stderr, flush=True)
+            say(f"{self._path} does not say how the run ended: {failed}", sys.stderr)
 
     def _write(self) -> None:
         temporary = self._path.with_name(self._path.name + ".tmp")

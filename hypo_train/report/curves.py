@@ -154,7 +154,8 @@ def _notes(curves: Sequence[Curve]) -> Html | None:
     if sum(curve.kind != "dots" for curve in curves) > 1 and any(curve.kind == "dots" for curve in curves):
         notes.append("Dots: evaluations.")
     if any(curve.series.has_errors for curve in curves):
-        notes.append("Bands and bars: one standard error.")
+        bands = any(point.high > point.low for curve in curves if curve.kind != "dots" for point in curve.series.points)
+        notes.append(f"{'Bands and bars' if bands else 'Bars'}: one standard error.")
     means = max((curve.series.per_point for curve in curves), default=1)
     if means > 1:
         points = [point for curve in curves if not curve.series.has_errors for point in curve.series.points]

@@ -388,8 +388,9 @@ def _sha256(path: Path) -> str:
 
 def open_as_its_folder(path: Path) -> None:
     """Let all those read a new file who may read its new folder: safetensors makes files for their owner alone, which
-    an inference server of another user, or a colleague, could not load."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    an inference server of another user, or a colleague, could not load. A folder is left as it is."""
+    if path.is_file():
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def flush(path: Path) -> None:

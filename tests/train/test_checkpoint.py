@@ -413,3 +413,14 @@ def test_of_a_checkpoint_or_model_that_is_a_link_the_link_is_replaced_and_what_i
 def test_prune_refuses_to_remove_everything(tmp_path):
     with pytest.raises(ValueError, match="keep is 0"):
         prune(tmp_path, keep=0)
+
+
+def test_a_folder_inside_of_what_is_saved_can_still_be_entered(tmp_path):
+    """As that of a tokenizer's other chat templates."""
+
+    def write(folder):
+        (folder / "additional_chat_templates").mkdir(mode=0o755)
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+
+    inside = put_whole(tmp_path / "final", write) / "additional_chat_templates"
+    assert inside.stat().st_mode & 0o111 == 0o111
