@@ -26,7 +26,6 @@ from hypo_train.journal.log import read_metrics, without_costs
 from hypo_train.train import train
 
 WORLD = 2
-KL_COEF = 0.05  # of tiny.make_config: what a KL, in nats of a whole sample, counts for in a loss
 
 
 def started(arguments: Sequence[str], world: int = WORLD) -> list[subprocess.Popen[str]]:
@@ -68,8 +67,8 @@ def launch(folder: Path, configs: list[Config]) -> None:
         assert status == 0, error
 
 
-def assert_logged_alike(run: Path, expected: Path) -> None:
-    """Two runs' metrics are the same to rounding, whatever processes they were divided over."""
+def assert_logged_alike(run: Path, expected: Path, *, kl: float = 1e-5) -> None:
+    """Two runs' metrics are the same to rounding, however processes divided them; a KL of samples to ``kl``."""
     found, lines = (read_metrics(folder / "metrics.jsonl") for folder in (run, expected))
     assert [line["step"] for line in found] == [line["step"] for line in lines]
     for pair in zip(found, lines, strict=True):
@@ -79,7 +78,7 @@ def assert_logged_alike(run: Path, expected: Path) -> None:
         for key, value in like.items():
             if key == "rewards/accuracies" and like["rewards/margins"] == pytest.approx(0, abs=1e-5):
                 continue  # before the first update a policy is its reference, and the sign of a margin is rounding's
-            close = 1e-4 if key == "grad_norm" else 1e-5 / KL_COEF if "kl" in key.split("_") else 1e-5
+            close = 1e-4 if key == "grad_norm" else kl if "kl" in key.split("_") else 1e-5
             assert line[key] == pytest.approx(value, rel=close, abs=close), (key, line["step"])
 
 

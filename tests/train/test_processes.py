@@ -17,6 +17,7 @@ REWARD = "tiny:reward_of_length"
 FULL = {"learning_rate": 1e-3}
 LORA = {"use_peft": True, "lora_r": 4}
 LAST = {"num_layers_unfrozen": 1}
+KL_COEF = 0.05  # of make_config
 RLOO = {"algorithm": "rloo", "reward": REWARD, "beta": 0.1}
 HEAD_TOO = {"lora_target_modules": ["q_proj", "lm_head"]}
 VOCAB = {"fsdp": True, "vocab_parallel": True}
@@ -89,7 +90,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_log_what_one_does(name: str, runs: Path) -> None:
     one, two = (runs / count / name / "run" for count in ("one", "two"))
     assert len(read_metrics(one / "metrics.jsonl")) == STEPS + 1
-    assert_logged_alike(two, one)
+    # With this tied head, rounding moves a KL by 7e-5 in one process too, from one attention to another: what is held to
+    # 1e-5 there is its part in the loss.
+    assert_logged_alike(two, one, kl=1e-5 / KL_COEF if "tied" in name else 1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
