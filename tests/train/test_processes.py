@@ -90,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_log_what_one_does(name: str, runs: Path) -> None:
     one, two = (runs / count / name / "run" for count in ("one", "two"))
     assert len(read_metrics(one / "metrics.jsonl")) == STEPS + 1
-    # With this tied head, rounding moves a KL by 7e-5 in one process too, from one attention to another: what is held to
+    # With a tied head, rounding moves a KL by 7e-5 in one process too, from one attention to another: what is held to
     # 1e-5 there is its part in the loss.
     assert_logged_alike(two, one, kl=1e-5 / KL_COEF if "tied" in name else 1e-5)
 
