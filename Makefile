@@ -4,20 +4,34 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check deepspeed bench gpu smollm2 paper paper-full soak
+.PHONY: demo test test-slow test-all check docs deepspeed bench gpu smollm2 paper paper-full soak
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hypo_train
 
 # A process a core, each with one thread: kernels under an interpreter use no more. In the order of the files: sorted by
 # their number of tests, a few long ones would come last, and one process wait for the other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+
+# All tests but those marked slow.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+test-all: $(INSTALLED)
+	$(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) docs
+
+# The documentation, in build/docs/index.html. A warning is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
