@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from hypo_train.config import Config, help_text, is_users_mistake, load_config
 from hypo_train.distributed.torchrun import leave_the_end_to_it, telling_torchrun
-from hypo_train.interrupt import ElsewhereError, NotFiniteError, Stopped
 from hypo_train.invocation import DryRun, take_dry_run
-from hypo_train.journal.say import say
+from hypo_train.utils.safe_print import say
+from hypo_train.utils.signals import ElsewhereError, NotFiniteError, Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:

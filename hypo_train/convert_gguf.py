@@ -51,7 +51,7 @@ def convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from hypo_train.saving.checkpoint import open_as_its_folder
+    from hypo_train.checkpoint.files import open_as_its_folder
 
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("reading GGUF files needs the package gguf: pip install gguf")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from hypo_train.config import ConfigError
-from hypo_train.costs.devices import DEVICES, Assumed
+from hypo_train.metrics.devices import DEVICES, Assumed
 
 _FLAGS = (
     "dry_run",

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypo_train.algorithms import MicroBatch, loss_of
+from hypo_train.algorithms.micro_batch import MicroBatch, loss_of
+from hypo_train.algorithms.rollouts import StepSamples
+from hypo_train.build import Run
 from hypo_train.data.rows import Example
-from hypo_train.journal.metrics import Meter
-from hypo_train.model.sharding import whole
+from hypo_train.distributed.fsdp import whole
+from hypo_train.metrics.meter import Meter
 from hypo_train.model.tree_model import PromptPass
-from hypo_train.rollouts import StepSamples
-from hypo_train.run import Run
 from hypo_train.sampling import PromptKV
-from hypo_train.seeding import seed_everything
+from hypo_train.utils.seeding import seed_everything
 
 
 def train_step(run: Run, step: int, meter: Meter) -> None:

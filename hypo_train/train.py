@@ -10,28 +10,28 @@ from pathlib import Path
 
 import torch
 
+from hypo_train.build import Run, prepare, with_reference_logps
+from hypo_train.checkpoint.files import checkpoint_folder, flush, put_text
+from hypo_train.checkpoint.lock import locked
+from hypo_train.checkpoint.model_card import DATA_FILE, write_data_report
+from hypo_train.checkpoint.resume import refuse_to_overwrite
+from hypo_train.checkpoint.state import resume, save, save_model
 from hypo_train.config import Config
-from hypo_train.costs.memory import peak_memory
-from hypo_train.costs.throughput import of_all_processes
 from hypo_train.evaluation.held_out import Evaluation, evaluate
-from hypo_train.finite import raise_not_finite, stop_if_not_finite
-from hypo_train.interrupt import Stopped, StopRequest
-from hypo_train.journal.device import device_name
-from hypo_train.journal.environment import Attempt
-from hypo_train.journal.log import RunLog, SilentLog
-from hypo_train.journal.metrics import Meter
-from hypo_train.journal.records import written
-from hypo_train.journal.say import say
-from hypo_train.journal.trackers import Trackers
+from hypo_train.metrics.device_name import device_name
+from hypo_train.metrics.environment import Attempt
+from hypo_train.metrics.log import RunLog, SilentLog
+from hypo_train.metrics.memory import peak_memory
+from hypo_train.metrics.meter import Meter
+from hypo_train.metrics.throughput import of_all_processes
+from hypo_train.metrics.trackers import Trackers
+from hypo_train.nan_guard import raise_not_finite, stop_if_not_finite
 from hypo_train.report.ending import report_at_the_end
 from hypo_train.report.runs import CONFIG_FILE
-from hypo_train.run import Run, prepare, with_reference_logps
-from hypo_train.saving.checkpoint import checkpoint_folder, flush, put_text
-from hypo_train.saving.continued import refuse_to_overwrite
-from hypo_train.saving.lock import locked
-from hypo_train.saving.model_card import DATA_FILE, write_data_report
-from hypo_train.saving.state import resume, save, save_model
 from hypo_train.step import train_step
+from hypo_train.utils.records import written
+from hypo_train.utils.safe_print import say
+from hypo_train.utils.signals import Stopped, StopRequest
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from packaging.version import Version
 from torch import Tensor
 
 from hypo_kernels import HypoLoss
+from hypo_train.algorithms.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.config import Config, ConfigError, checked
 from hypo_train.data.formats import DataError
+from hypo_train.data.plan import SEEDS_PER_RUN
 from hypo_train.data.rows import Pair
-from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
+from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.load import policy_of
-from hypo_train.model.mode import eval_mode
-from hypo_train.model.named import eos_token_ids
-from hypo_train.plan import SEEDS_PER_RUN
+from hypo_train.model.source import eos_token_ids
 from hypo_train.sampling import DecodeSampler, Distribution, GenerateSampler, Sampler, Samples, serves
 from hypo_train.trees.batch import Batcher
 from hypo_train.trees.tree import Tree

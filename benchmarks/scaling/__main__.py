@@ -26,16 +26,16 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 from benchmarks.step.material import EOS, FIRST_WORD, PAD, id_tokenizer
 from hypo_train.config import Config
-from hypo_train.costs.communication import exchanges
-from hypo_train.costs.estimate import Conditions
-from hypo_train.costs.flops import ModelFlops
-from hypo_train.costs.step_time import Speeds, predict
-from hypo_train.costs.timing import _HostClock
-from hypo_train.costs.work import work_of
+from hypo_train.data.plan import load_plan
 from hypo_train.distributed.processes import Share
-from hypo_train.journal.log import read_metrics
+from hypo_train.metrics.flops import ModelFlops
+from hypo_train.metrics.log import read_metrics
+from hypo_train.metrics.timing import _HostClock
 from hypo_train.model.load import outline
-from hypo_train.plan import load_plan
+from hypo_train.preflight.memory_estimate import Conditions
+from hypo_train.preflight.prediction.communication import exchanges
+from hypo_train.preflight.prediction.step_time import Speeds, predict
+from hypo_train.preflight.prediction.work import work_of
 from hypo_train.train import train
 
 WARM_UP, STEPS = 2, 5

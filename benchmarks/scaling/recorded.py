@@ -21,10 +21,10 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypo_train.train as loop
+from hypo_train.build import Run
 from hypo_train.config import Config
-from hypo_train.costs.timing import PhaseTimer
-from hypo_train.journal.metrics import Meter
-from hypo_train.run import Run
+from hypo_train.metrics.meter import Meter
+from hypo_train.metrics.timing import PhaseTimer
 from hypo_train.step import train_step
 
 # Which argument has what is put together or summed, and what costs.communication calls it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hypo_train.journal.log import METRICS_FILE, read_metrics, without_costs
+from hypo_train.metrics.log import METRICS_FILE, read_metrics, without_costs
 
 
 def differences(found: Path, expected: Path) -> list[str]:

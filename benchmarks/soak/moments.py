@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hypo_train import train
-from hypo_train.costs.timing import PhaseTimer
-from hypo_train.journal import log
-from hypo_train.saving import checkpoint, state
+from hypo_train.checkpoint import files, state
+from hypo_train.metrics import log
+from hypo_train.metrics.timing import PhaseTimer
 
 # (module or class, function, area)
 AREAS = (
@@ -81,7 +81,7 @@ def _watch_phases(reached: Reached) -> None:
 
 
 def _watch_files(areas: list[str], reached: Reached) -> None:
-    fsync, save_file = os.fsync, checkpoint.save_file
+    fsync, save_file = os.fsync, files.save_file
 
     def audited(event: str, args: tuple[Any, ...]) -> None:
         if areas and (event in _OPERATIONS or (event == "open" and _writes(args[1]))):
@@ -97,7 +97,7 @@ def _watch_files(areas: list[str], reached: Reached) -> None:
         reached(f"save: half of {path.name}", lambda: os.truncate(path, path.stat().st_size // 2))
         reached(f"save: {path.name}")
 
-    of_os, of_checkpoint = vars(os), vars(checkpoint)
+    of_os, of_checkpoint = vars(os), vars(files)
     of_os["fsync"], of_checkpoint["save_file"] = watched_fsync, watched_save_file
     sys.addaudithook(audited)
 

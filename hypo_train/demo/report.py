@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypo_train.journal.log import read_metrics
+from hypo_train.metrics.log import read_metrics
 
 LABELS = {"dpo": "DPO", "hypo": "HyPO"}
 COLOURS = {"dpo": "#c1502e", "hypo": "#1f6f8b"}

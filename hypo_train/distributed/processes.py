@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hypo_train.interrupt import ElsewhereError, Stopped
+from hypo_train.utils.signals import ElsewhereError, Stopped
 
 T = TypeVar("T")
 # A main process writes checkpoints and keeps reference log-probs while the others wait.

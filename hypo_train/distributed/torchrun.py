@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from hypo_train.config import is_users_mistake
-from hypo_train.interrupt import ElsewhereError, NotFiniteError, Stopped
+from hypo_train.utils.signals import ElsewhereError, NotFiniteError, Stopped
 
 P = ParamSpec("P")
 T = TypeVar("T")

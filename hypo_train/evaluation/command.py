@@ -9,7 +9,7 @@ from typing import Any
 from hypo_train.evaluation.finished import FinishedRun, prepare_finished
 from hypo_train.evaluation.held_out import Evaluation, KLRule, evaluate
 from hypo_train.evaluation.settings import Settings
-from hypo_train.journal.records import make_folder, write_csv, write_json_lines
+from hypo_train.utils.records import make_folder, write_csv, write_json_lines
 
 
 def run(settings: Settings) -> int:

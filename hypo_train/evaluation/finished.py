@@ -10,18 +10,18 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from hypo_train.algorithms.reward import Reward, load_function, load_reward
+from hypo_train.build import build_accelerator, build_sampler
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.load import load_held_out
 from hypo_train.distributed.processes import Processes
 from hypo_train.evaluation.settings import Settings
 from hypo_train.model.load import load_policy, load_reward_model
-from hypo_train.model.named import eos_token_ids, generation_config, load_tokenizer
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.source import eos_token_ids, generation_config, load_tokenizer
 from hypo_train.model.trained_weights import put_trained_weights
 from hypo_train.model.tree_model import ModelError
-from hypo_train.reward import Reward, load_function, load_reward
-from hypo_train.run import build_accelerator, build_sampler
 from hypo_train.sampling import Sampler
 from hypo_train.trees.batch import Batcher
 

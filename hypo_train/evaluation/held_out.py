@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hypo_train.data.rows import Example, Ids, Pair, Prompt
-from hypo_train.evaluation.finished import FinishedRun
-from hypo_train.journal.metrics import Meter, add_loss, add_rewards
-from hypo_train.journal.standard_error import standard_error
-from hypo_train.losses import (
+from hypo_train.algorithms.losses import (
     Reference,
     bradley_terry_loss,
     preference_loss,
@@ -25,11 +21,15 @@ from hypo_train.losses import (
     sequence_logprobs_of,
     token_losses,
 )
-from hypo_train.model.mode import eval_mode
+from hypo_train.build import Run
+from hypo_train.data.rows import Example, Ids, Pair, Prompt
+from hypo_train.evaluation.finished import FinishedRun
+from hypo_train.metrics.meter import Meter, add_loss, add_rewards
+from hypo_train.metrics.standard_error import standard_error
+from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.policy import Head
 from hypo_train.model.reward_model import RewardModel
-from hypo_train.run import Run
-from hypo_train.seeding import seeded
+from hypo_train.utils.seeding import seeded
 
 
 @dataclass(frozen=True)

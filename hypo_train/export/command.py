@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from hypo_train.checkpoint.model_card import write_card
+from hypo_train.checkpoint.whole_folder import put_whole
 from hypo_train.config import ConfigError, require_trust
 from hypo_train.export.settings import Settings
 from hypo_train.export.source import Source
-from hypo_train.model.named import generation_config, load_tokenizer, read_architecture
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.source import generation_config, load_tokenizer, read_architecture
 from hypo_train.model.tree_model import ModelError
-from hypo_train.sampling.shadow import merged_weights, unties
-from hypo_train.saving.model_card import write_card
-from hypo_train.saving.whole_folder import put_whole
+from hypo_train.sampling.merged_weights import merged_weights, unties
 
 
 def run(settings: Settings) -> int:

@@ -11,12 +11,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from hypo_train.checkpoint.files import latest_checkpoint, load_checkpoint
 from hypo_train.config import Config, ConfigError
 from hypo_train.model.load import load_policy, load_reward_model
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.trained_weights import put_saved, put_trained_weights
-from hypo_train.saving.checkpoint import latest_checkpoint, load_checkpoint
 
 _RECIPE, _CHECKPOINT = "config.yaml", "checkpoint.json"
 

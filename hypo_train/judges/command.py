@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from hypo_train.config import ConfigError
-from hypo_train.journal.records import make_folder, write_csv, write_json_lines
 from hypo_train.judges.cache import AnswerCache
 from hypo_train.judges.chat import ChatJudge
 from hypo_train.judges.endpoint import ChatEndpoint
@@ -18,6 +17,7 @@ from hypo_train.judges.protocol import Comparison, JudgeError, PairwiseJudge, Ve
 from hypo_train.judges.samples import read_comparisons
 from hypo_train.judges.settings import ChatSettings, Settings
 from hypo_train.judges.win_rate import summary
+from hypo_train.utils.records import make_folder, write_csv, write_json_lines
 
 REASONS_SHOWN = 3
 

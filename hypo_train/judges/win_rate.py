@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from hypo_train.journal.standard_error import standard_error
 from hypo_train.judges.protocol import Comparison, Verdict
+from hypo_train.metrics.standard_error import standard_error
 
 _SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 

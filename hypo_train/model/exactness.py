@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hypo_train.model.mode import eval_mode
+from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.policy import Head, HeadFunction, Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, first_line

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hypo_kernels import LoRA
-from hypo_train.model.exchange import Exchange
+from hypo_train.distributed.exchange import Exchange
 from hypo_train.model.policy import Head
 
 T = TypeVar("T")

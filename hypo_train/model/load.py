@@ -20,10 +20,10 @@ from transformers.utils import logging
 from hypo_train.config import Config
 from hypo_train.model.exactness import check_exactness, check_rewards
 from hypo_train.model.liger import use_layer_kernels
-from hypo_train.model.named import check_architecture, check_source, read_architecture, why_not
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import keep_scales, quantizable, quantization_options
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.source import check_architecture, check_source, read_architecture, why_not
 from hypo_train.model.trainable import made_trainable
 from hypo_train.model.tree_model import ModelError, TreeModel, first_line
 from hypo_train.model.weight_files import SAFETENSORS_ONLY, check_weight_files, why_not_read

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hypo_kernels.head import LMHead, LoRA
-from hypo_train.model.exchange import Exchange
-from hypo_train.model.mode import eval_mode
-from hypo_train.model.sharding import exchanged, is_sharded, local
+from hypo_train.distributed.exchange import Exchange
+from hypo_train.distributed.fsdp import exchanged, is_sharded, local
+from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.tree_model import ModelError, TreeModel, Trunk
 from hypo_train.trees.tree import Tree
 

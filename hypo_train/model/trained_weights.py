@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from hypo_train.distributed.fsdp import sharded_as
 from hypo_train.model.load import refuse_missing
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
-from hypo_train.model.sharding import sharded_as
 from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.model.weight_files import SAFETENSORS_ONLY, refuse_pickles
 

@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hypo_train.model.sharding import Spread, is_sharded, local, shard, unsharded, whole
+from hypo_train.distributed.fsdp import Spread, is_sharded, local, shard, unsharded, whole
+from hypo_train.distributed.vocab_parallel import VocabParts, processes_without_a_part
 from hypo_train.model.trunk import decoder_layers, frozen_layers, joined, kept_trunk, replayed_trunk, run_trunk
-from hypo_train.model.vocab_parallel import VocabParts, processes_without_a_part
 from hypo_train.optim import Role, parameter_roles
 from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
 from hypo_train.trees.tree import Tree

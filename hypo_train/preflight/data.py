@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from hypo_train.algorithms.reference_cache import splits_to_precompute
 from hypo_train.config import Config
 from hypo_train.data.load import KINDS, check_texts
+from hypo_train.data.plan import Plan, Rows, load_plan
 from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.distributed.processes import Share
 from hypo_train.model.tree_model import ModelError
-from hypo_train.plan import Plan, Rows, load_plan
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.source import Source
-from hypo_train.reference_cache import splits_to_precompute
 
 
 def check_data(config: Config, source: Source | None, found: Findings, share: Share) -> Plan:

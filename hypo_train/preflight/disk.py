@@ -6,15 +6,15 @@ import os
 import shutil
 from pathlib import Path
 
+from hypo_train.checkpoint.files import checkpoint_folder
 from hypo_train.config import Config, ConfigError
-from hypo_train.costs.memory import readable
-from hypo_train.costs.rehearsal import bytes_of
+from hypo_train.data.plan import Plan
+from hypo_train.metrics.memory import readable
+from hypo_train.model.meta_pass import bytes_of
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.optim import footprint
-from hypo_train.plan import Plan
 from hypo_train.preflight.findings import Findings
-from hypo_train.saving.checkpoint import checkpoint_folder
 
 
 def check_output_dir(config: Config) -> None:

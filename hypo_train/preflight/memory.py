@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.costs import devices
-from hypo_train.costs.estimate import PUT_TOGETHER, DeviceType, Estimate
-from hypo_train.costs.memory import GIB, readable
+from hypo_train.metrics import devices
+from hypo_train.metrics.memory import GIB, readable
 from hypo_train.preflight.findings import Findings
+from hypo_train.preflight.memory_estimate import PUT_TOGETHER, DeviceType, Estimate
 
 DEVICES = (24, 48, 80, 141)  # GiB, of common ones
 FREE = 0.9  # of a device: the rest is for CUDA's context, an allocator's slack and what is not estimated

@@ -9,15 +9,15 @@ import huggingface_hub
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hypo_train.config import Config
-from hypo_train.costs.estimate import SamplerKind
 from hypo_train.model.load import meta_model
-from hypo_train.model.miniature import Structure
-from hypo_train.model.named import check_source, why_not
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.source import check_source, why_not
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.findings import Findings
+from hypo_train.preflight.memory_estimate import SamplerKind
 from hypo_train.preflight.source import Source, check_weights, is_missing
+from hypo_train.preflight.tiny_model import Structure
 
 
 def describe_model(

@@ -10,8 +10,7 @@ from typing import Any
 
 from hypo_train.config import Config, ConfigError, load_config
 from hypo_train.invocation import DryRun
-from hypo_train.model.architectures import known_architecture
-from hypo_train.model.named import (
+from hypo_train.model.source import (
     check_architecture,
     check_source,
     eos_token_ids,
@@ -22,6 +21,7 @@ from hypo_train.model.named import (
 )
 from hypo_train.model.tree_model import ModelError
 from hypo_train.model.weight_files import check_weight_files, has_weights
+from hypo_train.preflight.architectures import known_architecture
 from hypo_train.preflight.findings import Findings
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -13,33 +13,33 @@ from typing import Any, cast
 
 import torch
 
+from hypo_train.algorithms.reward import RewardFunction, load_function
+from hypo_train.checkpoint.lock import require_unlocked
+from hypo_train.checkpoint.resume import check_resume, checkpoint_to_resume, refuse_to_overwrite
 from hypo_train.config import Config
-from hypo_train.costs.devices import DEVICES
-from hypo_train.costs.estimate import Conditions, DeviceType, estimate
+from hypo_train.data.plan import Plan
 from hypo_train.distributed.processes import Share
 from hypo_train.distributed.zero import require_deepspeed
 from hypo_train.invocation import DryRun
-from hypo_train.journal.trackers import require_trackers
+from hypo_train.metrics.devices import DEVICES
+from hypo_train.metrics.trackers import require_trackers
 from hypo_train.model.load import StructureError, outline
-from hypo_train.model.miniature import UNKNOWN, Structure, look_at_structure
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import require_quantization
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import first_line
 from hypo_train.optim import require_optimizer
-from hypo_train.plan import Plan
 from hypo_train.preflight.data import assumed_plan, check_data, describe_steps
 from hypo_train.preflight.device import check_kernels, require_engine
 from hypo_train.preflight.disk import check_disk, check_output_dir
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.hub import offline_where_unreachable
 from hypo_train.preflight.memory import check_memory
+from hypo_train.preflight.memory_estimate import Conditions, DeviceType, estimate
 from hypo_train.preflight.model import check_reward_model, describe_model, sampler_kind
+from hypo_train.preflight.prediction.describe import describe_time
 from hypo_train.preflight.source import LONGEST, Source
-from hypo_train.preflight.time import describe_time
-from hypo_train.reward import RewardFunction, load_function
-from hypo_train.saving.continued import check_resume, checkpoint_to_resume, refuse_to_overwrite
-from hypo_train.saving.lock import require_unlocked
+from hypo_train.preflight.tiny_model import UNKNOWN, Structure, look_at_structure
 
 
 @dataclass(frozen=True)

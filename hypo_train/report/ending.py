@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hypo_train.journal.say import say
 from hypo_train.report.page import REPORT_FILE, write_report
+from hypo_train.utils.safe_print import say
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
-from hypo_train.model.mode import eval_mode
+from hypo_train.model.eval_mode import eval_mode
 from hypo_train.sampling.protocol import (
     MODELS_OWN,
     Distribution,

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from hypo_train.sampling.merged_weights import merged_weights, unties
 from hypo_train.sampling.protocol import MODELS_OWN, Distribution, PromptKV, Samples, check_request
-from hypo_train.sampling.shadow import merged_weights, unties
 
 
 class VLLMSampler:

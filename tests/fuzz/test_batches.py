@@ -11,9 +11,9 @@ from budget import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypo_train.algorithms.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.config import Config
 from hypo_train.data.rows import Pair
-from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model.load import load_policy
 from hypo_train.trees.batch import Batcher
 

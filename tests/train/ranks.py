@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hypo_train.config import Config
-from hypo_train.journal.log import read_metrics, without_costs
+from hypo_train.metrics.log import read_metrics, without_costs
 from hypo_train.train import train
 
 WORLD = 2
@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
         with ExitStack() as patches:
             patches.enter_context(patch("hypo_train.preflight.stages._check_memory"))  # as in tests of one process
             if config.fsdp and os.environ["RANK"] != "0":  # it is given its part, and reads no weights
-                patches.enter_context(patch.multiple("hypo_train.run", load_policy=None, load_reward_model=None))
+                patches.enter_context(patch.multiple("hypo_train.build", load_policy=None, load_reward_model=None))
             train(config, progress=False)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from tiny import weights
 
+from hypo_train.build import Run, prepare
+from hypo_train.checkpoint.state import resume, save
 from hypo_train.config import Config
-from hypo_train.journal.metrics import Meter
-from hypo_train.run import Run, prepare
-from hypo_train.saving.state import resume, save
+from hypo_train.metrics.meter import Meter
 from hypo_train.step import train_step
 
 

@@ -13,11 +13,13 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from hypo_train.algorithms.losses import sequence_logprobs_of
+from hypo_train.algorithms.reference_cache import cache_key
+from hypo_train.checkpoint.state import save_model
 from hypo_train.config import Config, ConfigError
-from hypo_train.costs.estimate import Conditions, estimate
+from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
 from hypo_train.invocation import DryRun
-from hypo_train.losses import sequence_logprobs_of
 from hypo_train.model.load import load_policy, outline
 from hypo_train.model.quantization import (
     bytes_in_4_bits,
@@ -29,12 +31,10 @@ from hypo_train.model.quantization import (
     quantization_options,
 )
 from hypo_train.model.tree_model import ModelError
-from hypo_train.plan import Plan
 from hypo_train.preflight import check
-from hypo_train.reference_cache import cache_key
+from hypo_train.preflight.memory_estimate import Conditions, estimate
 from hypo_train.sampling import DecodeSampler
-from hypo_train.sampling.shadow import merged_weights
-from hypo_train.saving.state import save_model
+from hypo_train.sampling.merged_weights import merged_weights
 from hypo_train.train import train
 from hypo_train.trees.batch import Batcher
 

@@ -13,12 +13,12 @@ import torch
 from tiny import new_model, pair_rows, save, write_rows
 
 from hypo_train.config import Config, ConfigError
+from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
-from hypo_train.distributed import alike
 from hypo_train.distributed.processes import Processes, Share
-from hypo_train.interrupt import ElsewhereError
 from hypo_train.model.policy import Policy
-from hypo_train.plan import Plan
+from hypo_train.preflight import consistency
+from hypo_train.utils.signals import ElsewhereError
 
 ROWS = (Pair(0, (5, 6), (7, 1), (8, 1)), Pair(1, (5,), (9, 1), (8, 1)))
 
@@ -65,7 +65,7 @@ def refused(found):
 
 
 def with_settings(processes, config):
-    alike.require_same_settings(processes, config, device_type="cpu")
+    consistency.require_same_settings(processes, config, device_type="cpu")
 
 
 def test_other_settings_are_refused_with_both_values_and_other_places_are_not():
@@ -84,12 +84,12 @@ def test_another_package_or_another_kind_of_device_is_refused():
     config = Config(model_name_or_path="m", dataset_name="d")
 
     def on(processes, device_type):
-        alike.require_same_settings(processes, config, device_type=device_type)
+        consistency.require_same_settings(processes, config, device_type=device_type)
 
     assert "the device is cpu and not cuda" in refused(errors(on, ["cuda", "cpu"]))
 
     def with_versions(processes, versions):
-        alike._require(processes, versions, "install the same packages on all machines")
+        consistency._require(processes, versions, "install the same packages on all machines")
 
     said = refused(errors(with_versions, [{"torch": "2.12", "peft": "1"}, {"torch": "2.13"}]))
     assert "torch is 2.13 and not 2.12, peft is not there and not 1; install the same packages" in said
@@ -97,7 +97,7 @@ def test_another_package_or_another_kind_of_device_is_refused():
 
 def check_contents(processes, own):
     plan, model, function = own
-    alike.require_same_contents(
+    consistency.require_same_contents(
         processes, plan, model, tokens={"tokens that end": [1]}, reward=None, reward_function=function
     )
 
@@ -148,5 +148,5 @@ def test_a_process_with_other_data_is_refused_in_a_line_that_torchrun_shows_as_t
     assert "hypo_train: another process has failed: process 0 has failed" in done.stderr
     cause = done.stderr.partition("Root Cause (first observed failure)")[2]
     assert f"ConfigError: {said}" in cause
-    assert "hypo_train/run.py" not in done.stderr, "of a mistake that is no fault of the program's"
+    assert "hypo_train/build.py" not in done.stderr, "of a mistake that is no fault of the program's"
     assert not (tmp_path / "run").exists()

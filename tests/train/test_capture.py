@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from hypo_train.sampling import DecodeSampler, capture
+from hypo_train.sampling import DecodeSampler
+from hypo_train.sampling.decode import cuda_graphs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS, PAD = 1, 0
@@ -26,15 +27,15 @@ class Captures(list):
 def captures(monkeypatch):
     stand_in = Captures()
     if DEVICE == "cuda":
-        plain = capture.captured
+        plain = cuda_graphs.captured
 
         def counted(step, **options):
             stand_in.append(step.args[0])
             return plain(step, **options)
 
-        monkeypatch.setattr(capture, "captured", counted)
+        monkeypatch.setattr(cuda_graphs, "captured", counted)
     else:
-        monkeypatch.setattr(capture, "captured", stand_in)
+        monkeypatch.setattr(cuda_graphs, "captured", stand_in)
     return stand_in
 
 
@@ -96,7 +97,7 @@ def test_shapes_of_one_bucket_share_a_graph_and_others_do_not(captures):
 
 
 def test_a_long_completion_has_graphs_of_growing_width(captures, monkeypatch):
-    monkeypatch.setattr(capture, "_WIDTH_STEP", 16)
+    monkeypatch.setattr(cuda_graphs, "_WIDTH_STEP", 16)
     model = new_model()
     found = sampler_of(model, capture=True).sample(PROMPTS, 2, 20, seed=1)
     assert captures == [128 + 16, 128 + 32, 128 + 48]
@@ -110,7 +111,7 @@ def test_one_new_token_needs_no_graph(captures):
 
 @pytest.mark.parametrize(("length", "expected"), [(1, 128), (128, 128), (129, 256), (512, 512), (513, 1024)])
 def test_prompts_fall_into_buckets_of_powers_of_two(length, expected):
-    assert capture.bucket(length) == expected
+    assert cuda_graphs.bucket(length) == expected
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there, it can be captured")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from hypo_train.optim import build_optimizer, build_scheduler
-from hypo_train.saving.checkpoint import (
+from hypo_train.checkpoint.files import (
     checkpoint_folder,
     latest_checkpoint,
     load_checkpoint,
     prune,
     save_checkpoint,
 )
-from hypo_train.saving.whole_folder import put_whole
+from hypo_train.checkpoint.whole_folder import put_whole
+from hypo_train.optim import build_optimizer, build_scheduler
 
 FILES = ["checkpoint.json", "model.safetensors", "optimizer.safetensors", "trainer.json"]
 

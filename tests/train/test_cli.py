@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 from hypo_train.__main__ import main
 from hypo_train.config import Config
 from hypo_train.data import load
-from hypo_train.journal.log import read_metrics
+from hypo_train.metrics.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,12 +8,12 @@ from stand_in import ROOT
 from tiny import make_config, new_model, save, word_tokenizer
 from transformers import AutoConfig
 
-from hypo_train.costs.communication import exchanges
-from hypo_train.costs.estimate import Conditions
-from hypo_train.costs.work import work_of
+from hypo_train.data.plan import load_plan
 from hypo_train.distributed.processes import Share
 from hypo_train.model.load import outline
-from hypo_train.plan import load_plan
+from hypo_train.preflight.memory_estimate import Conditions
+from hypo_train.preflight.prediction.communication import exchanges
+from hypo_train.preflight.prediction.work import work_of
 
 FSDP = {"fsdp": True}
 BF16 = {"bf16": True}

@@ -10,11 +10,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hypo_train.algorithms.losses import token_losses
 from hypo_train.config import load_config
 from hypo_train.convert_gguf import find_gguf, main
 from hypo_train.data.load import load_split_rows
 from hypo_train.data.rows import Pair
-from hypo_train.losses import token_losses
 from hypo_train.model.load import load_policy
 from hypo_train.train import train
 from hypo_train.trees.batch import Batcher

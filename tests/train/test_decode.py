@@ -9,7 +9,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 
-from hypo_train.sampling import DecodeSampler, Distribution, PromptKV, branches, decode, serves
+from hypo_train.sampling import DecodeSampler, Distribution, PromptKV, serves
+from hypo_train.sampling.decode import branches
+from hypo_train.sampling.decode import sampler as decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS, PAD = 1, 0

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hypo_train.__main__ import main
 from hypo_train.demo import report, run, stages, world
-from hypo_train.journal.log import read_metrics
+from hypo_train.metrics.log import read_metrics
 
 
 @pytest.fixture(scope="module")

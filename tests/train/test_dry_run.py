@@ -12,10 +12,10 @@ import yaml
 
 from hypo_train import preflight
 from hypo_train.__main__ import main
+from hypo_train.build import prepare
 from hypo_train.config import ConfigError
 from hypo_train.invocation import DryRun, take_dry_run
 from hypo_train.preflight import hub, memory
-from hypo_train.run import prepare
 
 RECIPES = Path(preflight.__file__).parents[1] / "recipes"
 PYTHIA = "EleutherAI/pythia-1.4b-deduped"

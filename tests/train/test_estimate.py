@@ -10,18 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import peak_extra_bytes
+from hypo_train.build import prepare, with_reference_logps
 from hypo_train.config import Config, ConfigError
-from hypo_train.costs.estimate import Conditions, estimate
-from hypo_train.costs.rehearsal import Rows, bytes_of, rehearse
+from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
 from hypo_train.distributed.processes import Share
-from hypo_train.journal.metrics import Meter
-from hypo_train.model.architectures import known_architecture
+from hypo_train.metrics.meter import Meter
 from hypo_train.model.load import outline
-from hypo_train.plan import Plan
+from hypo_train.model.meta_pass import Rows, bytes_of, rehearse
 from hypo_train.preflight import memory
+from hypo_train.preflight.architectures import known_architecture
 from hypo_train.preflight.findings import Findings
-from hypo_train.run import prepare, with_reference_logps
+from hypo_train.preflight.memory_estimate import Conditions, estimate
 from hypo_train.step import train_step
 
 # 7 million parameters, which weigh about as much as the activations of a step of 600 tokens.

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hypo_train.__main__ import main
-from hypo_train.journal.log import read_metrics
-from hypo_train.journal.standard_error import standard_error
+from hypo_train.metrics.log import read_metrics
+from hypo_train.metrics.standard_error import standard_error
 from hypo_train.train import train
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}

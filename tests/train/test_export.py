@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import hypo_train.export.command as command
 from hypo_train.__main__ import main
+from hypo_train.build import prepare
+from hypo_train.checkpoint.state import save, save_model
 from hypo_train.export.source import Source
-from hypo_train.journal.metrics import Meter
-from hypo_train.run import prepare
-from hypo_train.saving.state import save, save_model
+from hypo_train.metrics.meter import Meter
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 LORA_HEAD = {**LORA, "lora_target_modules": ".*(q_proj|query_key_value|lm_head|embed_out)"}

@@ -11,10 +11,10 @@ import torch
 
 import hypo_train.step as one_step
 from hypo_train.__main__ import main
-from hypo_train.interrupt import NotFiniteError
-from hypo_train.journal.metrics import FiniteWatch
-from hypo_train.run import prepare
+from hypo_train.build import prepare
+from hypo_train.metrics.meter import FiniteWatch
 from hypo_train.train import train
+from hypo_train.utils.signals import NotFiniteError
 
 
 def poisoned(patch, nth, value=math.nan):

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypo_train.costs.devices import peak_bf16
-from hypo_train.costs.flops import ModelFlops, Size, UncountedError
+from hypo_train.algorithms.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.data.rows import Pair
-from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
+from hypo_train.metrics.devices import peak_bf16
+from hypo_train.metrics.flops import ModelFlops, Size, UncountedError
 from hypo_train.model.load import load_policy
 from hypo_train.trees.batch import Batcher
 

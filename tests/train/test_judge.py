@@ -25,12 +25,12 @@ from transformers import AutoModelForSequenceClassification
 
 from hypo_train.__main__ import main
 from hypo_train.config import ConfigError
-from hypo_train.journal.records import write_csv, write_json_lines
-from hypo_train.journal.standard_error import standard_error
 from hypo_train.judges import chat, endpoint
 from hypo_train.judges.endpoint import _seconds
 from hypo_train.judges.template import Template, load_template, preferred
+from hypo_train.metrics.standard_error import standard_error
 from hypo_train.train import train
+from hypo_train.utils.records import write_csv, write_json_lines
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-never-to-be-written-1234567890"

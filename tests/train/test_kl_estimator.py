@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from test_train import LAST_LAYER, LORA, LORA_HEAD, OF_PAIRS, OF_SAMPLES, OF_STEPS, metrics_of, recorded, steps
 from transformers import AutoModelForCausalLM
 
-from hypo_train.journal.log import without_costs
+from hypo_train.metrics.log import without_costs
 from hypo_train.train import train
 
 WAYS = {

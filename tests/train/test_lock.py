@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hypo_train import run
+from hypo_train import build
+from hypo_train.checkpoint.lock import LOCK_FILE, locked, require_unlocked
 from hypo_train.config import ConfigError
-from hypo_train.saving.lock import LOCK_FILE, locked, require_unlocked
 from hypo_train.train import train
 
 HOLDER = """
@@ -42,7 +42,7 @@ def another_run_at_work(folder):
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_a_run_where_another_one_is_at_work_is_refused_before_weights_are_read(settings, monkeypatch, resume):
     config = settings(resume_from_checkpoint=resume)
-    monkeypatch.setattr(run, "load_policy", None)
+    monkeypatch.setattr(build, "load_policy", None)
     with (
         another_run_at_work(Path(config.output_dir)),
         pytest.raises(ConfigError, match=r"output_dir='.*run': another run is at work there: wait until it has ended"),

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from hypo_train.journal.log import RunLog, read_metrics
-from hypo_train.journal.records import RecordError
-from hypo_train.journal.say import say
+from hypo_train.metrics.log import RunLog, read_metrics
+from hypo_train.utils.records import RecordError
+from hypo_train.utils.safe_print import say
 
 
 def run_log(output_dir, **options):
@@ -219,7 +219,7 @@ def test_without_a_terminal_each_log_call_is_one_plain_line(tmp_path, capsys):
 
 def test_the_time_left_counts_this_attempts_steps_alone(tmp_path, capsys, monkeypatch):
     now = 100.0
-    monkeypatch.setattr("hypo_train.journal.log.time.monotonic", lambda: now)
+    monkeypatch.setattr("hypo_train.metrics.log.time.monotonic", lambda: now)
     with run_log(tmp_path, progress=True, resume_step=4) as log:
         now += 60.0
         log.log(6, {"loss": 1.0})
@@ -229,7 +229,7 @@ def test_the_time_left_counts_this_attempts_steps_alone(tmp_path, capsys, monkey
 @pytest.mark.parametrize("on_a_terminal", [True, False])
 def test_the_time_left_is_not_led_astray_by_evaluations(tmp_path, capsys, monkeypatch, on_a_terminal):
     now = 100.0
-    monkeypatch.setattr("hypo_train.journal.log.time.monotonic", lambda: now)
+    monkeypatch.setattr("hypo_train.metrics.log.time.monotonic", lambda: now)
     monkeypatch.setattr("tqdm.std.time", lambda: now)
     screen = terminal(monkeypatch) if on_a_terminal else None
     with RunLog(tmp_path, 1000, progress=True) as log:

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from hypo_train.journal.metrics import Meter, add_online_rewards
+from hypo_train.metrics.meter import Meter, add_online_rewards
 
 
 def groups(count, size=2, seed=0):

@@ -26,13 +26,13 @@ from transformers import (
 )
 
 from benchmarks.measure import peak_extra_bytes
+from hypo_train.algorithms.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.config import Config
 from hypo_train.data.rows import Pair
-from hypo_train.losses import Reference, preference_loss, sequence_logprobs_of
 from hypo_train.model.exactness import check_exactness
 from hypo_train.model.load import load_policy, load_reward_model
-from hypo_train.model.named import eos_token_ids, load_tokenizer
 from hypo_train.model.policy import Policy
+from hypo_train.model.source import eos_token_ids, load_tokenizer
 from hypo_train.model.tree_model import ModelError
 from hypo_train.trees.attention import NAME
 from hypo_train.trees.batch import Batcher

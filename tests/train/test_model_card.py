@@ -8,8 +8,8 @@ import pytest
 import tiny
 from huggingface_hub import ModelCard
 
+from hypo_train.checkpoint.model_card import card_text
 from hypo_train.config import Config
-from hypo_train.saving.model_card import card_text
 from hypo_train.train import train
 
 SECRET = "hf_" + "a1B2" * 8

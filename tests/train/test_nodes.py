@@ -8,7 +8,7 @@ import pytest
 from ranks import free_port
 from tiny import make_config, new_model, save
 
-from hypo_train.journal.log import read_metrics
+from hypo_train.metrics.log import read_metrics
 
 STEPS = 2
 

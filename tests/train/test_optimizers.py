@@ -11,13 +11,13 @@ from resumed import resumed_like_whole
 from torch import nn
 
 from benchmarks.measure import peak_extra_bytes
+from hypo_train.build import prepare
+from hypo_train.checkpoint.files import checkpoint_folder, load_checkpoint, save_checkpoint
 from hypo_train.config import Config, ConfigError
-from hypo_train.costs.rehearsal import bytes_of
 from hypo_train.distributed.zero import require_deepspeed
 from hypo_train.model.load import outline
+from hypo_train.model.meta_pass import bytes_of
 from hypo_train.optim import build_optimizer, build_scheduler, footprint, parameter_roles
-from hypo_train.run import prepare
-from hypo_train.saving.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "muon")
 

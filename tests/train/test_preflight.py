@@ -13,15 +13,15 @@ import pytest
 import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hypo_train import preflight, run
+from hypo_train import build, preflight
+from hypo_train.build import prepare
 from hypo_train.config import ConfigError
 from hypo_train.data import load
 from hypo_train.data.formats import DataError
 from hypo_train.model import load as model_load
-from hypo_train.model import named
+from hypo_train.model import source
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight import PreflightError, disk, memory, stages
-from hypo_train.run import prepare
 from hypo_train.train import train
 
 
@@ -50,7 +50,7 @@ def nothing_heavy(monkeypatch):
         raise AssertionError("read before the settings passed")
 
     monkeypatch.setattr(load, "load_rows", refuse)
-    monkeypatch.setattr(run, "load_policy", refuse)
+    monkeypatch.setattr(build, "load_policy", refuse)
 
 
 def part(lines, title):
@@ -81,7 +81,7 @@ def test_the_page_comes_before_the_weights_and_warnings_come_first(settings, mon
         assert shown[0] == "warnings"
         raise ModelError("weights are read now")
 
-    monkeypatch.setattr(run, "load_policy", stop)
+    monkeypatch.setattr(build, "load_policy", stop)
     with pytest.raises(ModelError, match="weights are read now"):
         prepare(settings(top_k=5), show=shown.extend)
 
@@ -99,7 +99,7 @@ def test_nothing_is_read_twice(settings, monkeypatch):
         return open_tokenizer(*arguments, **options)
 
     monkeypatch.setattr(load, "load_rows", rows)
-    monkeypatch.setattr(named.AutoTokenizer, "from_pretrained", tokenizer)
+    monkeypatch.setattr(source.AutoTokenizer, "from_pretrained", tokenizer)
     train(settings(max_steps=1, num_eval_rows=4), progress=False)
     assert counts == {"data": 1, "tokenizer": 1}
 
@@ -167,7 +167,7 @@ def test_an_output_dir_below_a_file_is_named(settings, tmp_path, nothing_heavy):
 
 def test_states_that_alone_exceed_the_device_are_refused(settings, monkeypatch):
     monkeypatch.setattr(memory, "device_room", lambda device: 100_000)
-    monkeypatch.setattr(run, "load_policy", None)
+    monkeypatch.setattr(build, "load_policy", None)
     with pytest.raises(ConfigError) as caught:
         prepare(settings())
     message = str(caught.value)
@@ -239,7 +239,7 @@ def test_what_checkpoints_and_the_final_model_take_is_what_is_written(settings, 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused(settings, monkeypatch):
     with_free_disk(monkeypatch, 200_000)
-    monkeypatch.setattr(run, "load_policy", None)
+    monkeypatch.setattr(build, "load_policy", None)
     with pytest.raises(ConfigError, match=r"a checkpoint takes 0\.20 MiB, and 0\.19 MiB are free: choose a folder"):
         prepare(settings())
 

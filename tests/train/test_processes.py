@@ -8,7 +8,7 @@ from ranks import WORLD, assert_logged_alike, assert_saved_alike, launch
 from tiny import make_config, new_model, save
 
 from hypo_train.config import Config
-from hypo_train.journal.log import read_metrics
+from hypo_train.metrics.log import read_metrics
 from hypo_train.train import train
 
 pytestmark = pytest.mark.slow

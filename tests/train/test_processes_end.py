@@ -14,7 +14,7 @@ from ranks import ended, final, launch, started
 from tiny import make_config, new_model, save
 
 from hypo_train.config import Config
-from hypo_train.journal.log import read_metrics, without_costs
+from hypo_train.metrics.log import read_metrics, without_costs
 from hypo_train.train import train
 
 pytestmark = pytest.mark.slow

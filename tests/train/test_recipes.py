@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from hypo_train.__main__ import main
+from hypo_train.build import prepare
 from hypo_train.config import Config, load_config
-from hypo_train.run import prepare
 from hypo_train.train import train
 
 ROOT = Path(__file__).parents[2]

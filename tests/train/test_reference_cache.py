@@ -15,19 +15,19 @@ from test_resume import INTERVALS, Killed, assert_same_run, die, metrics_of
 from test_train import LAST_LAYER, LORA, LORA_HEAD, recorded, steps
 from torch.testing import assert_close
 
-import hypo_train.reference_cache as cache
+import hypo_train.algorithms.reference_cache as cache
 import hypo_train.train as loop
+from hypo_train.algorithms.losses import sequence_logprobs_of
+from hypo_train.algorithms.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
+from hypo_train.build import prepare, with_reference_logps
+from hypo_train.checkpoint.lock import LOCK_FILE
 from hypo_train.config import Config, ConfigError
+from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
-from hypo_train.fingerprint import fingerprint
-from hypo_train.losses import sequence_logprobs_of
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
-from hypo_train.plan import Plan
-from hypo_train.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
-from hypo_train.run import prepare, with_reference_logps
-from hypo_train.saving.lock import LOCK_FILE
 from hypo_train.train import train
+from hypo_train.utils.hashing import fingerprint
 
 WAYS = {"full": {}, "lora": LORA, "lora, head": LORA_HEAD, "last layer": LAST_LAYER}
 CPU = torch.device("cpu")
@@ -420,7 +420,7 @@ def test_the_folder_is_the_users_cache_unless_the_config_names_one(settings, mon
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(cached, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr("hypo_train.run.load_policy", None)
+    monkeypatch.setattr("hypo_train.build.load_policy", None)
     with pytest.raises(ConfigError, match=r"cannot be kept in '.*/file/logps' \(.*\): set ref_logps_cache_dir"):
         train(cached(ref_logps_cache_dir=str(tmp_path / "file" / "logps")), progress=False)
 

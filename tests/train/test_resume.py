@@ -20,20 +20,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import hypo_train.algorithms as algorithms
-import hypo_train.run as building
-import hypo_train.saving.state as state
+import hypo_train.algorithms.micro_batch as algorithms
+import hypo_train.build as building
+import hypo_train.checkpoint.state as state
 import hypo_train.step as one_step
 import hypo_train.train as loop
 from hypo_train.__main__ import main
+from hypo_train.checkpoint.files import CheckpointError, latest_checkpoint
 from hypo_train.config import ConfigError
-from hypo_train.costs.timing import PhaseTimer
-from hypo_train.interrupt import Stopped
-from hypo_train.journal.log import read_metrics, without_costs
+from hypo_train.metrics.log import read_metrics, without_costs
+from hypo_train.metrics.timing import PhaseTimer
 from hypo_train.model.policy import Policy
 from hypo_train.sampling import DecodeSampler
-from hypo_train.saving.checkpoint import CheckpointError, latest_checkpoint
 from hypo_train.train import train
+from hypo_train.utils.signals import Stopped
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.3}
 LORA_HEAD = {**LORA, "lora_target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.0}

@@ -16,16 +16,16 @@ import recorded
 
 import hypo_train.train
 from hypo_train.__main__ import main
-from hypo_train.interrupt import NotFiniteError, Stopped
-from hypo_train.journal.environment import Attempt
-from hypo_train.journal.records import RecordError
-from hypo_train.journal.redact import redacted
+from hypo_train.metrics.environment import Attempt
 from hypo_train.report.html import Html, data, element, text
 from hypo_train.report.numbers import duration, short, with_error
 from hypo_train.report.page import page, write_report
 from hypo_train.report.runs import read_runs
 from hypo_train.report.series import MOST_POINTS, series
 from hypo_train.train import train
+from hypo_train.utils.records import RecordError
+from hypo_train.utils.redact import redacted
+from hypo_train.utils.signals import NotFiniteError, Stopped
 
 
 class Parsed(HTMLParser):

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from hypo_train.__main__ import main
+from hypo_train.build import prepare
 from hypo_train.config import ConfigError, load_config
 from hypo_train.data.formats import DataError
 from hypo_train.invocation import DryRun
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight import check
-from hypo_train.run import prepare
 from hypo_train.train import train
 
 TOKEN = "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"

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from hypo_train.sampling import DecodeSampler, decode
-from hypo_train.sampling.shadow import Shadow, merged_weights
+from hypo_train.sampling.merged_weights import Shadow, merged_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS, PAD = 1, 0

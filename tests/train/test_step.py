@@ -6,8 +6,8 @@ import torch
 from test_train import recorded
 from torch.testing import assert_close
 
-from hypo_train.journal.metrics import Meter
-from hypo_train.run import prepare, with_reference_logps
+from hypo_train.build import prepare, with_reference_logps
+from hypo_train.metrics.meter import Meter
 from hypo_train.train import train_step
 
 OFF = {

@@ -4,19 +4,19 @@ import pytest
 import tiny
 from transformers import AutoConfig
 
+from hypo_train.build import prepare
 from hypo_train.config import ConfigError
-from hypo_train.costs.communication import Exchange, exchanges
-from hypo_train.costs.devices import DEVICES, Assumed, bandwidth
-from hypo_train.costs.estimate import Conditions
-from hypo_train.costs.flops import ModelFlops
-from hypo_train.costs.step_time import Speeds, predict
-from hypo_train.costs.work import work_of
+from hypo_train.data.plan import load_plan
 from hypo_train.distributed.processes import Share
 from hypo_train.invocation import take_dry_run
+from hypo_train.metrics.devices import DEVICES, Assumed, bandwidth
+from hypo_train.metrics.flops import ModelFlops
 from hypo_train.model.load import outline
-from hypo_train.plan import load_plan
 from hypo_train.preflight import check, hub
-from hypo_train.run import prepare
+from hypo_train.preflight.memory_estimate import Conditions
+from hypo_train.preflight.prediction.communication import Exchange, exchanges
+from hypo_train.preflight.prediction.step_time import Speeds, predict
+from hypo_train.preflight.prediction.work import work_of
 
 COMPUTE, MEMORY, LINKS = 1e9, 1e8, 1e7
 

@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 
-from hypo_train.costs.flops import ModelFlops, Rates, UncountedError
-from hypo_train.costs.memory import peak_memory
-from hypo_train.costs.throughput import Throughput
-from hypo_train.journal.log import read_metrics, without_costs
+from hypo_train.metrics.flops import ModelFlops, Rates, UncountedError
+from hypo_train.metrics.log import read_metrics, without_costs
+from hypo_train.metrics.memory import peak_memory
+from hypo_train.metrics.throughput import Throughput
 from hypo_train.train import train
 from hypo_train.trees.batch import Batcher
 
@@ -123,7 +123,7 @@ def test_evaluations_and_checkpoints_take_no_time_of_a_step(settings, monkeypatc
         nonlocal now
         now += 1000.0
 
-    monkeypatch.setattr("hypo_train.costs.timing.time.perf_counter", lambda: now)
+    monkeypatch.setattr("hypo_train.metrics.timing.time.perf_counter", lambda: now)
     monkeypatch.setattr("hypo_train.train._evaluate", slow)
     monkeypatch.setattr("hypo_train.train.save", slow)
 
@@ -141,7 +141,7 @@ def test_a_model_whose_flops_are_not_known_trains_and_the_run_says_why(settings,
     def unknown(policy):
         raise UncountedError("experts (4, 32, 48) is no linear layer's weight")
 
-    monkeypatch.setattr("hypo_train.run.ModelFlops.of", unknown)
+    monkeypatch.setattr("hypo_train.build.ModelFlops.of", unknown)
     for line in costs_of(settings(algorithm="dpo")):
         assert not any("flops" in name for name in line)
         assert line["tokens_per_second"] > 0

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from hypo_train.costs.timing import PHASES, PhaseTimer
-from hypo_train.journal.metrics import Meter
-from hypo_train.run import prepare
+from hypo_train.build import prepare
+from hypo_train.metrics.meter import Meter
+from hypo_train.metrics.timing import PHASES, PhaseTimer
 from hypo_train.train import train_step
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def clock(monkeypatch):
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr("hypo_train.costs.timing.time.perf_counter", lambda: now)
+    monkeypatch.setattr("hypo_train.metrics.timing.time.perf_counter", lambda: now)
     return wait
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from accelerate.tracking import TensorBoardTracker
 
-import hypo_train.journal.trackers
+import hypo_train.metrics.trackers
 from hypo_train.__main__ import main
 from hypo_train.config import ConfigError, load_config
-from hypo_train.journal.log import RunLog, read_metrics
-from hypo_train.journal.trackers import QUIET, Trackers, require_trackers, settings_to_show
+from hypo_train.metrics.log import RunLog, read_metrics
+from hypo_train.metrics.trackers import QUIET, Trackers, require_trackers, settings_to_show
 from hypo_train.train import train
 
 SECRET = "https://me:s3cret@host/data.jsonl?token=abc123"
@@ -74,7 +74,7 @@ def test_without_trackers_there_is_metrics_jsonl_alone(settings):
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(settings, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(hypo_train.journal.trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(hypo_train.metrics.trackers, "find_spec", lambda name: None)
     config = settings(report_to=["wandb", "mlflow"], model=tmp_path / "missing")
     with pytest.raises(ConfigError, match="wandb, mlflow is not installed: pip install wandb mlflow, or leave it out"):
         train(config)
@@ -88,7 +88,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(setting
 def test_a_folder_that_a_tracker_has_left_is_no_package(settings, monkeypatch, tmp_path):
     (tmp_path / "here" / "mlflow_of_before").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path / "here")
-    monkeypatch.setitem(hypo_train.journal.trackers.PACKAGES, "mlflow", "mlflow_of_before")
+    monkeypatch.setitem(hypo_train.metrics.trackers.PACKAGES, "mlflow", "mlflow_of_before")
     with pytest.raises(ConfigError, match="mlflow_of_before is not installed"):
         require_trackers(settings(report_to=["mlflow"]))
 
@@ -106,7 +106,7 @@ def test_a_folder_that_a_tracker_has_left_is_no_package(settings, monkeypatch, t
     ids=str,
 )
 def test_wandb_without_a_login_is_refused_before_anything_else(settings, monkeypatch, tmp_path, environment, accepted):
-    monkeypatch.setattr(hypo_train.journal.trackers, "_is_installed", lambda name: True)
+    monkeypatch.setattr(hypo_train.metrics.trackers, "_is_installed", lambda name: True)
     (tmp_path / "netrc").write_text("machine wandb.example login user password key\n")
     (tmp_path / "netrc").chmod(0o600)
     for variable in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):

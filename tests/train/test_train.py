@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hypo_train.build import prepare
 from hypo_train.config import load_config
 from hypo_train.data.order import batch_indices
-from hypo_train.journal.log import read_metrics, without_costs
-from hypo_train.journal.metrics import Meter
-from hypo_train.run import prepare
+from hypo_train.metrics.log import read_metrics, without_costs
+from hypo_train.metrics.meter import Meter
 from hypo_train.train import train, train_step
 from hypo_train.trees.batch import Batcher
 
@@ -303,7 +303,7 @@ def test_rows_of_a_step_are_ordered_by_length_for_the_same_loss_with_less_paddin
     for ordered in (True, False):
         with monkeypatch.context() as patch:
             if not ordered:
-                patch.setattr("hypo_train.plan.longest_first", lambda indices, lengths: indices)
+                patch.setattr("hypo_train.data.plan.longest_first", lambda indices, lengths: indices)
             sizes = padded_tokens(patch)
             run = recorded(settings(algorithm=algorithm, attn_implementation="sdpa", **shape))
             metrics = [steps(run, 1), steps(run, 1, first=1)]

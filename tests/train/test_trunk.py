@@ -7,7 +7,7 @@ from test_model import LORA, PAIRS, logprobs, model_config, policy_of
 from test_model import tree as whole_tree
 from torch.testing import assert_close
 
-from hypo_train.losses import preference_loss, reference_of
+from hypo_train.algorithms.losses import preference_loss, reference_of
 from hypo_train.model.trunk import frozen_layers
 
 WAYS = {"full": {}, "lora": LORA, "last layer": {"num_layers_unfrozen": 1}, "no layer": {"num_layers_unfrozen": 2}}

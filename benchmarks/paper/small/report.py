@@ -12,7 +12,7 @@ from benchmarks.paper.small import pictures
 from benchmarks.paper.small.arms import ESTIMATES, FRONTIERS, METHODS, Arm, arms
 from benchmarks.paper.small.outcome import Evaluation, Outcome, read_outcomes
 from benchmarks.paper.small.stages import REWARD_MODEL, Scale
-from hypo_train.journal.log import read_metrics
+from hypo_train.metrics.log import read_metrics
 
 # Arm name -> its outcome with each seed.
 Outcomes = dict[str, list[Outcome]]

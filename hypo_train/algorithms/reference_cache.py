@@ -1,0 +1,288 @@
+"""The reference's log-probs of the preference pairs: computed once, kept on disk, read by every run they fit.
+
+    <folder>/<key>.safetensors    "logps" fp32 (rows, 2), chosen and rejected; metadata for the reader and the check
+
+The key is a hash of all that the values depend on: the pairs' token ids (which hold tokenizer, template,
+truncation and data), the content of every weight of the reference, the model's code and settings, temperature and
+compute dtype. Batch size and kernel change last bits alone and are left out. A file is written under another
+name and renamed, so that runs that compute the same key at once only replace each other's equal files; one that
+is torn, damaged or of something else is not used, and the run says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from hypo_train.algorithms.losses import sequence_logprobs_of
+from hypo_train.config import Config, ConfigError
+from hypo_train.data.plan import Plan
+from hypo_train.data.rows import Pair, rows_hash
+from hypo_train.distributed.processes import Processes
+from hypo_train.model.policy import Policy
+from hypo_train.model.tree_model import ModelError
+from hypo_train.model.weight_digest import contents, started_from
+from hypo_train.trees.batch import Batcher
+from hypo_train.utils.safe_print import say
+
+FORMAT_VERSION = 1  # of the file, and of how the values are computed: raised when either changes
+_SECONDS_PER_LINE = 30.0
+# What a model's settings say of where it came from and what its forward returns beside the hidden states.
+_NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
+
+
+def precompute_pays(rows: Sequence[Pair], passes: float, *, prompts_shared: bool) -> bool:
+    """Whether one pass over ``rows`` now costs no more tokens than asking the reference in each of ``passes``.
+
+    A pair's own reference pass is over its prompt and completions; with ``prompts_shared``, samples of the
+    prompt need that pass anyway, and the pair adds its completions alone. A draw counts as a gain: the
+    values stay for other runs. What lies in the cache plays no part, so that a run repeats itself.
+    """
+    completions = sum(len(row.chosen) + len(row.rejected) for row in rows)
+    once = completions + sum(len(row.prompt) for row in rows)
+    return once <= passes * (completions if prompts_shared else once)
+
+
+def splits_to_precompute(plan: Plan) -> set[str]:
+    """Which of "train" and "eval" have their reference log-probs computed before the first step."""
+    config: Config = plan.config
+    rows: dict[str, Any] = {"train": plan.train_rows, "eval": plan.eval_rows}
+    splits = {split for split in rows if rows[split]}
+    if config.precompute_ref_log_probs is not None:
+        return splits if config.precompute_ref_log_probs else set()
+    if config.algorithm == "rloo" or not config.has_reference or config.kl_estimator == "exact":
+        return set()
+    epochs = plan.total_steps / plan.steps_per_epoch
+    evaluations = 1 + math.ceil(plan.total_steps / config.eval_steps) if config.eval_steps else 1
+    pays = {
+        "train": precompute_pays(rows["train"], epochs, prompts_shared=config.algorithm == "hypo"),
+        "eval": precompute_pays(rows["eval"], evaluations, prompts_shared=False),
+    }
+    return {split for split in splits if pays[split]}
+
+
+def cache_folder(config: Config) -> Path:
+    """Where the files lie; not made here."""
+    if config.ref_logps_cache_dir is not None:
+        return Path(config.ref_logps_cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hypo_train" / "reference_logps"
+
+
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` if need be. Raises ConfigError, before anything is computed, if no file can be kept there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the reference log-probs cannot be kept in {str(folder)!r} ({error.strerror}): set ref_logps_cache_dir to "
+            "a folder that can be written, or precompute_ref_log_probs: false"
+        ) from error
+
+
+def pair_reference_logps(
+    policy: Policy,
+    rows: Sequence[Pair],
+    config: Config,
+    *,
+    batcher: Batcher,
+    device: torch.device,
+    processes: Processes,
+    autocast: bool,
+    folder: Path,
+    split: str,
+    progress: bool,
+) -> Tensor:
+    """Log-probs of each row's chosen and rejected under the frozen reference, fp32 (len(rows), 2) on ``device``.
+
+    Args:
+        processes: divide the rows; the main one reads and writes the file.
+        autocast: compute under bfloat16 autocast, as the steps do.
+        folder: the cache's, which can be written.
+        split: what the rows are called in the lines that are printed.
+        progress: show how far a computation is and the time left.
+
+    Raises:
+        ModelError: a log-prob is not finite.
+    """
+    path = folder / f"{cache_key(policy, rows, config, autocast=autocast)}.safetensors"
+    known = processes.on_main(lambda: _kept(path, len(rows), split))
+    if known is not None:
+        return known.to(device)
+    started = time.monotonic()
+    label = f"{split}: reference log-probs"
+    computed = _computed(policy, rows, config, batcher, device, processes, autocast, label, progress)
+    _check_finite(computed, rows)
+    spent = tqdm.format_interval(time.monotonic() - started)
+    processes.on_main(lambda: _keep(path, computed, policy, f"{label} of {len(rows):,} pairs computed in {spent}"))
+    return computed.to(device)
+
+
+def _kept(path: Path, num_rows: int, split: str) -> Tensor | None:
+    """What the file holds; None where there is none that can be used."""
+    if not path.exists():
+        return None
+    try:
+        logps = _read(path, num_rows)
+    except (_UnusableError, OSError, SafetensorError) as error:
+        _say(f"{split}: {path} is not used, and is computed anew: {error}")
+        return None
+    _say(f"{split}: reference log-probs of {num_rows:,} pairs read from {path}")
+    return logps
+
+
+def _keep(path: Path, logps: Tensor, policy: Policy, what: str) -> None:
+    try:
+        _write(path, logps, policy)
+    except OSError as error:  # a disk that filled up is no reason to lose the pass
+        _say(f"{what}, not kept: {error}")
+    else:
+        _say(f"{what}, kept in {path}")
+
+
+def cache_key(policy: Policy, rows: Sequence[Pair], config: Config, *, autocast: bool) -> str:
+    """SHA-256, in hexadecimal, of all that the values depend on."""
+    base = policy.base
+    constants = {name: value for name, value in policy.head().constants().items() if name != "bias"}  # a weight
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "pairs": rows_hash(rows),
+        "weights": _reference_weights(policy),
+        "model": [type(base).__module__, type(base).__qualname__, transformers.__version__],
+        "settings": settings_computed_with(base),
+        "head": constants,
+        "autocast": autocast,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def settings_computed_with(base: Any) -> dict[str, Any]:
+    """What a transformers model's settings say of how it computes."""
+    return {name: value for name, value in base.config.to_dict().items() if name not in _NOT_COMPUTED_WITH}
+
+
+def _reference_weights(policy: Policy) -> dict[str, list[Any]]:
+    """Of what the reference is made of, buffers included."""
+    return contents({**dict(policy.named_buffers()), **started_from(policy)})
+
+
+def _computed(
+    policy: Policy,
+    rows: Sequence[Pair],
+    config: Config,
+    batcher: Batcher,
+    device: torch.device,
+    processes: Processes,
+    autocast: bool,
+    label: str,
+    progress: bool,
+) -> Tensor:
+    """fp32 (len(rows), 2) on the CPU. Rows of like length go together, the longest first: they need most memory."""
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].num_tokens)
+    size = config.per_device_eval_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    turns = processes.turns(batches, alike=config.fsdp)
+    mine = [batch for batch, _ in turns]
+    found = []
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        for batch in _shown(mine, label, sum(map(len, mine))) if progress else mine:
+            tree = batcher.pairs([rows[i] for i in batch], []).to(device)
+            found.append(policy.reference(tree, sequence_logprobs_of(tree, config)).float().view(2, -1).T.cpu())
+    logps = torch.empty(len(rows), 2, dtype=torch.float32)
+    for of_rank in processes.gather(list(zip(mine, found, strict=True))):
+        for batch, values in of_rank:
+            logps[batch] = values
+    return logps
+
+
+def _shown(batches: Sequence[list[int]], label: str, total: int) -> Iterator[list[int]]:
+    """The batches, with a bar on a terminal and now and then a line elsewhere."""
+    with tqdm(total=total, desc=label, unit="pair", dynamic_ncols=True, disable=None) as bar:  # None: off a terminal
+        started = said = time.monotonic()
+        done = 0
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            bar.update(len(batch))
+            now = time.monotonic()
+            if bar.disable and now - said >= _SECONDS_PER_LINE:
+                left = tqdm.format_interval((now - started) / done * (total - done))
+                _say(f"{label}  {done:,}/{total:,} pairs  {left} left")
+                said = now
+
+
+def _check_finite(logps: Tensor, rows: Sequence[Pair]) -> None:
+    bad = (~logps.isfinite()).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ModelError(
+            f"the reference's log-probs are not finite in {len(bad)} of {len(rows)} pairs, the first of them row "
+            f"{rows[bad[0]].row} ({logps[bad[0]].tolist()}): the model's weights or its dtype do not serve this data"
+        )
+
+
+class _UnusableError(Exception):
+    """A file of the cache that is not what its name says."""
+
+
+def _read(path: Path, num_rows: int) -> Tensor:
+    """fp32 (num_rows, 2) on the CPU, checked."""
+    content = path.read_bytes()  # not mapped: a mapped file that shrinks kills the process
+    logps = safetensors.torch.load(content).get("logps")
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    if metadata.get("key") != path.stem:
+        raise _UnusableError("it is of something else")
+    if logps is None or logps.shape != (num_rows, 2) or logps.dtype != torch.float32:
+        raise _UnusableError(f"it does not hold the log-probs of {num_rows} pairs")
+    if metadata.get("sha256") != _digest(logps):
+        raise _UnusableError("its content does not match its checksum")
+    if not logps.isfinite().all():
+        raise _UnusableError("it holds values that are not finite")
+    return logps
+
+
+def _write(path: Path, logps: Tensor, policy: Policy) -> None:
+    """All of the file or nothing, whoever else writes it."""
+    metadata = {
+        "key": path.stem,
+        "sha256": _digest(logps),
+        "model": str(policy.base.config._name_or_path),
+        "rows": str(len(logps)),
+        "format_version": str(FORMAT_VERSION),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(safetensors.torch.save({"logps": logps}, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _digest(logps: Tensor) -> str:
+    return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
+
+
+def _say(text: str) -> None:
+    with tqdm.external_write_mode():
+        say(text)

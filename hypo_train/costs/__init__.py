@@ -1,1 +1,0 @@
-"""What a step costs: seconds by phase, work, rate and memory."""

@@ -1,1 +1,0 @@
-"""What a run says of itself: numbers, lines, records, and on what it ran."""

@@ -1,0 +1,240 @@
+"""What a run says: `metrics.jsonl`, its trackers, a progress bar.
+
+`metrics.jsonl` is the record. It has one line a log call, `{"step": 10, "loss": 0.69, ...}`, and a run that was
+killed and resumed leaves the file of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from hypo_train.metrics.trackers import Trackers
+from hypo_train.utils.records import written
+from hypo_train.utils.safe_print import say
+
+METRICS_FILE = "metrics.jsonl"
+SHOWN = {
+    "loss": "loss",
+    "kl": "kl",
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "rewards/margins": "margin",
+    "time/step": "s/step",
+    "time/sample": "s/sampling",
+    "tokens_per_second": "tokens/s",
+}
+
+
+class SilentLog:
+    """Of a process that leaves the log to the main one."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step."""
+
+    def flush(self) -> None:
+        """Put what was logged on the disk."""
+
+    def advance(self, step: int) -> None:
+        """``step`` steps are done."""
+
+    def message(self, text: str) -> None:
+        """Print a line."""
+
+    def close(self) -> None:
+        """Close what was opened."""
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RunLog(SilentLog):
+    """The log of one run; a context manager that closes what it opened.
+
+    Args:
+        output_dir: where `metrics.jsonl` goes; made if need be.
+        total_steps: the run's length, for the time left.
+        trackers: that metrics go to as well; closed with the log.
+        resume_step: the step of the checkpoint the run goes on from: what an earlier attempt logged after it is
+            dropped. Log a step before saving its checkpoint, or its line is lost when the run dies in between.
+            0 = a new run: an old file is emptied.
+        progress: show a bar on a terminal, and a line a log call elsewhere; False shows neither.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path | str,
+        total_steps: int,
+        *,
+        trackers: Trackers | None = None,
+        resume_step: int = 0,
+        progress: bool,
+    ) -> None:
+        self._path = path = Path(output_dir) / METRICS_FILE
+        self.total_steps = total_steps
+        self._progress = progress
+        self._first_step = resume_step
+        self._started = time.monotonic()
+        self._shown: dict[str, str] = {}
+        self._trackers = trackers
+        with written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut(path, resume_step)
+            self._file = path.open("a", encoding="utf-8")
+        self._bar = None
+        if progress and sys.stderr.isatty():
+            # The time left by the mean of all steps: by the newest ones, an evaluation would count as many of them.
+            self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", dynamic_ncols=True, smoothing=0)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step, on the disk when this returns as far as a killed process goes."""
+        line = {"step": step, **{name: _to_json(value) for name, value in metrics.items()}}
+        with written(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._trackers is not None:
+            self._trackers.log(step, metrics)
+        self._show(step, metrics)
+        if step == self._first_step:  # an evaluation before the first step says nothing of how long steps take
+            self._started = time.monotonic()
+            if self._bar is not None:
+                self._bar.unpause()
+
+    def flush(self) -> None:
+        """What was logged is on the disk when this returns, even if the power fails: for before a checkpoint."""
+        with written(self._path):
+            os.fsync(self._file.fileno())
+
+    def advance(self, step: int) -> None:
+        """Move the bar: `step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def message(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        with tqdm.external_write_mode():
+            say(text)
+
+    def close(self) -> None:
+        """Close the files and the bar; closing twice does nothing."""
+        if self._trackers is not None:
+            self._trackers.close()
+        if self._bar is not None:
+            self._bar.close()
+        with written(self._path):
+            self._file.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._progress:
+            return
+        trained = _formatted(metrics, "")
+        if self._bar is not None and trained:
+            self._shown |= trained
+            self._bar.set_postfix(self._shown)
+        else:  # no terminal, or an evaluation, whose values would not last in the bar
+            values = "  ".join(f"{label} {value}" for label, value in (trained | _formatted(metrics, "eval_")).items())
+            self.message(f"step {step}/{self.total_steps}{self._time_left(step)}  {values}")
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        if self._bar is not None or done < 1 or step >= self.total_steps:
+            return ""
+        seconds = (time.monotonic() - self._started) / done * (self.total_steps - step)
+        return f"  {tqdm.format_interval(seconds)} left"
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, NaN and infinities as floats; a last line still being written is left out.
+
+    Raises:
+        ValueError: a line that is no JSON object.
+    """
+    found, broken = readable_lines(Path(path))
+    if broken:
+        line = Path(path).read_bytes().split(b"\n")[broken[0] - 1].decode("utf-8", errors="replace")
+        raise ValueError(f"{path}, line {broken[0]} is no JSON object: {line[:80]!r}")
+    return found
+
+
+def readable_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The JSON objects of a file's lines, NaN and infinities as floats, and the numbers of the lines that hold none.
+
+    A last line still being written is neither.
+    """
+    parsed = [_parse(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    broken = [number for number, found in enumerate(parsed, start=1) if found is None]
+    return [found for found in parsed if found is not None], broken
+
+
+# Names of metrics, by their beginnings, that say what a step cost and not what it computed.
+COSTS = ("time/", "flops/", "memory/", "tokens_per_second", "train_samples_per_second", "tflops_per_second", "mfu")
+
+
+def without_costs(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics without what differs from machine to machine, and after a resume: time, work and memory."""
+    return {name: value for name, value in metrics.items() if not name.startswith(COSTS)}
+
+
+def _cut(path: Path, resume_step: int) -> None:
+    """Drop the lines of steps after `resume_step` and what a killed run left half-written, all at once."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")[:-1] if resume_step > 0 else []
+    kept = [line for line in lines if _is_kept(line, resume_step)]
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(line + b"\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _is_kept(line: bytes, resume_step: int) -> bool:
+    metrics = _parse(line)
+    return metrics is not None and isinstance(metrics.get("step"), int) and metrics["step"] <= resume_step
+
+
+def _parse(line: str | bytes) -> dict[str, Any] | None:
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(metrics, dict):
+        return None
+    return {name: _NUMBERS.get(value, value) if isinstance(value, str) else value for name, value in metrics.items()}
+
+
+# JSON has no such numbers, and null would not say which it was.
+_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _to_json(value: float) -> float | str:
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    if math.isnan(value):
+        return "NaN"
+    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _formatted(metrics: Mapping[str, float], prefix: str) -> dict[str, str]:
+    """{label: value} of the metrics worth a look while the run goes."""
+    found = {label: metrics[prefix + name] for name, label in SHOWN.items() if prefix + name in metrics}
+    return {prefix + label: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for label, value in found.items()}

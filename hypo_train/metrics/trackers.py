@@ -1,0 +1,155 @@
+"""Where a run also logs to, by accelerate's trackers: TensorBoard, W&B, trackio, MLflow.
+
+`metrics.jsonl` is the record of a run, and a tracker's copy of it may end where the tracker fails. A run that goes on
+from a checkpoint goes on in the same TensorBoard curves; the others get a run of its own for it, in the same group,
+since none of them takes steps back.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from hypo_train.config import Config, ConfigError
+from hypo_train.utils.redact import redacted
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+# What the packages would tell their makers or their servers unasked: usage, crashes, the host's name, command lines.
+# Who wants that sets these otherwise.
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_HOST": "not told",
+    "WANDB_X_DISABLE_META": "true",
+    "WANDB_X_DISABLE_MACHINE_INFO": "true",
+}
+
+
+def require_trackers(config: Config) -> None:
+    """Raise ConfigError for a tracker of ``report_to`` that is not installed, or that nobody is logged in to."""
+    missing = [PACKAGES[name] for name in config.report_to if not _is_installed(PACKAGES[name])]
+    if missing:
+        raise ConfigError(
+            f"report_to={list(config.report_to)}: {', '.join(missing)} is not installed: pip install "
+            f"{' '.join(missing)}, or leave it out (report_to: none logs to metrics.jsonl alone)"
+        )
+    if "wandb" in config.report_to and not _knows_who_to_be_at_wandb():
+        raise ConfigError(
+            "report_to=wandb: nobody is logged in to W&B: run wandb login, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline to keep the run on this machine"
+        )
+
+
+class Trackers:
+    """The trackers of one run, all started or none.
+
+    Args:
+        first_step: the step of the checkpoint that the run goes on from, or 0.
+
+    Raises:
+        ConfigError: one of them does not start.
+    """
+
+    def __init__(self, config: Config, first_step: int = 0) -> None:
+        self._open: dict[str, Any] = {}
+        for name in config.report_to:
+            try:
+                self._open[name] = _started(name, config, first_step)
+            except Exception as error:
+                self.close()
+                raise ConfigError(
+                    f"report_to={name}: it does not start: {type(error).__name__}: {redacted(str(error))}"
+                ) from error
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send a step's metrics to each; one that fails is said to, and is asked no more."""
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.log(dict(metrics), step=step)
+            except Exception as error:
+                self._drop(name, error, f"has the steps before {step} alone")
+
+    def close(self) -> None:
+        """Let each of them finish what it has; closing twice does nothing."""
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.finish()
+            except Exception as error:
+                self._drop(name, error, "may lack the last steps")
+        self._open = {}
+
+    def _drop(self, name: str, error: Exception, consequence: str) -> None:
+        """A week of training is worth more than a tracker's copy of its record."""
+        del self._open[name]
+        what = f"{type(error).__name__}: {redacted(str(error))}"
+        warnings.warn(f"{name} failed ({what}): it {consequence}; metrics.jsonl has them all", stacklevel=3)
+
+
+def settings_to_show(config: Config) -> dict[str, str | int | float | bool]:
+    """Every setting as one flat value, without credentials; lists as YAML writes them, nothing as "none"."""
+    return {name: _flat(redacted(value)) for name, value in config.model_dump().items()}
+
+
+def _started(name: str, config: Config, first_step: int) -> Any:
+    """One of accelerate's trackers, at work."""
+    from accelerate.state import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's loggers ask it
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    run_name = config.run_name or output_dir.resolve().name
+    attempt = f"{run_name}, from step {first_step}" if first_step else run_name
+    if name == "tensorboard":
+        # It hides what an earlier attempt logged from this step on.
+        options: dict[str, Any] = {"purge_step": first_step + 1 if first_step else 0, "logging_dir": str(output_dir)}
+        tracker = LOGGER_TYPE_TO_CLASS[name]("tensorboard", **options)
+    elif name == "mlflow":
+        tracker = LOGGER_TYPE_TO_CLASS[name](config.project, run_name=attempt, tags={"group": run_name})
+    else:
+        options = {"name": attempt, "group": run_name, "config": settings_to_show(config)}
+        if name == "wandb":
+            options["dir"] = str(output_dir)
+        tracker = LOGGER_TYPE_TO_CLASS[name](config.project, **options)
+    tracker.start()
+    if name == "mlflow":
+        tracker.store_init_configuration(settings_to_show(config))
+    return tracker
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name is none: W&B makes a ``wandb`` wherever it has been used."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _flat(value: Any) -> str | int | float | bool:
+    if value is None:
+        return "none"
+    if isinstance(value, (str, int, float)):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+
+
+def _knows_who_to_be_at_wandb() -> bool:
+    """Whether W&B needs no login, has one, or can ask for one."""
+    if os.environ.get("WANDB_MODE", "online") != "online" or sys.stdin.isatty():
+        return True
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
