@@ -16,14 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from hypo_train.algorithms.reference_cache import (
-    cache_folder,
-    pair_reference_logps,
-    require_writable,
-    splits_to_precompute,
-)
-from hypo_train.algorithms.reward import Reward, load_reward
-from hypo_train.algorithms.rollouts import Rollouts
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.distributed.processes import Processes
@@ -36,6 +28,12 @@ from hypo_train.metrics.timing import PhaseTimer
 from hypo_train.model.load import load_policy, load_reward_model, load_structure
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import num_elements
+from hypo_train.model.reference_cache import (
+    cache_folder,
+    pair_reference_logps,
+    require_writable,
+    splits_to_precompute,
+)
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.model.weight_digest import contents, started_from
@@ -43,6 +41,7 @@ from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.preflight import Passed, passed
 from hypo_train.preflight.consistency import require_same_contents, require_same_settings
 from hypo_train.preflight.hub import offline_where_unreachable
+from hypo_train.rewards import Reward, load_reward
 from hypo_train.sampling import (
     DecodeSampler,
     Distribution,
@@ -52,6 +51,7 @@ from hypo_train.sampling import (
     VLLMSampler,
     serves,
 )
+from hypo_train.sampling.rollouts import Rollouts
 from hypo_train.trees.batch import Batcher
 
 
@@ -192,7 +192,7 @@ def _loaded(
     if config.fsdp and not processes.is_main:
         trained = load_structure(config, pad_token_id=pad, device_type=accelerator.device.type, autocast=autocast)
         return _Loaded(checked, reward, why_texts, trained, None, None)
-    if config.algorithm == "reward":
+    if config.spec.trains_reward_model:
         trained = load_reward_model(config, pad_token_id=pad, autocast=autocast)
     else:
         trained = load_policy(config, autocast=autocast)

@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from hypo_train.algorithms.registry import Algorithm, find_algorithm
 from hypo_train.foreign_names import FOREIGN_NAMES
 
 Text = Annotated[str, Field(min_length=1)]
@@ -52,9 +53,10 @@ class Config(BaseModel):
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    algorithm: Literal["hypo", "dpo", "ipo", "rloo", "reward", "sft"] = "hypo"
-    """What is trained: DPO plus the online reverse KL (hypo), DPO or IPO alone, a policy on its reward less beta times
-    the KL (rloo), a reward model on preferences (reward), or supervised fine-tuning."""
+    algorithm: Text = "hypo"
+    """What is trained: hypo is DPO plus the online reverse KL, dpo and ipo are these losses alone, rloo maximises a
+    reward minus beta times the KL, reward trains a reward model on preferences, and sft is supervised fine-tuning.
+    "package.module:object" names an algorithm of yours (docs: Extending)."""
     output_dir: Text = "runs/hypo"
     """Folder for metrics, checkpoints and the final model; made when it does not exist."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -260,14 +262,19 @@ class Config(BaseModel):
     """Project of the run in wandb and trackio, experiment in mlflow."""
 
     @property
+    def spec(self) -> Algorithm:
+        """The registry's entry of the algorithm."""
+        return find_algorithm(self.algorithm)
+
+    @property
     def draws_samples(self) -> bool:
-        """Whether a step draws samples of the policy."""
-        return self.algorithm in ("hypo", "rloo")
+        """Whether a step samples from the policy."""
+        return self.spec.draws_samples
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss knows a reference."""
-        return self.algorithm not in ("reward", "sft")
+        """Whether the loss compares the policy with a reference model."""
+        return self.spec.has_reference
 
     @property
     def has_reward(self) -> bool:
@@ -281,6 +288,12 @@ class Config(BaseModel):
         if isinstance(value, bool) and bool not in types:
             instead = _INSTEAD_OF_A_BOOL.get(info.field_name or "", "")
             raise ValueError(f"should be {_type_name(types)}, not true or false{instead}")
+        return value
+
+    @field_validator("algorithm")
+    @classmethod
+    def _algorithm_is_registered(cls, value: str) -> str:
+        find_algorithm(value)
         return value
 
     @field_validator("report_to", mode="before")
@@ -335,7 +348,7 @@ def _conflicts(c: Config) -> list[str]:
             f"num_generations={c.num_generations}: {c.algorithm} compares the samples of a prompt, use at least 2",
         ),
         (
-            c.algorithm != "hypo" and c.kl_estimator != "sampled",
+            not c.spec.is_hybrid and c.kl_estimator != "sampled",
             f"kl_estimator={c.kl_estimator} with algorithm={c.algorithm}: only hypo can estimate its KL so, leave it "
             "out (or use algorithm: hypo)",
         ),
@@ -345,7 +358,7 @@ def _conflicts(c: Config) -> list[str]:
             "algorithm: hypo)",
         ),
         (
-            c.precompute_ref_log_probs is True and (c.algorithm == "rloo" or not c.has_reference),
+            c.precompute_ref_log_probs is True and not c.spec.asks_reference_about_pairs,
             f"precompute_ref_log_probs=true with algorithm={c.algorithm}: it asks the reference about no pair, leave "
             "it out",
         ),
@@ -360,7 +373,7 @@ def _conflicts(c: Config) -> list[str]:
             "samples of an earlier policy, use rollout_steps: 1",
         ),
         (
-            c.algorithm == "ipo" and c.label_smoothing > 0,
+            c.spec.preference == "ipo" and c.label_smoothing > 0,
             f"label_smoothing={c.label_smoothing:g}: IPO has none, use 0 (or algorithm: dpo)",
         ),
         (
@@ -375,7 +388,7 @@ def _conflicts(c: Config) -> list[str]:
             for name in ("use_rslora", "use_dora", "load_in_4bit")
         ),
         (
-            c.load_in_4bit and c.algorithm == "reward",
+            c.load_in_4bit and c.spec.trains_reward_model,
             "load_in_4bit=true with algorithm=reward: a reward model is saved whole, its adapter merged, which 4 bits "
             "would round; use load_in_4bit: false",
         ),
@@ -385,7 +398,7 @@ def _conflicts(c: Config) -> list[str]:
         ),
         (c.fsdp and c.load_in_4bit, "fsdp=true with load_in_4bit=true: 4-bit weights cannot be sharded, choose one"),
         (
-            c.fsdp and c.use_peft and c.algorithm == "reward",
+            c.fsdp and c.use_peft and c.spec.trains_reward_model,
             "fsdp=true with use_peft=true and algorithm=reward: its adapter could not be merged in the end, leave fsdp "
             "out",
         ),
@@ -405,7 +418,7 @@ def _conflicts(c: Config) -> list[str]:
             "out)",
         ),
         (
-            c.vocab_parallel and c.algorithm == "reward",
+            c.vocab_parallel and c.spec.trains_reward_model,
             "vocab_parallel=true with algorithm=reward: a reward model has no LM head, leave vocab_parallel out",
         ),
         (
@@ -422,7 +435,7 @@ def _conflicts(c: Config) -> list[str]:
         ),
         (c.max_steps == 0, "max_steps=0: use a positive number, or -1 for num_train_epochs"),
         (
-            c.algorithm == "rloo" and not c.has_reward,
+            c.spec.learns_from_reward and not c.has_reward,
             "algorithm=rloo without a reward: set reward (a function) or reward_model_path",
         ),
         (
@@ -430,7 +443,7 @@ def _conflicts(c: Config) -> list[str]:
             f"reward={c.reward!r} with reward_model_path={c.reward_model_path!r}: choose one",
         ),
         (
-            c.algorithm == "reward" and c.has_reward,
+            c.spec.trains_reward_model and c.has_reward,
             "algorithm=reward learns a reward and needs none: leave reward and reward_model_path out",
         ),
         (
@@ -452,7 +465,7 @@ def _without_effect(c: Config) -> list[str]:
     needs = [
         (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), c.use_peft, "use_peft: true"),
         (("bnb_4bit_quant_type", "use_bnb_nested_quant"), c.load_in_4bit, "load_in_4bit: true"),
-        (("kl_coef",), c.algorithm == "hypo", "algorithm: hypo"),
+        (("kl_coef",), c.spec.is_hybrid, "algorithm: hypo"),
         (("num_generations", "length_penalty"), c.draws_samples, draws),
         (("importance_cap",), c.rollout_steps > 1, "rollout_steps above 1"),
     ]

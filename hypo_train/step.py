@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypo_train.algorithms.micro_batch import MicroBatch, loss_of
-from hypo_train.algorithms.rollouts import StepSamples
+from hypo_train.algorithms.micro_batch import MicroBatch
 from hypo_train.build import Run
 from hypo_train.data.rows import Example
 from hypo_train.distributed.fsdp import whole
 from hypo_train.metrics.meter import Meter
 from hypo_train.model.tree_model import PromptPass
 from hypo_train.sampling import PromptKV
+from hypo_train.sampling.rollouts import StepSamples
 from hypo_train.utils.seeding import seed_everything
 
 
@@ -35,17 +35,18 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         rows: list[Any] = [run.train_rows[i] for i in indices]
         # Of the step's mean loss, which the processes' gradients are averaged to.
         weight = _weight([run.train_rows[i] for i in everywhere]) / run.share.count
+    micro_batch_loss = run.config.spec.load_micro_batch_loss()
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None
     for part in _micro_batches(run, _lengths(rows, samples)):
         drawn = samples.of_prompts(part.start, part.stop) if samples else None
-        batch = MicroBatch(rows[part], indices[part], drawn, prompts, share=_weight(rows[part]) / weight)
+        batch = MicroBatch(rows[part], indices[part], drawn, prompts, loss_weight=_weight(rows[part]) / weight)
         last = part.stop == len(rows)
         with _gradients_of(run, last=last):
-            loss = loss_of(run, batch, meter)
+            loss = micro_batch_loss(run, batch, meter)
             run.finite.see(step, loss.detach())
             with timer.phase("backward"):
-                _backward(run, loss * batch.share)
+                _backward(run, loss * batch.loss_weight)
     with timer.phase("optimizer"):
         norm = _update(run)
         if norm is not None:

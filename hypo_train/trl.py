@@ -28,12 +28,14 @@ from packaging.version import Version
 from torch import Tensor
 
 from hypo_kernels import HypoLoss
-from hypo_train.algorithms.losses import Reference, preference_loss, sequence_logprobs_of
+from hypo_train.algorithms.preference import preference_loss_call
+from hypo_train.algorithms.reference import Reference
 from hypo_train.config import Config, ConfigError, checked
 from hypo_train.data.formats import DataError
 from hypo_train.data.plan import SEEDS_PER_RUN
 from hypo_train.data.rows import Pair
 from hypo_train.model.eval_mode import eval_mode
+from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import policy_of
 from hypo_train.model.source import eos_token_ids
 from hypo_train.sampling import DecodeSampler, Distribution, GenerateSampler, Sampler, Samples, serves
@@ -184,7 +186,7 @@ class HyPOTrainer(trl.DPOTrainer):
             completions = samples.completions() if samples else []
             tree = self._batcher.pairs(pairs, completions).to(self.accelerator.device)
             reference = Reference(logps=self._ref_logps(tree))
-            out = self._policy(tree, preference_loss(tree, reference, len(pairs), self._settings))
+            out = self._policy(tree, preference_loss_call(tree, reference, len(pairs), self._settings))
         self._add_metrics(inputs, out, samples)
         return out.loss
 
@@ -213,7 +215,7 @@ class HyPOTrainer(trl.DPOTrainer):
         if self._reference is self._policy:
             adapter = use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
         with adapter, eval_mode(self._reference):
-            return self._reference(tree, sequence_logprobs_of(tree, self._settings))
+            return self._reference(tree, sequence_logprobs_call(tree, self._settings))
 
     def _add_metrics(self, inputs: dict[str, Tensor], out: HypoLoss, samples: Samples | None) -> None:
         mode, pairs = "train" if self.model.training else "eval", len(out.chosen_rewards)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
+from hypo_train.algorithms.registry import Algorithm
 from hypo_train.checkpoint.files import put_text
 from hypo_train.config import Config
 from hypo_train.metrics.log import read_metrics
@@ -34,43 +35,6 @@ _NOT_SHOWN = {
     "peak_tflops",
 }
 _PACKAGES = ("hypo-kernels", "torch", "transformers", "peft", "datasets")
-_NAMES = {
-    "hypo": "HyPO (Hybrid Preference Optimization)",
-    "dpo": "DPO (Direct Preference Optimization)",
-    "ipo": "IPO (Identity Preference Optimization)",
-    "rloo": "RLOO (REINFORCE leave-one-out)",
-    "reward": "a Bradley-Terry reward model",
-    "sft": "supervised fine-tuning",
-}
-_PAPERS = {
-    "hypo": (
-        "song2024importance",
-        "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage",
-        "Song, Yuda and Swamy, Gokul and Singh, Aarti and Bagnell, J. Andrew and Sun, Wen",
-        "2406.01462",
-    ),
-    "dpo": (
-        "rafailov2023direct",
-        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
-        "Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Ermon, Stefano and Manning, Christopher D. and "
-        "Finn, Chelsea",
-        "2305.18290",
-    ),
-    "ipo": (
-        "azar2023general",
-        "A General Theoretical Paradigm to Understand Learning from Human Preferences",
-        "Azar, Mohammad Gheshlaghi and Rowland, Mark and Piot, Bilal and Guo, Daniel and Calandriello, Daniele and "
-        "Valko, Michal and Munos, Rémi",
-        "2310.12036",
-    ),
-    "rloo": (
-        "ahmadian2024back",
-        "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
-        "Ahmadian, Arash and Cremer, Chris and Gallé, Matthias and Fadaee, Marzieh and Kreutzer, Julia and "
-        "Pietquin, Olivier and Üstün, Ahmet and Hooker, Sara",
-        "2402.14740",
-    ),
-}
 
 
 def write_data_report(run: Path, report: dict[str, list[str]]) -> None:
@@ -97,9 +61,9 @@ def card_text(config: Config, run: Path, *, is_adapter: bool, step: int | None =
     what = "A LoRA adapter" if is_adapter else "A model"
     lines = [
         _front_matter(config, values, is_adapter),
-        f"# {_NAMES[config.algorithm]} from {_inline(start)}",
+        f"# {config.spec.title} from {_inline(start)}",
         "",
-        f"{what} trained with {_NAMES[config.algorithm]} by `hypo_train`{until}.",
+        f"{what} trained with {config.spec.title} by `hypo_train`{until}.",
         "",
         "## Data",
         "",
@@ -113,7 +77,7 @@ def card_text(config: Config, run: Path, *, is_adapter: bool, step: int | None =
         "## Versions",
         "",
         _block("text", "\n".join(f"{name} {_version(name)}" for name in _PACKAGES)),
-        *_citation(config.algorithm),
+        *_citation(config.spec),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -125,7 +89,7 @@ def _front_matter(config: Config, values: dict[str, Any], is_adapter: bool) -> s
     found: dict[str, Any] = {
         "base_model": values["model_name_or_path"] if of_hub else None,
         "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-classification" if config.algorithm == "reward" else "text-generation",
+        "pipeline_tag": "text-classification" if config.spec.trains_reward_model else "text-generation",
         "tags": [config.algorithm, "hypo-kernels", *(["lora"] if is_adapter else [])],
         "datasets": [values["dataset_name"]] if data_of_hub else None,
         **_licence_of(start),
@@ -203,10 +167,10 @@ def _error(value: Any) -> str:
     return f" ± {value:.2g}" if isinstance(value, (int, float)) and value == value else ""
 
 
-def _citation(algorithm: str) -> list[str]:
-    if algorithm not in _PAPERS:
+def _citation(algorithm: Algorithm) -> list[str]:
+    if algorithm.citation is None:
         return []
-    key, title, authors, number = _PAPERS[algorithm]
+    key, title, authors, number = algorithm.citation
     entry = "\n".join(
         [
             f"@article{{{key},",

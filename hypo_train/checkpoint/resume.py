@@ -108,7 +108,7 @@ def check_same_run(plan: Plan, extra: dict[str, Any], folder: Path, *, rows: boo
     config, saved = plan.config, extra["config"]
     defaults = {name: field.default for name, field in Config.model_fields.items()}
     saved, now = defaults | saved, config.model_dump()  # a setting that is newer than the checkpoint had its default
-    free = FREE_TO_CHANGE if config.algorithm == "rloo" else FREE_TO_CHANGE | FREE_WITHOUT_RLOO
+    free = FREE_TO_CHANGE if config.spec.learns_from_reward else FREE_TO_CHANGE | FREE_WITHOUT_RLOO
     if len(extra["processes"]) != plan.share.count:
         free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # how other devices cut a step up
         if extra["rows_a_step"] != plan.batch_size:

@@ -20,8 +20,7 @@ from hypo_train.data.tokens import FORMATS, columns_of, kind_of, parts_of, token
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What an algorithm trains on; pairs, where it is none of these.
-KINDS: dict[str, type[Example] | type[Prompt]] = {"sft": Example, "rloo": Prompt}
+ROW_TYPES: dict[str, type[Pair] | type[Example] | type[Prompt]] = {"pair": Pair, "example": Example, "prompt": Prompt}
 
 
 def load_split_rows(
@@ -60,8 +59,8 @@ def load_held_out(
         raise DataError("no rows to evaluate on: set dataset_test_split or num_eval_rows")
     with _named(config, "eval"):
         kind: type[Any] = Pair
-        if config.algorithm != "reward":
-            kind = kind_of(rows, config.dataset_format, prefers_pairs=config.algorithm != "sft")
+        if not config.spec.trains_reward_model:
+            kind = kind_of(rows, config.dataset_format, prefers_pairs=config.spec.row_type != "example")
         return tokenize(kind, rows, tokenizer, first_row=first_row, **_limits(config, eos_token_ids))
 
 
@@ -79,7 +78,7 @@ def check_texts(config: Config) -> dict[str, DataReport]:
 
     Chat messages are checked as far as no template is asked. Raises ``DataError``.
     """
-    form, kind = FORMATS[config.dataset_format], KINDS.get(config.algorithm, Pair)
+    form, kind = FORMATS[config.dataset_format], ROW_TYPES[config.spec.row_type]
     reports = {}
     for name, (rows, first_row) in _splits(config).items():
         dropped: dict[str, list[int]] = {}

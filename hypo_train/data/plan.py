@@ -10,7 +10,7 @@ from typing import Any
 
 from hypo_train.config import Config
 from hypo_train.data.formats import DataError
-from hypo_train.data.load import KINDS, load_split_rows
+from hypo_train.data.load import ROW_TYPES, load_split_rows
 from hypo_train.data.order import batch_indices, batches_per_epoch, longest_first
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt, rows_hash
@@ -138,7 +138,7 @@ def load_plan(
     config: Config, tokenizer: Any, eos_token_ids: Sequence[int], share: Share = ALONE
 ) -> tuple[Plan, dict[str, DataReport]]:
     """Training and evaluation rows as the algorithm learns from them, and a report on each. Raises ``DataError``."""
-    kind: type[Any] = KINDS.get(config.algorithm, Pair)
+    kind: type[Any] = ROW_TYPES[config.spec.row_type]
     train_rows, eval_rows, reports = load_split_rows(kind, config, tokenizer, eos_token_ids)
     if len(train_rows) < share.count:
         raise DataError(

@@ -10,7 +10,6 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from hypo_train.algorithms.reward import Reward, load_function, load_reward
 from hypo_train.build import build_accelerator, build_sampler
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.load import load_held_out
@@ -22,6 +21,7 @@ from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.source import eos_token_ids, generation_config, load_tokenizer
 from hypo_train.model.trained_weights import put_trained_weights
 from hypo_train.model.tree_model import ModelError
+from hypo_train.rewards import Reward, load_function, load_reward
 from hypo_train.sampling import Sampler
 from hypo_train.trees.batch import Batcher
 
@@ -76,7 +76,7 @@ def prepare_finished(settings: Settings) -> FinishedRun:
     reward, why_texts = load_reward(config, function, tokenizer, ends, accelerator)
     trained: Policy | RewardModel
     sampler, why_generate = None, None
-    if config.algorithm == "reward":
+    if config.spec.trains_reward_model:
         trained = load_reward_model(config, pad_token_id=tokenizer.pad_token_id, autocast=autocast)
         trained.to(accelerator.device)
     else:
@@ -108,7 +108,7 @@ def prepare_finished(settings: Settings) -> FinishedRun:
 def _as_loaded(settings: Settings) -> Config:
     """The configuration of what is loaded before the final weights are put into it."""
     config = settings.config.model_copy(update={"gradient_checkpointing": False})  # there is no backward pass
-    if config.algorithm == "reward":  # its final model is whole, adapters merged, and its trained weights are fp32
+    if config.spec.trains_reward_model:  # its final model is whole, adapters merged, and its trained weights are fp32
         whole = {"use_peft": False, "num_layers_unfrozen": None, "dtype": "float32"}
         return config.model_copy(update={"model_name_or_path": str(settings.model_dir), **whole})
     if settings.reference_is_start:

@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hypo_train.algorithms.losses import (
-    Reference,
-    bradley_terry_loss,
-    preference_loss,
-    reference_of,
-    sequence_logprobs_of,
-    token_losses,
-)
+from hypo_train.algorithms.preference import preference_loss_call
+from hypo_train.algorithms.reference import Reference, compute_reference
+from hypo_train.algorithms.reward_model import bradley_terry_loss
+from hypo_train.algorithms.sft import token_losses_call
 from hypo_train.build import Run
 from hypo_train.data.rows import Example, Ids, Pair, Prompt
 from hypo_train.evaluation.finished import FinishedRun
 from hypo_train.metrics.meter import Meter, add_loss, add_rewards
 from hypo_train.metrics.standard_error import standard_error
 from hypo_train.model.eval_mode import eval_mode
+from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.policy import Head
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.utils.seeding import seeded
@@ -92,7 +89,7 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
         return
     if isinstance(rows[0], Example):
         tree = run.batcher.examples(rows).to(device)
-        meter.add("loss", run.policy(tree, token_losses(tree, run.config)).of_tokens)
+        meter.add("loss", run.policy(tree, token_losses_call(tree, run.config)).per_token)
         return
     if isinstance(run.trained, RewardModel):
         tree = run.batcher.scored_pairs(rows).to(device)
@@ -103,10 +100,10 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
         return
     tree = run.batcher.pairs(rows, []).to(device)
     if run.eval_ref_logps is None:
-        reference = reference_of(run.policy, tree, run.config)
+        reference = compute_reference(run.policy, tree, run.config)
     else:
         reference = Reference(logps=run.eval_ref_logps[start:stop].T.flatten())
-    out = run.policy(tree, preference_loss(tree, reference, len(rows), run.config))
+    out = run.policy(tree, preference_loss_call(tree, reference, len(rows), run.config))
     add_loss(meter, out, num_generations=1)  # there are no samples among the pairs
 
 
@@ -174,7 +171,7 @@ def _log_ratios(
     if not run.has_reference:
         return [None] * len(completions)
     tree = run.batcher.samples(prompts, completions).to(run.accelerator.device)
-    at_own_temperature = sequence_logprobs_of(tree, run.config)
+    at_own_temperature = sequence_logprobs_call(tree, run.config)
 
     def logprobs(hidden: Tensor, head: Head) -> Tensor:
         temperature = head.temperature if kl_rule.temperature is None else kl_rule.temperature

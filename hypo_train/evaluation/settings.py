@@ -106,7 +106,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
         trained_with, config = _config_of_run(Path(run), rest, given)
         start = config.model_name_or_path if config.has_reference else None
         model_dir, output_dir = Path(run) / "final", own.output_dir or Path(run) / "evaluation"
-    if config.algorithm == "reward" and own.reference_model_path is not None:
+    if config.spec.trains_reward_model and own.reference_model_path is not None:
         raise ConfigError("reference_model_path: a reward model has no reference, leave it out")
     output_dir = Path(output_dir)
     if (output_dir / "metrics.json").exists():

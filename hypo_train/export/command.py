@@ -47,7 +47,7 @@ def run(settings: Settings) -> int:
 
 def _is_whole(settings: Settings, source: Source) -> bool:
     """Whether a whole model is written, and not an adapter. Raises ConfigError for flags that do not fit the run."""
-    adapter = source.config.use_peft and source.config.algorithm != "reward"
+    adapter = source.config.use_peft and not source.config.spec.trains_reward_model
     if settings.merge and not source.config.use_peft:
         raise ConfigError("--merge: the run trained no adapter and its model is whole, leave it out")
     if adapter and not settings.merge and settings.dtype is not None:

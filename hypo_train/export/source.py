@@ -53,7 +53,7 @@ class Source:
     def load(self, *, pad_token_id: int) -> Policy | RewardModel:
         """The trained model, on the CPU. Raises ModelError or CheckpointError where it cannot be had."""
         config = self.config.model_copy(update={"gradient_checkpointing": False, "use_liger_kernel": False})
-        if not self.is_checkpoint and (config.algorithm == "reward" or not config.use_peft):
+        if not self.is_checkpoint and (config.spec.trains_reward_model or not config.use_peft):
             whole = {"use_peft": False, "load_in_4bit": False, "num_layers_unfrozen": None, "dtype": "float32"}
             return _load(config.model_copy(update={"model_name_or_path": str(self.folder), **whole}), pad_token_id)
         trained = _load(config, pad_token_id)
@@ -67,7 +67,7 @@ class Source:
 def _load(config: Config, pad_token_id: int) -> Policy | RewardModel:
     torch.manual_seed(config.seed)  # weights that a checkpoint then replaces
     autocast = config.dtype == "bfloat16"  # for the check that the loss is exact on these weights
-    if config.algorithm == "reward":
+    if config.spec.trains_reward_model:
         return load_reward_model(config, pad_token_id=pad_token_id, autocast=autocast)
     return load_policy(config, autocast=autocast)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from hypo_train.algorithms.reward import Reward, RewardFunction, finite_score, load_function, load_reward
 from hypo_train.config import Config
 from hypo_train.judges.protocol import Comparison, Outcome, Verdict
 from hypo_train.model.source import load_text_tokenizer
+from hypo_train.rewards import Reward, RewardFunction, finite_score, load_function, load_reward
 
 
 class FunctionJudge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -42,13 +43,19 @@ class HeadCall(Generic[T]):
     compute: Callable[..., T]
     own: Mapping[str, Any]  # what goes with this process's rows: floating-point tensors, and what can be pickled
     share: float = 1.0
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered for the call, as by a timer
 
-    def __call__(self, hidden: Tensor, head: Head) -> T:
-        if head.exchange is None:
-            return self.compute(hidden, head, **self.own)
+    def __call__(self, hidden: Tensor, head: Any) -> T:
+        with self.around():
+            exchange = getattr(head, "exchange", None)  # a reward model's score has none
+            if exchange is None:
+                return self.compute(hidden, head, **self.own)
+            return self._on_every_rank(hidden, head, exchange)
+
+    def _on_every_rank(self, hidden: Tensor, head: Head, exchange: Exchange) -> T:
         if torch.is_grad_enabled():
-            return self._with_gradients(hidden, head, head.exchange)
-        for turn in self._turns(hidden, head.exchange):
+            return self._with_gradients(hidden, head, exchange)
+        for turn in self._turns(hidden, exchange):
             result = self.compute(turn.hidden, head, **turn.arguments)
             if turn.is_own:
                 found = result

@@ -103,7 +103,7 @@ def policy_of(model: Any, *, is_peft: bool, temperature: float) -> Policy:
 
 def _as_configured(model: Any, config: Config, device_type: str) -> Policy | RewardModel:
     model = made_trainable(model, config, device_type)
-    if config.algorithm == "reward":
+    if config.spec.trains_reward_model:
         return RewardModel(model, is_peft=config.use_peft)
     return Policy(model, is_peft=config.use_peft, temperature=config.temperature)
 
@@ -118,7 +118,7 @@ def outline(config: Config, architecture: Any, *, device_type: str, autocast: bo
         ModelError: as of those two.
     """
     _check_dtype(config, autocast=autocast)
-    of_reward = config.algorithm == "reward"
+    of_reward = config.spec.trains_reward_model
     architecture = copy.deepcopy(architecture)  # transformers writes to it
     if of_reward:
         architecture.num_labels = 1

@@ -68,7 +68,7 @@ def check_architecture(found: Any, config: Config) -> None:
     )
     architectures = getattr(found, "architectures", None) or []
     known: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    if config.algorithm == "reward":
+    if config.spec.trains_reward_model:
         known += ("ForSequenceClassification",)
     masked = architectures and not any(a.endswith(known) for a in architectures)
     if not listed or masked or getattr(found, "is_encoder_decoder", False):

@@ -51,7 +51,7 @@ def _with_lora(model: Any, config: Config) -> Any:
         bias="none",
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        task_type="SEQ_CLS" if config.algorithm == "reward" else "CAUSAL_LM",  # which trains the new score too
+        task_type="SEQ_CLS" if config.spec.trains_reward_model else "CAUSAL_LM",  # which trains the new score too
     )
     try:
         return get_peft_model(model, settings)

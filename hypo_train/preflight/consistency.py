@@ -15,15 +15,15 @@ from typing import Any
 
 import hypo_kernels
 import hypo_train
-from hypo_train.algorithms.reference_cache import settings_computed_with
-from hypo_train.algorithms.reward import EndedReward, Reward, RewardFunction
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.distributed.processes import Processes
 from hypo_train.metrics.environment import versions
+from hypo_train.model.reference_cache import settings_computed_with
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import TreeModel
 from hypo_train.model.weight_digest import contents
+from hypo_train.rewards import EndedReward, Reward, RewardFunction
 
 # Where things lie; the main process's count for what is written, and the contents of what is read are compared.
 _PLACES = {"output_dir", "model_name_or_path", "dataset_name", "reward_model_path", "ref_logps_cache_dir"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hypo_train.algorithms.reference_cache import splits_to_precompute
 from hypo_train.config import Config
-from hypo_train.data.load import KINDS, check_texts
+from hypo_train.data.load import ROW_TYPES, check_texts
 from hypo_train.data.plan import Plan, Rows, load_plan
 from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.distributed.processes import Share
+from hypo_train.model.reference_cache import splits_to_precompute
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.source import Source
@@ -49,7 +49,7 @@ def _check_vocabulary(source: Source, plan: Plan) -> None:
 def _longest_rows(config: Config, count: int) -> Rows:
     """As many rows of the largest lengths."""
     prompt, completion = (0,) * config.max_prompt_length, (0,) * config.max_completion_length
-    kind = KINDS.get(config.algorithm, Pair)
+    kind = ROW_TYPES[config.spec.row_type]
     if kind is Pair:
         return [Pair(0, prompt, completion, completion)] * count
     if kind is Example:
@@ -64,7 +64,7 @@ def assumed_plan(config: Config, share: Share) -> Plan:
 
 
 def describe_steps(config: Config, plan: Plan, found: Findings) -> None:
-    kind = {"sft": "examples", "rloo": "prompts"}.get(config.algorithm, "pairs")
+    kind = config.spec.row_noun
     epochs = plan.total_steps / plan.steps_per_epoch
     how = f"{config.gradient_accumulation_steps} micro-batches of {config.per_device_train_batch_size}"
     if config.max_tokens_per_micro_batch is not None:

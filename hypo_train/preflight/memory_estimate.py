@@ -16,12 +16,12 @@ import torch
 
 from hypo_kernels import gemm
 from hypo_kernels.chunks import CPU_BUFFER_BYTES, CPU_ROWS
-from hypo_train.algorithms.reference_cache import splits_to_precompute
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Example, Pair
 from hypo_train.model.meta_pass import Held, Rows, bytes_of, rehearse, rehearse_prompts
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import bytes_in_4_bits, quantizable
+from hypo_train.model.reference_cache import splits_to_precompute
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.optim import footprint
 from hypo_train.preflight.sharded_sizes import divided, put_together, zero_bytes
@@ -212,7 +212,7 @@ def branch_lengths(plan: Plan, row: Any) -> list[int]:
     if isinstance(row, Example):
         return [len(row.completion)]
     lengths = [len(row.chosen), len(row.rejected)] if isinstance(row, Pair) else []
-    if plan.config.algorithm == "reward":
+    if plan.config.spec.trains_reward_model:
         return [length + 1 for length in lengths]  # a score is read behind the last token
     return lengths + ([plan.max_new_tokens] * plan.config.num_generations if plan.config.draws_samples else [])
 

@@ -59,7 +59,7 @@ def _adapted(trained: Policy | RewardModel) -> list[str]:
 
 
 def sampler_kind(config: Config, structure: Structure) -> SamplerKind | None:
-    if config.algorithm == "reward":
+    if config.spec.trains_reward_model:
         return None
     if config.sampler in ("vllm", "generate"):
         return config.sampler

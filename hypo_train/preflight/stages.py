@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 
-from hypo_train.algorithms.reward import RewardFunction, load_function
 from hypo_train.checkpoint.lock import require_unlocked
 from hypo_train.checkpoint.resume import check_resume, checkpoint_to_resume, refuse_to_overwrite
 from hypo_train.config import Config
@@ -40,6 +39,7 @@ from hypo_train.preflight.model import check_reward_model, describe_model, sampl
 from hypo_train.preflight.prediction.describe import describe_time
 from hypo_train.preflight.source import LONGEST, Source
 from hypo_train.preflight.tiny_model import UNKNOWN, Structure, look_at_structure
+from hypo_train.rewards import RewardFunction, load_function
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def look_at_structure(config: Config, architecture: Any) -> Structure:
     Raises:
         ModelError: it cannot be trained exactly, whatever its weights.
     """
-    of_reward = config.algorithm == "reward"
+    of_reward = config.spec.trains_reward_model
     changes: dict[str, Any] = {"dtype": "float32", "gradient_checkpointing": False}
     if config.num_layers_unfrozen is not None:
         changes["num_layers_unfrozen"] = 1

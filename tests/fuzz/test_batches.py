@@ -11,9 +11,11 @@ from budget import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypo_train.algorithms.losses import Reference, preference_loss, sequence_logprobs_of
+from hypo_train.algorithms.preference import preference_loss_call
+from hypo_train.algorithms.reference import Reference
 from hypo_train.config import Config
 from hypo_train.data.rows import Pair
+from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import load_policy
 from hypo_train.trees.batch import Batcher
 
@@ -88,7 +90,7 @@ def test_any_tree_has_the_log_probs_and_gradients_of_separate_rows(policies, bat
     expected = gradients(plain, weights @ truth)
     for shares_prompts in (True, False):
         tree = Batcher(tiny.PAD, shares_prompts=shares_prompts).pairs(*batch)
-        logps = policy(tree, sequence_logprobs_of(tree, CONFIG))
+        logps = policy(tree, sequence_logprobs_call(tree, CONFIG))
         torch.testing.assert_close(logps.double(), truth, rtol=1e-4, atol=1e-4)
         found = gradients(policy.model, weights.float() @ logps)
         assert found.keys() == expected.keys()
@@ -115,7 +117,7 @@ def test_any_batch_has_a_finite_loss_and_gradient(policies, batch, algorithm, be
     for shares_prompts in (True, False):
         tree = Batcher(tiny.PAD, shares_prompts=shares_prompts).pairs(pairs, completions)
         ref_logps = torch.full((len(sequences_of(pairs, completions)),), far)
-        function = preference_loss(tree, Reference(logps=ref_logps), len(pairs), config, None)
+        function = preference_loss_call(tree, Reference(logps=ref_logps), len(pairs), config, None)
         out = policy(tree, function)
         found = gradients(policy.model, out.loss)
         assert torch.isfinite(out.loss)

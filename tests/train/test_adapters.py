@@ -13,13 +13,12 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from hypo_train.algorithms.losses import sequence_logprobs_of
-from hypo_train.algorithms.reference_cache import cache_key
 from hypo_train.checkpoint.state import save_model
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
 from hypo_train.invocation import DryRun
+from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import load_policy, outline
 from hypo_train.model.quantization import (
     bytes_in_4_bits,
@@ -30,6 +29,7 @@ from hypo_train.model.quantization import (
     quantizable,
     quantization_options,
 )
+from hypo_train.model.reference_cache import cache_key
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight import check
 from hypo_train.preflight.memory_estimate import Conditions, estimate
@@ -83,7 +83,7 @@ def base_of(folder, kind):
 def in_trees(policy):
     """Log-probs of the pairs' chosen, then rejected: of the policy, and of its reference."""
     tree = Batcher(tiny.PAD, shares_prompts=True).pairs(PAIRS, [])
-    logprobs = sequence_logprobs_of(tree, config_of("-"))
+    logprobs = sequence_logprobs_call(tree, config_of("-"))
     with torch.no_grad():
         return policy(tree, logprobs), policy.reference(tree, logprobs)
 

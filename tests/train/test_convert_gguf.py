@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hypo_train.algorithms.losses import token_losses
+from hypo_train.algorithms.sft import token_losses_call
 from hypo_train.config import load_config
 from hypo_train.convert_gguf import find_gguf, main
 from hypo_train.data.load import load_split_rows
@@ -121,9 +121,9 @@ def test_log_probs_of_real_rows_before_training_equal_transformers_own(smollm2, 
     policy = load_policy(config, autocast=False).eval()
     tree = Batcher(tokenizer.pad_token_id).pairs(pairs, [])
     with torch.no_grad():
-        found = -policy(tree, token_losses(tree, config)).of_tokens
+        found = -policy(tree, token_losses_call(tree, config)).per_token
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert torch.equal(-policy.reference(tree, token_losses(tree, config)).of_tokens, found)
+    assert torch.equal(-policy.reference(tree, token_losses_call(tree, config)).per_token, found)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 
 import hypo_train.step as one_step
 from hypo_train.__main__ import main
+from hypo_train.algorithms import preference
 from hypo_train.build import prepare
 from hypo_train.metrics.meter import FiniteWatch
 from hypo_train.train import train
@@ -19,14 +20,14 @@ from hypo_train.utils.signals import NotFiniteError
 
 def poisoned(patch, nth, value=math.nan):
     """The loss of the ``nth`` micro-batch from now on is ``value``."""
-    loss_of, count = one_step.loss_of, 0
+    micro_batch_loss, count = preference.micro_batch_loss, 0
 
     def loss(*arguments):
         nonlocal count
         count += 1
-        return loss_of(*arguments) * (value if count == nth else 1.0)
+        return micro_batch_loss(*arguments) * (value if count == nth else 1.0)
 
-    patch.setattr(one_step, "loss_of", loss)
+    patch.setattr(preference, "micro_batch_loss", loss)
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypo_train.algorithms.losses import Reference, preference_loss, sequence_logprobs_of
+from hypo_train.algorithms.preference import preference_loss_call
+from hypo_train.algorithms.reference import Reference
 from hypo_train.data.rows import Pair
 from hypo_train.metrics.devices import peak_bf16
 from hypo_train.metrics.flops import ModelFlops, Size, UncountedError
+from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import load_policy
 from hypo_train.trees.batch import Batcher
 
@@ -61,7 +63,7 @@ def test_linear_layers_and_head_cost_what_torch_counts(policy_of, way):
     policy.eval()  # where checkpointing computes nothing again
     tree = Batcher(tiny.PAD, shares_prompts=policy.shares_prompts).pairs(PAIRS, SAMPLES)
     size = Size.of(tree)
-    loss = preference_loss(tree, Reference(logps=torch.zeros(8)), len(PAIRS), config)
+    loss = preference_loss_call(tree, Reference(logps=torch.zeros(8)), len(PAIRS), config)
     with FlopCounterMode(display=False) as forward:
         out = policy(tree, loss)
     assert linear_flops(forward) == without_attention(flops.policy).of(size)
@@ -77,7 +79,7 @@ def test_the_references_passes_cost_what_torch_counts(policy_of, way):
     trunk = policy.run_trunk(tree)
     for known, rates in ((None, flops.reference), (trunk, flops.above_trunk)):
         with FlopCounterMode(display=False) as counter:
-            policy.reference(tree, sequence_logprobs_of(tree, config), trunk=known)
+            policy.reference(tree, sequence_logprobs_call(tree, config), trunk=known)
         assert linear_flops(counter) == without_attention(rates).of(Size.of(tree))
     assert (trunk is not None) == (flops.above_trunk != flops.reference)
 
@@ -105,7 +107,7 @@ def test_every_architecture_is_counted(policy_of, architecture):
     config, policy = policy_of(architecture, attn_implementation="sdpa")
     tree = Batcher(tiny.PAD, shares_prompts=False).samples([[5, 20, 6, 7]], [[8, 2]])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        policy(tree, sequence_logprobs_of(tree, config))
+        policy(tree, sequence_logprobs_call(tree, config))
     assert linear_flops(counter) == without_attention(ModelFlops.of(policy).policy).of(Size.of(tree))
 
 

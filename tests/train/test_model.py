@@ -26,10 +26,12 @@ from transformers import (
 )
 
 from benchmarks.measure import peak_extra_bytes
-from hypo_train.algorithms.losses import Reference, preference_loss, sequence_logprobs_of
+from hypo_train.algorithms.preference import preference_loss_call
+from hypo_train.algorithms.reference import Reference
 from hypo_train.config import Config
 from hypo_train.data.rows import Pair
 from hypo_train.model.exactness import check_exactness
+from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import load_policy, load_reward_model
 from hypo_train.model.policy import Policy
 from hypo_train.model.source import eos_token_ids, load_tokenizer
@@ -70,7 +72,7 @@ def tree(*, shares_prompts=True):
 
 def logprobs():
     """A head function: the (S,) log-probs of ``tree()``."""
-    return sequence_logprobs_of(tree(), model_config("-"))
+    return sequence_logprobs_call(tree(), model_config("-"))
 
 
 def sequences():
@@ -87,7 +89,7 @@ def plain_logprobs(model):
 def loss_of(policy, ref_logps):
     """A loss that depends on every sequence of ``tree()``."""
     config = model_config("-", kl_coef=0.1, beta=0.5)
-    return policy(tree(), preference_loss(tree(), Reference(logps=ref_logps), len(PAIRS), config)).loss
+    return policy(tree(), preference_loss_call(tree(), Reference(logps=ref_logps), len(PAIRS), config)).loss
 
 
 def train(policy, steps=3, learning_rate=1e-2):
@@ -149,7 +151,9 @@ def test_another_attention_trains_on_separate_rows_alike(saved_model, attention)
     results = []
     for one in (policy, apart):
         batch = tree(shares_prompts=one.shares_prompts)
-        loss = one(batch, preference_loss(batch, Reference(logps=torch.zeros(8)), 2, model_config("-", kl_coef=0.1)))
+        loss = one(
+            batch, preference_loss_call(batch, Reference(logps=torch.zeros(8)), 2, model_config("-", kl_coef=0.1))
+        )
         loss.loss.backward()
         results.append([loss.loss, *(p.grad for p in one.trained_parameters().values())])
     for together, separate in zip(*results, strict=True):

@@ -15,16 +15,16 @@ from test_resume import INTERVALS, Killed, assert_same_run, die, metrics_of
 from test_train import LAST_LAYER, LORA, LORA_HEAD, recorded, steps
 from torch.testing import assert_close
 
-import hypo_train.algorithms.reference_cache as cache
+import hypo_train.model.reference_cache as cache
 import hypo_train.train as loop
-from hypo_train.algorithms.losses import sequence_logprobs_of
-from hypo_train.algorithms.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
 from hypo_train.build import prepare, with_reference_logps
 from hypo_train.checkpoint.lock import LOCK_FILE
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
+from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.policy import Policy
+from hypo_train.model.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
 from hypo_train.model.tree_model import ModelError
 from hypo_train.train import train
 from hypo_train.utils.hashing import fingerprint
@@ -79,7 +79,7 @@ def logps_of(run, folder, *, rows=None, autocast=False, config=None):
 def in_step(run, rows):
     """(rows, 2) as a step asks the reference for them."""
     tree = run.batcher.pairs(rows, []).to(run.accelerator.device)
-    return run.policy.reference(tree, sequence_logprobs_of(tree, run.config)).view(2, -1).T
+    return run.policy.reference(tree, sequence_logprobs_call(tree, run.config)).view(2, -1).T
 
 
 # The values

@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import hypo_train.algorithms.micro_batch as algorithms
+import hypo_train.algorithms.preference as preference
 import hypo_train.build as building
 import hypo_train.checkpoint.state as state
 import hypo_train.step as one_step
@@ -176,7 +176,7 @@ PHASES = {
     "before a step, with nothing saved": (loop, "train_step", 3, False),
     "between a checkpoint and its line": (loop, "train_step", 5, False),
     "within a step, before sampling": (DecodeSampler, "sample", 8, False),
-    "within a step, before the backward pass": (algorithms, "preference_loss", 17, False),
+    "within a step, before the backward pass": (preference, "preference_loss_call", 17, False),
     "within a step, before the update": (one_step, "_clip_gradients", 8, False),
     "within a step, after the update": (DecodeSampler, "weights_changed", 8, False),
     "after an evaluation, before its line": (loop, "evaluate", 3, True),

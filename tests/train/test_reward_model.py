@@ -9,11 +9,11 @@ from test_train import trained
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from hypo_train.algorithms.reward import ClassifierReward, ModelReward
 from hypo_train.build import prepare
 from hypo_train.metrics.meter import Meter
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
+from hypo_train.rewards import ClassifierReward, ModelReward
 from hypo_train.train import train_step
 from hypo_train.trees.batch import Batcher
 

@@ -7,7 +7,8 @@ from test_model import LORA, PAIRS, logprobs, model_config, policy_of
 from test_model import tree as whole_tree
 from torch.testing import assert_close
 
-from hypo_train.algorithms.losses import preference_loss, reference_of
+from hypo_train.algorithms.preference import preference_loss_call
+from hypo_train.algorithms.reference import compute_reference
 from hypo_train.model.trunk import frozen_layers
 
 WAYS = {"full": {}, "lora": LORA, "last layer": {"num_layers_unfrozen": 1}, "no layer": {"num_layers_unfrozen": 2}}
@@ -34,8 +35,8 @@ def step(policy, *, prompts_first=False, share_trunk=False):
     tree, config = whole_tree(), model_config("-", kl_coef=0.1, beta=0.5)
     prompts = policy.run_prompts(tree) if prompts_first else None
     trunk = policy.run_trunk(tree, prompts) if share_trunk else None
-    reference = reference_of(policy, tree, config, trunk=trunk)
-    loss = policy(tree, preference_loss(tree, reference, len(PAIRS), config), prompts=prompts, trunk=trunk).loss
+    reference = compute_reference(policy, tree, config, trunk=trunk)
+    loss = policy(tree, preference_loss_call(tree, reference, len(PAIRS), config), prompts=prompts, trunk=trunk).loss
     policy.zero_grad()
     loss.backward()
     return [loss.detach(), reference.logps, *(p.grad.clone() for p in policy.trained_parameters().values())]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from hypo_train.algorithms.reference_cache import splits_to_precompute
 from hypo_train.data.plan import Plan
 from hypo_train.metrics.flops import Size
+from hypo_train.model.reference_cache import splits_to_precompute
 from hypo_train.preflight.memory_estimate import Conditions, branch_lengths
 from hypo_train.preflight.prediction.communication import Passes
 from hypo_train.trees.attention import Layout, causal

@@ -28,11 +28,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from hypo_train.algorithms.losses import sequence_logprobs_of
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair, rows_hash
 from hypo_train.distributed.processes import Processes
+from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
 from hypo_train.model.weight_digest import contents, started_from
@@ -64,12 +64,12 @@ def splits_to_precompute(plan: Plan) -> set[str]:
     splits = {split for split in rows if rows[split]}
     if config.precompute_ref_log_probs is not None:
         return splits if config.precompute_ref_log_probs else set()
-    if config.algorithm == "rloo" or not config.has_reference or config.kl_estimator == "exact":
+    if not config.spec.asks_reference_about_pairs or config.kl_estimator == "exact":
         return set()
     epochs = plan.total_steps / plan.steps_per_epoch
     evaluations = 1 + math.ceil(plan.total_steps / config.eval_steps) if config.eval_steps else 1
     pays = {
-        "train": precompute_pays(rows["train"], epochs, prompts_shared=config.algorithm == "hypo"),
+        "train": precompute_pays(rows["train"], epochs, prompts_shared=config.draws_samples),
         "eval": precompute_pays(rows["eval"], evaluations, prompts_shared=False),
     }
     return {split for split in splits if pays[split]}
@@ -203,7 +203,7 @@ def _computed(
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         for batch in _shown(mine, label, sum(map(len, mine))) if progress else mine:
             tree = batcher.pairs([rows[i] for i in batch], []).to(device)
-            found.append(policy.reference(tree, sequence_logprobs_of(tree, config)).float().view(2, -1).T.cpu())
+            found.append(policy.reference(tree, sequence_logprobs_call(tree, config)).float().view(2, -1).T.cpu())
     logps = torch.empty(len(rows), 2, dtype=torch.float32)
     for of_rank in processes.gather(list(zip(mine, found, strict=True))):
         for batch, values in of_rank:
