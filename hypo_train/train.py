@@ -18,12 +18,12 @@ from hypo_train.checkpoint.resume import refuse_to_overwrite
 from hypo_train.checkpoint.state import resume, save, save_model
 from hypo_train.config import Config
 from hypo_train.evaluation.held_out import Evaluation, evaluate
-from hypo_train.metrics.device_name import device_name
+from hypo_train.metrics.devices import device_name
 from hypo_train.metrics.environment import Attempt
 from hypo_train.metrics.log import RunLog, SilentLog
 from hypo_train.metrics.memory import peak_memory
 from hypo_train.metrics.meter import Meter
-from hypo_train.metrics.throughput import of_all_processes
+from hypo_train.metrics.throughput import combine_processes
 from hypo_train.metrics.trackers import Trackers
 from hypo_train.nan_guard import raise_not_finite, stop_if_not_finite
 from hypo_train.report.ending import report_at_the_end
@@ -156,7 +156,7 @@ def _costs(run: Run) -> dict[str, float]:
     steps = run.timer.steps
     times = run.timer.read()
     here = times | run.throughput.read(steps, steps * times["time/step"]) | peak_memory(run.accelerator.device)
-    return of_all_processes(run.processes.gather(here))
+    return combine_processes(run.processes.gather(here))
 
 
 def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:

@@ -18,7 +18,7 @@ from hypo_train.checkpoint.model_card import write_card
 from hypo_train.checkpoint.resume import check_same_run, checkpoint_to_resume
 from hypo_train.checkpoint.whole_folder import put_whole
 from hypo_train.config import ConfigError
-from hypo_train.metrics.meter import Meter, added_up
+from hypo_train.metrics.meter import Meter, sum_states
 from hypo_train.model.trained_weights import put_saved
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _load_parts(run: Run, meter: Meter, parts: list[dict[str, Any]], folder: Pat
         )
     elif run.processes.is_main:
         meters = [part["meter"] for part in parts]
-        own = {"meter": added_up(meters), "num_tokens": sum(part["num_tokens"] for part in parts), "rollouts": []}
+        own = {"meter": sum_states(meters), "num_tokens": sum(part["num_tokens"] for part in parts), "rollouts": []}
     else:
         own = {"meter": {}, "num_tokens": 0, "rollouts": []}
     meter.load(own["meter"])

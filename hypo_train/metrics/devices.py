@@ -1,12 +1,18 @@
-"""What devices can do by their data sheets, and what share of it a prediction assumes."""
+"""The name of the device of a run, data-sheet figures of known devices, and what a prediction of step time assumes."""
 
 from __future__ import annotations
 
+import platform
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-# Dense bf16 FLOP/s of the vendor's data sheets, whose larger figures are for sparse weights. The first name that is
-# found in a device's name counts.
+if TYPE_CHECKING:  # the command line reads the table below and must not wait for torch
+    import torch
+
+# Dense bf16 FLOP/s from the vendor's data sheets, whose larger figures hold for sparse weights. The first name that
+# occurs in a device's name counts.
 PEAK_BF16 = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -22,26 +28,19 @@ PEAK_BF16 = {
 }
 
 
-def peak_bf16(device_name: str) -> float | None:
-    """What a device could do in bf16, FLOP/s; None where that is not known. Laptops' parts are others."""
-    if "Laptop" in device_name:
-        return None
-    return next((peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{name}\b", device_name)), None)
-
-
 @dataclass(frozen=True)
 class Device:
-    """Bandwidths in bytes a second."""
+    """Data-sheet figures of one device; bandwidths in bytes a second."""
 
-    gib: int  # of memory
+    gib: int  # memory size
     peak: float  # FLOP/s in bf16
-    memory: float
-    link: float  # to the others of its node, each way
-    network: float | None  # its own part of what connects nodes, each way; None: machines differ
+    memory: float  # memory bandwidth
+    link: float  # to the other devices of its node, each way
+    network: float | None  # one device's part of the network between nodes, each way; None: machines differ
 
 
-# Data sheets too: of the SXM parts, and of the vendor's DGX machines for the network, with an adapter of 400 Gb/s for
-# each device (200 in DGX A100). An NVLink figure there counts both ways, and is halved here.
+# SXM parts, and the vendor's DGX machines for the network: one adapter of 400 Gb/s for each device (200 in DGX A100).
+# Data sheets count NVLink both ways, so their figure is halved here.
 DEVICES = {
     "A100": Device(80, PEAK_BF16["A100"], 2.039e12, 300e9, 25e9),
     "H100": Device(80, PEAK_BF16["H100"], 3.35e12, 450e9, 50e9),
@@ -51,29 +50,54 @@ DEVICES = {
 }
 
 # Llama 3's passes reached 38 to 43 % of the peak on H100s (arXiv 2407.21783, table 4), and large collectives commonly
-# reach four fifths of their links. Nothing here has been measured with this code on a GPU.
+# reach four fifths of their links. None of these was measured with this code on a GPU.
 OF_MEMORY = 0.6
 OF_LINKS = 0.8
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a prediction assumes beside the device; bandwidths in bytes a second, None: the data sheet's."""
+    """Assumptions of a prediction of step time; bandwidths in bytes a second, None: the data sheet's."""
 
-    mfu: float = 0.4  # the share of its peak that a pass reaches
+    mfu: float = 0.4  # model FLOPs as a fraction of the peak
     devices_per_node: int = 8
     link: float | None = None
     network: float | None = None
 
 
-def bandwidth(device: Device, count: int, assumed: Assumed) -> float | None:
-    """Bytes a second that each of ``count`` devices can send in a ring over all of them; None where it is not known.
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or "cpu: " and the processor's name."""
+    if device.type == "cuda":
+        import torch
 
-    Collectives run several rings at once, each through a network adapter of its own: what enters and leaves a node is
-    shared by all of its adapters.
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}: {_processor_name()}"
+
+
+def peak_bf16(device_name: str) -> float | None:
+    """Return the peak bf16 FLOP/s of a device; None if the name is not in the table. Laptop GPUs are left out."""
+    if "Laptop" in device_name:
+        return None
+    return next((peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{name}\b", device_name)), None)
+
+
+def bandwidth(device: Device, count: int, assumed: Assumed) -> float | None:
+    """Return the bytes a second that each of ``count`` devices can send in a ring over all of them.
+
+    Collectives run several rings at once, each through a network adapter of its own: all adapters of a node share
+    the traffic that enters and leaves it. None if the network's bandwidth is not known.
     """
     link = assumed.link or device.link
     if count <= assumed.devices_per_node:
         return link
     network = assumed.network or device.network
     return None if network is None else min(link, network * assumed.devices_per_node)
+
+
+def _processor_name() -> str:
+    try:  # only Linux has this file
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()

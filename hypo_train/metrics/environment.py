@@ -1,7 +1,7 @@
-"""`environment.json`: on what a run ran, and how each of its attempts ended. It is the run's own record, sent nowhere.
+"""Write `environment.json`: versions, device and outcome of each attempt of a run. It is sent nowhere.
 
-Nothing in it tells who ran it or where: no environment variables, no host or user name, no paths, no command line. A
-command line of a program that calls ``train`` may hold anything; what ours can say stands in ``config.yaml``.
+It never holds who ran it or where: no environment variables, no host or user name, no paths, no command line (the
+command line of a program that calls ``train`` may hold anything; our own settings are in ``config.yaml``).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ PACKAGES = (
 
 
 class Attempt:
-    """One start of a run, from ``first_step``: on the disk when it begins, and how it ended when it has.
+    """Record one start of a run, from ``first_step``: a context manager that writes its start and its end.
 
-    ``device``: its name, as ``hypo_train.metrics.device_name.device_name`` gives it.
+    ``device``: the device's name, from :func:`hypo_train.metrics.devices.device_name`.
     """
 
     def __init__(self, output_dir: Path, *, first_step: int, total_steps: int, device: str) -> None:
@@ -70,7 +70,7 @@ class Attempt:
         self._record |= {"ended": _ending(error), "seconds": round(time.monotonic() - self._began, 1)}
         try:
             self._write()
-        except OSError as failed:  # how it ended is worth more than the record of it, and no error hides it
+        except OSError as failed:  # must not hide the error that ended the run
             say(f"{self._path} does not say how the run ended: {failed}", sys.stderr)
 
     def _write(self) -> None:
@@ -81,7 +81,7 @@ class Attempt:
 
 
 def read_attempts(output_dir: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The attempts that a run's folder tells of, the first one first, and what is wrong with the file, if it is."""
+    """Return the attempts recorded in a run's folder, the first one first, and a message if the file is broken."""
     path = output_dir / ENVIRONMENT_FILE
     if not path.is_file():
         return [], None
@@ -95,7 +95,7 @@ def read_attempts(output_dir: Path) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Versions, machine and commit."""
+    """Return the versions, machine and commit that a run is recorded with."""
     return {
         "device": device,
         "cpus": os.cpu_count(),
@@ -107,7 +107,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are installed of those that a run computes with."""
+    """Return the versions of the installed ones of ``PACKAGES``."""
     return {name: found for name in PACKAGES if (found := _version(name)) is not None}
 
 
@@ -119,7 +119,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that the code runs from, with ``-dirty`` where files differ from it; None: it is installed."""
+    """Return the commit of the checkout, with ``-dirty`` if files differ; None if the package is installed."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -132,7 +132,7 @@ def _commit() -> str | None:
 
 
 def _ending(error: BaseException | None) -> str:
-    """Never an error's message: it may quote data."""
+    # Never the message of an error: it may quote data.
     if error is None:
         return "finished"
     if isinstance(error, Stopped):

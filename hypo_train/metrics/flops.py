@@ -1,13 +1,16 @@
-"""Model FLOPs of a step's passes: what its matrix products cost, whatever computes them.
+"""Model FLOPs of a step's passes: the FLOPs of its matrix products, independent of the kernels that compute them.
 
-A multiply-add is two FLOPs. A linear layer of n weights costs 2 n a token forward; backward as much again for its
-weights' gradient where they are trained, and as much for its input's where something below is trained, nothing
-where the frozen layers begin. Attention costs 4 D_head a head for each token and each one it attends to (itself
-included; causal, so half a square), and twice that backward. The LM head's rows are the counted tokens.
+A multiply-add is two FLOPs. A linear layer of n weights costs 2 n FLOPs a token forward. Backward it costs 2 n for the
+weights' gradient if they are trained, and 2 n for the input's gradient if a layer below is trained. Attention costs
+4 D_head a head for each pair of a token and a token that it attends to (itself included; causal, so half a square),
+and twice that backward. The LM head runs on the completions' tokens alone.
 
-Left out, as is usual: norms, activations, rotations, softmax, the optimizer; and what is computed again, as
-under gradient checkpointing or in a second pass over the head. What sharing saves is not counted either: a
-prompt's tokens are counted once for all of its completions, and frozen layers once for policy and reference.
+Not counted, as is usual: norms, activations, rotary embeddings, softmax, the optimizer, and recomputation (gradient
+checkpointing, a second pass over the head). Shared work counts once: a prompt for all of its completions, frozen
+layers for policy and reference.
+
+``torch.utils.flop_counter`` counts a pass while it runs; here the FLOPs of any pass follow from its lengths. It also
+counts padding and misses 4-bit layers and custom kernels, so it is the test of this module and not a part of it.
 """
 
 from __future__ import annotations
@@ -34,21 +37,25 @@ Tokens = Sequence[Sequence[int]]
 
 
 class Size(NamedTuple):
-    """How much a pass computes; known on the host."""
+    """The size of a pass, known on the host."""
 
-    tokens: int  # through the layers, padding left out
-    attended: int  # (token, token it attends to)
-    rows: int  # through the LM head
+    tokens: int  # through the decoder layers, without padding
+    attended: int  # pairs of a token and a token that it attends to
+    rows: int  # tokens through the LM head
 
     @classmethod
     def of(cls, tree: Tree) -> Size:
+        """Return the size of a pass over a tree."""
         return cls(tree.num_tokens, tree.num_attended, len(tree.targets))
 
     @classmethod
     def of_samples(cls, prompts: Tokens, completions: Tokens, *, prefill: bool) -> Size:
-        """Of drawing ``completions``, as many consecutive ones a prompt; ``prefill``: the prompts are run as well."""
+        """Return the size of sampling ``completions``, the same number of consecutive ones for each prompt.
+
+        ``prefill``: the prompts are run as well.
+        """
         each = len(completions) // len(prompts)
-        # The last token of a completion is drawn and never an input.
+        # The last token of a completion is sampled but is never an input.
         inputs = [max(0, len(completion) - 1) for completion in completions]
         branches = tuple(tuple(inputs[i * each : (i + 1) * each]) for i in range(len(prompts)))
         layout = Layout(tuple(map(len, prompts)), branches)
@@ -59,37 +66,38 @@ class Size(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """FLOPs a token, a pair of attention and a row of the head."""
+    """FLOPs of a pass for each token, attended pair and row of the LM head."""
 
     token: float
     attended: float
     row: float
 
     def of(self, size: Size) -> float:
+        """Return the FLOPs of a pass of this size."""
         return self.token * size.tokens + self.attended * size.attended + self.row * size.rows
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What the passes of a step cost, a multiple of their :class:`Size`."""
+    """FLOP rates of a step's passes; multiply them by a pass's :class:`Size`."""
 
     policy: Rates  # without gradients, as in sampling
     backward: Rates
     reference: Rates
-    above_trunk: Rates  # the reference, where the frozen layers below the trained ones have run already
+    above_trunk: Rates  # the reference, if the frozen layers below the trained ones have run for the policy
 
     @classmethod
     def of_outline(cls, policy: Policy | RewardModel, *, autocast: bool) -> ModelFlops:
-        """The same of a model on the meta device. Raises UncountedError."""
+        """Count the FLOPs of a model on the meta device. Raises UncountedError as :meth:`of` does."""
         with without_memory(policy, autocast=autocast):
             return cls.of(policy)
 
     @classmethod
     def of(cls, policy: Policy | RewardModel) -> ModelFlops:
-        """Asked of the model itself, which runs a few tokens: which layers it has and where gradients pass.
+        """Count the FLOPs of ``policy``, which runs a few tokens: its linear layers, and where gradients flow.
 
         Raises:
-            UncountedError: the model computes with weights in a way that is not known here.
+            UncountedError: the model multiplies by weights outside of linear layers.
         """
         linears, through_head = _probe(policy)
         _check_complete(policy, linears)
@@ -100,7 +108,7 @@ class ModelFlops:
         head = _head_weights(policy.head())
         full = sum(linear.flops for linear in linears)
         of_head = sum(2.0 * weight.numel() for weight in head)
-        # LoRA's reference is the model with its adapter off: what is trained is not in it.
+        # With LoRA, the reference is the model with its adapter off.
         adapter = sum(linear.flops for linear in linears if linear.trained) if policy.is_peft else 0.0
         frozen = {id(layer) for layer in policy.trunk_layers}
         trunk = sum(linear.flops for linear in linears if linear.layer in frozen)
@@ -121,19 +129,19 @@ class ModelFlops:
 
 
 class UncountedError(ValueError):
-    """A model whose FLOPs are not known; the message says what of it is not."""
+    """The FLOPs of a model are not known; the message names the weight or layer."""
 
 
 class _Linear(NamedTuple):
     weight: int  # its id
     flops: float  # a token, forward
     trained: bool
-    input_gradient: bool  # whether its input's gradient is asked for
-    layer: int | None  # the id of the decoder layer it is in
+    input_gradient: bool  # whether the gradient of its input is needed
+    layer: int | None  # the id of its decoder layer
 
 
 def _probe(policy: Policy | RewardModel) -> tuple[list[_Linear], bool]:
-    """Every call of a linear layer in a forward pass of the decoder, and whether the head's input needs a gradient."""
+    """Run the decoder; return its linear layers as called, and whether the head's input needs a gradient."""
     layer_of = {id(module): id(layer) for layer in _layers(policy) for module in layer.modules()}
     weight = policy.base.get_input_embeddings().weight
     tree = _one_row() if isinstance(weight, FakeTensor) else _one_tree(policy).to(weight.device)
@@ -163,20 +171,20 @@ def _one_tree(policy: Policy | RewardModel) -> Tree:
 
 
 def _one_row() -> Tree:
-    """Of tokens without values: the mask's four dimensions say that it needs no look at them."""
+    """Return a tree of three tokens without values; its 4-D mask keeps transformers from reading them."""
     ids, row = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     return Tree(ids, ids, None, mask, row, row, row, num_tokens=3, num_attended=causal(3))
 
 
 def _check_complete(policy: Policy | RewardModel, linears: list[_Linear]) -> None:
-    """Refuse a decoder with weights that multiply elsewhere than in a linear layer, such as fused experts."""
+    """Raise UncountedError if the decoder has matrices outside of linear layers, such as fused experts."""
     decoder = policy.base.get_decoder()
     known = {linear.weight for linear in linears}
     known |= {id(p) for m in decoder.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for name, parameter in decoder.named_parameters():
         if parameter.ndim >= 2 and id(parameter) not in known:
-            raise UncountedError(f"{name} {tuple(parameter.shape)} is no linear layer's weight")
+            raise UncountedError(f"{name} {tuple(parameter.shape)} is not the weight of a linear layer")
 
 
 def _layers(policy: Policy | RewardModel) -> list[nn.Module]:
@@ -184,7 +192,7 @@ def _layers(policy: Policy | RewardModel) -> list[nn.Module]:
 
 
 def _head_weights(head: Head | nn.Module) -> Sequence[Tensor]:
-    """Every matrix of the head, the model's own first."""
+    """Return every matrix of the head, the model's own first."""
     if isinstance(head, nn.Module):
         return [p for p in head.parameters() if p.ndim == 2][-1:]
     return [head.weight, *([head.lora.A, head.lora.B] if head.lora is not None else [])]

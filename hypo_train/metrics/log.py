@@ -1,7 +1,7 @@
-"""What a run says: `metrics.jsonl`, its trackers, a progress bar.
+"""The log of a run: `metrics.jsonl`, trackers, a progress bar.
 
-`metrics.jsonl` is the record. It has one line a log call, `{"step": 10, "loss": 0.69, ...}`, and a run that was
-killed and resumed leaves the file of an uninterrupted one.
+`metrics.jsonl` is the record. Each log call is one line, `{"step": 10, "loss": 0.69, ...}`. A run that was killed and
+resumed leaves the same file as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hypo_train.utils.records import written
 from hypo_train.utils.safe_print import say
 
 METRICS_FILE = "metrics.jsonl"
-SHOWN = {
+SHOWN = {  # metrics of the progress bar, and their labels
     "loss": "loss",
     "kl": "kl",
     "reward": "reward",
@@ -36,22 +36,22 @@ SHOWN = {
 
 
 class SilentLog:
-    """Of a process that leaves the log to the main one."""
+    """The log of a process other than the main one: it writes nothing."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step."""
 
     def flush(self) -> None:
-        """Put what was logged on the disk."""
+        """Write what was logged to the disk."""
 
     def advance(self, step: int) -> None:
-        """``step`` steps are done."""
+        """Show that ``step`` steps are done."""
 
     def message(self, text: str) -> None:
         """Print a line."""
 
     def close(self) -> None:
-        """Close what was opened."""
+        """Close files, trackers and the bar."""
 
     def __enter__(self) -> SilentLog:
         return self
@@ -63,16 +63,16 @@ class SilentLog:
 
 
 class RunLog(SilentLog):
-    """The log of one run; a context manager that closes what it opened.
+    """The log of one run; a context manager that closes it.
 
     Args:
-        output_dir: where `metrics.jsonl` goes; made if need be.
-        total_steps: the run's length, for the time left.
-        trackers: that metrics go to as well; closed with the log.
-        resume_step: the step of the checkpoint the run goes on from: what an earlier attempt logged after it is
-            dropped. Log a step before saving its checkpoint, or its line is lost when the run dies in between.
-            0 = a new run: an old file is emptied.
-        progress: show a bar on a terminal, and a line a log call elsewhere; False shows neither.
+        output_dir: the folder of `metrics.jsonl`; created if it does not exist.
+        total_steps: the run's number of steps, for the time left.
+        trackers: receive the metrics as well; closed with the log.
+        resume_step: the step of the checkpoint that the run resumes from, or 0 for a new run. Lines of later steps
+            are dropped from an existing file. Log a step before its checkpoint is saved: otherwise its line is lost
+            if the run dies in between.
+        progress: show a bar on a terminal, or a line for each log call elsewhere.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class RunLog(SilentLog):
             self._file = path.open("a", encoding="utf-8")
         self._bar = None
         if progress and sys.stderr.isatty():
-            # The time left by the mean of all steps: by the newest ones, an evaluation would count as many of them.
+            # smoothing=0: the time left follows from the mean of all steps; the newest ones may hold an evaluation.
             self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", dynamic_ncols=True, smoothing=0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step, on the disk when this returns as far as a killed process goes."""
+        """Record the metrics of a step; they survive if the process is killed afterwards."""
         line = {"step": step, **{name: _to_json(value) for name, value in metrics.items()}}
         with written(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -109,23 +109,23 @@ class RunLog(SilentLog):
         if self._trackers is not None:
             self._trackers.log(step, metrics)
         self._show(step, metrics)
-        if step == self._first_step:  # an evaluation before the first step says nothing of how long steps take
+        if step == self._first_step:  # an evaluation before the first step is not part of a step's time
             self._started = time.monotonic()
             if self._bar is not None:
                 self._bar.unpause()
 
     def flush(self) -> None:
-        """What was logged is on the disk when this returns, even if the power fails: for before a checkpoint."""
+        """Write what was logged to the disk, so that it survives a power failure; call it before a checkpoint."""
         with written(self._path):
             os.fsync(self._file.fileno())
 
     def advance(self, step: int) -> None:
-        """Move the bar: `step` steps are done."""
+        """Move the bar to `step` steps."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def message(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         with tqdm.external_write_mode():
             say(text)
 
@@ -148,7 +148,7 @@ class RunLog(SilentLog):
         if self._bar is not None and trained:
             self._shown |= trained
             self._bar.set_postfix(self._shown)
-        else:  # no terminal, or an evaluation, whose values would not last in the bar
+        else:  # no terminal, or an evaluation, whose values the bar would soon replace
             values = "  ".join(f"{label} {value}" for label, value in (trained | _formatted(metrics, "eval_")).items())
             self.message(f"step {step}/{self.total_steps}{self._time_left(step)}  {values}")
 
@@ -161,39 +161,39 @@ class RunLog(SilentLog):
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, NaN and infinities as floats; a last line still being written is left out.
+    """Return the lines of a `metrics.jsonl`, NaN and infinities as floats, without an unfinished last line.
 
     Raises:
-        ValueError: a line that is no JSON object.
+        ValueError: a line is not a JSON object.
     """
-    found, broken = readable_lines(Path(path))
+    lines, broken = readable_lines(Path(path))
     if broken:
         line = Path(path).read_bytes().split(b"\n")[broken[0] - 1].decode("utf-8", errors="replace")
-        raise ValueError(f"{path}, line {broken[0]} is no JSON object: {line[:80]!r}")
-    return found
+        raise ValueError(f"{path}, line {broken[0]} is not a JSON object: {line[:80]!r}")
+    return lines
 
 
 def readable_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The JSON objects of a file's lines, NaN and infinities as floats, and the numbers of the lines that hold none.
+    """Return the JSON objects of a file's lines, and the numbers of the lines that are not JSON objects.
 
-    A last line still being written is neither.
+    NaN and infinities are floats. An unfinished last line is in neither list.
     """
     parsed = [_parse(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    broken = [number for number, found in enumerate(parsed, start=1) if found is None]
-    return [found for found in parsed if found is not None], broken
+    broken = [number for number, line in enumerate(parsed, start=1) if line is None]
+    return [line for line in parsed if line is not None], broken
 
 
-# Names of metrics, by their beginnings, that say what a step cost and not what it computed.
+# Prefixes of the metrics that measure time, work and memory of a step.
 COSTS = ("time/", "flops/", "memory/", "tokens_per_second", "train_samples_per_second", "tflops_per_second", "mfu")
 
 
 def without_costs(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics without what differs from machine to machine, and after a resume: time, work and memory."""
+    """Return a line of metrics without time, work and memory, which differ between machines and after a resume."""
     return {name: value for name, value in metrics.items() if not name.startswith(COSTS)}
 
 
 def _cut(path: Path, resume_step: int) -> None:
-    """Drop the lines of steps after `resume_step` and what a killed run left half-written, all at once."""
+    """Atomically drop the lines of steps after `resume_step` and an unfinished last line."""
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")[:-1] if resume_step > 0 else []
@@ -221,7 +221,7 @@ def _parse(line: str | bytes) -> dict[str, Any] | None:
     return {name: _NUMBERS.get(value, value) if isinstance(value, str) else value for name, value in metrics.items()}
 
 
-# JSON has no such numbers, and null would not say which it was.
+# JSON has no such numbers, and null would not tell them apart.
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -235,6 +235,6 @@ def _to_json(value: float) -> float | str:
 
 
 def _formatted(metrics: Mapping[str, float], prefix: str) -> dict[str, str]:
-    """{label: value} of the metrics worth a look while the run goes."""
-    found = {label: metrics[prefix + name] for name, label in SHOWN.items() if prefix + name in metrics}
-    return {prefix + label: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for label, value in found.items()}
+    """Return {label: value as text} of the metrics in ``SHOWN``."""
+    shown = {label: metrics[prefix + name] for name, label in SHOWN.items() if prefix + name in metrics}
+    return {prefix + label: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for label, value in shown.items()}

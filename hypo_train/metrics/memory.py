@@ -1,4 +1,4 @@
-"""How much memory a run took."""
+"""Peak memory of a run, and sizes as text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ GIB = 2**30
 
 
 def readable(num_bytes: int) -> str:
-    """In GiB, or in MiB where that would be next to nothing."""
+    """Return ``num_bytes`` as text: in MiB below a hundredth of a GiB, else in GiB."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """``memory/peak_gb`` and, on CUDA, ``memory/reserved_gb``.
+    """Return ``memory/peak_gb`` and, on CUDA, ``memory/reserved_gb``, in GiB.
 
-    On CUDA the most that tensors took, and that torch's allocator held for them, since the last call; the peaks
-    start anew, and nothing waits for the device. On a CPU the most that the process ever had resident, all of its
-    libraries included: the system does not let that start anew.
+    On CUDA: the peaks of allocated and of reserved memory since the last call, without waiting for the device. On a
+    CPU: the peak resident memory of the process since its start, libraries included; the system cannot reset it.
     """
     if device.type == "cuda":
         peaks = {
@@ -29,5 +28,5 @@ def peak_memory(device: torch.device) -> dict[str, float]:
         }
         torch.cuda.reset_peak_memory_stats(device)
         return peaks
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS reports bytes, Linux KiB
     return {"memory/peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}

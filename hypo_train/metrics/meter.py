@@ -1,4 +1,4 @@
-"""What a step reports: sums kept on the device and read by the host once a log interval."""
+"""Means of a step's metrics: sums stay on the device and are read once a log interval."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _NONE = -1
 
 
 class Meter:
-    """Means of named values over a log interval, without a host read in between."""
+    """Collect means of named values over a log interval; the host waits for the device in :meth:`read` alone."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._spreads: dict[str, Tensor] = {}  # (2,) of a name's groups: the sum of their means, and of its squares
+        self._spreads: dict[str, Tensor] = {}  # (2,) sum of the groups' means, sum of their squares
         self._groups: dict[str, int] = {}
 
     def add(self, name: str, values: Tensor) -> None:
-        """Count each of ``values`` (any shape, maybe empty) in the mean called ``name``."""
+        """Add ``values`` (any shape, may be empty) to the mean called ``name``."""
         if values.numel() == 0:
             return
         total = values.detach().double().sum()
@@ -32,10 +32,10 @@ class Meter:
         self._counts[name] = self._counts.get(name, 0) + values.numel()
 
     def add_groups(self, name: str, groups: Tensor) -> None:
-        """As :meth:`add`, of (G, n) values in G independent groups: ``<name>_se`` is the mean's standard error then.
+        """Add (G, n) values of G independent groups to the mean ``name``, and log its standard error, ``<name>_se``.
 
-        Samples of one prompt resemble each other, so that the error is that of a mean over prompts: what n samples
-        tell of a prompt counts once. NaN of a single group, which says nothing of any other.
+        Samples of one prompt are correlated, so the error is that of a mean over the groups' means. It is NaN for a
+        single group.
         """
         if groups.numel() == 0:
             return
@@ -46,17 +46,16 @@ class Meter:
         self._groups[name] = self._groups.get(name, 0) + len(means)
 
     def read(self, processes: Processes | None = None) -> dict[str, float]:
-        """The means so far and their standard errors, of all ``processes``, in one transfer from the device; the meter
-        starts anew."""
+        """Return means and standard errors over all ``processes``, in one transfer from the device; reset the meter."""
         states = [self.state()] if processes is None else processes.gather(self.state())
         self._sums, self._counts, self._spreads, self._groups = {}, {}, {}, {}
         return {
             name: saved[0] / saved[1] if len(saved) == 2 else _standard_error(saved[0], saved[1], int(saved[2]))
-            for name, saved in added_up(states).items()
+            for name, saved in sum_states(states).items()
         }
 
     def state(self) -> dict[str, tuple[float, ...]]:
-        """Sum and count of each name, and of its groups where it has any, to go on from in a resumed run."""
+        """Return the sum and count of each name and of its groups, as saved in a checkpoint."""
         if not self._sums:
             return {}
         everything = torch.cat([torch.stack(list(self._sums.values())), *self._spreads.values()]).tolist()
@@ -69,7 +68,7 @@ class Meter:
         return {**sums, **groups}
 
     def load(self, state: dict[str, tuple[float, ...]]) -> None:
-        """Take up a saved :meth:`state`."""
+        """Restore a saved :meth:`state`."""
         sums = {name: saved for name, saved in state.items() if len(saved) == 2}
         spreads = {name.removesuffix("_se"): saved for name, saved in state.items() if len(saved) == 3}
         self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, (total, _) in sums.items()}
@@ -78,17 +77,16 @@ class Meter:
         self._groups = {name: int(saved[2]) for name, saved in spreads.items()}
 
 
-def added_up(states: Sequence[dict[str, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
-    """The state of one meter that has counted what several have."""
-    together: dict[str, tuple[float, ...]] = {}
+def sum_states(states: Sequence[dict[str, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
+    """Return the state of a meter that holds the values of several meters."""
+    sums: dict[str, tuple[float, ...]] = {}
     for name, saved in (item for state in states for item in state.items()):
-        before = together.get(name, (0,) * len(saved))
-        together[name] = tuple(a + b for a, b in zip(before, saved, strict=True))
-    return together
+        before = sums.get(name, (0,) * len(saved))
+        sums[name] = tuple(a + b for a, b in zip(before, saved, strict=True))
+    return sums
 
 
 def _standard_error(total: float, squares: float, count: int) -> float:
-    """Of the mean of ``count`` values with this sum and sum of squares."""
     if count < 2:
         return math.nan
     variance = (squares - total**2 / count) / (count - 1)
@@ -96,27 +94,29 @@ def _standard_error(total: float, squares: float, count: int) -> float:
 
 
 class FiniteWatch:
-    """The first step that had a number which is not finite, kept on the device."""
+    """Remember, on the device, the first step with a number that is not finite."""
 
     def __init__(self, device: torch.device) -> None:
         self._first_bad = torch.full((), _NONE, dtype=torch.int64, device=device)
 
     def see(self, step: int, value: Tensor) -> None:
-        """A number () of a step, counted from 0; the host does not wait for it."""
+        """Check a number () of ``step``, which counts from 0, without waiting for the device."""
         self._first_bad = torch.where(torch.isfinite(value) | (self._first_bad != _NONE), self._first_bad, step)
 
     def first_bad(self) -> int | None:
-        """None: there was none. The host waits for the device."""
+        """Return the first step with a number that is not finite, or None. The host waits for the device."""
         step = int(self._first_bad)
         return None if step == _NONE else step
 
 
 def add_loss(meter: Meter, out: HypoLoss, num_generations: int) -> None:
-    """A loss's statistics under TRL's names; ``kl`` is the trajectory's, in nats, a sum over its tokens, of
-    ``num_generations`` consecutive samples a prompt."""
+    """Add a loss's statistics under TRL's names.
+
+    ``kl`` is in nats, summed over a sample's tokens; ``num_generations`` consecutive samples share a prompt.
+    """
     pairs = len(out.margins)
     chosen, rejected, _ = out.logps.split([pairs, pairs, len(out.kl)])
-    meter.add("loss", out.loss.expand(pairs or len(out.kl)))  # weighs a smaller batch by its rows
+    meter.add("loss", out.loss.expand(pairs or len(out.kl)))  # a smaller batch counts by its rows
     meter.add("rewards/chosen", out.chosen_rewards)
     meter.add("rewards/rejected", out.rejected_rewards)
     meter.add("rewards/accuracies", (out.margins > 0).double())
@@ -128,8 +128,11 @@ def add_loss(meter: Meter, out: HypoLoss, num_generations: int) -> None:
 
 
 def add_online_rewards(meter: Meter, rewards: Tensor, num_generations: int) -> None:
-    """Rewards (N,) of samples, ``num_generations`` consecutive ones a prompt: their mean, a prompt's spread, and the
-    share of prompts that have none, from which RLOO learns nothing."""
+    """Add rewards (N,) of samples, ``num_generations`` consecutive ones a prompt.
+
+    Logs their mean, the standard deviation within a prompt, and the fraction of prompts where it is zero: from those
+    RLOO learns nothing.
+    """
     spreads = rewards.view(-1, num_generations).std(dim=1)
     meter.add("reward", rewards)
     meter.add("reward_std", spreads)
@@ -137,7 +140,7 @@ def add_online_rewards(meter: Meter, rewards: Tensor, num_generations: int) -> N
 
 
 def add_rewards(meter: Meter, rewards: Tensor, losses: Tensor) -> None:
-    """A reward model's (P, 2) rewards of chosen and rejected, and losses (P,)."""
+    """Add a reward model's rewards (P, 2) of chosen and rejected completions, and its losses (P,)."""
     margins = rewards[:, 0] - rewards[:, 1]
     meter.add("loss", losses)
     meter.add("accuracy", (margins > 0).double())

@@ -1,4 +1,4 @@
-"""How far a mean may be off, where values that share a row (its prompt) resemble each other."""
+"""The standard error of a mean over samples, several of which may share a prompt."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 
 def standard_error(values: Sequence[float], rows: Sequence[int]) -> float | None:
-    """Of the mean of ``values``, where those of one row may depend on each other; None for a single row.
+    """Return the cluster-robust standard error of the mean of ``values``: values of the same row may be correlated.
 
-    With one value a row it is the standard deviation over √n.
+    With one value a row, this is the standard deviation over √n. None if all values belong to one row.
     """
     mean = statistics.fmean(values) if values else 0.0
     sums: dict[int, float] = defaultdict(float)

@@ -1,4 +1,4 @@
-"""How much the steps of a log interval computed, and how fast that is. Counted on the host, from lengths alone."""
+"""Count rows, tokens and model FLOPs of a log interval on the host, from sequence lengths, and turn them into rates."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from hypo_train.trees.tree import Tree
 
 
 class Throughput:
-    """Rows, tokens and model FLOPs (see :mod:`hypo_train.metrics.flops`) since the last reading.
+    """Count rows, tokens and model FLOPs (see :mod:`hypo_train.metrics.flops`) since the last reading.
 
-    ``mfu``, model FLOP utilisation, is all of a step's model FLOPs over its whole time and the device's peak:
-    policy forward and backward, reference and sampling. Each part is logged too, so that other definitions can be
-    had: the policy's alone over the time of its own phases is what pre-training calls MFU. Two cautions: decoding
-    reads weights rather than computes, so a step that samples has a lower ``mfu`` at the same quality of code; and
-    work that is saved (a shared prompt, a cached reference) leaves it, so compare ways to run a step by ``time/step``.
+    ``mfu`` (model FLOP utilisation) is the model FLOPs of a whole step (policy forward and backward, reference,
+    sampling) over the step's time and the device's peak. Each part is logged too, for other definitions:
+    pre-training's MFU takes the policy's part and the time of its phases alone. Two cautions. Decoding is bound by
+    reading weights, so a step that samples has a lower ``mfu`` at equal quality of code. Saved work (a shared prompt,
+    a cached reference) is not counted, so compare ways to run a step by ``time/step``.
+
+    Args:
+        flops: FLOPs of the model's passes; None if they are not known.
+        peak_flops: the device's peak FLOP/s; None if it is not known.
     """
 
     def __init__(self, flops: ModelFlops | None, peak_flops: float | None) -> None:
-        """``flops``: None where the model's are not known; ``peak_flops``: the device's, a second, where known."""
         self._flops = flops
         self._peak_flops = peak_flops
-        self.num_tokens = 0  # through the policy since the run's first step; a resumed run puts it back
+        self.num_tokens = 0  # through the policy since the first step of the run; a resumed run restores it
         self._rows = 0
         self._tokens = 0
         self._computed: defaultdict[str, float] = defaultdict(float)
 
     def policy(self, tree: Tree, num_rows: int) -> None:
-        """A tree of ``num_rows`` rows of the data went through the policy, forward and backward."""
+        """Count the policy's forward and backward pass over a tree of ``num_rows`` rows of the data."""
         self._rows += num_rows
         self._tokens += tree.num_tokens
         self.num_tokens += tree.num_tokens
@@ -38,7 +41,10 @@ class Throughput:
             self._computed["policy"] += self._flops.policy.of(size) + self._flops.backward.of(size)
 
     def reference(self, tree: Tree, *, trunk_known: bool) -> None:
-        """A tree went through the reference; ``trunk_known``: only the layers above the frozen ones, run already."""
+        """Count the reference model's forward pass over a tree.
+
+        ``trunk_known``: the frozen layers were run for the policy, and only the layers above them are run.
+        """
         if self._flops is not None:
             rates = self._flops.above_trunk if trunk_known else self._flops.reference
             self._computed["reference"] += rates.of(Size.of(tree))
@@ -46,14 +52,20 @@ class Throughput:
     def sample(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, prompts_known: bool
     ) -> None:
-        """``completions`` were drawn, as many consecutive ones a prompt; ``prompts_known``: from the training pass."""
+        """Count the sampling of ``completions``, the same number of consecutive ones for each prompt.
+
+        ``prompts_known``: the prompts' keys and values come from the training pass.
+        """
         if self._flops is not None:
             size = Size.of_samples(prompts, completions, prefill=not prompts_known)
             self._computed["sample"] += self._flops.policy.of(size)
 
     def read(self, steps: int, seconds: float) -> dict[str, float]:
-        """Of ``steps`` steps that took ``seconds``: rates, and the mean FLOPs of a step's parts. Starts anew, but for
-        the run's ``num_tokens``, in which a prompt that several completions share counts once."""
+        """Return rates over ``seconds`` and each part's mean FLOPs over ``steps`` steps, and reset the counts.
+
+        ``num_tokens`` counts from the start of the run and is not reset; a prompt that several completions share
+        counts once.
+        """
         metrics: dict[str, float] = {
             "num_tokens": self.num_tokens,
             "tokens_per_second": self._tokens / seconds,
@@ -70,18 +82,17 @@ class Throughput:
         return metrics
 
 
-# Of metrics that say what one device did, and of those that all devices did together; the others are a mean.
-_MOST = ("memory/",)
-_TOGETHER = ("num_tokens", "tokens_per_second", "train_samples_per_second", "tflops_per_second")
+_MAXIMA = ("memory/",)
+_SUMS = ("num_tokens", "tokens_per_second", "train_samples_per_second", "tflops_per_second")
 
 
-def of_all_processes(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What a step cost on each process, as one: rates and counts add up, memory is the most, the rest is a mean."""
-    found = {}
-    for name in dict.fromkeys(name for of_one in costs for name in of_one):
-        values = [of_one[name] for of_one in costs if name in of_one]
-        if name.startswith(_MOST):
-            found[name] = max(values)
+def combine_processes(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Combine each process's costs of a step: sums of rates and counts, the maximum of memory, means of the rest."""
+    combined = {}
+    for name in dict.fromkeys(name for process in costs for name in process):
+        values = [process[name] for process in costs if name in process]
+        if name.startswith(_MAXIMA):
+            combined[name] = max(values)
         else:
-            found[name] = sum(values) / (1 if name in _TOGETHER else len(values))
-    return found
+            combined[name] = sum(values) / (1 if name in _SUMS else len(values))
+    return combined

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, phase by phase, without making the host wait for the device."""
+"""Measure how long each phase of a step takes, without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
+if TYPE_CHECKING:  # the report reads the names of the phases and must not wait for torch
+    import torch
 
-from hypo_train.metrics.phases import OTHER, PHASES
+PHASES = ("data", "sample", "reward", "reference", "forward", "loss", "backward", "optimizer")  # in a step's order
+OTHER = "other"  # the time of a step that no phase covers
 
 
 class PhaseTimer:
-    """Mean seconds that a step spends in each phase.
+    """Measure the mean seconds that a step spends in each phase.
 
     ``with timer.step():`` surrounds a step, ``with timer.phase("forward"):`` a part of it. Times are exclusive: a
-    phase entered inside another one pauses it. Outside of a step nothing is timed, so an evaluation may pass
-    through the same code.
+    phase that starts inside another one pauses it. Nothing is timed outside of a step, so an evaluation may run the
+    same code.
 
-    On CUDA the moments are events in the device's stream: a phase has the time from its first kernel to the next
-    phase's, in which the device may have waited for the host. Work that the host does while the device is busy
-    with an earlier phase costs nothing, and is shown as that.
+    On CUDA the times are events in the device's stream. A phase lasts from its first kernel to the first kernel of
+    the next phase, including time in which the device waits for the host. Host work that overlaps the device's work
+    on an earlier phase adds nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._clock: _Clock = _CudaClock(device) if device.type == "cuda" else _HostClock()
-        self._open: list[str] = []  # of the step that runs: OTHER, then its phases, the innermost last
-        self._marks: list[_Mark] = []  # of that step
-        self._ended: deque[list[_Mark]] = deque()  # steps that the device may not have finished
+        self._open: list[str] = []  # phases of the current step: OTHER first, the innermost last
+        self._marks: list[_Mark] = []  # of the current step
+        self._ended: deque[list[_Mark]] = deque()  # marks of steps that the device may still be working on
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._steps = 0
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One optimizer step."""
+        """Time one optimizer step. Raises RuntimeError inside another step."""
         if self._open:
             raise RuntimeError("a step is timed already: steps do not nest")
         while self._ended and self._clock.passed(self._ended[0][-1].moment):
@@ -51,9 +53,9 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """One of ``PHASES``, as often in a step as need be."""
+        """Time one of ``PHASES``; a step may enter a phase several times. Raises ValueError for another name."""
         if name not in PHASES:
-            raise ValueError(f"{name!r} is no phase of a step: it must be one of {', '.join(PHASES)}")
+            raise ValueError(f"{name!r} is not a phase of a step: it must be one of {', '.join(PHASES)}")
         if not self._open:
             yield
             return
@@ -65,17 +67,20 @@ class PhaseTimer:
 
     @property
     def running(self) -> str | None:
-        """The innermost phase that runs, ``OTHER`` between two of them; None outside of a step."""
+        """The innermost phase that is running, ``OTHER`` between phases; None outside of a step."""
         return self._open[-1] if self._open else None
 
     @property
     def steps(self) -> int:
-        """How many steps have ended since the last reading."""
+        """The number of steps that ended since the last :meth:`read`."""
         return self._steps + len(self._ended)
 
     def read(self) -> dict[str, float]:
-        """Mean seconds a step: ``time/step`` in all, ``time/<phase>`` of the phases that ran, ``time/other`` of the
-        rest. Waits for the last step to finish; the timer starts anew. Empty where no step has ended."""
+        """Return mean seconds a step and reset the timer: ``time/<phase>``, ``time/other`` and their sum ``time/step``.
+
+        Only phases that ran are included; the result is empty if no step has ended. Waits for the last step to finish
+        on the device.
+        """
         if self._ended:
             self._clock.wait(self._ended[-1][-1].moment)
         while self._ended:
@@ -105,26 +110,26 @@ class PhaseTimer:
 
 
 class _Mark(NamedTuple):
-    """A moment, and what runs from then on."""
+    """A point in time, and the phase that starts there."""
 
     name: str
     moment: Any
 
 
 class _Clock(Protocol):
-    """Moments, and the seconds between two of them."""
+    """A source of points in time, and of the seconds between two of them."""
 
     def now(self) -> Any: ...
 
     def passed(self, moment: Any) -> bool:
-        """Whether ``seconds`` up to this moment are known without a wait."""
+        """Return whether ``seconds`` up to ``moment`` can be read without waiting."""
 
     def wait(self, moment: Any) -> None: ...
 
     def seconds(self, start: Any, stop: Any) -> float: ...
 
     def free(self, moments: Iterator[Any]) -> None:
-        """These are asked for no more."""
+        """Allow ``moments`` to be reused."""
 
 
 class _HostClock:
@@ -145,15 +150,18 @@ class _HostClock:
 
 
 class _CudaClock:
-    """Events of the device's current stream. They are reused: those in flight are a step's or two."""
+    """Events of the device's current stream. Events are reused: one or two steps are in flight at a time."""
 
     def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._cuda = torch.cuda
         self._device = device
         self._free: list[torch.cuda.Event] = []
 
     def now(self) -> torch.cuda.Event:
-        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
+        event = self._free.pop() if self._free else self._cuda.Event(enable_timing=True)
+        event.record(self._cuda.current_stream(self._device))
         return event
 
     def passed(self, moment: torch.cuda.Event) -> bool:

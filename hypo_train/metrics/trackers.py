@@ -1,8 +1,7 @@
-"""Where a run also logs to, by accelerate's trackers: TensorBoard, W&B, trackio, MLflow.
+"""Copies of a run's metrics in TensorBoard, W&B, trackio or MLflow, through accelerate's trackers.
 
-`metrics.jsonl` is the record of a run, and a tracker's copy of it may end where the tracker fails. A run that goes on
-from a checkpoint goes on in the same TensorBoard curves; the others get a run of its own for it, in the same group,
-since none of them takes steps back.
+`metrics.jsonl` is the record of a run; a tracker's copy ends if the tracker fails. A resumed run continues its curves
+in TensorBoard. In the other trackers it starts a new run in the same group, because they cannot drop logged steps.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.utils.redact import redacted
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
-# What the packages would tell their makers or their servers unasked: usage, crashes, the host's name, command lines.
-# Who wants that sets these otherwise.
+# Keep the packages from sending usage, crashes, the host's name or the command line. The user's own values win.
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
@@ -35,28 +33,28 @@ QUIET = {
 
 
 def require_trackers(config: Config) -> None:
-    """Raise ConfigError for a tracker of ``report_to`` that is not installed, or that nobody is logged in to."""
+    """Raise ConfigError if a tracker of ``report_to`` is not installed, or if W&B has no login."""
     missing = [PACKAGES[name] for name in config.report_to if not _is_installed(PACKAGES[name])]
     if missing:
         raise ConfigError(
             f"report_to={list(config.report_to)}: {', '.join(missing)} is not installed: pip install "
-            f"{' '.join(missing)}, or leave it out (report_to: none logs to metrics.jsonl alone)"
+            f"{' '.join(missing)}, or leave it out (report_to: none logs to metrics.jsonl only)"
         )
-    if "wandb" in config.report_to and not _knows_who_to_be_at_wandb():
+    if "wandb" in config.report_to and not _has_wandb_login():
         raise ConfigError(
-            "report_to=wandb: nobody is logged in to W&B: run wandb login, set WANDB_API_KEY, or set "
+            "report_to=wandb: there is no login for W&B: run wandb login, set WANDB_API_KEY, or set "
             "WANDB_MODE=offline to keep the run on this machine"
         )
 
 
 class Trackers:
-    """The trackers of one run, all started or none.
+    """The trackers of one run: either all of them start, or none.
 
     Args:
-        first_step: the step of the checkpoint that the run goes on from, or 0.
+        first_step: the step of the checkpoint that the run resumes from, or 0.
 
     Raises:
-        ConfigError: one of them does not start.
+        ConfigError: a tracker does not start.
     """
 
     def __init__(self, config: Config, first_step: int = 0) -> None:
@@ -67,19 +65,19 @@ class Trackers:
             except Exception as error:
                 self.close()
                 raise ConfigError(
-                    f"report_to={name}: it does not start: {type(error).__name__}: {redacted(str(error))}"
+                    f"report_to={name}: the tracker does not start: {type(error).__name__}: {redacted(str(error))}"
                 ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send a step's metrics to each; one that fails is said to, and is asked no more."""
+        """Send a step's metrics to each tracker; one that fails causes a warning and receives no more."""
         for name, tracker in list(self._open.items()):
             try:
                 tracker.log(dict(metrics), step=step)
             except Exception as error:
-                self._drop(name, error, f"has the steps before {step} alone")
+                self._drop(name, error, f"has only the steps before {step}")
 
     def close(self) -> None:
-        """Let each of them finish what it has; closing twice does nothing."""
+        """Finish every tracker; a second call does nothing."""
         for name, tracker in list(self._open.items()):
             try:
                 tracker.finish()
@@ -88,23 +86,23 @@ class Trackers:
         self._open = {}
 
     def _drop(self, name: str, error: Exception, consequence: str) -> None:
-        """A week of training is worth more than a tracker's copy of its record."""
+        """Stop using a failed tracker: the run is worth more than a copy of its record."""
         del self._open[name]
-        what = f"{type(error).__name__}: {redacted(str(error))}"
-        warnings.warn(f"{name} failed ({what}): it {consequence}; metrics.jsonl has them all", stacklevel=3)
+        cause = f"{type(error).__name__}: {redacted(str(error))}"
+        warnings.warn(f"{name} failed ({cause}): it {consequence}; metrics.jsonl has all steps", stacklevel=3)
 
 
 def settings_to_show(config: Config) -> dict[str, str | int | float | bool]:
-    """Every setting as one flat value, without credentials; lists as YAML writes them, nothing as "none"."""
+    """Return every setting as one flat value, without credentials; lists as YAML, None as "none"."""
     return {name: _flat(redacted(value)) for name, value in config.model_dump().items()}
 
 
 def _started(name: str, config: Config, first_step: int) -> Any:
-    """One of accelerate's trackers, at work."""
+    """Start one of accelerate's trackers."""
     from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # accelerate's loggers ask it
+    PartialState()  # accelerate's loggers need it
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     output_dir = Path(config.output_dir)
@@ -112,7 +110,7 @@ def _started(name: str, config: Config, first_step: int) -> Any:
     run_name = config.run_name or output_dir.resolve().name
     attempt = f"{run_name}, from step {first_step}" if first_step else run_name
     if name == "tensorboard":
-        # It hides what an earlier attempt logged from this step on.
+        # purge_step hides the steps that an earlier attempt logged after the checkpoint.
         options: dict[str, Any] = {"purge_step": first_step + 1 if first_step else 0, "logging_dir": str(output_dir)}
         tracker = LOGGER_TYPE_TO_CLASS[name]("tensorboard", **options)
     elif name == "mlflow":
@@ -129,7 +127,7 @@ def _started(name: str, config: Config, first_step: int) -> Any:
 
 
 def _is_installed(package: str) -> bool:
-    """A folder of that name is none: W&B makes a ``wandb`` wherever it has been used."""
+    """Return whether ``package`` is installed; W&B leaves ``wandb`` folders, which import as empty packages."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -142,8 +140,8 @@ def _flat(value: Any) -> str | int | float | bool:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
 
 
-def _knows_who_to_be_at_wandb() -> bool:
-    """Whether W&B needs no login, has one, or can ask for one."""
+def _has_wandb_login() -> bool:
+    """Return whether W&B needs no login, has one, or can ask for one on a terminal."""
     if os.environ.get("WANDB_MODE", "online") != "online" or sys.stdin.isatty():
         return True
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hypo_train.metrics.phases import OTHER, PHASES
+from hypo_train.metrics.timing import OTHER, PHASES
 from hypo_train.report.charts import Curve, hover_data, line_chart, run_colour, stacked_chart
 from hypo_train.report.html import Html, element, foreign, join
 from hypo_train.report.runs import RecordedRun

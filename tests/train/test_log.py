@@ -85,7 +85,7 @@ def test_a_last_line_still_being_written_is_not_read(tmp_path):
 @pytest.mark.parametrize("line", ["{broken", "[1, 2]", ""])
 def test_a_broken_line_is_named_when_read(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no JSON object"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 

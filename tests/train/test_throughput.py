@@ -139,13 +139,13 @@ def test_evaluations_and_checkpoints_take_no_time_of_a_step(settings, monkeypatc
 
 def test_a_model_whose_flops_are_not_known_trains_and_the_run_says_why(settings, monkeypatch, capsys):
     def unknown(policy):
-        raise UncountedError("experts (4, 32, 48) is no linear layer's weight")
+        raise UncountedError("experts (4, 32, 48) is not the weight of a linear layer")
 
     monkeypatch.setattr("hypo_train.build.ModelFlops.of", unknown)
     for line in costs_of(settings(algorithm="dpo")):
         assert not any("flops" in name for name in line)
         assert line["tokens_per_second"] > 0
-    assert "FLOPs are not logged: experts (4, 32, 48) is no linear layer's weight" in capsys.readouterr().out
+    assert "FLOPs are not logged: experts (4, 32, 48) is not the weight of a linear layer" in capsys.readouterr().out
 
 
 # Memory

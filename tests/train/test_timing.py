@@ -93,7 +93,7 @@ def test_a_phase_that_fails_ends(clock):
 
 def test_an_unknown_phase_and_a_step_in_a_step_are_refused():
     timer = PhaseTimer(CPU)
-    with pytest.raises(ValueError, match="'forwards' is no phase"), timer.phase("forwards"):
+    with pytest.raises(ValueError, match="'forwards' is not a phase"), timer.phase("forwards"):
         pass
     with timer.step(), pytest.raises(RuntimeError, match="do not nest"), timer.step():
         pass
