@@ -52,7 +52,7 @@ from hypo_train.sampling import (
     serves,
 )
 from hypo_train.sampling.rollouts import Rollouts
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Run(Plan):
             num_generations=self.config.num_generations,
             max_new_tokens=self.max_new_tokens,
             prompts_of=lambda step: [list(self.train_rows[i].prompt) for i in self.rows_of_step(step)],
-            share=self.share,
+            rank_share=self.rank_share,
             seed_of=self.step_seed,
         )
 
@@ -179,7 +179,7 @@ def _loaded(
     config: Config, accelerator: Accelerator, processes: Processes, show: Callable[[list[str]], None] | None
 ) -> _Loaded:
     autocast = accelerator.mixed_precision == "bf16"
-    checked = passed(config, device_type=accelerator.device.type, autocast=autocast, share=processes.share)
+    checked = passed(config, device_type=accelerator.device.type, autocast=autocast, rank_share=processes.rank_share)
     tokenizer, ends = checked.tokenizer, checked.eos_token_ids
     if splits_to_precompute(checked.plan):
         require_writable(cache_folder(config))
@@ -299,7 +299,7 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
         scheduler=scheduler,
         train_rows=plan.train_rows,
         eval_rows=plan.eval_rows,
-        share=plan.share,
+        rank_share=plan.rank_share,
         reward=reward,
         report=report,
         timer=PhaseTimer(accelerator.device),

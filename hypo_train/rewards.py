@@ -18,7 +18,7 @@ from hypo_train.model.load import as_reward_model, load_classifier
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.source import load_classifier_tokenizer
 from hypo_train.model.tree_model import ModelError
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 Tokens = Sequence[Sequence[int]]
 # (prompt text, completion text) -> reward

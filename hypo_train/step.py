@@ -31,10 +31,10 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
     seed_everything(run.own_seed(step))
     with timer.phase("data"):
         everywhere = run.rows_of_step(step)  # on all processes
-        indices = run.share.of(everywhere)
+        indices = run.rank_share.select(everywhere)
         rows: list[Any] = [run.train_rows[i] for i in indices]
         # Of the step's mean loss, which the processes' gradients are averaged to.
-        weight = _weight([run.train_rows[i] for i in everywhere]) / run.share.count
+        weight = _weight([run.train_rows[i] for i in everywhere]) / run.world_size
     micro_batch_loss = run.config.spec.load_micro_batch_loss()
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None

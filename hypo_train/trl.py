@@ -39,7 +39,7 @@ from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import policy_of
 from hypo_train.model.source import eos_token_ids
 from hypo_train.sampling import DecodeSampler, Distribution, GenerateSampler, Sampler, Samples, serves
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 from hypo_train.trees.tree import Tree
 
 _NEEDS = "hypo_train.trl needs TRL: pip install 'trl>=1.16'"

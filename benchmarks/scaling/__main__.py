@@ -27,7 +27,6 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from benchmarks.step.material import EOS, FIRST_WORD, PAD, id_tokenizer
 from hypo_train.config import Config
 from hypo_train.data.plan import load_plan
-from hypo_train.distributed.processes import Share
 from hypo_train.metrics.flops import ModelFlops
 from hypo_train.metrics.log import read_metrics
 from hypo_train.metrics.timing import _HostClock
@@ -37,6 +36,7 @@ from hypo_train.preflight.prediction.communication import exchanges
 from hypo_train.preflight.prediction.step_time import Speeds, predict
 from hypo_train.preflight.prediction.work import work_of
 from hypo_train.train import train
+from hypo_train.utils.rank_share import RankShare
 
 WARM_UP, STEPS = 2, 5
 VOCAB, LAYERS = 2048, 4
@@ -157,7 +157,7 @@ def measured(config: Config) -> dict[str, float]:
 def predicted(config: Config, count: int, speeds: Speeds) -> dict[str, float]:
     """Seconds by phase."""
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    plan, _ = load_plan(config, tokenizer, [EOS], Share(0, count))
+    plan, _ = load_plan(config, tokenizer, [EOS], RankShare(0, count))
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
     trained = outline(config, architecture, device_type="cpu", autocast=False)
     conditions = Conditions("cpu", autocast=False, shares_prompts=True, sampler="decode")

@@ -109,12 +109,12 @@ def check_same_run(plan: Plan, extra: dict[str, Any], folder: Path, *, rows: boo
     defaults = {name: field.default for name, field in Config.model_fields.items()}
     saved, now = defaults | saved, config.model_dump()  # a setting that is newer than the checkpoint had its default
     free = FREE_TO_CHANGE if config.spec.learns_from_reward else FREE_TO_CHANGE | FREE_WITHOUT_RLOO
-    if len(extra["processes"]) != plan.share.count:
+    if len(extra["processes"]) != plan.world_size:
         free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # how other devices cut a step up
         if extra["rows_a_step"] != plan.batch_size:
             raise ConfigError(
                 f"{folder} is of a run with {extra['rows_a_step']} rows a step on {len(extra['processes'])} processes, "
-                f"and this one has {plan.batch_size} on {plan.share.count}: change gradient_accumulation_steps or "
+                f"and this one has {plan.batch_size} on {plan.world_size}: change gradient_accumulation_steps or "
                 "per_device_train_batch_size, so that a step has as many"
             )
     changed = [

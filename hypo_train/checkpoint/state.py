@@ -82,12 +82,12 @@ def resume(run: Run, meter: Meter) -> int:
 
 def _load_parts(run: Run, meter: Meter, parts: list[dict[str, Any]], folder: Path) -> None:
     """What each process had counted and drawn ahead; all of it on the main one, where there were not as many."""
-    if len(parts) == run.share.count:
-        own = parts[run.share.rank]
+    if len(parts) == run.world_size:
+        own = parts[run.rank_share.rank]
     elif any(part["rollouts"] for part in parts):
         raise ConfigError(
             f"{folder} holds samples that {len(parts)} processes have drawn ahead (rollout_steps="
-            f"{run.config.rollout_steps}), and these are {run.share.count}: go on with as many"
+            f"{run.config.rollout_steps}), and these are {run.world_size}: go on with as many"
         )
     elif run.processes.is_main:
         meters = [part["meter"] for part in parts]

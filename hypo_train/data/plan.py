@@ -14,7 +14,7 @@ from hypo_train.data.load import ROW_TYPES, load_split_rows
 from hypo_train.data.order import batch_indices, batches_per_epoch, longest_first
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt, rows_hash
-from hypo_train.distributed.processes import ALONE, Share
+from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
 
 # A run's steps draw from seeds of their own, above the small ones that evaluations use.
 SEEDS_PER_RUN = 2**31
@@ -29,7 +29,12 @@ class Plan:
     config: Config
     train_rows: Rows
     eval_rows: Rows
-    share: Share = field(default=ALONE, kw_only=True)
+    rank_share: RankShare = field(default=SINGLE_PROCESS, kw_only=True)
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of processes of the run."""
+        return self.rank_share.world_size
 
     @cached_property
     def total_steps(self) -> int:
@@ -44,7 +49,7 @@ class Plan:
     @property
     def batch_size(self) -> int:
         """Rows of an optimizer step, of all processes; as many for each of them."""
-        config, count = self.config, self.share.count
+        config, count = self.config, self.world_size
         wanted = config.per_device_train_batch_size * config.gradient_accumulation_steps * count
         return wanted if count == 1 else min(wanted, len(self.train_rows) // count * count)
 
@@ -69,7 +74,7 @@ class Plan:
         if budget is None:
             return self.config.gradient_accumulation_steps == 1
         longest = sorted((length + self.max_sampled for length in self._row_lengths), reverse=True)
-        return sum(longest[: self.batch_size // self.share.count]) <= budget
+        return sum(longest[: self.batch_size // self.world_size]) <= budget
 
     @property
     def may_run_prompts_first(self) -> bool:
@@ -97,7 +102,7 @@ class Plan:
         longest = [length + self.max_sampled for length in self._row_lengths]
         most, largest, tokens = self._most_tokens(longest), list[int](), 0
         for step in range(self.total_steps):
-            rows = self.share.of(self.rows_of_step(step))
+            rows = self.rank_share.select(self.rows_of_step(step))
             for part in self.micro_batches([longest[i] for i in rows]):
                 if (size := sum(longest[i] for i in rows[part])) > tokens:
                     largest, tokens = rows[part], size
@@ -108,7 +113,7 @@ class Plan:
     def _most_tokens(self, lengths: Sequence[int]) -> int:
         """What no micro-batch of rows of these lengths can have more than."""
         config, budget = self.config, self.config.max_tokens_per_micro_batch
-        rows = config.per_device_train_batch_size if budget is None else self.batch_size // self.share.count
+        rows = config.per_device_train_batch_size if budget is None else self.batch_size // self.world_size
         descending = sorted(lengths, reverse=True)
         together = sum(descending[:rows])
         return together if budget is None else min(together, max(budget, descending[0]))
@@ -119,7 +124,7 @@ class Plan:
 
     def own_seed(self, step: int) -> int:
         """The seed of what a process draws for itself in a step, as dropout and a reward function do."""
-        seed, rank = self.step_seed(step), self.share.rank
+        seed, rank = self.step_seed(step), self.rank_share.rank
         return seed if rank == 0 else random.Random(f"{seed}/{rank}").getrandbits(63)
 
     def rows_of_step(self, step: int) -> list[int]:
@@ -135,14 +140,14 @@ class Plan:
 
 
 def load_plan(
-    config: Config, tokenizer: Any, eos_token_ids: Sequence[int], share: Share = ALONE
+    config: Config, tokenizer: Any, eos_token_ids: Sequence[int], rank_share: RankShare = SINGLE_PROCESS
 ) -> tuple[Plan, dict[str, DataReport]]:
     """Training and evaluation rows as the algorithm learns from them, and a report on each. Raises ``DataError``."""
     kind: type[Any] = ROW_TYPES[config.spec.row_type]
     train_rows, eval_rows, reports = load_split_rows(kind, config, tokenizer, eos_token_ids)
-    if len(train_rows) < share.count:
+    if len(train_rows) < rank_share.world_size:
         raise DataError(
-            f"{len(train_rows)} training rows for {share.count} processes: each of them needs a row in every step, "
-            "start fewer"
+            f"{len(train_rows)} training rows for {rank_share.world_size} processes: each needs a row in every step, "
+            "start fewer processes"
         )
-    return Plan(config, train_rows, eval_rows, share=share), reports
+    return Plan(config, train_rows, eval_rows, rank_share=rank_share), reports

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -16,33 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
 from hypo_train.utils.signals import ElsewhereError, Stopped
 
 T = TypeVar("T")
 # A main process writes checkpoints and keeps reference log-probs while the others wait.
 _PATIENCE = timedelta(hours=6)
 _FAILURE = "hypo_train/failure"
-
-
-@dataclass(frozen=True)
-class Share:
-    """A process's part of work that all of them divide: every ``count``-th piece from number ``rank`` on.
-
-    Pieces sorted by size are so divided that all processes have much the same.
-    """
-
-    rank: int = 0
-    count: int = 1
-
-    def of(self, pieces: Sequence[T]) -> list[T]:
-        return list(pieces[self.rank :: self.count])
-
-    def places(self, num_pieces: int) -> range:
-        """Which of so many pieces are this process's."""
-        return range(self.rank, num_pieces, self.count)
-
-
-ALONE = Share()
 
 
 class Processes:
@@ -53,16 +32,16 @@ class Processes:
 
     def __init__(self) -> None:
         distributed = dist.is_available() and dist.is_initialized()
-        self.share = Share(dist.get_rank(), dist.get_world_size()) if distributed else ALONE
+        self.rank_share = RankShare(dist.get_rank(), dist.get_world_size()) if distributed else SINGLE_PROCESS
         self._hosts: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
 
     @property
     def count(self) -> int:
-        return self.share.count
+        return self.rank_share.world_size
 
     @property
     def is_main(self) -> bool:
-        return self.share.rank == 0
+        return self.rank_share.rank == 0
 
     def gather(self, value: T) -> list[T]:
         """Every process's ``value``, which can be pickled, by rank."""
@@ -78,7 +57,7 @@ class Processes:
         ``alike``: every process has as many, where they make passes together; the last piece, which does not count,
         fills up those that have fewer.
         """
-        mine = [(piece, True) for piece in self.share.of(pieces)]
+        mine = [(piece, True) for piece in self.rank_share.select(pieces)]
         wanted = -(-len(pieces) // self.count) if alike else 0
         return mine + [(pieces[-1], False)] * (wanted - len(mine))
 
@@ -137,7 +116,7 @@ class Processes:
             error = raised
         everyones = self.gather(None if error is None else self._told(error))
         failed = [rank for rank, told in enumerate(everyones) if told is not None]
-        if error is not None and self.share.rank == failed[0]:
+        if error is not None and self.rank_share.rank == failed[0]:
             raise error
         if failed:  # what all have found is said once; what one has found, where its own machine's words are not read
             raise ElsewhereError(everyones[failed[0]] if error is None else f"process {failed[0]} has failed")
@@ -145,7 +124,7 @@ class Processes:
 
     def _told(self, error: Exception) -> str:
         """An error of this process, as the others tell of it."""
-        return f"process {self.share.rank}: {type(error).__name__}: {error}"
+        return f"process {self.rank_share.rank}: {type(error).__name__}: {error}"
 
     @contextmanager
     def telling_failures(self) -> Iterator[None]:

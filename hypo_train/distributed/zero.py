@@ -141,7 +141,7 @@ class ZeroOptimizer(Optimizer):
     def _part_of(self, tensors: Iterable[Tensor], like: Tensor) -> Tensor:
         """This process's part of whole tensors end to end; what lies behind them is zero."""
         size, own, place = like.numel(), [], 0
-        start = self._processes.share.rank * size
+        start = self._processes.rank_share.rank * size
         for tensor in tensors:  # never all of them at once: on a device that would be the weights once more
             own.append(tensor.detach().flatten()[max(0, start - place) : max(0, start + size - place)])
             place += tensor.numel()

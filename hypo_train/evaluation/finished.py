@@ -23,7 +23,7 @@ from hypo_train.model.trained_weights import put_trained_weights
 from hypo_train.model.tree_model import ModelError
 from hypo_train.rewards import Reward, load_function, load_reward
 from hypo_train.sampling import Sampler
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 
 @dataclass(frozen=True)

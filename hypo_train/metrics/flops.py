@@ -30,8 +30,9 @@ from hypo_train.model.policy import Head, Policy
 from hypo_train.model.quantization import num_elements
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.trunk import decoder_layers
-from hypo_train.trees.attention import Layout, causal
-from hypo_train.trees.tree import Tree, pack, separate_rows
+from hypo_train.trees.layout import Layout, causal_pairs
+from hypo_train.trees.pack import pack, separate_rows
+from hypo_train.trees.tree import Tree
 
 Tokens = Sequence[Sequence[int]]
 
@@ -61,7 +62,7 @@ class Size(NamedTuple):
         layout = Layout(tuple(map(len, prompts)), branches)
         tokens, attended = layout.num_tokens, layout.num_attended
         if not prefill:
-            tokens, attended = tokens - layout.num_prompt_tokens, attended - sum(map(causal, layout.prompts))
+            tokens, attended = tokens - layout.num_prompt_tokens, attended - sum(map(causal_pairs, layout.prompts))
         return cls(tokens, attended, sum(map(len, completions)))
 
 
@@ -174,7 +175,7 @@ def _one_row() -> Tree:
     """Return a tree of three tokens without values; its 4-D mask keeps transformers from reading them."""
     ids, row = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    return Tree(ids, ids, None, mask, row, row, row, num_tokens=3, num_attended=causal(3))
+    return Tree(ids, ids, None, mask, row, row, row, num_tokens=3, num_attended=causal_pairs(3))
 
 
 def _check_complete(policy: Policy | RewardModel, linears: list[_Linear]) -> None:

@@ -14,8 +14,8 @@ from hypo_train.model.policy import Head, HeadFunction, Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.trees.attention import NAME
-from hypo_train.trees.batch import Batcher
-from hypo_train.trees.tree import Tree, pack, separate_rows
+from hypo_train.trees.pack import Batcher, pack, separate_rows
+from hypo_train.trees.tree import Tree
 
 T = TypeVar("T")
 

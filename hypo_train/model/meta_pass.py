@@ -37,7 +37,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
-from hypo_train.trees.attention import Layout
+from hypo_train.trees.layout import Layout
 
 _NAME = "hypo_rehearsed"
 

@@ -36,7 +36,7 @@ from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
 from hypo_train.model.weight_digest import contents, started_from
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 from hypo_train.utils.safe_print import say
 
 FORMAT_VERSION = 1  # of the file, and of how the values are computed: raised when either changes

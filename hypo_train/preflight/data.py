@@ -6,23 +6,23 @@ from hypo_train.config import Config
 from hypo_train.data.load import ROW_TYPES, check_texts
 from hypo_train.data.plan import Plan, Rows, load_plan
 from hypo_train.data.rows import Example, Pair, Prompt
-from hypo_train.distributed.processes import Share
 from hypo_train.model.reference_cache import splits_to_precompute
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.source import Source
+from hypo_train.utils.rank_share import RankShare
 
 
-def check_data(config: Config, source: Source | None, found: Findings, share: Share) -> Plan:
+def check_data(config: Config, source: Source | None, found: Findings, rank_share: RankShare) -> Plan:
     """Rows as token ids; rows of the largest lengths where there is no tokenizer. Raises ``DataError``."""
     if source is not None and source.tokenizer is not None:
-        plan, reports = load_plan(config, source.tokenizer, source.eos_token_ids, share)
+        plan, reports = load_plan(config, source.tokenizer, source.eos_token_ids, rank_share)
         _check_vocabulary(source, plan)
     else:
         reports = check_texts(config)
         counts = {name: report.used for name, report in reports.items()}
         rows = [_longest_rows(config, counts.get(split, 0)) for split in ("train", "eval")]
-        plan = Plan(config, rows[0], rows[1], share=share)
+        plan = Plan(config, rows[0], rows[1], rank_share=rank_share)
         found.unchecked.append("tokens of the data, their lengths and what is cut: there is no tokenizer")
     for split, report in reports.items():
         found.data[split] = report.lines()
@@ -57,10 +57,12 @@ def _longest_rows(config: Config, count: int) -> Rows:
     return [Prompt(0, prompt)] * count
 
 
-def assumed_plan(config: Config, share: Share) -> Plan:
+def assumed_plan(config: Config, rank_share: RankShare) -> Plan:
     """One step of the largest rows, where the data cannot be read."""
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * share.count
-    return Plan(config.model_copy(update={"max_steps": 1}), _longest_rows(config, batch_size), [], share=share)
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * rank_share.world_size
+    return Plan(
+        config.model_copy(update={"max_steps": 1}), _longest_rows(config, batch_size), [], rank_share=rank_share
+    )
 
 
 def describe_steps(config: Config, plan: Plan, found: Findings) -> None:
@@ -71,7 +73,7 @@ def describe_steps(config: Config, plan: Plan, found: Findings) -> None:
         how = f"micro-batches of up to {config.max_tokens_per_micro_batch:,} tokens"
     elif plan.one_micro_batch:
         how = "one micro-batch"
-    everywhere = f" on {plan.share.count} processes, each" if plan.share.count > 1 else ""
+    everywhere = f" on {plan.world_size} processes, each" if plan.world_size > 1 else ""
     found.steps.append(
         f"{config.algorithm}: {plan.total_steps:,} steps of {plan.batch_size} {kind}{everywhere} in {how}, "
         f"{epochs:.3g} epochs"

@@ -28,7 +28,7 @@ from hypo_train.preflight.sharded_sizes import divided, put_together, zero_bytes
 from hypo_train.sampling.decode.branches import num_slots
 from hypo_train.sampling.decode.cuda_graphs import bucket
 from hypo_train.sampling.decode.sampler import copy_to_decode_from, prefill_tokens
-from hypo_train.sampling.merged_weights import Shadow
+from hypo_train.sampling.merged_weights import MergedWeights
 
 DeviceType = Literal["cuda", "cpu"]
 SamplerKind = Literal["decode", "generate", "vllm"]
@@ -129,7 +129,7 @@ def estimate(
             "frozen weights (4 bits, the rest " + config.dtype + ")",
             always[0][1] - bytes_of(packed) + in_4_bits,
         )
-    count = plan.share.count if config.fsdp else 1
+    count = plan.world_size if config.fsdp else 1
     always = [(name, number if name == _REWARD_MODEL else divided(number, count)) for name, number in always]
     whole = (0, 0)
     if count > 1:
@@ -137,17 +137,17 @@ def estimate(
     gradients, changing = divided(held.gradients, count), divided(size, count)
     state, temporary = divided(optimizer.state, count), divided(optimizer.temporary, count)
     zero, in_buckets = None, 0
-    if config.zero_stage and plan.share.count > 1:
+    if config.zero_stage and plan.world_size > 1:
         zero = zero_bytes(
             config.zero_stage,
-            plan.share.count,
+            plan.world_size,
             trained=size,
             gradients=held.gradients,
             state=optimizer.state,
             temporary=optimizer.temporary,
         )
         gradients, changing, state, temporary = zero.gradients, zero.changing_gradients, zero.state, zero.temporary
-    elif plan.share.count > 1 and not config.fsdp:
+    elif plan.world_size > 1 and not config.fsdp:
         in_buckets, gradients = size, size  # DDP's, made with it, which gradients lie in
     unpacked = max((bytes_of([p]) for p in packed), default=0)
     components = [
@@ -167,7 +167,7 @@ def estimate(
         Component("the optimizer's temporaries", 0, 0, temporary),
     ]
     present = [part for part in components if any(part[1:])]
-    return Estimate(present, config.draws_samples, draws.kv_of_a_prompt, draws.kv, plan.share.count)
+    return Estimate(present, config.draws_samples, draws.kv_of_a_prompt, draws.kv, plan.world_size)
 
 
 def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: DeviceType) -> int:
@@ -204,7 +204,7 @@ def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Condit
 
 def _parts(plan: Plan) -> int:
     """Of the vocabulary, in a pass."""
-    return plan.share.count if plan.config.vocab_parallel else 1
+    return plan.world_size if plan.config.vocab_parallel else 1
 
 
 def branch_lengths(plan: Plan, row: Any) -> list[int]:
@@ -253,9 +253,9 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
         return _Draws()
     config, per_token = plan.config, kv_bytes_per_token(trained, autocast)
     n, new = config.num_generations, plan.max_new_tokens
-    count = plan.batch_size // plan.share.count * min(config.rollout_steps, plan.total_steps)
+    count = plan.batch_size // plan.world_size * min(config.rollout_steps, plan.total_steps)
     longest = max(len(row.prompt) for row in plan.train_rows)
-    weights = _shadow_bytes(trained, device_type, autocast, new) if sampler == "decode" else 0
+    weights = _merged_bytes(trained, device_type, autocast, new) if sampler == "decode" else 0
     if sampler == "decode":
         width = bucket(longest) if device_type == "cuda" else longest
         of_a_prompt = num_slots(width, n * new) * per_token
@@ -274,11 +274,11 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
     return _Draws(weights, count * of_a_prompt, of_a_prompt, activations)
 
 
-def _shadow_bytes(policy: Policy, device_type: DeviceType, autocast: bool, max_new_tokens: int) -> int:
+def _merged_bytes(policy: Policy, device_type: DeviceType, autocast: bool, max_new_tokens: int) -> int:
     """Of the copy of the weights that the decoder reads, where it makes one."""
     compute = torch.bfloat16 if autocast else torch.float32
     needed, dtype = copy_to_decode_from(policy.model, compute, device_type, max_new_tokens=max_new_tokens)
-    return Shadow(policy.model, dtype).nbytes() if needed else 0
+    return MergedWeights(policy.model, dtype).nbytes() if needed else 0
 
 
 def kv_bytes_per_token(trained: Policy | RewardModel, autocast: bool) -> int:

@@ -17,7 +17,6 @@ from hypo_train.checkpoint.lock import require_unlocked
 from hypo_train.checkpoint.resume import check_resume, checkpoint_to_resume, refuse_to_overwrite
 from hypo_train.config import Config
 from hypo_train.data.plan import Plan
-from hypo_train.distributed.processes import Share
 from hypo_train.distributed.zero import require_deepspeed
 from hypo_train.invocation import DryRun
 from hypo_train.metrics.devices import DEVICES
@@ -40,6 +39,7 @@ from hypo_train.preflight.prediction.describe import describe_time
 from hypo_train.preflight.source import LONGEST, Source
 from hypo_train.preflight.tiny_model import UNKNOWN, Structure, look_at_structure
 from hypo_train.rewards import RewardFunction, load_function
+from hypo_train.utils.rank_share import RankShare
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     kind = cast(DeviceType, "cuda" if dry_run.device in DEVICES else dry_run.device or here)
     device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16, dry_run.device)
-    share = Share(0, dry_run.num_devices)
+    rank_share = RankShare(0, dry_run.num_devices)
     found = Findings(config)
     with offline_where_unreachable(config):
         with found.collected():
@@ -96,7 +96,7 @@ def check(config: Config, dry_run: DryRun) -> Findings:
         outlined = None if source is None else _check_model(config, source, device, found, must_exist=False)
         plan = None
         with found.collected():
-            plan = check_data(config, source, found, share)
+            plan = check_data(config, source, found, rank_share)
     if plan is not None:
         with found.collected():
             are_its_rows = source is not None and source.tokenizer is not None and dry_run.model is None
@@ -105,13 +105,13 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     elif outlined is not None:
         found.warnings.append(f"without the data, memory is estimated for rows {LONGEST}")
     if outlined is not None:
-        plan = plan or assumed_plan(config, share)
+        plan = plan or assumed_plan(config, rank_share)
         _check_room(config, plan, outlined, device, found, whole=True)
         describe_time(plan, outlined.trained, _conditions(config, outlined, device), dry_run, found)
     return found
 
 
-def passed(config: Config, *, device_type: str, autocast: bool, share: Share) -> Passed:
+def passed(config: Config, *, device_type: str, autocast: bool, rank_share: RankShare) -> Passed:
     """The same for a run that is to start now.
 
     Raises:
@@ -120,13 +120,13 @@ def passed(config: Config, *, device_type: str, autocast: bool, share: Share) ->
     device, found = _Device(cast(DeviceType, device_type), autocast), Findings(config)
     named = _check_settings(config, device, found)
     found.refuse()
-    if share.rank == 0:
+    if rank_share.rank == 0:
         require_unlocked(Path(config.output_dir))
     source = Source.of_run(config)
     outlined = _check_model(config, source, device, found, must_exist=True)
     found.refuse()
-    plan = check_data(config, source, found, share)
-    if share.rank == 0:
+    plan = check_data(config, source, found, rank_share)
+    if rank_share.rank == 0:
         check_resume(plan, named.checkpoint)
     describe_steps(config, plan, found)
     if outlined is not None:

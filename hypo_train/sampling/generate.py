@@ -77,14 +77,14 @@ class GenerateSampler:
         *,
         seed: int,
         prompt_kv: PromptKV | None = None,
-        numbers: Sequence[int] | None = None,
+        prompt_indices: Sequence[int] | None = None,
     ) -> Samples:
         """See `Sampler.sample`. Raises ValueError: no prompts, an empty one, n or max_new_tokens below 1."""
         check_request(prompts, n, max_new_tokens)
         rows = [prompt for prompt in prompts for _ in range(n)]
         size = self._rows_per_batch(prompts, len(rows), max_new_tokens)
-        if numbers is not None and numbers[0] > 0:  # another process's part of the draw
-            seed = _batch_seed(seed, -numbers[0])
+        if prompt_indices is not None and prompt_indices[0] > 0:  # another process's part of the draw
+            seed = _batch_seed(seed, -prompt_indices[0])
         with torch.no_grad(), _sampling_mode(self.model):
             batches = [
                 self._sample_batch(rows[start : start + size], max_new_tokens, _batch_seed(seed, start // size))

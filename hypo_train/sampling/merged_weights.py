@@ -23,7 +23,7 @@ from hypo_train.sampling.protocol import base_model
 _TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # peft's place for a module that is trained whole
 
 
-class Shadow:
+class MergedWeights:
     """`model`, sharing what it can with the live one; `refresh` after the live one has changed.
 
     Linear layers with LoRA get weights of their own, base and adapters in one. With a `dtype`, so do all others

@@ -68,12 +68,12 @@ class Sampler(Protocol):
         *,
         seed: int,
         prompt_kv: PromptKV | None = None,
-        numbers: Sequence[int] | None = None,
+        prompt_indices: Sequence[int] | None = None,
     ) -> Samples:
         """Draw `n` completions of each prompt; the same weights, arguments and seed give the same ones.
 
         `prompt_kv` may come from a pass of the caller's own over the same prompts and weights, in eval mode.
-        `numbers`: which prompts of a larger draw these are, where several processes divide one; None = all of them.
+        `prompt_indices`: the indices of these prompts in a larger draw that several processes divide; None = all of it.
         """
 
     def weights_changed(self, step: int) -> None:

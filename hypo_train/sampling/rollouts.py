@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from hypo_kernels import HypoLoss
-from hypo_train.distributed.processes import ALONE, Share
 from hypo_train.metrics.meter import Meter
 from hypo_train.sampling import PromptKV, Sampler
 from hypo_train.trees.tree import Tree
+from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Rollouts:
         max_new_tokens: of a sample, EOS included.
         prompts_of: the prompts of a step, token ids, the same at every call; of all processes.
         seed_of: the seed of the draw that begins at a step.
-        share: which of the prompts are this process's.
+        rank_share: which prompts this process samples from.
 
     Raises:
         ValueError: ``num_steps`` below 1.
@@ -86,7 +86,7 @@ class Rollouts:
         max_new_tokens: int,
         prompts_of: Callable[[int], list[list[int]]],
         seed_of: Callable[[int], int],
-        share: Share = ALONE,
+        rank_share: RankShare = SINGLE_PROCESS,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}: a draw serves at least 1 step")
@@ -96,7 +96,7 @@ class Rollouts:
         self.num_generations = num_generations
         self.max_new_tokens = max_new_tokens
         self.prompts_of = prompts_of
-        self.share = share
+        self.rank_share = rank_share
         self.seed_of = seed_of
         self._ahead: dict[int, StepSamples] = {}  # of the steps of this window that are still to come
         self._recent: dict[int, list[array[int]]] = {}  # token ids of the samples of steps since the last `forget`
@@ -135,11 +135,11 @@ class Rollouts:
         """One call of the sampler for this process's prompts of all ``steps``."""
         everywhere = [self.prompts_of(step) for step in steps]
         first = [0, *accumulate(len(of_step) for of_step in everywhere)]
-        prompts = [self.share.of(of_step) for of_step in everywhere]
-        numbers = [
+        prompts = [self.rank_share.select(of_step) for of_step in everywhere]
+        prompt_indices = [
             start + place
             for start, of_step in zip(first, everywhere, strict=False)
-            for place in self.share.places(len(of_step))
+            for place in self.rank_share.indices(len(of_step))
         ]
         samples = self.sampler.sample(
             [prompt for of_step in prompts for prompt in of_step],
@@ -147,7 +147,7 @@ class Rollouts:
             self.max_new_tokens,
             seed=self.seed_of(steps[0]),
             prompt_kv=prompt_kv,
-            numbers=numbers,
+            prompt_indices=prompt_indices,
         )
         completions = samples.completions()
         bounds = [0, *accumulate(len(of_step) for of_step in prompts)]

@@ -81,14 +81,14 @@ class VLLMSampler:
         *,
         seed: int,
         prompt_kv: PromptKV | None = None,
-        numbers: Sequence[int] | None = None,
+        prompt_indices: Sequence[int] | None = None,
     ) -> Samples:
         """See `Sampler.sample`. Raises ValueError: no prompts, an empty one, n or max_new_tokens below 1."""
         check_request(prompts, n, max_new_tokens)
         self._bring_up_to_date()
         outputs = self._engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            [self._params(n, max_new_tokens, seed, p) for p in numbers or range(len(prompts))],
+            [self._params(n, max_new_tokens, seed, p) for p in prompt_indices or range(len(prompts))],
             use_tqdm=False,
         )
         completions = [c for out in outputs for c in sorted(out.outputs, key=lambda c: c.index)]

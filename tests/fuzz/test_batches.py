@@ -17,7 +17,7 @@ from hypo_train.config import Config
 from hypo_train.data.rows import Pair
 from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import load_policy
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 CONFIG = Config(model_name_or_path="m", dataset_name="d", bf16=False)
 ARCHITECTURES = ["llama", "gpt_neox", "gemma2"]

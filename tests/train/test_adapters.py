@@ -36,7 +36,7 @@ from hypo_train.preflight.memory_estimate import Conditions, estimate
 from hypo_train.sampling import DecodeSampler
 from hypo_train.sampling.merged_weights import merged_weights
 from hypo_train.train import train
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 KINDS = {

@@ -15,9 +15,10 @@ from tiny import new_model, pair_rows, save, write_rows
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
-from hypo_train.distributed.processes import Processes, Share
+from hypo_train.distributed.processes import Processes
 from hypo_train.model.policy import Policy
 from hypo_train.preflight import consistency
+from hypo_train.utils.rank_share import RankShare
 from hypo_train.utils.signals import ElsewhereError
 
 ROWS = (Pair(0, (5, 6), (7, 1), (8, 1)), Pair(1, (5,), (9, 1), (8, 1)))
@@ -27,10 +28,10 @@ class Beside(Processes):
     """A process that is a thread."""
 
     def __init__(self, rank, values, barrier):
-        self.share, self._values, self._barrier = Share(rank, len(values)), values, barrier
+        self.rank_share, self._values, self._barrier = RankShare(rank, len(values)), values, barrier
 
     def gather(self, value):
-        self._values[self.share.rank] = value
+        self._values[self.rank_share.rank] = value
         self._barrier.wait()
         found = list(self._values)
         self._barrier.wait()

@@ -9,11 +9,11 @@ from tiny import make_config, new_model, save, word_tokenizer
 from transformers import AutoConfig
 
 from hypo_train.data.plan import load_plan
-from hypo_train.distributed.processes import Share
 from hypo_train.model.load import outline
 from hypo_train.preflight.memory_estimate import Conditions
 from hypo_train.preflight.prediction.communication import exchanges
 from hypo_train.preflight.prediction.work import work_of
+from hypo_train.utils.rank_share import RankShare
 
 FSDP = {"fsdp": True}
 BF16 = {"bf16": True}
@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
 def predicted(config):
     """Of a run's step, by phase and kind."""
     tokenizer, autocast = word_tokenizer(), bool(config.bf16)
-    plan, _ = load_plan(config, tokenizer, [tokenizer.eos_token_id], Share(0, WORLD))
+    plan, _ = load_plan(config, tokenizer, [tokenizer.eos_token_id], RankShare(0, WORLD))
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
     trained = outline(config, architecture, device_type="cpu", autocast=autocast)
     passes = work_of(plan, Conditions("cpu", autocast, True, "decode")).passes

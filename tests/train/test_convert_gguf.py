@@ -17,7 +17,7 @@ from hypo_train.data.load import load_split_rows
 from hypo_train.data.rows import Pair
 from hypo_train.model.load import load_policy
 from hypo_train.train import train
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 RECIPES = Path(__file__).parents[2] / "hypo_train" / "recipes"
 

@@ -14,7 +14,6 @@ from hypo_train.build import prepare, with_reference_logps
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
-from hypo_train.distributed.processes import Share
 from hypo_train.metrics.meter import Meter
 from hypo_train.model.load import outline
 from hypo_train.model.meta_pass import Rows, bytes_of, rehearse
@@ -23,6 +22,7 @@ from hypo_train.preflight.architectures import known_architecture
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.memory_estimate import Conditions, estimate
 from hypo_train.step import train_step
+from hypo_train.utils.rank_share import RankShare
 
 # 7 million parameters, which weigh about as much as the activations of a step of 600 tokens.
 MEDIUM = {
@@ -198,7 +198,7 @@ def of_devices(count, **changes):
     fixed = {"algorithm": "dpo", "precompute_ref_log_probs": False, "bf16": True, "max_steps": 1}
     config = config_of(**{**fixed, "fsdp": count > 1, **changes})
     rows = [Pair(0, (0,) * 200, (0,) * 50, (0,) * 50)] * 64
-    plan = Plan(config, rows, [], share=Share(0, count))
+    plan = Plan(config, rows, [], rank_share=RankShare(0, count))
     trained = outline(config, known_architecture(LLAMA), device_type="cuda", autocast=True)
     return estimate(plan, trained, Conditions("cuda", True, True, "decode")), trained
 

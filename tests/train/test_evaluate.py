@@ -45,7 +45,7 @@ class Scripted:
     def __init__(self, completions, device):
         self.completions, self.device, self.calls = list(completions), device, []
 
-    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, numbers=None):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, prompt_indices=None):
         self.calls.append((prompts, n, max_new_tokens))
         drawn = [self.completions.pop(0) for _ in range(len(prompts) * n)]
         width = max(map(len, drawn))

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hypo_train.trees import flex
-from hypo_train.trees.attention import Layout, Part
+from hypo_train.trees import attention, flex
+from hypo_train.trees.attention import Part
+from hypo_train.trees.layout import Layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -150,12 +151,12 @@ def inputs(layout, part, *, heads=6, kv_heads=2, dim=16, value_dim=None, seed=0,
 
 
 def by_flex(layout, part, states, *, scale=None, softcap=None):
-    mask = layout.block_mask(*part, states[0].device)
-    return flex.attend(*states, mask, scale=scale, softcap=softcap)
+    mask = flex.block_mask(layout, has_prompts=part[0], has_branches=part[1], device=states[0].device)
+    return flex.flex_tree_attention(*states, mask, scale=scale, softcap=softcap)
 
 
 def by_sdpa(layout, part, states, *, scale=None, softcap=None):
-    return Part(layout, has_prompts=part[0], has_branches=part[1])._run_by_run(*states, scale, softcap)
+    return Part(layout, has_prompts=part[0], has_branches=part[1])._attend_by_group(*states, scale, softcap)
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def uncompiled(monkeypatch):
 @compiles
 @pytest.mark.slow
 @torch.no_grad()
-def test_flex_attention_is_attention_run_by_run(compiled_for_cpu, layout, part):
+def test_flex_attention_is_attention_attend_by_group(compiled_for_cpu, layout, part):
     states = inputs(layout, part)
     if states[0].shape[2]:
         found, expected = by_flex(layout, part, states), by_sdpa(layout, part, states)
@@ -224,7 +225,7 @@ def test_no_length_is_compiled_for_itself(monkeypatch):
     assert counter.frame_count <= 4
 
 
-def test_gradients_are_those_of_attention_run_by_run(uncompiled, layout, part):
+def test_gradients_are_those_of_attention_attend_by_group(uncompiled, layout, part):
     states = [x.requires_grad_() for x in inputs(layout, part)]
     if not states[0].shape[2]:
         return
@@ -240,7 +241,7 @@ def test_flex_attention_is_taken_on_cuda_where_it_has_a_kernel():
     def serves(device="cuda", dtype=torch.bfloat16, dim=64, value_dim=64):
         with FakeTensorMode():
             query, key = (torch.empty(1, 2, 7, dim, device=device, dtype=dtype) for _ in range(2))
-            return flex.serves(query, key, torch.empty(1, 2, 7, value_dim, device=device, dtype=dtype))
+            return flex.flex_supports(query, key, torch.empty(1, 2, 7, value_dim, device=device, dtype=dtype))
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert serves(dtype=dtype)
@@ -254,8 +255,8 @@ def test_flex_attention_is_taken_on_cuda_where_it_has_a_kernel():
 def test_a_mask_is_built_once_for_all_layers(monkeypatch, uncompiled):
     built = []
     plain = flex.block_mask
-    monkeypatch.setattr(flex, "block_mask", lambda *args, **options: built.append(options) or plain(*args, **options))
-    monkeypatch.setattr(flex, "serves", lambda *states: True)
+    monkeypatch.setattr(attention, "block_mask", lambda *args, **kw: built.append(kw) or plain(*args, **kw))
+    monkeypatch.setattr(attention, "flex_supports", lambda *states: True)
     layout = Layout((3, 4), ((5, 6), (7,)))
     for part in PARTS.values():
         for layer in range(3):
@@ -302,7 +303,7 @@ def test_on_a_gpu_output_and_gradients_are_as_near_the_truth_as_sdpas(
     states = inputs(layout, part, dtype=dtype, **sizes)
     if not states[0].shape[2]:
         return
-    assert flex.serves(*states)
+    assert flex.flex_supports(*states)
     shape = states[0].transpose(1, 2).shape
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     truth = outcome(lambda x: by_sdpa(layout, part, x, softcap=softcap), [x.double() for x in states], weight)
@@ -345,7 +346,8 @@ def test_on_a_gpu_building_a_mask_does_not_wait_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         for part in PARTS.values():
-            LAYOUTS["branches longer than a block"].block_mask(*part, torch.device("cuda", 0))
+            layout, device = LAYOUTS["branches longer than a block"], torch.device("cuda", 0)
+            flex.block_mask(layout, has_prompts=part[0], has_branches=part[1], device=device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -17,7 +17,7 @@ from hypo_train.metrics.devices import peak_bf16
 from hypo_train.metrics.flops import ModelFlops, Size, UncountedError
 from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import load_policy
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 aten = torch.ops.aten
 

@@ -95,7 +95,7 @@ class DrawnBefore:
     live = True
     takes_prompt_kv = True
 
-    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, numbers=None):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, prompt_indices=None):
         completions = [[7 + i % 3, 9, 1][i % 3 :] for i in range(len(prompts) * n)]
         return SimpleNamespace(completions=lambda: completions, logprobs=None)
 

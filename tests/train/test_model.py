@@ -37,7 +37,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.source import eos_token_ids, load_tokenizer
 from hypo_train.model.tree_model import ModelError
 from hypo_train.trees.attention import NAME
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 # The ways to train, and what each asks of the config.
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}

@@ -15,7 +15,7 @@ from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
 from hypo_train.rewards import ClassifierReward, ModelReward
 from hypo_train.train import train_step
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 WAYS = {"full": {}, "lora": LORA, "last layer": {"num_layers_unfrozen": 1}}

@@ -15,7 +15,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.sampling import GenerateSampler, Samples
 from hypo_train.sampling.rollouts import Rollouts, StepSamples, add_importance
 from hypo_train.trees.attention import NAME
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 K, LONGEST = 2, 5
 
@@ -28,7 +28,7 @@ class Recorder:
     def __init__(self, weights=0, *, score=True):
         self.weights, self.score, self.calls = weights, score, []
 
-    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, numbers=None):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, prompt_indices=None):
         self.calls.append((prompts, n, max_new_tokens, seed))
         rng = random.Random(f"{seed},{self.weights}")
         lengths = torch.tensor([rng.randint(1, max_new_tokens) for _ in range(n * len(prompts))])
@@ -47,7 +47,7 @@ class Recorder:
 class Untouched(Recorder):
     """A sampler that no one may call."""
 
-    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, numbers=None):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, prompt_indices=None):
         raise AssertionError("drawn again")
 
 

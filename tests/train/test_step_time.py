@@ -7,7 +7,6 @@ from transformers import AutoConfig
 from hypo_train.build import prepare
 from hypo_train.config import ConfigError
 from hypo_train.data.plan import load_plan
-from hypo_train.distributed.processes import Share
 from hypo_train.invocation import take_dry_run
 from hypo_train.metrics.devices import DEVICES, Assumed, bandwidth
 from hypo_train.metrics.flops import ModelFlops
@@ -17,6 +16,7 @@ from hypo_train.preflight.memory_estimate import Conditions
 from hypo_train.preflight.prediction.communication import Exchange, exchanges
 from hypo_train.preflight.prediction.step_time import Speeds, predict
 from hypo_train.preflight.prediction.work import work_of
+from hypo_train.utils.rank_share import RankShare
 
 COMPUTE, MEMORY, LINKS = 1e9, 1e8, 1e7
 
@@ -28,7 +28,7 @@ def predicted(settings):
     def of(count=1, overlaps=True, **changes):
         config = settings(**changes)
         tokenizer = tiny.word_tokenizer()
-        plan, _ = load_plan(config, tokenizer, [tokenizer.eos_token_id], Share(0, count))
+        plan, _ = load_plan(config, tokenizer, [tokenizer.eos_token_id], RankShare(0, count))
         architecture = AutoConfig.from_pretrained(config.model_name_or_path)
         trained = outline(config, architecture, device_type="cpu", autocast=False)
         conditions = Conditions("cpu", False, True, "decode")

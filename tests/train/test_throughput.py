@@ -13,7 +13,7 @@ from hypo_train.metrics.log import read_metrics, without_costs
 from hypo_train.metrics.memory import peak_memory
 from hypo_train.metrics.throughput import Throughput
 from hypo_train.train import train
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 FLOPS = ModelFlops(
     policy=Rates(10.0, 1.0, 100.0),

@@ -20,7 +20,7 @@ from hypo_train.data.order import batch_indices
 from hypo_train.metrics.log import read_metrics, without_costs
 from hypo_train.metrics.meter import Meter
 from hypo_train.train import train, train_step
-from hypo_train.trees.batch import Batcher
+from hypo_train.trees.pack import Batcher
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 LORA_HEAD = {**LORA, "lora_target_modules": ["q_proj", "v_proj", "lm_head"]}
@@ -62,7 +62,7 @@ class RecordedSampler:
         self.live, self.takes_prompt_kv = sampler.live, sampler.takes_prompt_kv
         self.prompts, self.drawn, self.seeds = [], [], []
 
-    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, numbers=None):
+    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, prompt_indices=None):
         samples = self.sampler.sample(prompts, n, max_new_tokens, seed=seed, prompt_kv=prompt_kv)
         self.prompts.append(prompts)
         self.drawn.append(samples)

@@ -7,8 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from hypo_train.trees.attention import NAME, Layout, Part, decoder_inputs
-from hypo_train.trees.tree import pack, separate_rows
+from hypo_train.trees.attention import NAME, Part, branch_mask, decoder_inputs
+from hypo_train.trees.layout import Layout
+from hypo_train.trees.pack import pack, separate_rows
 
 VOCAB, PAD = 61, 0
 
@@ -93,7 +94,7 @@ WAYS = ["in one call", "prompts first", "separate rows"]
 
 @pytest.fixture(params=[0, 96], ids=["a branch at a time", "a tree at a time"])
 def groups(request, monkeypatch):
-    monkeypatch.setattr("hypo_train.trees.attention.SMALL_TREE", request.param)
+    monkeypatch.setattr("hypo_train.trees.layout.SMALL_TREE", request.param)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
@@ -217,7 +218,7 @@ def test_every_index_of_a_hand_written_batch():
     assert tree.targets.tolist() == [14, 15, 16, 22, 17, 18, 33, 34, 35]
     assert tree.cu_seqlens.tolist() == [0, 3, 4, 6, 6, 9]
     assert tree.num_tokens == 11
-    masks = [tree.layout.branch_mask(prompt, branches, "cpu") for prompt, branches in ((3, (2, 1)), (2, (2,)))]
+    masks = [branch_mask(prompt, branches, "cpu") for prompt, branches in ((3, (2, 1)), (2, (2,)))]
     drawn = [["".join(".x"[seen] for seen in query) for query in mask] for mask in masks]
     assert drawn == [["xxxx..", "xxxxx.", "xxx..x"], ["xxx.", "xxxx"]]
     for name in ("input_ids", "position_ids", "rows", "targets", "cu_seqlens"):
@@ -272,8 +273,8 @@ def test_moving_a_tree_leaves_what_the_loss_plans_with_on_the_host():
     ("prompts", "sequences", "message"),
     [
         ([[1], []], [(0, [2])], "prompt 1 is empty"),
-        ([[1]], [(0, [2]), (1, [2])], "sequence 1 names prompt 1 of 1 prompts"),
-        ([[1]], [(-1, [2])], "sequence 0 names prompt -1"),
+        ([[1]], [(0, [2]), (1, [2])], "sequence 1 has prompt index 1, but there are 1 prompts"),
+        ([[1]], [(-1, [2])], "sequence 0 has prompt index -1"),
         ([[1]], [], "no sequences to pack"),
     ],
 )

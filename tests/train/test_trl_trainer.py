@@ -19,7 +19,7 @@ from hypo_kernels import fused_hypo_loss
 from hypo_train.config import ConfigError
 from hypo_train.data.formats import DataError
 from hypo_train.sampling import DecodeSampler
-from hypo_train.trees.tree import separate_rows
+from hypo_train.trees.pack import separate_rows
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 from hypo_train.trl import HyPOConfig, HyPOTrainer  # noqa: E402

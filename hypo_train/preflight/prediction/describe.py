@@ -24,7 +24,7 @@ def describe_time(
     plan: Plan, trained: Policy | RewardModel, conditions: Conditions, dry_run: DryRun, found: Findings
 ) -> None:
     """Lines for ``found``; of the device that the dry run names, or that is here."""
-    config, count, assumed = plan.config, plan.share.count, dry_run.assumed
+    config, count, assumed = plan.config, plan.world_size, dry_run.assumed
     work = work_of(plan, conditions)
     exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=conditions.autocast)
     if exchanged:

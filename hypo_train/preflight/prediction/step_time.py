@@ -70,7 +70,7 @@ def predict(
     speeds: Speeds,
 ) -> list[Part]:
     """The phases of a mean step, of one process. ``trained``: as :func:`hypo_train.model.load.outline` makes it."""
-    config, count = plan.config, plan.share.count
+    config, count = plan.config, plan.world_size
     forward = flops.policy.of(work.policy)
     again = forward - flops.policy.row * work.policy.rows if config.gradient_checkpointing is True else 0
     shares_trunk = config.share_trunk and not config.fsdp and work.passes.of_reference > 0
@@ -118,4 +118,4 @@ def _optimizer_bytes(plan: Plan, trained: Policy | RewardModel, conditions: Cond
     state = footprint(
         plan.config.optim, own.items(), roles=trained.parameter_roles, device_type=conditions.device_type
     ).state
-    return (3 * 4 * sum(p.numel() for p in own.values()) + 2 * state) / (plan.share.count if plan.config.fsdp else 1)
+    return (3 * 4 * sum(p.numel() for p in own.values()) + 2 * state) / (plan.world_size if plan.config.fsdp else 1)

@@ -14,7 +14,7 @@ from hypo_train.metrics.flops import Size
 from hypo_train.model.reference_cache import splits_to_precompute
 from hypo_train.preflight.memory_estimate import Conditions, branch_lengths
 from hypo_train.preflight.prediction.communication import Passes
-from hypo_train.trees.attention import Layout, causal
+from hypo_train.trees.layout import Layout, causal_pairs
 
 _MOST_STEPS = 64  # that are looked at, from all over the run
 _NOTHING = Size(0, 0, 0)
@@ -49,7 +49,7 @@ def work_of(plan: Plan, conditions: Conditions) -> Work:
     asks_pairs = _asks_reference_of_pairs(plan)
     asks = asks_pairs or (plan.config.has_reference and bool(sampled))
     for step in steps:
-        rows = [plan.train_rows[i] for i in plan.share.of(plan.rows_of_step(step))]
+        rows = [plan.train_rows[i] for i in plan.rank_share.select(plan.rows_of_step(step))]
         prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
         lengths = [row.num_tokens + sum(sampled) for row in rows]
         micro_batches.append(sum(1 for _ in plan.micro_batches(lengths)))
@@ -60,8 +60,8 @@ def work_of(plan: Plan, conditions: Conditions) -> Work:
         prefill.append(_size(prompts, [[]] * len(rows), conditions) if prefilled else _NOTHING)
     n, window = fmean(micro_batches), plan.config.rollout_steps
     prompt_tokens = fmean(sum(len(plan.train_rows[i].prompt) for i in plan.rows_of_step(step)) for step in steps)
-    each = plan.batch_size // plan.share.count
-    draw = Drawn(each * len(sampled) * window, round(prompt_tokens / plan.share.count * window), plan.max_new_tokens)
+    each = plan.batch_size // plan.world_size
+    draw = Drawn(each * len(sampled) * window, round(prompt_tokens / plan.world_size * window), plan.max_new_tokens)
     return Work(
         Passes(draws=1 / window if sampled else 0, micro_batches=n, of_reference=n if asks else 0),
         _mean(policy),
@@ -85,7 +85,7 @@ def _size(prompts: Sequence[int], branches: Sequence[Sequence[int]], conditions:
         layout = Layout(tuple(prompts), inputs)
         return Size(layout.num_tokens, layout.num_attended, counted)
     rows = [prompt + length for prompt, lengths in zip(prompts, inputs, strict=True) for length in lengths]
-    return Size(sum(rows), sum(map(causal, rows)), counted)
+    return Size(sum(rows), sum(map(causal_pairs, rows)), counted)
 
 
 def _mean(sizes: Sequence[Size]) -> Size:

@@ -20,7 +20,7 @@ from hypo_train.sampling.decode.support import (
     serves,
     text_config,
 )
-from hypo_train.sampling.merged_weights import Shadow, is_adapted, linear_layers, quantized, unmergeable
+from hypo_train.sampling.merged_weights import MergedWeights, is_adapted, linear_layers, quantized, unmergeable
 from hypo_train.sampling.protocol import MODELS_OWN, Distribution, PromptKV, Samples, base_model, check_request
 
 _FREE_MEMORY_SHARE = 0.6  # of what a device has free goes to KV; the rest is for activations and logits
@@ -104,7 +104,7 @@ class DecodeSampler:
         if reason := serves(model):
             raise ValueError(f"{reason}: sample with GenerateSampler")
         self._kv_shape = kv_shape(model)
-        self._shadow: Shadow | None = None
+        self._merged: MergedWeights | None = None
         self._outdated = False
         self._captured: CapturedBranches | None = None
         self._captured_key: Any = None
@@ -112,7 +112,7 @@ class DecodeSampler:
     @property
     def live(self) -> bool:
         """False while there is a copy of the weights to decode from."""
-        return self._shadow is None
+        return self._merged is None
 
     def sample(
         self,
@@ -122,7 +122,7 @@ class DecodeSampler:
         *,
         seed: int,
         prompt_kv: PromptKV | None = None,
-        numbers: Sequence[int] | None = None,
+        prompt_indices: Sequence[int] | None = None,
     ) -> Samples:
         """See `Sampler.sample`.
 
@@ -139,9 +139,9 @@ class DecodeSampler:
         # On the host: the same numbers whatever the device.
         generator = torch.Generator().manual_seed(seed)
         of_all = torch.rand(
-            1 + max(numbers or [len(prompts) - 1]), n, max_new_tokens, dtype=torch.float64, generator=generator
+            1 + max(prompt_indices or [len(prompts) - 1]), n, max_new_tokens, dtype=torch.float64, generator=generator
         )
-        uniforms = of_all if numbers is None else of_all[list(numbers)]
+        uniforms = of_all if prompt_indices is None else of_all[list(prompt_indices)]
         draws = _Draws(
             tokens=torch.full(uniforms.shape, self.pad_token_id, device=device),
             mask=torch.zeros(uniforms.shape, dtype=torch.bool, device=device),
@@ -178,7 +178,7 @@ class DecodeSampler:
 
     def release(self) -> None:
         """Drop captured graphs with their KV buffers, and the copy of the weights."""
-        self._captured = self._shadow = None
+        self._captured = self._merged = None
 
     def _check_window(self, longest: int) -> None:
         window = attention_window(self.model)
@@ -195,15 +195,15 @@ class DecodeSampler:
             self.model, dtype, device.type, max_new_tokens=max_new_tokens, merge_lora=self.merge_lora
         )
         if not needed:
-            self._shadow = None
+            self._merged = None
             return self.model
-        if self._shadow is None or self._shadow.dtype != wanted:
+        if self._merged is None or self._merged.dtype != wanted:
             self.release()  # so that there are never two
-            self._shadow = Shadow(self.model, wanted)
-        elif self._outdated or self._shadow.is_stale():
-            self._shadow.refresh()
+            self._merged = MergedWeights(self.model, wanted)
+        elif self._outdated or self._merged.is_stale():
+            self._merged.refresh()
         self._outdated = False
-        return self._shadow.model
+        return self._merged.model
 
     def _batches(self, widths: list[int], new_slots: int, shape: KVShape, device: torch.device) -> list[list[int]]:
         """Prompts by number, from the shortest to the longest, in batches whose KV fits."""
@@ -275,7 +275,7 @@ class DecodeSampler:
 def copy_to_decode_from(
     model: Any, dtype: torch.dtype, device_type: str, *, max_new_tokens: int, merge_lora: bool | None = None
 ) -> tuple[bool, torch.dtype | None]:
-    """Whether decoding in ``dtype`` reads a :class:`Shadow` of the model's weights, and the dtype of that."""
+    """Whether decoding in ``dtype`` reads a :class:`MergedWeights` of the model's weights, and the dtype of that."""
     layers = [layer for _, layer in linear_layers(base_model(model))]
     cast = device_type == "cuda" and any(layer.weight.dtype != dtype for layer in layers)
     mergeable = unmergeable(model) is None and quantized(model) is None

@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
-from hypo_train.sampling import DecodeSampler, decode
-from hypo_train.sampling.merged_weights import Shadow, merged_weights
+from hypo_train.sampling import DecodeSampler
+from hypo_train.sampling.decode import sampler as decode
+from hypo_train.sampling.merged_weights import MergedWeights, merged_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS, PAD = 1, 0
@@ -103,30 +104,30 @@ def test_a_copy_leaves_the_live_model_alone_and_shares_what_it_does_not_change()
     model = lora_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     addresses = [p.data_ptr() for p in model.parameters()]
-    shadow = Shadow(model, None)
-    tiny.perturb([own for own, _, _ in shadow._copies], size=1.0)
+    copied = MergedWeights(model, None)
+    tiny.perturb([own for own, _, _ in copied._copies], size=1.0)
     assert [p.data_ptr() for p in model.parameters()] == addresses
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
-    owned = {own.data_ptr() for own, _, _ in shadow._copies}
+    owned = {own.data_ptr() for own, _, _ in copied._copies}
     assert len(owned) == 2 * 2 + 1  # two layers' adapted projections, and the head
-    shared = [p for p in shadow.model.parameters() if p.data_ptr() not in owned]
+    shared = [p for p in copied.model.parameters() if p.data_ptr() not in owned]
     assert {p.data_ptr() for p in shared} <= set(addresses)
-    assert not any("lora" in name for name, _ in shadow.model.named_modules())
+    assert not any("lora" in name for name, _ in copied.model.named_modules())
 
 
 def test_weights_cast_once_compute_what_autocast_computes_with_them():
     model = tiny.new_model("gpt_neox", vocab_size=12, tie_word_embeddings=True).to(DEVICE)
-    shadow = Shadow(model, torch.bfloat16)
+    copied = MergedWeights(model, torch.bfloat16)
     ids = torch.tensor([[3, 1, 4, 1, 5]], device=DEVICE)
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(shadow.model(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(copied.model(input_ids=ids).logits, model(input_ids=ids).logits)
     tiny.perturb(model.parameters())
-    assert shadow.is_stale()
-    shadow.refresh()
-    assert not shadow.is_stale()
+    assert copied.is_stale()
+    copied.refresh()
+    assert not copied.is_stale()
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(shadow.model(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(copied.model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_adapters_that_are_more_than_lora_and_dora_are_refused():
