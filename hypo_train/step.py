@@ -1,8 +1,8 @@
-"""One optimizer step: ``batch → sample → micro-batches' losses → backward → clip → step``.
+"""One optimizer step (Algorithm 1): ``batch → samples → loss of each micro-batch → backward → clip → update``.
 
-Everything random in a step is a function of (seed, step), and so is its batch: what a reward function draws from
-Python's, NumPy's or torch's own generators too. A resumed run needs no state but the weights, the optimizer's, the
-step's number and what was sampled ahead.
+The batch and everything random in a step depend on the seed and the step's number alone, a reward function's use of
+Python's, NumPy's and torch's generators included. So a resumed run needs only the weights, the optimizer's state, the
+step's number and the samples drawn ahead.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from hypo_train.utils.seeding import seed_everything
 
 
 def train_step(run: Run, step: int, meter: Meter) -> None:
-    """One optimizer step; its statistics go to ``meter``, its time and work to the run's timer and throughput."""
+    """Train one optimizer step; add its statistics to ``meter`` and its time and FLOPs to the run's counters."""
     timer = run.timer
     seed_everything(run.own_seed(step))
     with timer.phase("data"):
-        everywhere = run.rows_of_step(step)  # on all processes
-        indices = run.rank_share.select(everywhere)
+        all_indices = run.rows_of_step(step)  # of all ranks
+        indices = run.rank_share.select(all_indices)
         rows: list[Any] = [run.train_rows[i] for i in indices]
-        # Of the step's mean loss, which the processes' gradients are averaged to.
-        weight = _weight([run.train_rows[i] for i in everywhere]) / run.world_size
+        # The gradients are averaged over ranks, so a rank divides by the mean number of losses a rank has.
+        losses_per_rank = _num_losses([run.train_rows[i] for i in all_indices]) / run.world_size
     micro_batch_loss = run.config.spec.load_micro_batch_loss()
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None
     for part in _micro_batches(run, _lengths(rows, samples)):
-        drawn = samples.of_prompts(part.start, part.stop) if samples else None
-        batch = MicroBatch(rows[part], indices[part], drawn, prompts, loss_weight=_weight(rows[part]) / weight)
+        part_samples = samples.of_prompts(part.start, part.stop) if samples else None
+        loss_weight = _num_losses(rows[part]) / losses_per_rank
+        batch = MicroBatch(rows[part], indices[part], part_samples, prompts, loss_weight)
         last = part.stop == len(rows)
-        with _gradients_of(run, last=last):
+        with _gradient_exchange(run, last=last):
             loss = micro_batch_loss(run, batch, meter)
             run.finite.see(step, loss.detach())
             with timer.phase("backward"):
@@ -51,7 +52,7 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         norm = _update(run)
         if norm is not None:
             run.finite.see(step, norm)
-            if run.processes.is_main and run.config.max_grad_norm > 0:  # one number of all processes
+            if run.processes.is_main and run.config.max_grad_norm > 0:  # all ranks have the same norm
                 meter.add("grad_norm", norm)
         run.scheduler.step()
     if run.sampler is not None:
@@ -59,11 +60,11 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
 
 
 def _micro_batches(run: Run, lengths: Sequence[int]) -> list[slice]:
-    """Of this process's rows of so many tokens: as many as the others have, where passes are made together."""
+    """Split rows of these lengths into micro-batches; under FSDP and ZeRO-2 every rank gets the same number."""
     parts = list(run.micro_batches(lengths))
-    together = run.config.fsdp or run.config.zero_stage == 2  # which exchange something in every one
-    wanted = run.processes.max(len(parts)) if together else len(parts)
-    while len(parts) < wanted:  # all processes have as many rows, so there is one to cut
+    exchanges_in_each = run.config.fsdp or run.config.zero_stage == 2
+    wanted = run.processes.max(len(parts)) if exchanges_in_each else len(parts)
+    while len(parts) < wanted:  # every rank has as many rows, so one part has two rows or more
         i = max(range(len(parts)), key=lambda i: parts[i].stop - parts[i].start)
         start, stop = parts[i].start, parts[i].stop
         parts[i : i + 1] = [slice(start, (start + stop) // 2), slice((start + stop) // 2, stop)]
@@ -71,20 +72,20 @@ def _micro_batches(run: Run, lengths: Sequence[int]) -> list[slice]:
 
 
 def _lengths(rows: Sequence[Any], samples: StepSamples | None) -> list[int]:
-    """Tokens of each row, its samples included."""
+    """Return the number of tokens of each row, with its samples."""
     if samples is None:
         return [row.num_tokens for row in rows]
     k = samples.num_generations
     return [row.num_tokens + sum(map(len, samples.completions[i * k : (i + 1) * k])) for i, row in enumerate(rows)]
 
 
-def _weight(rows: Sequence[Any]) -> int:
-    """How many values the mean loss of ``rows`` is taken over: SFT's tokens, else pairs or prompts."""
+def _num_losses(rows: Sequence[Any]) -> int:
+    """Return the number of values that the mean loss of ``rows`` averages: tokens for SFT, else rows."""
     return sum(len(row.completion) if isinstance(row, Example) else 1 for row in rows)
 
 
 def _run_prompts(run: Run, rows: Sequence[Any]) -> PromptPass:
-    """The step's prompts through the policy, with gradients: sampling and training both go on from them."""
+    """Run the policy on the step's prompts, with gradients, for sampling and training to continue from."""
     with run.timer.phase("data"):
         tree = run.batcher.prompts([row.prompt for row in rows]).to(run.accelerator.device)
     with run.timer.phase("forward"), run.accelerator.autocast():
@@ -92,7 +93,7 @@ def _run_prompts(run: Run, rows: Sequence[Any]) -> PromptPass:
 
 
 def _samples(run: Run, rows: Sequence[Any], step: int, prompts: PromptPass | None) -> StepSamples:
-    """``num_generations`` completions of each of the step's prompts, in one draw: the weights do not move within it."""
+    """Sample ``num_generations`` completions of each of the step's prompts from the current weights."""
     assert run.sampler is not None
     with run.timer.phase("sample"), run.accelerator.autocast():
         samples = run.rollouts.of_step(step, None if prompts is None else _prompt_kv(run, prompts))
@@ -104,6 +105,7 @@ def _samples(run: Run, rows: Sequence[Any], step: int, prompts: PromptPass | Non
 
 @torch.no_grad()
 def _prompt_kv(run: Run, prompts: PromptPass) -> PromptKV:
+    """Return the prompts' keys, values and next-token logits for the sampler."""
     keys_values = prompts.padded_key_values()
     return PromptKV(
         keys=[keys for keys, _ in keys_values],
@@ -113,8 +115,8 @@ def _prompt_kv(run: Run, prompts: PromptPass) -> PromptKV:
     )
 
 
-def _gradients_of(run: Run, *, last: bool) -> AbstractContextManager[Any]:
-    """Around a micro-batch: processes exchange gradients once a step, at its last one (ZeRO-2: at every one)."""
+def _gradient_exchange(run: Run, *, last: bool) -> AbstractContextManager[Any]:
+    """Return the context of a micro-batch: ranks exchange gradients after the last one only (ZeRO-2: after each)."""
     if run.zero is not None:
         run.zero.exchanges_after(last=last)
     elif not last:
@@ -131,7 +133,7 @@ def _backward(run: Run, loss: Tensor) -> None:
 
 
 def _update(run: Run) -> Tensor | None:
-    """New weights from the gradients; their global norm before clipping, (), where it is known."""
+    """Update the weights; return the gradients' global norm () before clipping, or None without clipping."""
     if run.zero is not None:
         return run.zero.step()
     norm = _clip_gradients(run) if run.config.max_grad_norm > 0 else None
@@ -141,6 +143,6 @@ def _update(run: Run) -> Tensor | None:
 
 
 def _clip_gradients(run: Run) -> Tensor:
-    """Global norm before clipping, ()."""
+    """Clip the gradients; return their global norm () before clipping."""
     norm = run.accelerator.clip_grad_norm_(run.trained.trained_parameters().values(), run.config.max_grad_norm)
     return whole(torch.as_tensor(norm))

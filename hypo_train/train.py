@@ -36,19 +36,19 @@ from hypo_train.utils.signals import Stopped, StopRequest
 
 @dataclass(frozen=True)
 class Result:
-    """Where the final model is, and the last evaluation (None without held-out rows)."""
+    """The folder of the final model, and the last evaluation (None without held-out rows)."""
 
     model_dir: Path
     evaluation: Evaluation | None
 
 
 def train(config: Config, *, progress: bool = True) -> Result:
-    """Run ``config`` from its data to a saved model.
+    """Train as ``config`` says, from its data to a saved model.
 
     Raises:
-        ValueError: it cannot be run; before any training.
+        ValueError: the run is refused; nothing was trained.
         NotFiniteError: a loss or gradient is NaN or infinite.
-        Stopped: SIGTERM, SIGINT or SIGHUP came, and the step that it came in is done and saved.
+        Stopped: SIGTERM, SIGINT or SIGHUP arrived; the step in progress was finished and saved.
     """
     refuse_to_overwrite(config)
     run = prepare(config, show=_print_lines)
@@ -58,17 +58,17 @@ def train(config: Config, *, progress: bool = True) -> Result:
 
 def _train(run: Run, *, progress: bool) -> Result:
     with ExitStack() as held:
-        run.processes.on_main(lambda: _claim(run.config, held))
-        return _train_alone(run, progress=progress)
+        run.processes.on_main(lambda: _lock_output_dir(run.config, held))
+        return _train_in_locked_folder(run, progress=progress)
 
 
-def _claim(config: Config, held: ExitStack) -> None:
-    """Keep other runs out of output_dir, where one may have begun since it was looked at."""
+def _lock_output_dir(config: Config, held: ExitStack) -> None:
+    """Lock output_dir against other runs, and check again that none has started in it."""
     held.enter_context(locked(Path(config.output_dir)))
     refuse_to_overwrite(config)
 
 
-def _train_alone(run: Run, *, progress: bool) -> Result:
+def _train_in_locked_folder(run: Run, *, progress: bool) -> Result:
     config, meter = run.config, Meter()
     first_step = resume(run, meter)
     if run.processes.is_main:
@@ -84,7 +84,7 @@ def _train_alone(run: Run, *, progress: bool) -> Result:
 
 @contextmanager
 def _recorded(run: Run, first_step: int, trackers: Trackers | None, *, progress: bool) -> Iterator[SilentLog]:
-    """The run's log, and what else it says of itself on the way and at its end: the main process's to write."""
+    """Open the run's log and write its configuration, environment and report; on the main process only."""
     if not run.processes.is_main:
         yield SilentLog()
         return
@@ -108,7 +108,7 @@ def _print_lines(lines: list[str]) -> None:
 
 
 def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:
-    """Steps ``first_step`` to the end; the last evaluation."""
+    """Train from ``first_step`` to the end; return the last evaluation."""
     config = run.config
     evaluation = None
     run.model.train()
@@ -124,7 +124,7 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
         evaluates = last or (config.eval_steps and done % config.eval_steps == 0)
         saves = last or stopped_by is not None or (config.save_steps and done % config.save_steps == 0)
         if logs or evaluates or saves:
-            # From here on, and nowhere else, the host waits for the device.
+            # The host waits for the device here and nowhere else in the loop.
             stop_if_not_finite(run, step, saves=bool(saves))
         if logs:
             metrics = meter.read(run.processes)
@@ -145,18 +145,18 @@ def _step(run: Run, step: int, meter: Meter) -> None:
     try:
         with run.timer.step():
             train_step(run, step, meter)
-    except (RuntimeError, LookupError):  # weights that are not finite break a sampler before anybody has looked
-        if (bad := run.finite.first_bad()) is not None:  # here: other processes may not have come to this
+    except (RuntimeError, LookupError):  # weights that are not finite break a sampler before they are checked
+        if (bad := run.finite.first_bad()) is not None:  # of this rank: other ranks may not have failed
             raise_not_finite(run, bad)
         raise
 
 
 def _costs(run: Run) -> dict[str, float]:
-    """What the steps since the last call took: time by phases, work and its rates, memory."""
+    """Return the time of each phase, the throughput and the peak memory since the last call."""
     steps = run.timer.steps
     times = run.timer.read()
-    here = times | run.throughput.read(steps, steps * times["time/step"]) | peak_memory(run.accelerator.device)
-    return combine_processes(run.processes.gather(here))
+    costs = times | run.throughput.read(steps, steps * times["time/step"]) | peak_memory(run.accelerator.device)
+    return combine_processes(run.processes.gather(costs))
 
 
 def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
