@@ -27,6 +27,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(MAKE) docs
 
 # The documentation, in build/docs/index.html. A warning is an error.

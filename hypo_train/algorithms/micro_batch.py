@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from hypo_kernels import HypoLoss
 from hypo_train.build import Run
-from hypo_train.metrics.meter import Meter, add_loss
+from hypo_train.metrics.meter import Meter, add_importance, add_loss
 from hypo_train.model.head_call import HeadCall
 from hypo_train.model.tree_model import PromptPass, Trunk
-from hypo_train.sampling.rollouts import StepSamples, add_importance
+from hypo_train.sampling.rollouts import StepSamples
 from hypo_train.trees.tree import Tree
 
 T = TypeVar("T")

@@ -9,10 +9,9 @@ from hypo_kernels import HypoLoss
 from hypo_train.algorithms.micro_batch import MicroBatch, run_model, run_trunk
 from hypo_train.build import Run
 from hypo_train.config import Config
-from hypo_train.metrics.meter import Meter, add_loss, add_online_rewards
+from hypo_train.metrics.meter import Meter, add_importance, add_loss, add_online_rewards
 from hypo_train.model.head_call import HeadCall
 from hypo_train.model.head_functions import fused_loss_call, sequence_logprobs_call
-from hypo_train.sampling.rollouts import add_importance
 from hypo_train.trees.tree import Tree
 
 

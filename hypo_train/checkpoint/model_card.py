@@ -10,17 +10,19 @@ import math
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from hypo_train.algorithms.registry import Citation
 from hypo_train.checkpoint.files import put_text
 from hypo_train.config import Config
 from hypo_train.metrics.log import METRICS_FILE, read_metrics
 from hypo_train.utils.redact import redacted
+
+if TYPE_CHECKING:
+    from hypo_train.algorithms.registry import Citation
 
 DATA_FILE = "data.json"
 # Settings of the machine and of the logs; they say nothing of the model.

@@ -127,6 +127,22 @@ def add_loss(meter: Meter, out: HypoLoss, num_generations: int) -> None:
     meter.add("completions/mean_length", out.lengths[2 * pairs :].double())
 
 
+def add_importance(meter: Meter, out: HypoLoss) -> None:
+    """Add how far the samples of a loss are from the policy; add nothing where the loss corrected nothing.
+
+    Over the micro-batch's tokens: the mean ratio π/μ (under TRL's name), the share of truncated tokens, and the
+    effective sample size as a share of the tokens, which is 1 for samples of the policy itself.
+    """
+    importance = out.importance
+    if importance is None or len(importance.ratio) == 0:
+        return
+    num_tokens = out.lengths[-len(importance.ratio) :].sum()
+    weight = importance.weight.sum()
+    meter.add("sampling/importance_sampling_ratio/mean", importance.ratio.sum() / num_tokens)
+    meter.add("sampling/truncated", importance.truncated.sum() / num_tokens)
+    meter.add("sampling/effective_sample_size", weight.square() / (num_tokens * importance.squared_weight.sum()))
+
+
 def add_online_rewards(meter: Meter, rewards: Tensor, num_generations: int) -> None:
     """Add rewards (N,) of samples, ``num_generations`` consecutive ones a prompt.
 

@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypo_kernels import HypoLoss
-from hypo_train.metrics.meter import Meter
 from hypo_train.sampling import PromptKV, Sampler
 from hypo_train.trees.tree import Tree
 from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
@@ -184,22 +182,6 @@ class Rollouts:
             )
             for saved in state
         }
-
-
-def add_importance(meter: Meter, out: HypoLoss) -> None:
-    """How far the samples of a loss are from its policy; nothing where it corrected nothing.
-
-    Of the micro-batch's tokens: the mean of their ratios π/μ (under TRL's name), the share that was truncated, and
-    the effective sample size as a share of their number, 1 on samples of the policy itself.
-    """
-    found = out.importance
-    if found is None or len(found.ratio) == 0:
-        return
-    tokens = out.lengths[-len(found.ratio) :].sum()
-    weight = found.weight.sum()
-    meter.add("sampling/importance_sampling_ratio/mean", found.ratio.sum() / tokens)
-    meter.add("sampling/truncated", found.truncated.sum() / tokens)
-    meter.add("sampling/effective_sample_size", weight.square() / (tokens * found.squared_weight.sum()))
 
 
 def _num_tokens(completions: Sequence[Sequence[int]]) -> int:

@@ -10,10 +10,10 @@ import torch
 
 from hypo_kernels import Importance, fused_hypo_loss, token_logprobs
 from hypo_train.data.rows import Pair
-from hypo_train.metrics.meter import Meter
+from hypo_train.metrics.meter import Meter, add_importance
 from hypo_train.model.policy import Policy
 from hypo_train.sampling import GenerateSampler, Samples
-from hypo_train.sampling.rollouts import Rollouts, StepSamples, add_importance
+from hypo_train.sampling.rollouts import Rollouts, StepSamples
 from hypo_train.trees.attention import NAME
 from hypo_train.trees.pack import Batcher
 
