@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from hypo_train.config import Config, ConfigError
-from hypo_train.data.plan import Plan
+from hypo_train.data.plan import Plan, Rows
 from hypo_train.distributed.processes import Processes
 from hypo_train.distributed.zero import ZeroOptimizer
 from hypo_train.metrics.devices import peak_bf16
@@ -56,9 +56,10 @@ from hypo_train.trees.pack import Batcher
 
 
 @dataclass(frozen=True)
-class Run(Plan):
+class Run:
     """Everything a step needs, built and checked before the first one."""
 
+    plan: Plan
     accelerator: Accelerator
     processes: Processes
     tokenizer: Any
@@ -69,14 +70,26 @@ class Run(Plan):
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     reward: Reward | None
-    report: list[str]  # what the user should know that only weights have shown
+    notes: list[str]  # what the user should know that only weights have shown
     timer: PhaseTimer
     throughput: Throughput
     finite: FiniteWatch
     origin: dict[str, Any]  # what its checkpoints belong to, beside its settings
-    # The reference's log-probs of each split's chosen and rejected, fp32 (rows, 2), where they are known beforehand.
+    # By split: the reference's log-probs of chosen and rejected, fp32 (rows, 2). ``precompute_ref_logps`` fills it.
     ref_logps: dict[str, Tensor] = field(default_factory=dict)
     data_report: dict[str, list[str]] = field(default_factory=dict)  # what became of the rows of each split
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    @property
+    def eval_rows(self) -> Rows:
+        return self.plan.eval_rows
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.plan.max_new_tokens
 
     @property
     def policy(self) -> Policy:
@@ -123,7 +136,7 @@ class Run(Plan):
     @property
     def prompts_run_first(self) -> bool:
         """Whether sampling goes on from the training pass's own run of the prompts."""
-        if self.sampler is None or not self.may_run_prompts_first:
+        if self.sampler is None or not self.plan.may_run_prompts_first:
             return False
         return self.policy.shares_prompts and self.sampler.takes_prompt_kv
 
@@ -131,15 +144,16 @@ class Run(Plan):
     def rollouts(self) -> Rollouts:
         """The samples of each step."""
         assert self.sampler is not None
+        plan = self.plan
         return Rollouts(
             self.sampler,
             num_steps=self.config.rollout_steps,
-            total_steps=self.total_steps,
+            total_steps=plan.total_steps,
             num_generations=self.config.num_generations,
-            max_new_tokens=self.max_new_tokens,
-            prompts_of=lambda step: [list(self.train_rows[i].prompt) for i in self.rows_of_step(step)],
-            rank_share=self.rank_share,
-            seed_of=self.step_seed,
+            max_new_tokens=plan.max_new_tokens,
+            prompts_of=lambda step: [list(plan.train_rows[i].prompt) for i in plan.rows_of_step(step)],
+            rank_share=plan.rank_share,
+            seed_of=plan.step_seed,
         )
 
 
@@ -277,17 +291,17 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
         trained.reference_to(accelerator.device)
     count = sum(p.numel() for p in parameters.values())
     everything = sum(map(num_elements, trained.parameters()))
-    report = [f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}"]
+    notes = [f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}"]
     if trained.why_separate_rows is not None:
-        report.append(f"each completion is trained on in a row of its own: {trained.why_separate_rows}")
+        notes.append(f"each completion is trained on in a row of its own: {trained.why_separate_rows}")
     if loaded.why_texts is not None:
-        report.append(f"the reward model reads texts: {loaded.why_texts}")
+        notes.append(f"the reward model reads texts: {loaded.why_texts}")
     if why_generate is not None:
-        report.append(f"samples come from transformers' generate: {why_generate}")
+        notes.append(f"samples come from transformers' generate: {why_generate}")
     if why_uncounted is not None:
-        report.append(f"FLOPs are not logged: {why_uncounted}")
+        notes.append(f"FLOPs are not logged: {why_uncounted}")
     return Run(
-        config=config,
+        plan=plan,
         accelerator=accelerator,
         processes=processes,
         tokenizer=tokenizer,
@@ -297,11 +311,8 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
         sampler=sampler,
         optimizer=optimizer,
         scheduler=scheduler,
-        train_rows=plan.train_rows,
-        eval_rows=plan.eval_rows,
-        rank_share=plan.rank_share,
         reward=reward,
-        report=report,
+        notes=notes,
         timer=PhaseTimer(accelerator.device),
         throughput=throughput,
         finite=FiniteWatch(accelerator.device),
@@ -385,21 +396,23 @@ def _throughput(
         return Throughput(None, peak), str(error)
 
 
-def with_reference_logps(run: Run, *, progress: bool) -> Run:
-    """The run, which now knows the reference's log-probs of its pairs, where they pay, and is without the weights that
-    only they needed: an evaluation's samples still ask the reference, whose weights wait for it on the CPU."""
-    config = run.config
+def precompute_ref_logps(run: Run, *, progress: bool) -> None:
+    """Fill ``run.ref_logps`` where computing them once is cheaper, and free reference weights that no step needs.
+
+    Evaluations that sample still need the reference: its weights wait for them on the CPU.
+    """
+    config, device = run.config, run.accelerator.device
     if not isinstance(run.trained, Policy):
-        return run
-    splits: dict[str, Any] = {"train": run.train_rows, "eval": run.eval_rows}
-    wanted = splits_to_precompute(run)
-    for split in [name for name in splits if name in wanted]:
+        return
+    splits: dict[str, Any] = {"train": run.plan.train_rows, "eval": run.plan.eval_rows}
+    to_precompute = splits_to_precompute(run.plan)
+    for split in [name for name in splits if name in to_precompute]:
         run.ref_logps[split] = pair_reference_logps(
             run.policy,
             splits[split],
             config,
             batcher=run.batcher,
-            device=run.accelerator.device,
+            device=device,
             processes=run.processes,
             autocast=run.accelerator.mixed_precision == "bf16",
             folder=cache_folder(config),
@@ -410,7 +423,6 @@ def with_reference_logps(run: Run, *, progress: bool) -> Run:
         run.policy.drop_reference()
     elif not run.steps_ask_reference:
         run.policy.reference_to(torch.device("cpu"))
-    return run
 
 
 def build_accelerator(config: Config) -> Accelerator:

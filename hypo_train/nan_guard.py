@@ -39,7 +39,7 @@ def raise_not_finite(
 ) -> None:
     """Keep the rows of ``step``, counted from 0, with their samples where these are known, and raise NotFiniteError."""
     path = run.output_dir / f"not-finite-step-{step + 1}.jsonl"
-    rows = [run.train_rows[i] for i in run.rows_of_step(step)]
+    rows = [run.plan.train_rows[i] for i in run.plan.rows_of_step(step)]
     if samples is None:
         samples = _own_samples(run, step) if run.processes.count == 1 else []
     kept = f"its rows are in {path}"

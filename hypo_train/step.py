@@ -28,13 +28,13 @@ from hypo_train.utils.seeding import seed_everything
 def train_step(run: Run, step: int, meter: Meter) -> None:
     """Train one optimizer step; add its statistics to ``meter`` and its time and FLOPs to the run's counters."""
     timer = run.timer
-    seed_everything(run.own_seed(step))
+    seed_everything(run.plan.own_seed(step))
     with timer.phase("data"):
-        all_indices = run.rows_of_step(step)  # of all ranks
-        indices = run.rank_share.select(all_indices)
-        rows: list[Any] = [run.train_rows[i] for i in indices]
+        all_indices = run.plan.rows_of_step(step)  # of all ranks
+        indices = run.plan.rank_share.select(all_indices)
+        rows: list[Any] = [run.plan.train_rows[i] for i in indices]
         # The gradients are averaged over ranks, so a rank divides by the mean number of losses a rank has.
-        losses_per_rank = _num_losses([run.train_rows[i] for i in all_indices]) / run.world_size
+        losses_per_rank = _num_losses([run.plan.train_rows[i] for i in all_indices]) / run.plan.world_size
     micro_batch_loss = run.config.spec.load_micro_batch_loss()
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None
@@ -61,7 +61,7 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
 
 def _micro_batches(run: Run, lengths: Sequence[int]) -> list[slice]:
     """Split rows of these lengths into micro-batches; under FSDP and ZeRO-2 every rank gets the same number."""
-    parts = list(run.micro_batches(lengths))
+    parts = list(run.plan.micro_batches(lengths))
     exchanges_in_each = run.config.fsdp or run.config.zero_stage == 2
     wanted = run.processes.max(len(parts)) if exchanges_in_each else len(parts)
     while len(parts) < wanted:  # every rank has as many rows, so one part has two rows or more

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hypo_train.build import Run, prepare, with_reference_logps
+from hypo_train.build import Run, precompute_ref_logps, prepare
 from hypo_train.checkpoint.files import checkpoint_folder, flush, put_text
 from hypo_train.checkpoint.lock import locked
 from hypo_train.checkpoint.model_card import DATA_FILE, write_data_report
@@ -72,10 +72,10 @@ def _train_in_locked_folder(run: Run, *, progress: bool) -> Result:
     config, meter = run.config, Meter()
     first_step = resume(run, meter)
     if run.processes.is_main:
-        _print_lines(["", *run.report])
+        _print_lines(["", *run.notes])
     trackers = run.processes.together(lambda: Trackers(config, first_step) if run.processes.is_main else None)
     with closing(trackers) if trackers else nullcontext():
-        run = with_reference_logps(run, progress=progress and run.processes.is_main)
+        precompute_ref_logps(run, progress=progress and run.processes.is_main)
         with _recorded(run, first_step, trackers, progress=progress) as log:
             with StopRequest() as stop:
                 evaluation = _train_from(run, log, meter, first_step, stop)
@@ -93,8 +93,8 @@ def _recorded(run: Run, first_step: int, trackers: Trackers | None, *, progress:
         folder.mkdir(parents=True, exist_ok=True)
     with (
         report_at_the_end(folder),
-        Attempt(folder, first_step=first_step, total_steps=run.total_steps, device=device),
-        RunLog(folder, run.total_steps, trackers=trackers, resume_step=first_step, progress=progress) as log,
+        Attempt(folder, first_step=first_step, total_steps=run.plan.total_steps, device=device),
+        RunLog(folder, run.plan.total_steps, trackers=trackers, resume_step=first_step, progress=progress) as log,
     ):
         with written(folder / CONFIG_FILE):
             put_text(folder / CONFIG_FILE, run.config.to_yaml())
@@ -114,10 +114,10 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
     run.model.train()
     if first_step == 0 and config.eval_steps:
         evaluation = _evaluate(run, log, 0)
-    for step in range(first_step, run.total_steps):
+    for step in range(first_step, run.plan.total_steps):
         _step(run, step, meter)
         done = step + 1
-        last = done == run.total_steps
+        last = done == run.plan.total_steps
         stopped_by = None if last else run.processes.max(stop.number or 0) or None
         log.advance(done)
         logs = last or done % config.logging_steps == 0
@@ -129,7 +129,7 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
         if logs:
             metrics = meter.read(run.processes)
             metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
-            metrics["epoch"] = done / run.steps_per_epoch
+            metrics["epoch"] = done / run.plan.steps_per_epoch
             log.log(done, metrics | _costs(run))
         if evaluates:
             evaluation = _evaluate(run, log, done)
@@ -160,7 +160,7 @@ def _costs(run: Run) -> dict[str, float]:
 
 
 def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
-    if not run.eval_rows:
+    if not run.plan.eval_rows:
         return None
     if run.config.has_reference:
         run.policy.reference_to(run.accelerator.device)

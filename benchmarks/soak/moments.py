@@ -25,7 +25,7 @@ from hypo_train.metrics.timing import PhaseTimer
 AREAS = (
     (train, "prepare", "preparing"),
     (train, "resume", "loading"),
-    (train, "with_reference_logps", "reference log-probs"),
+    (train, "precompute_ref_logps", "reference log-probs"),
     (log.RunLog, "__init__", "opening the log"),
     (train, "_evaluate", "evaluation"),
     (log.RunLog, "log", "logging"),

@@ -13,7 +13,7 @@ from benchmarks.step.contender import LEARNING_RATE, Contender
 from benchmarks.step.material import SEED, Ids, Material
 from benchmarks.step.phases import REST
 from benchmarks.step.variants import Variant
-from hypo_train.build import prepare, with_reference_logps
+from hypo_train.build import precompute_ref_logps, prepare
 from hypo_train.config import Config
 from hypo_train.metrics.meter import Meter
 from hypo_train.metrics.timing import OTHER
@@ -26,7 +26,8 @@ BETA, KL_COEF = 0.1, 1.0  # so that both terms weigh in the gradients that are c
 class Ours(Contender):
     def __init__(self, variant: Variant, material: Material, output_dir: Path) -> None:
         super().__init__(material)
-        self.run = with_reference_logps(prepare(config(variant, material, output_dir)), progress=False)
+        self.run = prepare(config(variant, material, output_dir))
+        precompute_ref_logps(self.run, progress=False)
         self.run.model.train()
         self.optimizer = self.run.optimizer
         self._steps = 0
@@ -57,7 +58,7 @@ class Ours(Contender):
         return {name.removeprefix("model."): p for name, p in self.run.policy.reference_parameters.items()}
 
     def seen_pairs(self) -> set[tuple[Ids, Ids, Ids]]:
-        rows: Any = self.run.train_rows
+        rows: Any = self.run.plan.train_rows
         return {(pair.prompt, pair.chosen, pair.rejected) for pair in rows}
 
     def _tapped(self, prompts: list[list[int]], n: int, *args: Any, **kwargs: Any) -> Samples:

@@ -41,7 +41,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
         scheduler=run.scheduler,
         extra={
             "config": run.config.model_dump(),
-            "rows_a_step": run.batch_size,
+            "rows_a_step": run.plan.batch_size,
             "origin": run.origin,
             "processes": parts,  # by rank
         },
@@ -57,7 +57,7 @@ def resume(run: Run, meter: Meter) -> int:
         return 0
     folder = run.processes.on_main(lambda: checkpoint_to_resume(run.config))
     if folder is None:
-        run.report.append(f"no checkpoint in {run.output_dir}: starting from the beginning")
+        run.notes.append(f"no checkpoint in {run.output_dir}: starting from the beginning")
         return 0
     checkpoint = load_checkpoint(
         folder,
@@ -74,20 +74,20 @@ def resume(run: Run, meter: Meter) -> int:
         run.sampler.weights_changed(checkpoint.step)
     # A run that is at its end saves no more, and would leave them.
     run.processes.on_main(lambda: remove_temporaries(run.output_dir))
-    run.report.append(f"continuing from {folder}, step {checkpoint.step}")
-    if checkpoint.step >= run.total_steps:
-        run.report.append("all steps are done: the final model is saved from there, and nothing is trained")
+    run.notes.append(f"continuing from {folder}, step {checkpoint.step}")
+    if checkpoint.step >= run.plan.total_steps:
+        run.notes.append("all steps are done: the final model is saved from there, and nothing is trained")
     return checkpoint.step
 
 
 def _load_parts(run: Run, meter: Meter, parts: list[dict[str, Any]], folder: Path) -> None:
     """What each process had counted and drawn ahead; all of it on the main one, where there were not as many."""
-    if len(parts) == run.world_size:
-        own = parts[run.rank_share.rank]
+    if len(parts) == run.plan.world_size:
+        own = parts[run.plan.rank_share.rank]
     elif any(part["rollouts"] for part in parts):
         raise ConfigError(
             f"{folder} holds samples that {len(parts)} processes have drawn ahead (rollout_steps="
-            f"{run.config.rollout_steps}), and these are {run.world_size}: go on with as many"
+            f"{run.config.rollout_steps}), and these are {run.plan.world_size}: go on with as many"
         )
     elif run.processes.is_main:
         meters = [part["meter"] for part in parts]
@@ -101,7 +101,7 @@ def _load_parts(run: Run, meter: Meter, parts: list[dict[str, Any]], folder: Pat
 
 
 def _check_same_origin(run: Run, extra: dict[str, Any], folder: Path) -> None:
-    check_same_run(run, extra, folder)
+    check_same_run(run.plan, extra, folder)
     before = extra.get("origin", run.origin)["weights"]  # a checkpoint from before it was kept
     if before != run.origin["weights"]:
         raise ConfigError(

@@ -106,7 +106,7 @@ def test_the_page_counts_what_the_run_does(settings, saved_model):
         f"training {trained:,} of them ({trained / everything:.1%}): "
         "the last 1 layers, the final norm and an untied head",
     ]
-    assert found.steps[0].startswith(f"hypo: {run.total_steps} steps of {run.batch_size} pairs")
+    assert found.steps[0].startswith(f"hypo: {run.plan.total_steps} steps of {run.plan.batch_size} pairs")
     found.unchecked.clear()
     dry, sizes = found.page(), page.index("memory")  # what is free there changes
     assert page[:sizes] == dry[: dry.index("memory")]
@@ -116,18 +116,18 @@ def test_the_page_counts_what_the_run_does(settings, saved_model):
 def test_the_largest_micro_batch_is_the_one_of_most_tokens(settings):
     run = prepare(settings(gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=9))
     sizes = []
-    for step in range(run.total_steps):
-        rows = run.rows_of_step(step)
-        lengths = [run.train_rows[i].num_tokens + 2 * 8 for i in rows]
-        sizes += [sum(lengths[part]) for part in run.micro_batches(lengths)]
-    assert sum(run.train_rows[i].num_tokens + 2 * 8 for i in run.largest_micro_batch) == max(sizes)
+    for step in range(run.plan.total_steps):
+        rows = run.plan.rows_of_step(step)
+        lengths = [run.plan.train_rows[i].num_tokens + 2 * 8 for i in rows]
+        sizes += [sum(lengths[part]) for part in run.plan.micro_batches(lengths)]
+    assert sum(run.plan.train_rows[i].num_tokens + 2 * 8 for i in run.plan.largest_micro_batch) == max(sizes)
 
 
 @pytest.mark.parametrize(("budget", "rows"), [(None, 4), (1, 1), (10_000, 24)])
 def test_steps_are_not_gone_through_for_a_micro_batch_larger_than_the_largest_there_can_be(settings, budget, rows):
     everything = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6}  # in every step
     run = prepare(settings(max_tokens_per_micro_batch=budget, max_steps=10**12, **everything))
-    assert run.largest_micro_batch == run.rows_of_step(0)[:rows]
+    assert run.plan.largest_micro_batch == run.plan.rows_of_step(0)[:rows]
 
 
 def test_memory_can_be_estimated_for_a_gpu_that_is_not_here(dry_run):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import peak_extra_bytes
-from hypo_train.build import prepare, with_reference_logps
+from hypo_train.build import precompute_ref_logps, prepare
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
@@ -136,7 +136,8 @@ def medium_config(tmp_path, folder, **changes):
 
 def measured_peak(config):
     """Bytes of tensors at the peak of a real second step: what the run holds, and what the step adds."""
-    run = with_reference_logps(prepare(config), progress=False)
+    run = prepare(config)
+    precompute_ref_logps(run, progress=False)
     run.model.train()
     train_step(run, 0, Meter())
     state = [x for of in run.optimizer.state.values() for x in of.values() if x.ndim]
@@ -150,7 +151,7 @@ def measured_peak(config):
 def estimated(config, run):
     trained = outline(config, run.trained.base.config, device_type="cpu", autocast=bool(config.bf16))
     conditions = Conditions("cpu", bool(config.bf16), run.trained.shares_prompts, "decode")
-    return estimate(Plan(config, run.train_rows, run.eval_rows), trained, conditions)
+    return estimate(Plan(config, run.plan.train_rows, run.plan.eval_rows), trained, conditions)
 
 
 FAST = [

@@ -49,7 +49,7 @@ def test_the_step_is_named_its_rows_are_kept_and_no_checkpoint_is_of_it(long_run
     run = prepare(config)
     records = [json.loads(line) for line in (folder / "not-finite-step-7.jsonl").read_text().splitlines()]
     assert [record["ids"]["chosen"] for record in records] == [
-        list(run.train_rows[i].chosen) for i in run.rows_of_step(6)
+        list(run.plan.train_rows[i].chosen) for i in run.plan.rows_of_step(6)
     ]
     assert all(record["chosen"] == run.tokenizer.decode(record["ids"]["chosen"]) for record in records)
     again = config.model_copy(update={"resume_from_checkpoint": "auto"})

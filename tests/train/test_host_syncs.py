@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hypo_train.build import prepare, with_reference_logps
+from hypo_train.build import precompute_ref_logps, prepare
 from hypo_train.metrics.meter import Meter
 from hypo_train.step import train_step
 from hypo_train.trees.tree import Tree
@@ -129,7 +129,8 @@ CASES = [
 
 def a_run(settings, algorithm, way, **changes):
     run = prepare(settings(algorithm=algorithm, **{**WAYS[way], **changes}))
-    run = with_reference_logps(replace(run, sampler=DrawnBefore()), progress=False)
+    run = replace(run, sampler=DrawnBefore())
+    precompute_ref_logps(run, progress=False)
     run.model.train()
     return run
 

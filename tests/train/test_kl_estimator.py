@@ -113,7 +113,7 @@ def test_the_gradients_of_a_step_are_those_of_the_formula_on_separate_rows(exact
         for name, parameter in parameters.items():
             parameter.copy_(before[name])
     initial = AutoModelForCausalLM.from_pretrained(config.model_name_or_path).to(run.accelerator.device).eval()
-    pairs = [run.train_rows[i] for i in run.rows_of_step(2)]
+    pairs = [run.plan.train_rows[i] for i in run.plan.rows_of_step(2)]
     samples = run.sampler.drawn[2].completions()
     assert len({len(sample) for sample in samples}) > 1, "ragged samples"
     eager = plain_gradients(run.policy, initial, pairs, samples, config)

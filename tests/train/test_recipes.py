@@ -333,7 +333,7 @@ def test_sft_and_the_reward_model_train_every_weight(world, capsys, recipe):
 def test_rloo_learns_from_the_tokens_of_the_reward_model_that_was_trained_before(world, capsys):
     world.trained("tldr/rloo-1.4b", capsys)
     run = prepare(world.config("tldr/rloo-1.4b", output_dir="runs/again"))
-    row = run.train_rows[0]
+    row = run.plan.train_rows[0]
     cut = list(row.prompt[-3:])
     ended = [*cut, run.tokenizer.eos_token_id]
     rewards = run.reward([row.prompt], [ended, cut]).tolist()
@@ -359,7 +359,7 @@ def test_a_chat_miniature_writes_questions_and_answers_with_llamas_template(worl
     assert "train: 24 of 24 rows used" in log
     assert "eval: 6 of 6 rows used" in log
     run = prepare(world.config(recipe, output_dir="runs/again"))
-    row = run.train_rows[0]
+    row = run.plan.train_rows[0]
     prompt, chosen = (run.tokenizer.decode(ids) for ids in (row.prompt, row.chosen))
     assert prompt.startswith("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nMy [24F] flatmate")
     assert prompt.endswith("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")

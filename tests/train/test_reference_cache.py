@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import hypo_train.model.reference_cache as cache
 import hypo_train.train as loop
-from hypo_train.build import prepare, with_reference_logps
+from hypo_train.build import precompute_ref_logps, prepare
 from hypo_train.checkpoint.lock import LOCK_FILE
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
@@ -64,7 +64,7 @@ def passes(monkeypatch):
 def logps_of(run, folder, *, rows=None, autocast=False, config=None):
     return pair_reference_logps(
         run.policy,
-        run.train_rows if rows is None else rows,
+        run.plan.train_rows if rows is None else rows,
         config or run.config,
         batcher=run.batcher,
         device=run.accelerator.device,
@@ -91,16 +91,16 @@ def test_they_are_the_steps_own_in_the_order_of_the_rows(cached, folder, way):
     tiny.perturb(run.policy.trained_parameters().values())
     found = logps_of(run, folder)
     assert found.dtype == torch.float32
-    assert len({row.num_tokens for row in run.train_rows}) > 1, "batches by length mix the rows up"
-    assert_close(found, in_step(run, run.train_rows), rtol=1e-6, atol=1e-6)
-    plain = [tiny.plain_logprob(tiny.new_model("llama"), row.prompt, row.chosen) for row in run.train_rows]
+    assert len({row.num_tokens for row in run.plan.train_rows}) > 1, "batches by length mix the rows up"
+    assert_close(found, in_step(run, run.plan.train_rows), rtol=1e-6, atol=1e-6)
+    plain = [tiny.plain_logprob(tiny.new_model("llama"), row.prompt, row.chosen) for row in run.plan.train_rows]
     assert_close(found[:, 0].cpu(), torch.stack(plain), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_on_one_batch_they_are_the_steps_own_bit_for_bit(cached, folder, bf16):
     run = prepare(cached(bf16=bf16, per_device_eval_batch_size=24))
-    rows = sorted(run.train_rows, key=lambda row: -row.num_tokens)
+    rows = sorted(run.plan.train_rows, key=lambda row: -row.num_tokens)
     with run.accelerator.autocast():
         expected = in_step(run, rows)
     assert torch.equal(logps_of(run, folder, rows=rows, autocast=bf16), expected)
@@ -115,7 +115,7 @@ def test_a_step_has_the_same_loss_and_gradients_with_and_without_them(cached, al
     for precompute in (True, False):
         config = cached(algorithm=algorithm, precompute_ref_log_probs=precompute, learning_rate=1e-2, **shape)
         run = recorded(config.model_copy(update=WAYS[way]))
-        run = with_reference_logps(run, progress=False)
+        precompute_ref_logps(run, progress=False)
         assert (run.train_ref_logps is not None) is precompute
         steps(run, 1)  # away from the reference, where every margin is 0
         results.append((steps(run, 1, first=1), run.optimizer.gradients[1]))
@@ -143,7 +143,8 @@ def test_an_evaluation_has_the_same_metrics_with_and_without_them(cached):
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo"])
 @pytest.mark.parametrize("way", WAYS)
 def test_dpo_and_ipo_ask_the_reference_nothing_while_they_train(cached, passes, algorithm, way):
-    run = with_reference_logps(recorded(cached(algorithm=algorithm, **WAYS[way])), progress=False)
+    run = recorded(cached(algorithm=algorithm, **WAYS[way]))
+    precompute_ref_logps(run, progress=False)
     assert len(passes) == 6, "24 rows, 4 at a time"
     assert passes[0] == max(passes), "the longest first"
     steps(run, 3)
@@ -151,7 +152,8 @@ def test_dpo_and_ipo_ask_the_reference_nothing_while_they_train(cached, passes, 
 
 
 def test_hypo_asks_the_reference_for_its_samples_alone(cached, passes):
-    run = with_reference_logps(recorded(cached(algorithm="hypo", num_generations=2)), progress=False)
+    run = recorded(cached(algorithm="hypo", num_generations=2))
+    precompute_ref_logps(run, progress=False)
     del passes[:]
     trees, original = [], run.policy.reference
     run.policy.reference = lambda tree, *args, **kwargs: trees.append(tree) or original(tree, *args, **kwargs)
@@ -163,24 +165,27 @@ def test_hypo_asks_the_reference_for_its_samples_alone(cached, passes):
 
 
 def test_without_held_out_rows_the_frozen_copy_is_freed_and_asking_it_is_an_error(cached):
-    run = with_reference_logps(prepare(cached()), progress=False)
+    run = prepare(cached())
+    precompute_ref_logps(run, progress=False)
     assert run.policy.reference_parameters == {}
     with pytest.raises(RuntimeError, match="the reference was dropped"):
-        in_step(run, run.train_rows)
+        in_step(run, run.plan.train_rows)
 
 
 def test_with_held_out_rows_the_frozen_copy_stays_for_their_samples(cached):
     config = cached(num_eval_rows=4, max_steps=6)
     assert train(config, progress=False).evaluation.metrics["eval_kl"] != 0
-    run = with_reference_logps(prepare(config.model_copy(update={"output_dir": "unused"})), progress=False)
+    run = prepare(config.model_copy(update={"output_dir": "unused"}))
+    precompute_ref_logps(run, progress=False)
     assert {p.device for p in run.policy.reference_parameters.values()} == {CPU}
 
 
 @pytest.mark.parametrize("changes", [{"algorithm": "hypo"}, {"precompute_ref_log_probs": False}], ids=str)
 def test_a_reference_that_steps_ask_stays_where_they_are(cached, changes):
-    run = with_reference_logps(prepare(cached(**changes)), progress=False)
+    run = prepare(cached(**changes))
+    precompute_ref_logps(run, progress=False)
     assert {p.device for p in run.policy.reference_parameters.values()} == {run.accelerator.device}
-    in_step(run, run.train_rows)
+    in_step(run, run.plan.train_rows)
 
 
 # The file
@@ -211,9 +216,9 @@ def test_the_file_says_what_it_holds(cached, folder, saved_model):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_training_moves_does_not_count(cached, way):
     run = prepare(cached(**WAYS[way]))
-    before = cache_key(run.policy, run.train_rows, run.config, autocast=False)
+    before = cache_key(run.policy, run.plan.train_rows, run.config, autocast=False)
     tiny.perturb(run.policy.trained_parameters().values())
-    assert cache_key(run.policy, run.train_rows, run.config, autocast=False) == before
+    assert cache_key(run.policy, run.plan.train_rows, run.config, autocast=False) == before
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -224,15 +229,15 @@ def test_every_weight_and_buffer_of_the_reference_counts(cached, way):
     state |= dict(run.policy.named_buffers())
     state |= run.policy.reference_parameters
     assert any("inv_freq" in name for name in state), "a buffer that is saved nowhere"
-    keys = {cache_key(run.policy, run.train_rows, run.config, autocast=False)}
+    keys = {cache_key(run.policy, run.plan.train_rows, run.config, autocast=False)}
     for tensor in state.values():
         flat = tensor.detach().view(-1)
         kept = flat[-1].clone()
         flat[-1] = torch.nextafter(kept, torch.full_like(kept, 9.0))
-        keys.add(cache_key(run.policy, run.train_rows, run.config, autocast=False))
+        keys.add(cache_key(run.policy, run.plan.train_rows, run.config, autocast=False))
         flat[-1] = kept
     assert len(keys) == 1 + len(state)
-    assert cache_key(run.policy, run.train_rows, run.config, autocast=False) in keys
+    assert cache_key(run.policy, run.plan.train_rows, run.config, autocast=False) in keys
 
 
 def changed(pair, **parts):
@@ -257,7 +262,7 @@ OTHER_ROWS = {
 @pytest.mark.parametrize("change", OTHER_ROWS)
 def test_other_tokens_are_computed_anew(cached, folder, passes, change):
     run = prepare(cached())
-    rows = list(run.train_rows)
+    rows = list(run.plan.train_rows)
     first = logps_of(run, folder, rows=rows)
     del passes[:]
     other = OTHER_ROWS[change](rows)
@@ -272,7 +277,7 @@ def test_the_place_of_a_row_in_its_split_does_not_count(cached, folder, passes):
     run = prepare(cached())
     logps_of(run, folder)
     del passes[:]
-    logps_of(run, folder, rows=[replace(row, row=row.row + 100) for row in run.train_rows])
+    logps_of(run, folder, rows=[replace(row, row=row.row + 100) for row in run.plan.train_rows])
     assert not passes
 
 
@@ -292,7 +297,7 @@ def test_settings_that_change_the_values_count_and_others_do_not(cached, changes
     for settings in ({}, changes):
         run = prepare(cached(**settings))
         autocast = run.accelerator.mixed_precision == "bf16"
-        keys.add(cache_key(run.policy, run.train_rows, run.config, autocast=autocast))
+        keys.add(cache_key(run.policy, run.plan.train_rows, run.config, autocast=autocast))
         _reset_precision()
     assert len(keys) == 1 + counts
 
@@ -308,7 +313,7 @@ def test_another_model_counts_whatever_its_folder_is_called(cached, tmp_path, ch
     keys = []
     for model in (tiny.new_model("llama"), tiny.new_model("llama"), tiny.new_model("llama", **changes)):
         run = prepare(cached(model=tiny.save(model, tmp_path / f"model-{len(keys)}")))
-        keys.append(cache_key(run.policy, run.train_rows, run.config, autocast=False))
+        keys.append(cache_key(run.policy, run.plan.train_rows, run.config, autocast=False))
     assert keys[0] == keys[1] != keys[2]
 
 
@@ -383,7 +388,7 @@ def test_a_disk_that_fills_up_does_not_lose_the_pass(cached, folder, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert_close(logps_of(run, folder), in_step(run, run.train_rows), rtol=1e-6, atol=1e-6)
+    assert_close(logps_of(run, folder), in_step(run, run.plan.train_rows), rtol=1e-6, atol=1e-6)
     assert "not kept: [Errno 28] No space left on device" in capsys.readouterr().out
     assert list(folder.iterdir()) == []
 

@@ -96,7 +96,7 @@ def test_the_loss_is_bradley_terrys_on_plain_rows(reward_settings, saved_classif
     train_step(run, 0, meter)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     losses = []
-    for row in (run.train_rows[i] for i in run.rows_of_step(0)):
+    for row in (run.plan.train_rows[i] for i in run.plan.rows_of_step(0)):
         with torch.no_grad():
             chosen, rejected = (
                 model(torch.tensor([[*row.prompt, *c]])).logits[0, 0] for c in (row.chosen, row.rejected)
@@ -125,7 +125,7 @@ def test_rloo_learns_from_a_reward_model_of_its_own_tokens(rloo, saved_classifie
     folder = saved_classifier()
     run = prepare(rloo(folder))
     assert isinstance(run.reward.reward, ModelReward)
-    assert not any("reads texts" in line for line in run.report)
+    assert not any("reads texts" in line for line in run.notes)
     assert_close(run.reward(PROMPTS, COMPLETIONS).cpu(), plain_rewards(folder), atol=1e-5, rtol=1e-5)
     lines = trained(rloo(folder, num_eval_rows=4))
     assert {"reward", "reward_std", "kl"} <= set(lines[0])
@@ -151,7 +151,7 @@ def test_a_classifier_with_another_tokenizer_reads_texts_and_the_run_says_so(rlo
     model, tokenizer = saved_bert(tmp_path / "bert", max_position_embeddings=64)
     run = prepare(rloo(tmp_path / "bert"))
     assert isinstance(run.reward.reward, ClassifierReward)
-    assert "the reward model reads texts: its tokenizer is not the policy's" in run.report
+    assert "the reward model reads texts: its tokenizer is not the policy's" in run.notes
     texts = ["good film", "what is", "tell me about the film"]
     prompts = [tokenizer(text).input_ids for text in texts]
     completions = [

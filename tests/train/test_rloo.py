@@ -54,7 +54,7 @@ def test_the_gradient_of_a_step_is_rloos_on_reward_less_kl(rloo, saved_model, wa
     model.load_state_dict({name: value.clone() for name, value in run.policy.model.state_dict().items()})
     metrics = steps(run, 1, first=2)
 
-    rows = [run.train_rows[i] for i in run.rows_of_step(2)]
+    rows = [run.plan.train_rows[i] for i in run.plan.rows_of_step(2)]
     samples = run.sampler.drawn[2].completions()
     assert {sample[-1] == tiny.EOS for sample in samples} == {True, False}, "some samples end and some are cut"
     total, costs, ratios = 0, [], []

@@ -6,7 +6,7 @@ import torch
 from test_train import recorded
 from torch.testing import assert_close
 
-from hypo_train.build import prepare, with_reference_logps
+from hypo_train.build import precompute_ref_logps, prepare
 from hypo_train.metrics.meter import Meter
 from hypo_train.train import train_step
 
@@ -33,7 +33,8 @@ def step_of(settings):
     """``step_of(**changes)``: the second step's samples, metrics and gradients, on weights that left the reference."""
 
     def make(**changes):
-        run = with_reference_logps(prepare(settings(**changes)), progress=False)
+        run = prepare(settings(**changes))
+        precompute_ref_logps(run, progress=False)
         tiny.perturb(run.policy.trained_parameters().values(), size=0.02)
         run.model.train()
         gradients = {}
@@ -99,7 +100,8 @@ def test_prompts_run_first_where_every_step_fits_the_budget(settings):
 
 @pytest.mark.parametrize("algorithm", ["dpo", "hypo"])
 def test_a_step_runs_each_prompt_once_and_the_reference_only_on_what_is_not_known(settings, algorithm):
-    run = with_reference_logps(prepare(settings(algorithm=algorithm, precompute_ref_log_probs=True)), progress=False)
+    run = prepare(settings(algorithm=algorithm, precompute_ref_log_probs=True))
+    precompute_ref_logps(run, progress=False)
     tokens = []
     run.policy.base.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -107,7 +109,7 @@ def test_a_step_runs_each_prompt_once_and_the_reference_only_on_what_is_not_know
     run.model.train()
     train_step(run, 0, Meter())
     seen = run.throughput.read(steps=1, seconds=1)["tokens_per_second"]
-    rows = [run.train_rows[i] for i in run.rows_of_step(0)]
+    rows = [run.plan.train_rows[i] for i in run.plan.rows_of_step(0)]
     prompts = sum(len(row.prompt) for row in rows)
     if algorithm == "dpo":
         assert tokens == [seen]

@@ -240,7 +240,7 @@ def test_the_gradients_of_a_step_are_the_papers_on_separate_padded_rows(settings
     model.load_state_dict({name: value.clone() for name, value in run.policy.model.state_dict().items()})
     steps(run, 1, first=2)
 
-    pairs = [run.train_rows[i] for i in run.rows_of_step(2)]
+    pairs = [run.plan.train_rows[i] for i in run.plan.rows_of_step(2)]
     samples = run.sampler.drawn[2].completions()
     assert len({len(pair.prompt) for pair in pairs}) > 1, "ragged prompts"
     assert len({len(sample) for sample in samples}) > 1, "ragged samples"
@@ -307,7 +307,7 @@ def test_rows_of_a_step_are_ordered_by_length_for_the_same_loss_with_less_paddin
             sizes = padded_tokens(patch)
             run = recorded(settings(algorithm=algorithm, attn_implementation="sdpa", **shape))
             metrics = [steps(run, 1), steps(run, 1, first=1)]
-            lengths = [[run.train_rows[i].num_tokens for i in run.rows_of_step(step)] for step in range(2)]
+            lengths = [[run.plan.train_rows[i].num_tokens for i in run.plan.rows_of_step(step)] for step in range(2)]
             assert all(length == sorted(length, reverse=True) for length in lengths) is ordered
             results.append((metrics, run.optimizer.gradients, sum(sizes)))
     (metrics, gradients, size), (others, other_gradients, other_size) = results
@@ -327,7 +327,7 @@ def test_a_run_by_length_trains_on_every_row_once_an_epoch_with_less_padding(set
         rows = tiny.pair_rows(64)
         changes = {"attn_implementation": "sdpa", "group_by_length": grouped, "rows": rows, "max_steps": -1}
         run = recorded(settings(algorithm="dpo", **changes))
-        assert sorted(i for step in range(16) for i in run.rows_of_step(step)) == list(range(64))
+        assert sorted(i for step in range(16) for i in run.plan.rows_of_step(step)) == list(range(64))
         steps(run, 16)
         spent.append(sum(sizes))
     assert spent[0] < spent[1]
@@ -339,9 +339,9 @@ def test_one_call_of_the_sampler_serves_an_optimizer_step(settings):
     steps(run, 3)
     assert len(run.sampler.prompts) == 3
     for step, (prompts, samples) in enumerate(zip(run.sampler.prompts, run.sampler.drawn, strict=True)):
-        rows = run.rows_of_step(step)
-        assert sorted(rows) == sorted(batch_indices(len(run.train_rows), 6, step, config.seed))
-        assert prompts == [list(run.train_rows[i].prompt) for i in rows]
+        rows = run.plan.rows_of_step(step)
+        assert sorted(rows) == sorted(batch_indices(len(run.plan.train_rows), 6, step, config.seed))
+        assert prompts == [list(run.plan.train_rows[i].prompt) for i in rows]
         assert len(samples.completions()) == 18
         assert samples.version == step, "drawn from the weights of this step"
     assert len(set(run.sampler.seeds)) == 3
@@ -356,10 +356,10 @@ def test_the_other_algorithms_do_not_sample_while_they_train(settings, algorithm
 
 def test_an_epoch_goes_over_every_row_once(settings):
     run = recorded(settings(max_steps=-1, num_train_epochs=2, per_device_train_batch_size=4))
-    assert run.total_steps == 12
+    assert run.plan.total_steps == 12
     steps(run, 12)
     prompts = [prompt for batch in run.sampler.prompts for prompt in batch]
-    every_prompt = sorted(list(row.prompt) for row in run.train_rows)
+    every_prompt = sorted(list(row.prompt) for row in run.plan.train_rows)
     assert sorted(prompts[:24]) == sorted(prompts[24:]) == every_prompt
     assert prompts[:24] != prompts[24:]
 
