@@ -151,7 +151,7 @@ def _in_parallel() -> tuple[str, ...]:
 
 
 def _without_training() -> tuple[str, ...]:
-    return ("--ignore=tests/train", "--ignore=tests/test_readme.py") if _missing(TRAINING) else ()
+    return ("--ignore=tests/train", "--ignore=tests/test_docs.py") if _missing(TRAINING) else ()
 
 
 def run(step: Step, *, cuda: bool) -> Outcome:

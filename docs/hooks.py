@@ -1,7 +1,11 @@
 """Fill in what the documentation takes from the code and from other files when ``mkdocs build`` runs.
 
-A line ``{{ configuration }}``, ``{{ help evaluate }}`` or ``{{ include CHANGELOG.md }}`` of a page is replaced by the
-fields of ``hypo_train.config.Config``, by the help page of a command, or by a file of this repository.
+A line of a page such as these is replaced:
+
+- ``{{ configuration }}``: the fields of ``hypo_train.config.Config``
+- ``{{ help evaluate }}``, ``{{ usage }}``: the help page of a command; that of training, without the fields
+- ``{{ message --kl_coef -1 }}``: what the command line answers to these flags
+- ``{{ include CHANGELOG.md }}``: a file of this repository
 """
 
 from __future__ import annotations
@@ -53,7 +57,14 @@ def _without_network(html: str) -> str:
 
 
 def _filled_in(line: re.Match[str]) -> str:
-    return {"configuration": configuration, "help": command_help, "include": included}[line[1]](line[2])
+    fill = {
+        "configuration": configuration,
+        "help": command_help,
+        "usage": usage,
+        "message": message,
+        "include": included,
+    }
+    return fill[line[1]](line[2])
 
 
 def configuration(_: str = "") -> str:
@@ -123,6 +134,25 @@ def command_help(command: str = "") -> str:
     if not text.startswith("usage:"):
         raise ValueError(f"python -m hypo_train {command} --help printed no help page: {text[:80]!r}")
     return f"```text\n{text}\n```"
+
+
+def usage(_: str = "") -> str:
+    """Return training's help page up to its first group of fields."""
+    from hypo_train.config import help_text
+
+    before_fields = re.split(r"^\w[\w ]*:$", help_text(), flags=re.MULTILINE)[0]
+    return f"```text\n{before_fields.rstrip()}\n```"
+
+
+def message(flags: str) -> str:
+    """Return a command line with these flags, and the message that refuses it."""
+    from hypo_train.config import ConfigError, load_config
+
+    try:
+        load_config(["--model_name_or_path", "models/m", "--dataset_name", "data.jsonl", *flags.split()])
+    except ConfigError as error:
+        return f"```text\n$ python -m hypo_train --config recipe.yaml {flags}\nhypo_train: {error}\n```"
+    raise ValueError(f"{flags} is refused by nothing: show another mistake in the documentation")
 
 
 def included(path: str) -> str:
