@@ -1,9 +1,9 @@
 """Fused losses for Hybrid Preference Optimization: hidden states in, loss and gradients out.
 
-``import hypo_kernels`` needs torch alone; Triton is imported by the first call that runs on CUDA.
+``import hypo_kernels`` needs only torch; the first call that runs on CUDA imports Triton.
 """
 
-from hypo_kernels.head import LoRA
+from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.layout import TargetLayout
 from hypo_kernels.logprob import sequence_logprobs, token_logprobs
 from hypo_kernels.loss import HypoLoss, fused_hypo_loss
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HypoLoss",
     "Importance",
+    "LMHead",
     "LoRA",
     "TargetLayout",
     "VocabShard",

@@ -1,7 +1,7 @@
-"""Products with the LM head: library GEMMs on the operands' own dtype, accumulated in fp32.
+"""Products with the LM head: library GEMMs on operands of the compute dtype, accumulated in fp32.
 
-CUDA multiplies 16-bit operands into fp32 directly. A CPU cannot, so there the operands are rounded to
-the compute dtype (the caller's precision) and then widened: the same numbers, exact fp32 accumulation.
+CUDA multiplies 16-bit operands into fp32. A CPU cannot, so there the operands are rounded to the compute dtype and then
+converted to fp32: the same numbers, with exact fp32 accumulation.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A head that has to be converted is converted once if the copy takes at most this share of the budget,
-# else panel by panel.
+# A head that has to be converted is converted once if the copy takes at most 1/PANEL_SHARE of the budget, else in
+# panels.
 PANEL_SHARE = 4
 
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Products in the operands' own dtype, and kernels launched on ``device``, whichever is current."""
+    """Disable autocast, and make ``device`` the current one, for products and kernel launches inside."""
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.autocast(device.type, enabled=False), current:
         yield
 
 
 def operand_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which matrices meet a GEMM on ``device``."""
+    """Return the dtype of a GEMM's operands on ``device``."""
     if device.type == "cuda" or compute_dtype == torch.float64:
         return compute_dtype
     return torch.float32
 
 
 def accumulator_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """fp32, and fp64 for fp64 inputs: the dtype of statistics and of sums over tokens."""
+    """Return the dtype of statistics and of sums over tokens: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
 def convert(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """``x`` rounded to the compute dtype, in the dtype its device multiplies."""
+    """Return ``x``, rounded to the compute dtype, in the dtype of a GEMM's operands on its device."""
     return x.to(compute_dtype).to(operand_dtype(x.device, compute_dtype))
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-    """``out = a @ b`` or ``out += a @ b``; ``out`` (fp32/fp64) may be wider than the operands."""
+    """Compute ``out = a @ b``, or ``out += a @ b``. ``out`` (fp32 or fp64) may be wider than the operands."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif accumulate:
@@ -55,38 +55,39 @@ def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Panels:
-    """A weight (V, D) served as GEMM operands, in panels of rows when it has to be converted."""
+    """A weight (V, D) as GEMM operands, in panels of rows where it has to be converted."""
 
     weight: Tensor
     compute_dtype: torch.dtype
     rows_per_panel: int
-    whole: Tensor | None  # the operand itself, when one panel serves the whole call
+    operand: Tensor | None  # the weight as a single operand, or None if it is converted in panels
 
     @staticmethod
     def copy_bytes(weight: Tensor, compute_dtype: torch.dtype, budget: int, largest: int) -> int:
-        """Bytes that serving the weight takes: 0 when it is an operand as it stands.
+        """Return the bytes of converted copies of the weight: 0 if the weight itself can be an operand.
 
-        ``largest`` is its number of rows, or that of the largest share where ranks have shares of a vocabulary: all
-        of them plan alike.
+        ``largest`` is its number of rows; where ranks share a vocabulary, the number on the rank that holds most, so
+        that all ranks plan alike.
         """
         per_row = _bytes_per_row(weight, compute_dtype)
         return min(per_row * largest, max(2 * per_row, budget // PANEL_SHARE))
 
     @classmethod
     def of(cls, weight: Tensor, compute_dtype: torch.dtype, budget: int, largest: int) -> Panels:
+        """Return the weight's panels within a ``budget`` of bytes; ``largest`` as in :meth:`copy_bytes`."""
         per_row = _bytes_per_row(weight, compute_dtype)
         if per_row == 0:
             return cls(weight, compute_dtype, weight.shape[0], weight)
         share = cls.copy_bytes(weight, compute_dtype, budget, largest)
         if share >= per_row * largest:
             return cls(weight, compute_dtype, weight.shape[0], convert(weight, compute_dtype))
-        # Two, because the next panel is made while the loop still holds the last one.
+        # Divided by 2, because the next panel is made while the loop still holds the previous one.
         return cls(weight, compute_dtype, max(1, share // (2 * per_row)), None)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """(vocabulary range, operand (rows, D)) of each panel."""
-        if self.whole is not None:
-            yield slice(0, self.weight.shape[0]), self.whole
+        """Yield (vocabulary range, operand (rows, D)) of each panel."""
+        if self.operand is not None:
+            yield slice(0, self.weight.shape[0]), self.operand
             return
         for start in range(0, self.weight.shape[0], self.rows_per_panel):
             panel = self.weight[start : start + self.rows_per_panel]

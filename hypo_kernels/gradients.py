@@ -1,10 +1,9 @@
-"""The gradients of a call: which inputs may want one, and what they are summed in."""
+"""The gradients of a call: which inputs can have one, and the tensors in which they are summed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from hypo_kernels.vocab import VocabShard
 
 
 class Leaves(NamedTuple):
-    """The tensors of a projection that may want a gradient, or those gradients."""
+    """The tensors of a projection that can require a gradient, or their gradients."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -26,22 +25,24 @@ class Leaves(NamedTuple):
 
     @classmethod
     def of(cls, projection: Projection) -> Leaves:
+        """Return the tensors of ``projection``."""
         head = projection.head
         return cls(projection.hidden, head.weight, head.bias, projection.lora, head.lora_weight)
 
     def put_into(self, projection: Projection) -> Projection:
-        """The projection with these tensors in place of its own."""
+        """Return ``projection`` with these tensors in the place of its own."""
         assert self.hidden is not None
         assert self.weight is not None
-        head = replace(projection.head, weight=self.weight, bias=self.bias, lora_weight=self.lora_weight)
-        return Projection(head, self.hidden, self.lora)
+        return Projection(
+            projection.head.with_tensors(self.weight, self.bias, self.lora_weight), self.hidden, self.lora
+        )
 
 
 class Gradients:
-    """Sums over the counted rows, (rows, features) and in the shape of each matrix; None where none is wanted.
+    """Gradients that are summed chunk by chunk: (rows, features), or in the shape of the matrix; None if not needed.
 
-    A 16-bit matrix's gradient is summed in fp32 and rounded once, at the end. One that a single product makes
-    (``in_one_product``) needs no sum: a GEMM of 16-bit operands rounds it once by itself.
+    A 16-bit matrix's gradient is summed in fp32 and rounded once, at the end. If a single product makes it
+    (``in_one_product``), it needs no sum: a GEMM of 16-bit operands rounds it once.
     """
 
     def __init__(
@@ -57,25 +58,26 @@ class Gradients:
         shapes = shapes_of_sums(leaves, compute_dtype, shard, in_one_product=in_one_product)
         sums = [None if x is None or not wanted else x for x, wanted in zip(shapes, needed, strict=True)]
         self.sums = Leaves(*(None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sums))
-        for of_rows in (self.sums.hidden, self.sums.lora):
-            if of_rows is not None:
-                of_rows.zero_()  # ignored rows are never written
+        for row_sums in (self.sums.hidden, self.sums.lora):
+            if row_sums is not None:
+                row_sums.zero_()  # ignored rows are never written
         self._begun: set[int] = set()
         self._leaves = [None if x is None else (x.shape, x.dtype) for x in leaves]
         self._scale_ = scale_
 
     @property
     def any(self) -> bool:
+        """True if any gradient is needed."""
         return any(x is not None for x in self.sums)
 
     def begun(self, matrix: Tensor) -> bool:
-        """Whether the sum of a matrix's gradient holds something to add to; from now on it does."""
-        before = id(matrix) in self._begun
+        """Return whether a matrix's gradient has been written before, and note that it is written now."""
+        begun = id(matrix) in self._begun
         self._begun.add(id(matrix))
-        return before
+        return begun
 
     def close(self, shard: VocabShard | None) -> None:
-        """After the last product: what got none is zero, and ranks of a shard add up their vocabularies' parts."""
+        """Finish after the last product: set unwritten gradients to zero, and sum partial ones over a shard's ranks."""
         for matrix in (self.sums.weight, self.sums.bias, self.sums.lora_weight):
             if matrix is not None and id(matrix) not in self._begun:
                 matrix.zero_()
@@ -85,9 +87,9 @@ class Gradients:
                     shard.sum_(partial)
 
     def scaled(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """The gradients, times ``factor`` (), in the shapes and dtypes of the leaves.
+        """Return the gradients, times ``factor`` (), in the shapes and dtypes of the leaves.
 
-        Scales the sums in place: a call's gradients are handed out once.
+        Scales the sums in place, so it can be called once.
         """
         out: list[Tensor | None] = []
         for gradient, like in zip(self.sums, self._leaves, strict=True):
@@ -107,17 +109,18 @@ class Gradients:
 def shapes_of_sums(
     leaves: Leaves, compute_dtype: torch.dtype, shard: VocabShard | None, *, in_one_product: bool = False
 ) -> list[Tensor | None]:
-    """Tensors without memory, of the shapes, dtypes and devices in which the leaves' gradients are summed."""
-    wide = gemm.accumulator_dtype(compute_dtype)
+    """Return tensors without memory that have the shapes, dtypes and devices of the leaves' summed gradients."""
+    accumulator_dtype = gemm.accumulator_dtype(compute_dtype)
 
-    def of_rows(x: Tensor) -> Tensor:
-        # fp16 would flush gradients that a later loss scale could still have saved; ranks add theirs up wide.
-        dtype = wide if shard is not None or x.dtype == torch.float16 else x.dtype
+    def row_sum(x: Tensor) -> Tensor:
+        # fp16 would flush gradients that a later loss scale could still have saved; ranks sum theirs in fp32.
+        dtype = accumulator_dtype if shard is not None or x.dtype == torch.float16 else x.dtype
         return x.new_empty((), dtype=dtype).expand(math.prod(x.shape[:-1]), x.shape[-1])
 
-    def of_matrix(x: Tensor) -> Tensor:
+    def matrix_sum(x: Tensor) -> Tensor:
         rounded_by_gemm = x.dtype == gemm.operand_dtype(x.device, compute_dtype) == torch.bfloat16
-        return x.new_empty((), dtype=x.dtype if in_one_product and rounded_by_gemm else wide).expand(x.shape)
+        dtype = x.dtype if in_one_product and rounded_by_gemm else accumulator_dtype
+        return x.new_empty((), dtype=dtype).expand(x.shape)
 
-    kinds = (of_rows, of_matrix, of_matrix, of_rows, of_matrix)
-    return [None if x is None else like(x) for like, x in zip(kinds, leaves, strict=True)]
+    kinds = (row_sum, matrix_sum, matrix_sum, row_sum, matrix_sum)
+    return [None if x is None else kind(x) for kind, x in zip(kinds, leaves, strict=True)]

@@ -1,22 +1,27 @@
-"""Which rows count, and to which sequence they belong: what a call has to know of its targets on the host.
+"""The layout of a batch: which rows are counted, and to which sequence each belongs. Computed on the CPU.
 
-Pass ``targets`` and ``cu_seqlens`` as CPU tensors, and laying them out never waits for the GPU. Lay them out
-once (:class:`TargetLayout`), and a call copies nothing to the device either: it can be captured in a CUDA graph.
+With ``targets`` and ``cu_seqlens`` on the CPU, computing a layout never waits for the GPU. A :class:`TargetLayout`
+that is computed once and passed to several calls also saves the copy to the device, which lets a CUDA graph
+capture these calls.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hypo_kernels import checks
-from hypo_kernels.checks import IGNORE_INDEX
+from hypo_kernels.errors import require
+
+IGNORE_INDEX = -100
 
 
 class OnDevice(NamedTuple):
+    """A layout's tensors on a device."""
+
     rows: Tensor  # (N,)
     targets: Tensor  # (N,)
     lengths: Tensor  # (S,)
@@ -24,9 +29,9 @@ class OnDevice(NamedTuple):
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """The rows that count, sequence after sequence; stands in for ``targets`` and ``cu_seqlens`` in every function.
+    """The counted rows, sequence after sequence. Every function takes it in the place of targets and cu_seqlens.
 
-    Copies to a device are made by the first call there and kept: calls after it have nothing to copy.
+    The first call on a device copies the layout there; later calls reuse the copy.
     """
 
     rows: Tensor  # (N,) int64 on the CPU, index into hidden seen as (T, D)
@@ -40,16 +45,17 @@ class TargetLayout:
 
     @classmethod
     def of(cls, targets: Tensor, cu_seqlens: Tensor | None = None) -> TargetLayout:
-        """Drop the ignored rows of packed (T,) targets with ``cu_seqlens`` (S+1,), or of padded (S, L) ones.
+        """Return the layout of packed targets (T,) with ``cu_seqlens`` (S+1,), or of padded targets (S, L).
 
-        Packed targets without ``cu_seqlens`` are one sequence. Raises ValueError for bounds that do not fit.
+        Rows whose target is -100 are left out. Packed targets without ``cu_seqlens`` are one sequence. Raises
+        ValueError if ``cu_seqlens`` does not fit the targets.
         """
         flat = targets.cpu().flatten().long()
         if cu_seqlens is None:
             num_sequences = len(targets) if targets.ndim == 2 else 1
             bounds = torch.arange(num_sequences + 1) * targets.shape[-1]
         else:
-            checks.sequences(cu_seqlens, len(targets))
+            _check_bounds(cu_seqlens, len(targets))
             bounds = cu_seqlens.cpu().long()
         counted = flat != IGNORE_INDEX
         before = torch.cat([torch.zeros(1, dtype=torch.long), counted.cumsum(0)])
@@ -58,7 +64,7 @@ class TargetLayout:
         return cls(rows, flat[rows], lengths, targets.shape)
 
     def on(self, device: torch.device) -> OnDevice:
-        """The same, there."""
+        """Return the layout's tensors on ``device`` (cached)."""
         if device not in self._copies:
             self._copies[device] = OnDevice(
                 *(x.to(device, non_blocking=True) for x in (self.rows, self.targets, self.lengths))
@@ -66,11 +72,14 @@ class TargetLayout:
         return self._copies[device]
 
     def num_rows(self, num_sequences: int) -> int:
-        """Counted rows of the first ``num_sequences``."""
+        """Return the number of counted rows in the first ``num_sequences`` sequences."""
         return int(self.lengths[:num_sequences].sum())
 
     def in_groups(self, num_pairs: int, device: torch.device) -> tuple[TargetLayout, Tensor]:
-        """The same rows in group order, each pair's two sequences side by side, and that order (S,) on ``device``."""
+        """Return the layout in group order (each pair's two sequences side by side), and that order (S,) on ``device``.
+
+        Cached.
+        """
         key = (num_pairs, device)
         if key not in self._groups:
             order = group_order(len(self.lengths), num_pairs)
@@ -78,7 +87,6 @@ class TargetLayout:
         return self._groups[key]
 
     def _reordered(self, order: Tensor) -> TargetLayout:
-        """The same rows with the sequences in ``order`` (S,)."""
         starts = self.lengths.cumsum(0) - self.lengths
         lengths = self.lengths[order]
         shift = starts[order] - (lengths.cumsum(0) - lengths)
@@ -87,15 +95,33 @@ class TargetLayout:
 
 
 def sequence_layout(targets: Tensor | TargetLayout, cu_seqlens: Tensor | None) -> TargetLayout:
-    """The layout of several sequences, which packed targets do not have without their bounds."""
+    """Return the layout of several sequences. Raises ValueError if packed targets come without ``cu_seqlens``."""
     if isinstance(targets, TargetLayout):
         return targets
-    if targets.ndim == 1 and cu_seqlens is None:
-        raise ValueError("cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart")
+    require(
+        targets.ndim != 1 or cu_seqlens is not None,
+        "cu_seqlens is missing: packed hidden (T, D) needs it to tell its sequences apart",
+    )
     return TargetLayout.of(targets, cu_seqlens)
 
 
 def group_order(num_sequences: int, num_pairs: int) -> Tensor:
-    """Sequence indices with each pair's two sequences next to each other; samples are grouped already."""
+    """Return the sequences' indices (S,) with each pair's two next to each other, then the samples as they are."""
     pairs = torch.arange(2 * num_pairs).view(2, num_pairs).t().flatten()
     return torch.cat([pairs, torch.arange(2 * num_pairs, num_sequences)])
+
+
+def _check_bounds(cu_seqlens: Tensor, num_rows: int) -> None:
+    """Raise ValueError unless ``cu_seqlens`` (S+1,) starts at 0, never decreases and ends at ``num_rows``."""
+    require(
+        cu_seqlens.ndim == 1 and len(cu_seqlens) >= 1 and not cu_seqlens.dtype.is_floating_point,
+        f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: must be integers of shape (S+1,)",
+    )
+    bounds = cu_seqlens.tolist()
+    require(bounds[0] == 0, f"cu_seqlens starts at {bounds[0]}: must start at 0")
+    require(
+        bounds[-1] == num_rows,
+        f"cu_seqlens ends at {bounds[-1]}: must end at T={num_rows}, the number of rows",
+    )
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
+        require(b >= a, f"cu_seqlens falls from {a} to {b} at position {i + 1}: must not decrease")

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and sequences, differentiable: the blocks that other losses are built on.
+"""Differentiable log-probabilities of tokens and sequences, from which other losses can be built.
 
 logp = log_softmax((hidden @ weight.T).float(), -1).gather(-1, target)
 """
@@ -26,17 +26,22 @@ Targets = Tensor | TargetLayout
 
 @overload
 def token_logprobs(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Targets, *, return_entropy: Literal[False] = ..., **options: Any
+    hidden: Tensor,
+    lm_head_weight: Tensor | LMHead,
+    targets: Targets,
+    *,
+    return_entropy: Literal[False] = ...,
+    **options: Any,
 ) -> Tensor: ...
 @overload
 def token_logprobs(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Targets, *, return_entropy: Literal[True], **options: Any
+    hidden: Tensor, lm_head_weight: Tensor | LMHead, targets: Targets, *, return_entropy: Literal[True], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
 
 
-def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the result's type alone
+def token_logprobs(  # type: ignore[misc]  # the overloads name only the argument that decides the result's type
     hidden: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | LMHead,
     targets: Targets,
     *,
     return_entropy: bool = False,
@@ -49,54 +54,64 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name what decides the
     max_chunk_bytes: int = 2**30,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each target token, differentiable by hidden, weight, bias and LoRA's matrices.
+    """Return the log-probability of each target token, differentiable by hidden, weight, bias and LoRA's matrices.
 
     Args:
         hidden: (T, D) or (S, L, D), float; row t predicts ``targets[t]`` (shift before the call).
-        lm_head_weight: (V, D), the dtype of ``hidden`` (any float dtype under autocast).
-        targets: (T,) or (S, L), integers; -100 ignores a row, which then costs nothing. On the CPU, the
-            call never waits for the GPU; a :class:`TargetLayout` is laid out already.
-        return_entropy: also return each row's entropy ``−Σ_v p_v log p_v``, from the same pass over the logits
-            and as differentiable.
+        lm_head_weight: (V, D), the dtype of ``hidden`` (any float dtype under autocast); or an :class:`LMHead` in
+            the place of this and of ``bias``, ``logit_softcap``, ``logit_scale``, ``temperature``, ``lora`` and
+            ``vocab_shard``.
+        targets: (T,) or (S, L), integers; rows with -100 are ignored and cost nothing. If they are on the CPU, the
+            call never waits for the GPU. Or a :class:`TargetLayout`.
+        return_entropy: also return each row's entropy ``−Σ_v p_v log p_v``, differentiable, from the same pass over
+            the logits.
         bias, logit_softcap, logit_scale, temperature: logits are
             ``softcap(logit_scale · (hidden·Wᵀ + bias)) / temperature``.
-        lora: a low-rank update of the head, ``W + scale·B·A``, which is never multiplied out.
-        vocab_shard: which part of the vocabulary this rank's weight, bias and B hold; ``hidden`` and ``targets``
-            are the same on all ranks, and so are the results.
-        max_chunk_bytes: bound on the temporaries of the call, in bytes, beside the gradients.
+        lora: a low-rank update of the head, ``W + scale·B·A``; ``B·A`` is never computed.
+        vocab_shard: the part of the vocabulary that weight, bias and B hold on this rank. ``hidden``, ``targets``
+            and the results are equal on all ranks.
+        max_chunk_bytes: bound on the temporaries of the call, in bytes, without the gradients.
         impl: "auto" (Triton on CUDA, blockwise torch elsewhere), "triton", "torch", or "reference";
             "triton-rows" and "triton-epilogue" force one of Triton's schedules (README).
 
     Returns:
-        fp32 (fp64 for fp64 inputs) of the shape of ``targets``, in nats; 0 at ignored rows. With
-        ``return_entropy``, two of them: log-probs and entropies.
+        Log-probs in nats, fp32 (fp64 for fp64 inputs), of the shape of ``targets``; 0 at ignored rows. With
+        ``return_entropy``, a tuple of log-probs and entropies.
 
     Raises:
         ValueError: an argument is wrong; the message names it, its value and the fix.
 
-    Each row's softmax norms are saved and the logits are recomputed in backward: 2 NVD forward and 6 NVD backward
+    The softmax norms of each row are saved, and backward computes the logits again: 2 NVD forward and 6 NVD backward
     (4 with a frozen head), with NVD = counted rows × V × D.
     """
-    head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature, shard=vocab_shard)
+    head = LMHead.of(
+        lm_head_weight,
+        bias=bias,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        lora=lora,
+        vocab_shard=vocab_shard,
+    )
     if torch.compiler.is_compiling():
         logps, entropies = ops.token_logprobs(
-            hidden, head, lora, targets, max_chunk_bytes=max_chunk_bytes, impl=impl, with_entropy=return_entropy
+            hidden, head, targets, max_chunk_bytes=max_chunk_bytes, impl=impl, with_entropy=return_entropy
         )
         return (logps, entropies) if return_entropy else logps
-    projection = Projection.of(hidden, head, lora)
+    projection = Projection.of(hidden, head)
     plan = token_pass(projection, targets, None, max_chunk_bytes, impl, return_entropy)
     rows = _rows(plan)
 
-    def in_place(x: Tensor) -> Tensor:
+    def as_targets(x: Tensor) -> Tensor:
         shape = plan.layout.shape
         return x.new_zeros(shape.numel()).index_copy(0, plan.layout.on(x.device).rows, x).view(shape)
 
-    return (in_place(rows[0]), in_place(rows[1])) if return_entropy else in_place(rows[0])
+    return (as_targets(rows[0]), as_targets(rows[1])) if return_entropy else as_targets(rows[0])
 
 
 def sequence_logprobs(
     hidden: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | LMHead,
     targets: Targets,
     cu_seqlens: Tensor | None = None,
     *,
@@ -109,26 +124,35 @@ def sequence_logprobs(
     max_chunk_bytes: int = 2**30,
     impl: str = "auto",
 ) -> Tensor:
-    """Log-probability of each sequence: :func:`token_logprobs` summed over its counted tokens.
+    """Return the log-probability of each sequence: :func:`token_logprobs` summed over its counted tokens.
 
-    ``hidden`` (T, D), ``targets`` (T,) and ``cu_seqlens`` (S+1,) packed, or ``hidden`` (S, L, D) and
-    ``targets`` (S, L) padded. Returns (S,) fp32; a sequence without counted tokens has log-prob 0.
-    Under ``torch.no_grad()`` it does no gradient work: the reference's and the evaluation's path.
+    ``hidden`` (T, D), ``targets`` (T,) and ``cu_seqlens`` (S+1,) are packed, or ``hidden`` (S, L, D) and ``targets``
+    (S, L) padded. The other arguments are those of :func:`token_logprobs`. Returns (S,) in nats, fp32 (fp64 for fp64
+    inputs); a sequence without counted tokens has log-prob 0. Under ``torch.no_grad()`` no gradient work is done.
+    Raises ValueError if an argument is wrong.
     """
-    head = LMHead(lm_head_weight, bias, logit_softcap, logit_scale, temperature, shard=vocab_shard)
+    head = LMHead.of(
+        lm_head_weight,
+        bias=bias,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        lora=lora,
+        vocab_shard=vocab_shard,
+    )
     if torch.compiler.is_compiling():
-        logps, _ = ops.token_logprobs(hidden, head, lora, targets, max_chunk_bytes=max_chunk_bytes, impl=impl)
+        logps, _ = ops.token_logprobs(hidden, head, targets, max_chunk_bytes=max_chunk_bytes, impl=impl)
         if cu_seqlens is None:
             return logps.sum(dim=1)
         return sequence_sums(logps, cu_seqlens.to(logps.device).diff())
-    projection = Projection.of(hidden, head, lora)
+    projection = Projection.of(hidden, head)
     plan = token_pass(projection, targets, cu_seqlens, max_chunk_bytes, impl, of_sequences=True)
     (rows,) = _rows(plan)
     return sequence_sums(rows, plan.layout.on(hidden.device).lengths)
 
 
 def _rows(plan: TokenPass) -> tuple[Tensor, ...]:
-    """Of each counted row the log-prob (N,) and, if wanted, the entropy (N,)."""
+    """Return the log-prob (N,) of each counted row and, if asked for, the entropy (N,)."""
     if plan.impl == "reference":
         log_p = reference.row_distributions(plan.projection, plan.layout, plan.compute_dtype)
         return reference.logprobs_and_entropies(log_p, plan.layout)[: 1 + plan.with_entropy]
@@ -136,15 +160,15 @@ def _rows(plan: TokenPass) -> tuple[Tensor, ...]:
 
 
 class _Rows(torch.autograd.Function):
-    """Log-prob and entropy of each counted row, (N,) each: statistics forward, recompute and finish backward."""
+    """Log-prob and entropy of each counted row, (N,) each. Backward computes the logits again."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *leaves, plan = args
-        found = plan.forward()
+        results = plan.forward()
         ctx.plan = replace(plan, projection=plan.projection.without_tensors())
-        ctx.save_for_backward(*leaves, found.norms, found.entropies)
-        return (found.logps,) if found.entropies is None else (found.logps, found.entropies)
+        ctx.save_for_backward(*leaves, results.norms, results.entropies)
+        return (results.logps,) if results.entropies is None else (results.logps, results.entropies)
 
     @staticmethod
     @once_differentiable

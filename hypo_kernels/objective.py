@@ -1,142 +1,222 @@
 """The HyPO objective on per-sequence log-probabilities: plain torch, used by every implementation.
 
-Notation (arXiv 2406.01462): ``ratio`` is ρ(x, y) = log π(y|x) − log π_ref(y|x), summed over the tokens
-that count. Each term returns its value and the derivative of the loss by each sequence's log π(y|x);
-a kernel needs nothing else to finish the gradients. The exact estimator of the online term works on rows:
-it returns the derivatives by each row's log-prob and by its divergence. Samples of another policy than the
-current one have a weight a row, which multiplies their sequence's derivative.
+Notation (arXiv 2406.01462): ``ratio`` is ρ(x, y) = log π(y|x) − log π_ref(y|x), summed over the counted tokens.
+Each term returns its value and the derivative of the loss by each sequence's log π(y|x); a kernel needs no more to
+finish the gradients. The exact KL estimator works on rows: it returns the derivatives by each row's log-prob and by
+its divergence. Samples that another policy drew have one importance weight a row, which multiplies their sequence's
+derivative.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hypo_kernels.errors import require
 from hypo_kernels.statistics import sequence_sums
 
-PREFERENCES = ("sigmoid", "ipo")
 KL_ESTIMATORS = ("sampled", "exact")
 
 
 class Importance(NamedTuple):
-    """How far the N online samples are from samples of the current policy π: sums over each one's counted tokens.
+    """How far the policy μ that drew the N online samples is from π. Each field sums over a sample's counted tokens.
 
-    Of the policy μ that drew them, ``π(y_t)/μ(y_t)`` is a token's ratio and ``w_t = min(ratio, C)`` its weight; all
-    are 1 where μ is π. Over the n counted tokens of a batch, the mean ratio is ``ratio.sum() / n``, the share of
-    truncated tokens ``truncated.sum() / n``, and the effective sample size, as a share of the n tokens,
+    A token's ratio is ``π(y_t)/μ(y_t)`` and its weight ``w_t = min(ratio, C)``; both are 1 where μ is π. Over the n
+    counted tokens of a batch, the mean ratio is ``ratio.sum() / n``, the fraction of truncated tokens
+    ``truncated.sum() / n``, and the effective sample size, as a fraction of n,
     ``weight.sum()² / (n · squared_weight.sum())``.
     """
 
-    log_ratio: Tensor  # (N,) log π(y|x) − log μ(y|x), of the sample as a whole
+    log_ratio: Tensor  # (N,) log π(y|x) − log μ(y|x) of the sample
     ratio: Tensor  # (N,) Σ_t π(y_t)/μ(y_t), before truncation
     weight: Tensor  # (N,) Σ_t w_t
     squared_weight: Tensor  # (N,) Σ_t w_t²
-    truncated: Tensor  # (N,) tokens whose ratio is above C
+    truncated: Tensor  # (N,) number of tokens whose ratio exceeds C
 
 
 class ExactOnline(NamedTuple):
-    """The exact estimate of λ KL(π‖π_ref) on the n rows of G groups of k samples, and its derivatives."""
+    """The exact estimate of λ KL(π‖π_ref) on the n rows of G groups of k samples, with its derivatives."""
 
     kl: Tensor  # (G, k) Σ_t D_t
     loss: Tensor  # (G, k) λ (Σ_t D_t + γ|y|) / (G k)
-    by_logp: Tensor  # (n,) derivative by each row's log π(a_t|s_t), the divergences held fixed
-    by_divergence: float  # derivative by each row's D_t, the same for all
+    by_logp: Tensor  # (n,) derivative by each row's log π(a_t|s_t), with fixed divergences
+    by_divergence: float  # derivative by a row's D_t, equal for all rows
+
+
+def sigmoid_preference(objective: Objective, difference: Tensor) -> tuple[Tensor, Tensor]:
+    """DPO's loss ``−log σ(β Δ)`` (Eq. 4), with label smoothing as in conservative DPO."""
+    margin = objective.beta * difference
+    loss, slope = -F.logsigmoid(margin), -torch.sigmoid(-margin)
+    if flip := objective.label_smoothing:
+        loss = (1 - flip) * loss - flip * F.logsigmoid(-margin)
+        slope = (1 - flip) * slope + flip * torch.sigmoid(margin)
+    return loss / objective.num_pairs, objective.beta * slope / objective.num_pairs
+
+
+def ipo_preference(objective: Objective, difference: Tensor) -> tuple[Tensor, Tensor]:
+    """IPO's loss ``(Δ − 1/(2β))²`` (Azar et al. 2024; appendix B.1)."""
+    error = difference - 1 / (2 * objective.beta)
+    return error.square() / objective.num_pairs, 2 * error / objective.num_pairs
+
+
+PreferenceLoss = Callable[["Objective", Tensor], tuple[Tensor, Tensor]]
+# Each takes Δ = ρ(x, y⁺) − ρ(x, y⁻) (P,) and returns the pairs' losses (P,) and their derivatives by Δ (P,), both
+# divided by ``num_pairs``.
+PREFERENCES: dict[str, PreferenceLoss] = {"sigmoid": sigmoid_preference, "ipo": ipo_preference}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """``mean over pairs of the preference loss + kl_coef · reverse KL``, with its batch sizes."""
+    """``mean preference loss of the pairs + kl_coef · reverse KL``: its options and the sizes of the batch.
+
+    The one declaration of the loss's options: ``fused_hypo_loss`` builds it, its operator for ``torch.compile`` takes
+    its fields. Raises ValueError if a value is out of range.
+    """
 
     beta: float
+    """β > 0 of DPO and IPO."""
     kl_coef: float
+    """λ ≥ 0."""
     length_penalty: float
+    """Added to a sample's penalty for each token."""
     preference: str
+    """A key of ``PREFERENCES``."""
     label_smoothing: float
+    """In [0, 0.5): the assumed fraction of flipped preferences."""
     num_pairs: int
+    """P ≥ 0."""
     num_generations: int
-    num_prompts: int  # groups of `num_generations` online samples
-    importance_cap: float = 2.0  # C, of the weights of samples that another policy drew
+    """k ≥ 2, online samples a prompt."""
+    num_prompts: int = 0
+    """G, groups of online samples in the batch; :meth:`for_sequences` sets it."""
+    importance_cap: float = 2.0
+    """C > 0, the largest importance weight."""
+    kl_estimator: str = "sampled"
+    """One of ``KL_ESTIMATORS``."""
+
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():  # the traced numbers may be symbols; the operator checks them when it runs
+            return
+        require(
+            self.preference in PREFERENCES,
+            f"preference={self.preference!r}: must be one of {', '.join(map(repr, PREFERENCES))}",
+        )
+        require(math.isfinite(self.beta) and self.beta > 0, f"beta={self.beta}: must be positive")
+        require(math.isfinite(self.kl_coef) and self.kl_coef >= 0, f"kl_coef={self.kl_coef}: must be 0 or more")
+        require(math.isfinite(self.length_penalty), f"length_penalty={self.length_penalty}: must be finite")
+        require(0 <= self.label_smoothing < 0.5, f"label_smoothing={self.label_smoothing}: must be in [0, 0.5)")
+        require(
+            self.preference == "sigmoid" or self.label_smoothing == 0,
+            f"label_smoothing={self.label_smoothing} goes with preference='sigmoid', got {self.preference!r}",
+        )
+        require(
+            self.importance_cap > 0, f"importance_cap={self.importance_cap}: must be positive (inf truncates nothing)"
+        )
+        require(
+            self.kl_estimator in KL_ESTIMATORS,
+            f"kl_estimator={self.kl_estimator!r}: must be one of {', '.join(map(repr, KL_ESTIMATORS))}",
+        )
+        require(self.num_pairs >= 0, f"num_pairs={self.num_pairs}: must be 0 or more")
+        require(
+            self.num_generations >= 2,
+            f"num_generations={self.num_generations}: RLOO needs at least 2 samples a prompt",
+        )
+
+    def for_sequences(self, num_sequences: int) -> Objective:
+        """Return the objective of a batch of ``num_sequences``. Raises ValueError if they are no pairs and groups."""
+        require(num_sequences > 0, "there are no sequences: the batch is empty")
+        pairs = 2 * self.num_pairs
+        samples = num_sequences - pairs
+        require(samples >= 0, f"num_pairs={self.num_pairs} needs {pairs} sequences, the batch has {num_sequences}")
+        require(
+            samples % self.num_generations == 0,
+            f"{num_sequences} sequences are {pairs} of pairs and {samples} online samples, "
+            f"which num_generations={self.num_generations} does not divide",
+        )
+        return replace(self, num_prompts=samples // self.num_generations)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields by name, from which ``Objective(**fields)`` makes an equal one."""
+        return {name: getattr(self, name) for name in OBJECTIVE_FIELDS}
+
+    @property
+    def is_exact(self) -> bool:
+        """True if the KL is estimated from full distributions."""
+        return self.kl_estimator == "exact"
 
     def pairs(self, chosen_ratio: Tensor, rejected_ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each pair, already divided by ``num_pairs``, and its derivative by ``chosen_ratio``.
+        """Return the loss of each pair, divided by ``num_pairs``, and its derivative by ``chosen_ratio``.
 
-        The derivative by ``rejected_ratio`` is the negative. Both inputs and outputs are (P,).
+        The derivative by ``rejected_ratio`` is the negative. All are (P,).
         """
-        delta = chosen_ratio - rejected_ratio
-        if self.preference == "ipo":  # Azar et al. 2024; appendix B.1
-            error = delta - 1 / (2 * self.beta)
-            return error.square() / self.num_pairs, 2 * error / self.num_pairs
-        margin = self.beta * delta  # Eq. 4, with label smoothing as in conservative DPO
-        loss, slope = -F.logsigmoid(margin), -torch.sigmoid(-margin)
-        if flip := self.label_smoothing:
-            loss = (1 - flip) * loss - flip * F.logsigmoid(-margin)
-            slope = (1 - flip) * slope + flip * torch.sigmoid(margin)
-        return loss / self.num_pairs, self.beta * slope / self.num_pairs
+        return PREFERENCES[self.preference](self, chosen_ratio - rejected_ratio)
 
     def online(self, ratio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """λ · estimate of KL(π‖π_ref) of each sample, and its RLOO derivative by log π(y|x).
+        """Return λ · (estimate of KL(π‖π_ref)) of each sample, and its RLOO derivative by log π(y|x).
 
-        ``ratio`` and ``lengths`` are (G, k), one row a prompt. With the penalty
+        All are (G, k), one row a prompt. With the penalty
         ``r_i = sg(ρ_i) + γ|y_i|`` the derivative is ``λ (r_i − mean_{j≠i} r_j) / (G k)``
         (Algorithm 1; Kool et al. 2019): unbiased because E[∇ log π] = 0.
         """
         k = self.num_generations
         penalty = ratio + self.length_penalty * lengths.to(ratio.dtype)
         baseline = (penalty.sum(dim=1, keepdim=True) - penalty) / (k - 1)
-        scale = self.kl_coef / max(1, self.num_prompts * k)  # a batch without samples has nothing to divide
+        scale = self.kl_coef / max(1, self.num_prompts * k)  # without samples, both are empty
         return scale * penalty, scale * (penalty - baseline)
 
     def importance(self, logps: Tensor, behavior_logps: Tensor, lengths: Tensor) -> tuple[Tensor, Importance]:
-        """The weight ``w_t = min(π(y_t)/μ(y_t), C)`` of each row of some samples (n,), and the samples' sums.
+        """Return the weight ``w_t = min(π(y_t)/μ(y_t), C)`` of each row (n,), and sums over the N samples.
 
         ``logps`` and ``behavior_logps`` (n,) are log π and log μ of the rows' tokens, sample after sample;
-        ``lengths`` (N,) are the samples' rows. A weight multiplies its sample's derivative by log π(y|x).
+        ``lengths`` (N,) counts each sample's rows. A weight multiplies its sample's derivative by log π(y|x).
         """
         log_ratio = logps - behavior_logps
         ratio = log_ratio.exp()
-        weight = ratio.clamp(max=self.importance_cap)  # keeps NaN, and takes an overflow
+        weight = ratio.clamp(max=self.importance_cap)  # keeps NaN; an overflow becomes C
         truncated = (ratio > self.importance_cap).to(ratio.dtype)
         rows = torch.stack([log_ratio, ratio, weight, weight.square(), truncated], dim=1)
         return weight, Importance(*sequence_sums(rows, lengths).unbind(1))
 
     def exact_online(self, divergences: Tensor, lengths: Tensor, longest: int) -> ExactOnline:
-        """λ · estimate of KL(π‖π_ref) of each sample from the full distributions along it, and its derivatives.
+        """Estimate λ KL(π‖π_ref) of each sample from the full distributions at its positions, with derivatives.
 
-        ``divergences`` (n,) is ``D_t = Σ_v π(v|s_t) (log π(v|s_t) − log π_ref(v|s_t))`` of each counted row, sample
-        after sample, in whole groups; ``lengths`` (G·k,) are the samples' rows, on the same device, none above
-        ``longest``. Every token costs D_t + γ. The distributions at s_t depend on the parameters, and
-        which later tokens there are depends on a_t, so that the gradient has two parts:
+        ``divergences`` (n,) holds ``D_t = Σ_v π(v|s_t) (log π(v|s_t) − log π_ref(v|s_t))`` of each counted row, sample
+        after sample, in whole groups. ``lengths`` (G·k,) counts each sample's rows, at most ``longest``, on the same
+        device. Every token costs D_t + γ. The distributions at s_t depend on the parameters, and so does the choice
+        of a_t, which decides about the tokens after it. Hence the gradient has two parts:
 
             λ/(G k) Σ_i Σ_t [ ∇D_{i,t} + (R_{i,t} − mean_{j≠i} R_{j,t}) ∇log π(a_{i,t}|s_{i,t}) ]
 
-        with the costs to come ``R_t = sg(Σ_{t'>t} (D_{t'} + γ))``, 0 where a sample has ended. The baseline of
-        position t knows nothing of sample i, hence unbiased: E[∇log π(a_t|s_t)] = 0 (``docs/exact_kl.md``).
-        Nothing here waits for the device, and every sum has one order.
+        with the cost of later tokens ``R_t = sg(Σ_{t'>t} (D_{t'} + γ))``, 0 where a sample has ended. The baseline of
+        position t does not depend on sample i, so the estimate is unbiased: E[∇log π(a_t|s_t)] = 0
+        (``docs/exact_kl.md``). This never waits for the device, and every sum has a fixed order.
         """
         k, gamma = self.num_generations, self.length_penalty
         kl = sequence_sums(divergences, lengths).view(-1, k)
         scale = self.kl_coef / max(1, self.num_prompts * k)
         loss = scale * (kl + gamma * lengths.view(-1, k).to(kl.dtype))
-        place = _Places(lengths, len(divergences))
-        to_come = place.sums_after(divergences + gamma, longest)
-        return ExactOnline(kl, loss, scale * (to_come - place.mean_of_the_others(to_come, k)), scale)
+        positions = Positions(lengths, len(divergences))
+        later_costs = positions.sums_after(divergences + gamma, longest)
+        return ExactOnline(kl, loss, scale * (later_costs - positions.mean_of_the_others(later_costs, k)), scale)
 
     def __call__(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
-        """Summed loss () and coefficients ∂loss/∂logps (S,) of some whole pairs and groups.
+        """Return the summed loss () and the coefficients ∂loss/∂logps (S,) of whole pairs and groups.
 
-        The S sequences are in group order: ``num_pairs`` times a chosen and its rejected one, then online
-        samples, ``num_generations`` consecutive ones a prompt. Any subset of a batch's pairs and groups
-        may be passed: the divisors are those of the whole batch.
+        The S sequences are in group order: ``num_pairs`` times a chosen and its rejected one, then online samples,
+        ``num_generations`` consecutive ones a prompt. They may be any subset of the batch's pairs and groups: the
+        divisors are those of the whole batch.
         """
         ratio = logps - ref_logps
-        loss, of_pairs = self._pairs_in_group_order(ratio[: 2 * num_pairs])
+        loss, pair_slopes = self._pairs_in_group_order(ratio[: 2 * num_pairs])
         samples = ratio[2 * num_pairs :].view(-1, self.num_generations)
         penalty, advantage = self.online(samples, lengths[2 * num_pairs :].view(samples.shape))
-        return loss + penalty.sum(), torch.cat([of_pairs, advantage.flatten()])
+        return loss + penalty.sum(), torch.cat([pair_slopes, advantage.flatten()])
 
     def exact(
         self,
@@ -147,26 +227,31 @@ class Objective:
         divergences: Tensor,
         longest: int,
     ) -> tuple[Tensor, Tensor, ExactOnline]:
-        """The counterpart of a call for the exact estimator: the same sequences, and the samples' rows.
+        """Return the loss of whole pairs and groups with the exact KL estimator.
 
-        ``divergences`` (n,) and ``longest`` are :meth:`exact_online`'s, for the samples alone; of ``logps`` and
-        ``ref_logps`` (S,) only the pairs' are used. Returns the summed loss (), ∂loss/∂logps of the pairs'
-        sequences (2 · num_pairs,), and the online terms, whose loss is part of the sum.
+        ``logps``, ``ref_logps`` and ``lengths`` (S,) are in group order, as in ``__call__``; only the pairs'
+        log-probs are used. ``divergences`` (n,) and ``longest`` are those of :meth:`exact_online`, of the samples
+        alone. Returns the summed loss (), ∂loss/∂logps of the pairs' sequences (2 · num_pairs,), and the online
+        terms, whose loss is part of the sum.
         """
         pairs = 2 * num_pairs
-        loss, of_pairs = self._pairs_in_group_order((logps - ref_logps)[:pairs])
+        loss, pair_slopes = self._pairs_in_group_order((logps - ref_logps)[:pairs])
         online = self.exact_online(divergences, lengths[pairs:], longest)
-        return loss + online.loss.sum(), of_pairs, online
+        return loss + online.loss.sum(), pair_slopes, online
 
     def _pairs_in_group_order(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss () and its derivative by ``ratio`` (2P,), each pair's two sequences next to each other."""
+        """Return the summed loss () and its derivative by ``ratio`` (2P,), where a pair's two are neighbours."""
         pairs = ratio.view(-1, 2)
         loss, slope = self.pairs(pairs[:, 0], pairs[:, 1])
         return loss.sum(), torch.stack([slope, -slope], dim=1).flatten()
 
 
-class _Places:
-    """Where each of n rows stands: its sequence, its position there, and how many rows follow it there."""
+# With ``from __future__ import annotations`` a field's type is its name, which is also its name in operator schemas.
+OBJECTIVE_FIELDS: dict[str, str] = {field.name: str(field.type) for field in fields(Objective)}
+
+
+class Positions:
+    """Of n rows: each one's sequence, its position in it, and the number of rows that follow it there."""
 
     def __init__(self, lengths: Tensor, num_rows: int) -> None:
         self.lengths = lengths  # (S,)
@@ -177,21 +262,21 @@ class _Places:
         self.following = lengths[self.sequence] - 1 - self.position  # (n,)
 
     def sums_after(self, rows: Tensor, longest: int) -> Tensor:
-        """The sum of the rows that follow each one in its sequence, (n,) -> (n,), by log2(longest) doublings."""
-        sums, reach = self._ahead(rows, 1), 1  # sums over the next `reach` rows
+        """Return, for each row, the sum of the later rows of its sequence, (n,) -> (n,), in log2(longest) steps."""
+        sums, reach = self._later(rows, 1), 1  # sums over the next `reach` rows
         while reach < longest - 1:
-            sums, reach = sums + self._ahead(sums, reach), 2 * reach
+            sums, reach = sums + self._later(sums, reach), 2 * reach
         return sums
 
     def mean_of_the_others(self, rows: Tensor, k: int) -> Tensor:
-        """The mean of the same position's rows in the k − 1 other sequences of the group, 0 where one has ended."""
+        """Return the mean over the k − 1 other sequences of the group at the same position; ended ones count as 0."""
         member = self.sequence % k
         shifts = torch.arange(1, k, device=rows.device)
         others = (self.sequence - member)[:, None] + (member[:, None] + shifts) % k  # (n, k − 1)
-        there = self.position[:, None] < self.lengths[others]
+        exists = self.position[:, None] < self.lengths[others]
         index = (self.starts[others] + self.position[:, None]).clamp(max=len(rows) - 1)
-        return torch.where(there, rows[index], 0.0).mean(dim=1)
+        return torch.where(exists, rows[index], 0.0).mean(dim=1)
 
-    def _ahead(self, rows: Tensor, distance: int) -> Tensor:
-        """The row ``distance`` further on in the same sequence, 0 where it has ended."""
+    def _later(self, rows: Tensor, distance: int) -> Tensor:
+        """Return the row ``distance`` later in the same sequence, 0 where the sequence has ended."""
         return torch.where(self.following >= distance, rows.roll(-distance), 0.0)

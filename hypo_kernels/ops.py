@@ -1,7 +1,7 @@
 """The operators that ``torch.compile`` sees: opaque, with fake kernels and gradients of their own.
 
-What happens inside depends on the targets' values, so a tracer has to take each call as one node. Eager
-calls do not come here: their autograd Functions keep the plan of a call between forward and backward.
+The computation depends on the targets' values, so a tracer has to take each call as one node. Eager calls do not use
+these operators: their autograd Functions keep a call's plan between forward and backward.
 
     hypo_kernels::hypo_loss                 loss, statistics and finished gradients
     hypo_kernels::token_logprobs            log-probs, entropies and softmax norms
@@ -18,56 +18,62 @@ import torch
 from torch import Tensor
 
 from hypo_kernels import gemm, schedule
-from hypo_kernels.call import Outcome, Reference, prepare
+from hypo_kernels.call import LossOutput, Reference, prepare
 from hypo_kernels.gradients import Leaves, shapes_of_sums
 from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.layout import TargetLayout
-from hypo_kernels.objective import Importance
+from hypo_kernels.objective import OBJECTIVE_FIELDS, Importance, Objective
 from hypo_kernels.projection import Projection
 from hypo_kernels.tokens import TokenPass, token_pass
 
 NUM_LEAVES = len(Leaves._fields)
-# What every operator begins with: the leaves, then the head's constants, then what is computed in.
+_OBJECTIVE = ", ".join(f"{kind} {name}" for name, kind in OBJECTIVE_FIELDS.items())
+# Every operator's first arguments: the leaves, the head's constants, autocast's dtype, and which leaves need gradients.
 _HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora, Tensor? lora_weight, "
     "float? logit_softcap, float logit_scale, float temperature, ScalarType? autocast, bool[] needed"
 )
 _NUM_HEAD = NUM_LEAVES + 5
-_NUM_FOUND = len(Outcome._fields) + 1  # of the loss operator's results, which the gradients' sums follow
+_NUM_OUTPUTS = len(LossOutput._fields) + 1  # results of the loss operator that come before the gradients' sums
 
 
 def hypo_loss(
     hidden: Tensor,
     head: LMHead,
-    lora: LoRA | None,
     targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None,
     reference: Reference,
     behavior_logps: Tensor | None,
-    options: dict[str, Any],
-) -> tuple[Outcome, Tensor]:
-    """The outcome in the caller's order, and the sequences' lengths (S,); ``options`` as in ``call.prepare``."""
-    loss, *seen, lengths = _hypo_loss(
-        *_head_arguments(hidden, head, lora), _traceable(targets), cu_seqlens, *reference, behavior_logps, **options
-    )[:_NUM_FOUND]
-    logps, ref_logps, kl, sums = (x.detach() for x in seen)
+    objective: Objective,
+    settings: dict[str, Any],
+) -> tuple[LossOutput, Tensor]:
+    """Return the output in the caller's order, and the sequences' lengths (S,); arguments as in ``call.prepare``."""
+    loss, *statistics, lengths = _hypo_loss(
+        *_head_arguments(hidden, head),
+        _traceable(targets),
+        cu_seqlens,
+        *reference,
+        behavior_logps,
+        **objective.fields(),
+        **settings,
+    )[:_NUM_OUTPUTS]
+    logps, ref_logps, kl, sums = (x.detach() for x in statistics)
     importance = None if behavior_logps is None else Importance(*sums.unbind(1))
-    return Outcome(loss, logps, ref_logps, kl, importance), lengths
+    return LossOutput(loss, logps, ref_logps, kl, importance), lengths
 
 
 def token_logprobs(
     hidden: Tensor,
     head: LMHead,
-    lora: LoRA | None,
     targets: Tensor | TargetLayout,
     *,
     max_chunk_bytes: int,
     impl: str,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and, if wanted, entropies, of the shape of ``targets``."""
+    """Return log-probs of the shape of ``targets``, and entropies (empty without ``with_entropy``)."""
     logps, entropies, _ = _token_logprobs(
-        *_head_arguments(hidden, head, lora), _traceable(targets), max_chunk_bytes, impl, with_entropy
+        *_head_arguments(hidden, head), _traceable(targets), max_chunk_bytes, impl, with_entropy
     )
     return logps, entropies
 
@@ -78,10 +84,10 @@ def _traceable(targets: Tensor | TargetLayout) -> Tensor:
     return targets
 
 
-def _head_arguments(hidden: Tensor, head: LMHead, lora: LoRA | None) -> tuple[Any, ...]:
-    if head.shard is not None:
+def _head_arguments(hidden: Tensor, head: LMHead) -> tuple[Any, ...]:
+    if head.vocab_shard is not None:
         raise ValueError("vocab_shard: torch.compile cannot trace a sharded head; call outside of it")
-    projection = Projection.of(hidden, head, lora)
+    projection = Projection.of(hidden, head)
     leaves = Leaves.of(projection)
     device = hidden.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -91,12 +97,15 @@ def _head_arguments(hidden: Tensor, head: LMHead, lora: LoRA | None) -> tuple[An
 
 
 def _parse(arguments: Sequence[Any]) -> tuple[Projection, torch.dtype | None, list[bool]]:
-    """What :func:`_head_arguments` has laid out flat."""
+    """Return projection, autocast's dtype and needed gradients from an operator's flat arguments."""
     leaves = Leaves(*arguments[:NUM_LEAVES])
     softcap, scale, temperature, autocast, needed = arguments[NUM_LEAVES:_NUM_HEAD]
     assert leaves.hidden is not None
     assert leaves.weight is not None
-    head = LMHead(leaves.weight, leaves.bias, softcap, scale, temperature, lora_weight=leaves.lora_weight)
+    lora = None  # A is applied before the operator, which gets its features
+    if leaves.lora_weight is not None:
+        lora = LoRA(_absent(leaves.hidden), leaves.lora_weight)
+    head = LMHead(leaves.weight, leaves.bias, softcap, scale, temperature, lora)
     return Projection(head, leaves.hidden, leaves.lora), autocast, needed
 
 
@@ -106,7 +115,7 @@ def _compute_dtype(arguments: Sequence[Any]) -> torch.dtype:
 
 
 def _as_traced(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    """The autocast state of the traced call, which is over when the compiled one runs."""
+    """Restore the autocast state of the traced call, which has ended when the compiled one runs."""
     if autocast is None:
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype=autocast)
@@ -117,7 +126,7 @@ def _absent(like: Tensor) -> Tensor:
 
 
 def _sums(arguments: Sequence[Any]) -> list[Tensor]:
-    """New tensors in which the needed gradients are summed, empty ones for the others."""
+    """Return new tensors of the shapes of the needed gradients' sums, and empty ones for the others."""
     projection, _, needed = _parse(arguments)
     likes = shapes_of_sums(Leaves.of(projection), _compute_dtype(arguments), None)
     out = []
@@ -126,8 +135,8 @@ def _sums(arguments: Sequence[Any]) -> list[Tensor]:
     return out
 
 
-def _handed_out(sums: Sequence[Tensor], leaves: Sequence[Any], factor: Tensor | None) -> list[Tensor | None]:
-    """Sums, times ``factor`` (), in the shapes and dtypes of the leaves."""
+def _finished(sums: Sequence[Tensor], leaves: Sequence[Any], factor: Tensor | None) -> list[Tensor | None]:
+    """Return the sums, times ``factor`` (), in the shapes and dtypes of the leaves; None where not needed."""
     out: list[Tensor | None] = []
     for x, (needed, shape, dtype) in zip(sums, leaves, strict=True):
         out.append((x if factor is None else x * factor).view(shape).to(dtype) if needed else None)
@@ -135,7 +144,7 @@ def _handed_out(sums: Sequence[Tensor], leaves: Sequence[Any], factor: Tensor | 
 
 
 def _shapes(arguments: Sequence[Any]) -> list[tuple[bool, Any, Any]]:
-    """Whether each leaf needs a gradient, its shape and its dtype."""
+    """Return for each leaf whether it needs a gradient, its shape and its dtype."""
     leaves, needed = arguments[:NUM_LEAVES], arguments[_NUM_HEAD - 1]
     return [(n, None, None) if x is None else (n, x.shape, x.dtype) for x, n in zip(leaves, needed, strict=True)]
 
@@ -145,27 +154,36 @@ def _shapes(arguments: Sequence[Any]) -> list[tuple[bool, Any, Any]]:
     mutates_args=(),
     schema=f"({_HEAD}, Tensor targets, Tensor? cu_seqlens, "
     "Tensor? ref_logps, Tensor? ref_hidden, Tensor? ref_lm_head_weight, Tensor? ref_bias, Tensor? behavior_logps, *, "
-    "int num_pairs, int num_generations, float beta, float kl_coef, float length_penalty, str preference, "
-    "float label_smoothing, str kl_estimator, float importance_cap, int max_chunk_bytes, bool validate, str impl) -> "
+    f"{_OBJECTIVE}, int max_chunk_bytes, bool validate, str impl) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _hypo_loss(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    """An outcome in the caller's order, lengths, and the gradients' sums: all that autograd needs later.
+def _hypo_loss(*args: Any, max_chunk_bytes: int, validate: bool, impl: str, **objective: Any) -> tuple[Tensor, ...]:
+    """Return a LossOutput in the caller's order, the lengths, and the gradients' sums, which autograd needs later.
 
-    The statistics of importance are one tensor, a column each, and an empty one where there are none.
+    The fields of ``importance`` are the columns of one tensor, which is empty without ``behavior_logps``.
     """
     projection, autocast, needed = _parse(args)
     targets, cu_seqlens, *reference, behavior_logps = args[_NUM_HEAD:]
     with _as_traced(projection.hidden.device, autocast):
-        call = prepare(projection, targets, cu_seqlens, Reference(*reference), behavior_logps, **options)
+        call = prepare(
+            projection,
+            targets,
+            cu_seqlens,
+            Reference(*reference),
+            behavior_logps,
+            Objective(**objective),
+            max_chunk_bytes=max_chunk_bytes,
+            validate=validate,
+            impl=impl,
+        )
         if call.impl == "reference":
             raise ValueError("impl='reference' is eager: call it outside of torch.compile, or use impl='auto'")
         with gemm.undisturbed(projection.hidden.device):
-            found, gradients = schedule.run(call, needed, sums_are_wide=True)
+            output, gradients = schedule.run(call, needed, sums_are_wide=True)
     sums = [_absent(projection.hidden) if x is None else x for x in gradients.sums]
-    loss, logps, ref_logps, kl, importance = call.in_call_order(found)
-    of_samples = _absent(loss) if importance is None else torch.stack(importance, dim=1)
-    return loss, logps, ref_logps, kl, of_samples, call.lengths, *sums
+    loss, logps, ref_logps, kl, importance = call.in_call_order(output)
+    sample_sums = _absent(loss) if importance is None else torch.stack(importance, dim=1)
+    return loss, logps, ref_logps, kl, sample_sums, call.lengths, *sums
 
 
 @_hypo_loss.register_fake
@@ -174,20 +192,20 @@ def _(*args: Any, num_pairs: int, **_options: Any) -> tuple[Tensor, ...]:
     wide = gemm.accumulator_dtype(_compute_dtype(args))
     sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     samples, behavior_logps = sequences - 2 * num_pairs, args[_NUM_HEAD + 2 + len(Reference._fields)]
-    of_samples = (0,) if behavior_logps is None else (samples, len(Importance._fields))
+    sample_sums = (0,) if behavior_logps is None else (samples, len(Importance._fields))
     loss, logps, ref_logps, kl, importance = (
-        hidden.new_empty(shape, dtype=wide) for shape in ((), (sequences,), (sequences,), (samples,), of_samples)
+        hidden.new_empty(shape, dtype=wide) for shape in ((), (sequences,), (sequences,), (samples,), sample_sums)
     )
     return loss, logps, ref_logps, kl, importance, hidden.new_empty(sequences, dtype=torch.long), *_sums(args)
 
 
 def _keep_gradients(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: Any, output: Sequence[Tensor]) -> None:
-    ctx.save_for_backward(*output[_NUM_FOUND:])
+    ctx.save_for_backward(*output[_NUM_OUTPUTS:])
     ctx.leaves, ctx.num_inputs = _shapes(inputs), len(inputs)
 
 
 def _hand_out_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients = _handed_out(ctx.saved_tensors, ctx.leaves, grad_loss)
+    gradients = _finished(ctx.saved_tensors, ctx.leaves, grad_loss)
     return (*gradients, *[None] * (ctx.num_inputs - NUM_LEAVES))
 
 
@@ -201,16 +219,18 @@ _TOKENS = f"{_HEAD}, Tensor targets, int max_chunk_bytes, str impl, bool with_en
     "hypo_kernels::token_logprobs", mutates_args=(), schema=f"({_TOKENS}) -> (Tensor, Tensor, Tensor)"
 )
 def _token_logprobs(*args: Any) -> tuple[Tensor, ...]:
-    """Log-probs and entropies of the shape of the targets, 0 at ignored rows, and norms (rows, 2)."""
+    """Return log-probs and entropies of the shape of the targets, 0 at ignored rows, and norms (rows, 2)."""
     plan, targets = _token_pass(args)
-    found = plan.forward()
-    rows = plan.layout.on(found.logps.device).rows
+    results = plan.forward()
+    rows = plan.layout.on(results.logps.device).rows
 
-    def in_place(x: Tensor) -> Tensor:
+    def as_targets(x: Tensor) -> Tensor:
         return x.new_zeros(targets.numel(), *x.shape[1:]).index_copy_(0, rows, x)
 
-    entropies = _absent(found.logps) if found.entropies is None else in_place(found.entropies).view(targets.shape)
-    return in_place(found.logps).view(targets.shape), entropies, in_place(found.norms)
+    entropies = _absent(results.logps)
+    if results.entropies is not None:
+        entropies = as_targets(results.entropies).view(targets.shape)
+    return as_targets(results.logps).view(targets.shape), entropies, as_targets(results.norms)
 
 
 @_token_logprobs.register_fake
@@ -231,18 +251,20 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _token_logprobs_backward(*args: Any) -> tuple[Tensor, ...]:
-    """The gradients' sums."""
+    """Return the gradients' sums."""
     plan, _ = _token_pass(args)
     *_, norms, entropies, by_logps, by_entropies = args
     rows = plan.layout.on(norms.device).rows
-    picked = [x.flatten()[rows] if plan.with_entropy else None for x in (entropies, by_entropies)]
+    row_entropies, row_by_entropies = [
+        x.flatten()[rows] if plan.with_entropy else None for x in (entropies, by_entropies)
+    ]
     needed = args[_NUM_HEAD - 1]
     gradients = plan.backward(
         Leaves.of(plan.projection),
         norms[rows],
-        picked[0],
+        row_entropies,
         by_logps.flatten()[rows],
-        picked[1],
+        row_by_entropies,
         needed,
         sums_are_wide=True,
     )
@@ -266,7 +288,7 @@ def _backward_of_tokens(ctx: Any, by_logps: Tensor, by_entropies: Tensor, _: Any
     *leaves, targets, norms, entropies = ctx.saved_tensors
     arguments = (*leaves, *ctx.constants, targets, *ctx.settings)
     sums = _token_logprobs_backward(*arguments, norms, entropies, by_logps, by_entropies)
-    return (*_handed_out(sums, ctx.leaves, None), *[None] * (len(arguments) - NUM_LEAVES))
+    return (*_finished(sums, ctx.leaves, None), *[None] * (len(arguments) - NUM_LEAVES))
 
 
 _token_logprobs.register_autograd(_backward_of_tokens, setup_context=_keep_norms)

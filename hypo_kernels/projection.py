@@ -1,4 +1,4 @@
-"""Hidden states on their way through a head, with the caller's forms of weight and update made plain."""
+"""Hidden states and the head that they are multiplied by, with LoRA applied and sharded weights gathered."""
 
 from __future__ import annotations
 
@@ -7,46 +7,55 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypo_kernels import checks
 from hypo_kernels.head import LMHead, LoRA
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A row a token: packed (T, ·) or padded (S, L, ·)."""
+    """The factors of the raw product: packed (T, ·) or padded (S, L, ·) features, and the head's matrices."""
 
     head: LMHead
-    hidden: Tensor  # (..., D), multiplied by the weight
+    hidden: Tensor  # (..., D), multiplied by the head's weight
     lora: Tensor | None = None  # (..., r), scale · hidden·Aᵀ, multiplied by LoRA's B
 
     @classmethod
-    def of(cls, hidden: Tensor, head: LMHead, lora: LoRA | None = None) -> Projection:
-        """A LoRA update is a second, narrow term of the product, so that ``W + scale·B·A`` is never formed and
+    def of(cls, hidden: Tensor, head: LMHead) -> Projection:
+        """Return the projection of ``hidden`` by ``head``.
+
+        A LoRA update becomes a second, narrow term of the product, so that ``W + scale·B·A`` is never formed and
         autograd finishes A. A DTensor weight (FSDP2) is gathered, and its gradient averaged over the ranks.
         """
-        head = replace(head, weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias))
-        if lora is None:
+        head = replace(
+            head,
+            weight=gathered(head.weight),
+            bias=None if head.bias is None else gathered(head.bias),
+            lora=None if head.lora is None else LoRA(gathered(head.lora.A), gathered(head.lora.B), head.lora.scale),
+        )
+        head.check_lora(hidden)
+        if head.lora is None:
             return cls(head, hidden)
-        lora = LoRA(whole(lora.A), whole(lora.B), lora.scale)
-        checks.lora(lora, hidden, head)
-        return cls(replace(head, lora_weight=lora.B), hidden, F.linear(hidden, lora.A) * lora.scale)
+        return cls(head, hidden, F.linear(hidden, head.lora.A) * head.lora.scale)
 
     def without_tensors(self) -> Projection:
-        """The head's constants alone: what a graph may hold on to beside the tensors that autograd saves."""
-        nothing = self.hidden.new_empty(0)
-        return Projection(replace(self.head, weight=nothing, bias=None, lora_weight=None), nothing)
+        """Return a copy that holds constants only, for a graph whose tensors autograd saves itself."""
+        empty = self.hidden.new_empty(0)
+        lora = None if self.head.lora is None else LoRA(empty, empty)
+        return Projection(replace(self.head, weight=empty, bias=None, lora=lora), empty)
 
     def terms(self) -> list[tuple[Tensor, Tensor]]:
-        """(features, matrix) of each term of the raw product ``Σ features·matrixᵀ``."""
-        out = [(self.hidden, self.head.weight)]
-        if self.lora is not None and self.head.lora_weight is not None:
-            out.append((self.lora, self.head.lora_weight))
-        return out
+        """Return (features, matrix) of each term of the raw product ``Σ features·matrixᵀ``."""
+        terms = [(self.hidden, self.head.weight)]
+        if self.lora is not None and self.head.lora is not None:
+            terms.append((self.lora, self.head.lora.B))
+        return terms
 
 
-def whole(weight: Tensor) -> Tensor:
-    """A sharded parameter's full tensor. Each rank's gradient is of its own rows of data: they are averaged."""
-    if not hasattr(weight, "full_tensor"):  # DTensor's; its module takes half a second to import
+def gathered(weight: Tensor) -> Tensor:
+    """Return a DTensor's full tensor, and any other tensor as it is.
+
+    Each rank's gradient belongs to its own rows of data, so gradients are averaged over the ranks.
+    """
+    if not hasattr(weight, "full_tensor"):  # importing DTensor takes half a second
         return weight
     from torch.distributed.tensor import DTensor, Partial
 

@@ -1,7 +1,7 @@
-"""The per-token pass: log-probs and entropies of counted rows forward, logits once more backward.
+"""The per-token pass: forward computes log-probs and entropies of counted rows, backward computes the logits again.
 
-The upstream gradient of a token is not known before the backward pass, which is why this costs 2 NVD more than
-the group-closed schedule.
+The upstream gradient of a token is not known before the backward pass, so this costs 2 NVD more than the group-closed
+schedule.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import torch
 from torch import Tensor
 
 from hypo_kernels import checks, gemm
+from hypo_kernels.chunked_head import ChunkedLMHead
 from hypo_kernels.chunks import split
 from hypo_kernels.gradients import Gradients, Leaves
 from hypo_kernels.layout import TargetLayout, sequence_layout
 from hypo_kernels.projection import Projection
-from hypo_kernels.room import HeadRoom
 
 
 class TokenResults(NamedTuple):
+    """What the forward pass computes for each counted row."""
+
     logps: Tensor  # (N,)
     entropies: Tensor | None  # (N,)
-    norms: Tensor  # (N, 2), what the backward pass needs to skip the statistics
+    norms: Tensor  # (N, 2), which save the backward pass the statistics
 
 
 @dataclass(frozen=True)
 class TokenPass:
-    """One call, checked and laid out."""
+    """A call of ``token_logprobs`` or ``sequence_logprobs``, checked and laid out."""
 
     projection: Projection
     layout: TargetLayout
@@ -39,9 +41,10 @@ class TokenPass:
     with_entropy: bool
 
     def forward(self) -> TokenResults:
+        """Return log-probs, entropies if asked for, and norms."""
         with gemm.undisturbed(self.projection.hidden.device):
-            room = self._room(self.projection, statistics_only=True)
-            stats = room.statistics(self.projection, room.all_rows, with_moment=self.with_entropy)
+            lm_head = self._lm_head(self.projection, statistics_only=True)
+            stats = lm_head.statistics(self.projection, lm_head.all_rows, with_moment=self.with_entropy)
             entropies = -stats.divergence(None) if self.with_entropy else None
             return TokenResults(stats.logps(), entropies, stats.norms)
 
@@ -56,32 +59,32 @@ class TokenPass:
         *,
         sums_are_wide: bool = False,
     ) -> Gradients:
-        """The gradients of ``leaves``, the call's own or what autograd has saved of them.
+        """Return the gradients of ``leaves``, the tensors of the call as autograd has saved them.
 
-        ``sums_are_wide`` asks for the same dtypes whatever the number of chunks.
+        ``sums_are_wide`` asks for gradient dtypes that do not depend on the number of chunks.
         """
         projection = leaves.put_into(self.projection)
         with gemm.undisturbed(projection.hidden.device):
-            room = self._room(projection)
+            lm_head = self._lm_head(projection)
             gradients = Gradients(
                 leaves,
                 needed,
                 self.compute_dtype,
-                room.shard,
-                in_one_product=len(self.layout.rows) <= room.max_rows and not sums_are_wide,
+                lm_head.shard,
+                in_one_product=len(self.layout.rows) <= lm_head.max_rows and not sums_are_wide,
             )
-            for rows in split(room.all_rows, room.max_rows):
-                own = None
+            for rows in split(lm_head.all_rows, lm_head.max_rows):
+                row_factor = None
                 if entropies is None or by_entropies is None:
-                    unit, own, _ = room.unit_gradients(projection, rows, norms[rows])
-                    factor = -by_logps[rows]
+                    unit, row_factor, _ = lm_head.unit_gradients(projection, rows, norms[rows])
+                    coefficients = -by_logps[rows]
                 else:
-                    (raw,) = room.logits([projection], rows)
+                    (raw,) = lm_head.raw_logits([projection], rows)
                     row_norms, divergence = norms[rows], -entropies[rows]
-                    if room.straight:  # of another product than these logits (see HeadRoom.unit_gradients)
-                        stats, _ = room.divergence_statistics(projection, raw, None, None, rows)
+                    if lm_head.fused_statistics:  # these are not of this product (see ChunkedLMHead.unit_gradients)
+                        stats, _ = lm_head.divergence_statistics(projection, raw, None, None, rows)
                         row_norms, divergence = stats.norms, stats.divergence(None)
-                    unit, factor = room.mixed_gradients(
+                    unit, coefficients = lm_head.mixed_gradients(
                         projection,
                         raw,
                         None,
@@ -93,12 +96,12 @@ class TokenPass:
                         by_logp=by_logps[rows],
                         by_divergence=-by_entropies[rows],
                     )
-                room.finish(gradients, unit, projection, rows, factor, own)
-            gradients.close(room.shard)
+                lm_head.accumulate(gradients, unit, projection, rows, coefficients, row_factor)
+            gradients.close(lm_head.shard)
         return gradients
 
-    def _room(self, projection: Projection, *, statistics_only: bool = False) -> HeadRoom:
-        return HeadRoom(
+    def _lm_head(self, projection: Projection, *, statistics_only: bool = False) -> ChunkedLMHead:
+        return ChunkedLMHead(
             [projection.head],
             self.layout,
             self.compute_dtype,
@@ -123,7 +126,7 @@ def token_pass(
     checks.inputs(projection, targets, cu_seqlens)
     if of_sequences or isinstance(targets, TargetLayout):
         layout = sequence_layout(targets, cu_seqlens)
-    else:  # packed targets without bounds are as good as one sequence
+    else:  # packed targets without bounds are treated as one sequence
         layout = TargetLayout.of(targets, cu_seqlens)
     checks.chunk_budget(max_chunk_bytes)
     dtype = checks.compute_dtype(projection.hidden, projection.head.weight)

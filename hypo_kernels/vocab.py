@@ -1,4 +1,4 @@
-"""A vocabulary spread over the ranks of a process group: each rank multiplies its own rows of the head."""
+"""Vocabulary parallelism: each rank of a process group multiplies by its own rows of the head."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's share of the vocabulary: entries ``start`` to ``start + size`` of ``vocab_size``.
+    """This rank's part of the vocabulary: entries ``start`` to ``start + size`` of ``vocab_size``.
 
-    ``largest`` is the largest share of any rank: all ranks plan their chunks with it, and so alike.
+    ``largest`` is the size of the largest part. All ranks plan their chunks with it, so that their plans agree.
     """
 
     group: dist.ProcessGroup
@@ -23,7 +23,7 @@ class VocabShard:
 
     @classmethod
     def even(cls, vocab_size: int, group: dist.ProcessGroup | None = None) -> VocabShard:
-        """``torch.chunk``'s and DTensor's split: ⌈V/n⌉ entries a rank, fewer or none for the last ones."""
+        """Split as ``torch.chunk`` and DTensor do: ⌈V/n⌉ entries a rank, fewer or none for the last ranks."""
         group = dist.group.WORLD if group is None else group
         assert group is not None
         largest = -(-vocab_size // dist.get_world_size(group))
@@ -31,11 +31,11 @@ class VocabShard:
         return cls(group, start, min(largest, vocab_size - start), largest, vocab_size)
 
     def max_(self, x: Tensor) -> Tensor:
-        """The elementwise maximum over the ranks, in place."""
+        """Replace ``x`` by its elementwise maximum over the ranks, and return it."""
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
     def sum_(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
+        """Replace ``x`` by its sum over the ranks, and return it."""
         dist.all_reduce(x, dist.ReduceOp.SUM, group=self.group)
         return x

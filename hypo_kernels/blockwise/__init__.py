@@ -1,1 +1,1 @@
-"""The row steps in torch, a cache-sized block of rows at a time: the counterpart of ``kernels``."""
+"""The row steps in torch, on cache-sized blocks of rows. ``kernels`` has the same functions in Triton."""

@@ -2,7 +2,8 @@
 
     D = Σ_v p_v (log p_v − log q_v)        ∂D/∂z_v = p_v (log p_v − log q_v − D)
 
-The counterpart of ``kernels/divergence.py``. Without reference logits, log q = 0 and D is minus the entropy.
+``kernels/divergence.py`` has the same functions in Triton. Without reference logits, log q = 0 and D is minus the
+entropy.
 """
 
 from __future__ import annotations
@@ -10,25 +11,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hypo_kernels.blockwise.rows import at_targets, blocks, logits, logits_, slope_of, subtract_at_targets_
+from hypo_kernels.blockwise.rows import at_targets, blocks, copy_of, subtract_at_targets_
 from hypo_kernels.blockwise.rows import scratch_bytes as row_scratch_bytes
 from hypo_kernels.head import LMHead
 from hypo_kernels.statistics import RowStatistics
 
-# Of a logit less the largest: an entry of probability 0 then adds 0 · finite, not 0 · inf.
+# The least value of (logit − largest): an entry of probability 0 then adds 0 · finite, not 0 · inf.
 LEAST = -1.0e30
 
 
 def scratch_bytes(num_rows: int, row_bytes: int) -> int:
-    """The most that a call allocates beside the chunks: policy's and reference's logits, and products."""
+    """Return the most that a call allocates beside the chunks: policy's and reference's logits, and products."""
     return 2 * row_scratch_bytes(num_rows, row_bytes)
 
 
 def statistics(
     raw: Tensor, ref_raw: Tensor | None, targets: Tensor, head: LMHead, ref_head: LMHead | None
 ) -> tuple[RowStatistics, RowStatistics | None]:
-    """Norms (C, 2), target logit (C,) and moment (C,) of raw logits (C, V), and norms and target logit of the
-    reference's, which both stay as they are.
+    """Return norms (C, 2), target logit (C,) and moment (C,) of raw logits (C, V), and the reference's statistics.
+
+    The reference's have no moment. Both logits stay unchanged.
     """
     out = RowStatistics(raw.new_empty(len(raw), 2), raw.new_empty(len(raw)), raw.new_empty(len(raw)))
     ref = None if ref_raw is None else RowStatistics(raw.new_empty(len(raw), 2), raw.new_empty(len(raw)))
@@ -46,8 +48,8 @@ def statistics(
 
 
 def _shifted(raw: Tensor, targets: Tensor, head: LMHead, out: RowStatistics, rows: slice) -> Tensor:
-    """Logits less their largest, (rows, V); the largest and the target's are noted in ``out``."""
-    z = logits(raw, head)
+    """Return logits minus their largest, (rows, V); write the largest and the target's logit to ``out``."""
+    z = head.logits_(copy_of(raw))
     out.target[rows] = at_targets(z, targets, head)
     top = z.amax(dim=1, keepdim=True)
     out.norms[rows, :1] = top
@@ -69,15 +71,15 @@ def gradients(
     out_dtype: torch.dtype,
     scale: float,
 ) -> Tensor:
-    """``scale · (score · ∂(−log p(target)) + weight · ∂D)/∂raw`` (C, V) in ``out_dtype``; ``raw`` is spent."""
+    """Return ``scale · (score · ∂(−log p(target)) + weight · ∂D)/∂raw`` (C, V); overwrite ``raw``."""
     for rows in blocks(raw):
-        z = logits_(raw[rows], head)
-        slope = slope_of(z, head) * scale
+        z = head.logits_(raw[rows])
+        slope = head.slope_at(z) * scale
         z.sub_(norms[rows, :1]).clamp_min_(LEAST)
         p = z.exp().div_(norms[rows, 1:])
         z.sub_((norms[rows, 1].log() + divergence[rows])[:, None])
         if ref_raw is not None and ref_norms is not None and ref_head is not None:
-            w = logits(ref_raw[rows], ref_head).sub_(ref_norms[rows, :1]).clamp_min_(LEAST)
+            w = ref_head.logits_(copy_of(ref_raw[rows])).sub_(ref_norms[rows, :1]).clamp_min_(LEAST)
             z.sub_(w.sub_(ref_norms[rows, 1:].log()))
         z.mul_(weight[rows, None]).add_(score[rows, None]).mul_(p)
         subtract_at_targets_(z, targets[rows], head, score[rows])

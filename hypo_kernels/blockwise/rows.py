@@ -1,7 +1,7 @@
 """The row step in torch: raw logits of a chunk -> softmax norms, target log-prob, unit gradients.
 
-The counterpart of ``kernels/rows.py``, with the same functions. Rows are taken a few at a time, so that a
-block stays in a CPU's cache and its temporaries stay within ``scratch_bytes``.
+``kernels/rows.py`` has the same functions in Triton. Rows are taken a few at a time, so that a block stays in a CPU's
+cache and its temporaries stay within ``scratch_bytes``.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 from hypo_kernels.head import LMHead
 from hypo_kernels.statistics import RowStatistics
 
-GRADIENTS_IN_PLACE = False  # a conversion to the GEMM's dtype is a copy of the chunk
+GRADIENTS_IN_PLACE = False  # converting the gradients to the GEMM's dtype copies the chunk
 BLOCK_BYTES = 2**21  # of raw logits
-COPIES_PER_BLOCK = 2  # the logits, and a product in between
+COPIES_PER_BLOCK = 2  # the logits and an intermediate product
 
 
 def scratch_bytes(num_rows: int, row_bytes: int) -> int:
-    """The most that a call allocates beside a chunk of ``num_rows`` rows."""
+    """Return the most that a call allocates beside a chunk of ``num_rows`` rows."""
     return COPIES_PER_BLOCK * min(num_rows * row_bytes, max(BLOCK_BYTES, row_bytes))
 
 
 def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> RowStatistics:
-    """Softmax norms (C, 2) and target logit (C,) of raw logits (C, V), which stay as they are."""
+    """Return softmax norms (C, 2) and target logit (C,) of raw logits (C, V), which stay unchanged."""
     norms, target = raw.new_empty(len(raw), 2), raw.new_empty(len(raw))
     for rows in blocks(raw):
-        z = logits(raw[rows], head)
+        z = head.logits_(copy_of(raw[rows]))
         target[rows] = at_targets(z, targets[rows], head)
         norms[rows, 0], norms[rows, 1], _ = _softmax_(z)
     return RowStatistics(norms, target)
@@ -37,92 +37,73 @@ def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> RowStatistics:
 def unit_gradients(
     raw: Tensor, targets: Tensor, head: LMHead, *, norms: Tensor | None, out_dtype: torch.dtype, scale: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(U, factor, target's log-prob): ``factor ⊙ U = scale · ∂(−log p(target))/∂raw``.
+    """Return (U, row factor, target's log-prob): ``row factor ⊙ U = scale · ∂(−log p(target))/∂raw``.
 
-    U is (C, V) in ``out_dtype``, and ``raw`` is spent; factor and log-probs are (C,), and a factor of None is 1.
-    ``norms`` (C, 2) skip the statistics when an earlier pass has them; under a vocabulary shard they have to be
-    given, and the log-prob is then that of the rank with the target.
+    U is (C, V) in ``out_dtype``; ``raw`` is overwritten. Row factor and log-probs are (C,); a row factor of None is 1.
+    ``norms`` (C, 2) of an earlier pass save the statistics. Under a vocabulary shard they are required, and the
+    log-prob is valid on the rank that holds the target.
     """
-    logps, factor = raw.new_empty(len(raw)), None if norms is not None else raw.new_empty(len(raw))
+    logps, row_factor = raw.new_empty(len(raw)), None if norms is not None else raw.new_empty(len(raw))
     for rows in blocks(raw):
-        z = logits_(raw[rows], head)
-        slope = slope_of(z, head) * scale
+        z = head.logits_(raw[rows])
+        slope = head.slope_at(z) * scale
         target = at_targets(z, targets[rows], head)
-        one: Tensor | float = 1.0
+        sum_of_p: Tensor | float = 1.0
         if norms is None:
-            top, total, one = _softmax_(z)
-            assert factor is not None
-            factor[rows] = one.reciprocal()
+            top, total, sum_of_p = _softmax_(z)
+            assert row_factor is not None
+            row_factor[rows] = sum_of_p.reciprocal()
         else:
             top, total = norms[rows].unbind(1)
             z.sub_(top[:, None]).exp_().div_(total[:, None])
         logps[rows] = target - top - total.log()
-        subtract_at_targets_(z, targets[rows], head, one)
+        subtract_at_targets_(z, targets[rows], head, sum_of_p)
         if isinstance(slope, Tensor) or slope != 1.0:
             z.mul_(slope)
-    return raw.to(out_dtype), factor, logps
+    return raw.to(out_dtype), row_factor, logps
 
 
 def _softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax in place, one pass over memory: top, total and what the softmax adds up to, (rows,) each.
+    """Replace ``z`` by its softmax; return top, total and the sum of the probabilities, (rows,) each.
 
-    torch's softmax adds up a row's exponentials a few lanes wide, which at 10^5 entries is off by some 1e-6.
-    The sum of what it makes, taken pairwise, says by how much.
+    torch's softmax sums a row's exponentials in a few lanes, which at 10^5 entries is off by about 1e-6. The pairwise
+    sum of its probabilities measures that error.
     """
     top = z.amax(dim=1)
     torch.softmax(z, dim=1, out=z)
-    one = z.sum(dim=1)
-    return top, one / z.amax(dim=1), one  # the largest entry is exp(0) over the softmax's own total
+    sum_of_p = z.sum(dim=1)
+    return top, sum_of_p / z.amax(dim=1), sum_of_p  # the largest entry is exp(0) over the softmax's own total
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """``x *= factor``, a number on the device."""
+    """Multiply ``x`` in place by ``factor`` (), on the device."""
     x.mul_(factor)
 
 
 def blocks(raw: Tensor) -> Iterator[slice]:
-    """A few rows of (C, V) at a time."""
+    """Yield slices of a few rows of (C, V)."""
     step = max(1, BLOCK_BYTES // (raw.shape[1] * raw.element_size()))
     for start in range(0, len(raw), step):
         yield slice(start, start + step)
 
 
-def logits(raw: Tensor, head: LMHead) -> Tensor:
-    """``head.logits`` in new memory."""
-    return logits_(raw.clone(memory_format=torch.contiguous_format), head)
-
-
-def logits_(raw: Tensor, head: LMHead) -> Tensor:
-    """``head.logits`` in place."""
-    if head.bias is not None:
-        raw.add_(head.bias)
-    if head.logit_softcap is not None:
-        return raw.mul_(head.logit_scale / head.logit_softcap).tanh_().mul_(head.logit_softcap / head.temperature)
-    factor = head.logit_scale / head.temperature
-    return raw.mul_(factor) if factor != 1.0 else raw
-
-
-def slope_of(z: Tensor, head: LMHead) -> Tensor | float:
-    """∂logits/∂raw at logits z: a number, or (rows, V) under a softcap."""
-    factor = head.logit_scale / head.temperature
-    if head.logit_softcap is None:
-        return factor
-    tanh = z * (head.temperature / head.logit_softcap)
-    return tanh.square_().neg_().add_(1.0).mul_(factor)
+def copy_of(raw: Tensor) -> Tensor:
+    """Return a contiguous copy."""
+    return raw.clone(memory_format=torch.contiguous_format)
 
 
 def at_targets(z: Tensor, targets: Tensor, head: LMHead) -> Tensor:
-    """The targets' entries of z (rows, V), (rows,); 0 for targets beyond this rank's vocabulary."""
-    if head.shard is None:
+    """Return the targets' entries (rows,) of z (rows, V); 0 for targets of another rank."""
+    if head.vocab_shard is None:
         return z.gather(1, targets[:, None]).squeeze(1)
-    here = (targets >= 0) & (targets < z.shape[1])
-    return z.gather(1, torch.where(here, targets, 0)[:, None]).squeeze(1) * here
+    inside = (targets >= 0) & (targets < z.shape[1])
+    return z.gather(1, torch.where(inside, targets, 0)[:, None]).squeeze(1) * inside
 
 
 def subtract_at_targets_(z: Tensor, targets: Tensor, head: LMHead, amount: Tensor | float) -> None:
-    """Take ``amount``, a number or (rows,), from the targets' entries."""
-    if head.shard is not None:
-        here = (targets >= 0) & (targets < z.shape[1])
-        amount, targets = amount * here, torch.where(here, targets, 0)
-    less = z.new_empty(len(z)).copy_(torch.as_tensor(amount, dtype=z.dtype)).neg_()
-    z.scatter_add_(1, targets[:, None], less[:, None])
+    """Subtract ``amount``, a number or (rows,), from the targets' entries of z (rows, V)."""
+    if head.vocab_shard is not None:
+        inside = (targets >= 0) & (targets < z.shape[1])
+        amount, targets = amount * inside, torch.where(inside, targets, 0)
+    negative = z.new_empty(len(z)).copy_(torch.as_tensor(amount, dtype=z.dtype)).neg_()
+    z.scatter_add_(1, targets[:, None], negative[:, None])

@@ -1,1 +1,1 @@
-"""The Triton kernels and their launchers. ``tiles`` alone can be imported without Triton."""
+"""The Triton kernels and their launchers. Only ``tiles`` can be imported without Triton."""

@@ -1,12 +1,12 @@
 """The row step of a divergence in Triton: raw logits of policy and reference -> KL(p‖q) and its gradient.
 
-    z = policy's logits, w = reference's (C, V); top and total as in ``kernels/rows.py``, each its own
+    z = policy's logits, w = reference's (C, V); each with top and total as in ``kernels/rows.py``
     moment = Σ_v exp(z_v − top_z) · ((z_v − top_z) − (w_v − top_w))
     D = KL(p‖q) = moment / total_z − log total_z + log total_w
     G = scale · (score · (p − onehot_y) + weight · p ⊙ (log p − log q − D)) · ∂z/∂raw
 
-score and weight are one number a row. Without reference logits, log q = 0 and D is minus the entropy.
-One program a row, as there; G overwrites the policy's row.
+score and weight are one number a row. Without reference logits, log q = 0 and D is minus the entropy. One program a
+row; G overwrites the policy's row.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.kernels.head import head_arguments
-from hypo_kernels.kernels.rows import logits, packed, scratch_bytes, tile_of
+from hypo_kernels.kernels.head import head_arguments, row_logits
+from hypo_kernels.kernels.rows import packed, scratch_bytes, tile_of
 from hypo_kernels.statistics import RowStatistics
 
 __all__ = ["gradients", "scratch_bytes", "statistics"]
 
-# Of a logit less the largest: an entry of probability 0 then adds 0 · finite, not 0 · inf.
+# The least value of (logit − largest): an entry of probability 0 then adds 0 · finite, not 0 · inf.
 LEAST = tl.constexpr(-1.0e30)
 
 
@@ -31,7 +31,7 @@ LEAST = tl.constexpr(-1.0e30)
 def _statistics_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
     ref_raw_ptr,  # (C, V) fp32, row pitch `ref_pitch`, or unused
-    target_ptr,  # (C,) int64; beyond [0, V): in another rank's vocabulary
+    target_ptr,  # (C,) int64; outside [0, V): another rank's
     bias_ptr,  # (V,) or unused
     ref_bias_ptr,  # (V,) or unused
     norms_ptr,  # (C, 2) fp32
@@ -56,20 +56,19 @@ def _statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     raw_ptr += row * raw_pitch
     target = tl.load(target_ptr + row)
-    here = (target >= 0) & (target < V)
-    at_target = tl.load(raw_ptr + target, mask=here, other=0.0)
-    z_target, _at_target = logits(at_target, bias_ptr, target, here, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-    tl.store(target_logit_ptr + row, tl.where(here, z_target, 0.0))
+    inside = (target >= 0) & (target < V)
+    at_target = tl.load(raw_ptr + target, mask=inside, other=0.0)
+    z_target, _tanh = row_logits(at_target, bias_ptr, target, inside, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+    tl.store(target_logit_ptr + row, tl.where(inside, z_target, 0.0))
     if HAS_REF:
         ref_raw_ptr += row * ref_pitch
-        at_target = tl.load(ref_raw_ptr + target, mask=here, other=0.0)
-        w_target, _at_target = logits(
-            at_target, ref_bias_ptr, target, here, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP
+        at_target = tl.load(ref_raw_ptr + target, mask=inside, other=0.0)
+        w_target, _tanh = row_logits(
+            at_target, ref_bias_ptr, target, inside, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP
         )
-        tl.store(ref_target_logit_ptr + row, tl.where(here, w_target, 0.0))
+        tl.store(ref_target_logit_ptr + row, tl.where(inside, w_target, 0.0))
 
-    # One maximum, sum and moment a lane; the maxima finite, so that a lane of masked columns never meets
-    # inf − inf.
+    # One maximum, sum and moment a lane; finite maxima, so that a lane of masked columns never computes inf − inf.
     top = tl.full([BLOCK_V], -1.0e38, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     moment = tl.zeros([BLOCK_V], tl.float32)
@@ -79,7 +78,7 @@ def _statistics_kernel(
         cols = start + tl.arange(0, BLOCK_V)
         mask = cols < V
         raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
-        z, _ = logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z, _ = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
         z = tl.where(mask, z, float("-inf"))  # phantom columns must not count
         new_top = tl.maximum(top, z)
         shift = tl.maximum(top - new_top, LEAST)
@@ -88,7 +87,7 @@ def _statistics_kernel(
         exp = tl.exp(difference)
         if HAS_REF:
             ref_raw = tl.load(ref_raw_ptr + cols, mask=mask, other=0.0)
-            w, _ = logits(ref_raw, ref_bias_ptr, cols, mask, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP)
+            w, _ = row_logits(ref_raw, ref_bias_ptr, cols, mask, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP)
             w = tl.where(mask, w, float("-inf"))
             new_ref_top = tl.maximum(ref_top, w)
             ref_shift = tl.maximum(ref_top - new_ref_top, LEAST)
@@ -126,7 +125,7 @@ def _gradient_kernel(
     divergence_ptr,  # (C,) fp32
     score_ptr,  # (C,) fp32
     weight_ptr,  # (C,) fp32
-    grad_ptr,  # (C, V), row pitch `grad_pitch`: the same memory as raw_ptr, seen in the GEMM's dtype
+    grad_ptr,  # (C, V) in the GEMM's dtype, row pitch `grad_pitch`, in the memory of raw_ptr
     V,
     raw_pitch,
     ref_pitch,
@@ -162,18 +161,18 @@ def _gradient_kernel(
         cols = start + tl.arange(0, BLOCK_V)
         mask = cols < V
         raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
-        z, capped = logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z, capped = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
         difference = tl.maximum(z - row_top, LEAST)
         p = tl.exp(difference) / row_total
         if HAS_REF:
             ref_raw = tl.load(ref_raw_ptr + cols, mask=mask, other=0.0)
-            w, _ = logits(ref_raw, ref_bias_ptr, cols, mask, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP)
+            w, _ = row_logits(ref_raw, ref_bias_ptr, cols, mask, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP)
             difference -= tl.maximum(w - ref_top, LEAST)
         grad = p * (score + weight * (difference - level)) - tl.where(cols == target, score, 0.0)
         if HAS_SOFTCAP:
             grad *= 1.0 - capped * capped
-        # A narrower gradient is packed into the front of its own row, over columns that every thread of the
-        # program has to have read by now.
+        # A narrower gradient is packed into the front of its row, over columns that every thread of the program
+        # must have read before.
         tl.debug_barrier()
         tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
@@ -181,8 +180,9 @@ def _gradient_kernel(
 def statistics(
     raw: Tensor, ref_raw: Tensor | None, targets: Tensor, head: LMHead, ref_head: LMHead | None
 ) -> tuple[RowStatistics, RowStatistics | None]:
-    """Norms (C, 2), target logit (C,) and moment (C,) of raw logits (C, V), and norms and target logit of the
-    reference's, which both stay as they are.
+    """Return norms (C, 2), target logit (C,) and moment (C,) of raw logits (C, V), and the reference's statistics.
+
+    The reference's have no moment. Both logits stay unchanged.
     """
     rows = len(raw)
     out = RowStatistics(raw.new_empty(rows, 2), raw.new_empty(rows), raw.new_empty(rows))
@@ -220,7 +220,7 @@ def gradients(
     out_dtype: torch.dtype,
     scale: float,
 ) -> Tensor:
-    """``scale · (score · ∂(−log p(target)) + weight · ∂D)/∂raw`` (C, V) in ``out_dtype``, in the memory of ``raw``."""
+    """Return ``scale · (score · ∂(−log p(target)) + weight · ∂D)/∂raw`` (C, V) in ``out_dtype``; overwrite ``raw``."""
     grad = packed(raw, out_dtype)
     tile = tile_of(raw)
     _gradient_kernel[(len(raw),)](
@@ -235,7 +235,7 @@ def gradients(
         V=raw.shape[1],
         raw_pitch=raw.stride(0),
         grad_pitch=grad.stride(0),
-        slope=scale * head.logit_scale / head.temperature,
+        slope=scale * head.slope,
         **_heads(head, ref_raw, ref_head),
         BLOCK_V=tile.BLOCK_V // 2,
         num_warps=tile.num_warps,
@@ -244,11 +244,10 @@ def gradients(
 
 
 def _heads(head: LMHead, ref_raw: Tensor | None, ref_head: LMHead | None) -> dict[str, object]:
-    """The kernels' arguments about both heads."""
-    own = head_arguments(head)
+    """Return the kernels' arguments about both heads."""
     ref = head_arguments(ref_head if ref_head is not None else LMHead(head.weight))
     return {
-        **own,
+        **head_arguments(head),
         "ref_raw_ptr": ref_raw,
         "ref_bias_ptr": ref["bias_ptr"],
         "ref_pitch": 0 if ref_raw is None else ref_raw.stride(0),

@@ -1,36 +1,35 @@
-"""Exponentials straight from hidden states, in Triton: a GEMM whose epilogue makes softmax's numerators.
+"""Exponentials in Triton: a GEMM on hidden states whose epilogue computes softmax's numerators.
 
     C rows, V vocabulary entries, D features; z (C, V) the model's logits, fp32 in registers (``kernels.product``)
-    offset = z_y + 20                a row's own, from a dot product of its own, before the GEMM
-    E = exp(z − offset) · slope      (C, V), rounded to bf16: all of it that reaches memory
+    offset = z_y + 20                one a row, from a dot product before the GEMM
+    E = exp(z − offset) · slope      (C, V), rounded to bf16, the only part that reaches memory
     total = Σ_v exp(z_v − offset)    from the fp32 exponentials, before they are rounded
     LSE = offset + log total         logp = z_y − LSE, in fp32: the logits themselves are never rounded
 
-slope is ∂z/∂raw over its constant factor: 1, or softcap's 1 − tanh². The gradient by raw of −logp needs one
-more number a row and one more entry a row (``fix_targets``). With r = exp(offset − LSE) and p_y = exp(logp):
+slope is ∂z/∂raw divided by its constant factor: 1, or softcap's 1 − tanh². The gradient by raw of −logp needs one more
+number a row and one more entry a row (``fix_targets``). With r = exp(offset − LSE) and p_y = exp(logp):
 
     E_y ← (p_y − 1) · slope_y / r     then     r · E = (softmax − onehot) · slope
 
-so that dHidden = (c·r) ⊙ (E·W) and dWeight = Eᵀ·((c·r) ⊙ x) are plain GEMMs on E as it lies in memory. r takes
-in the constant factor of ∂z/∂raw too. The target's entry is a difference of fp32 numbers, rounded once: p − 1
-of a likely target does not vanish.
+so that dHidden = (c·r) ⊙ (E·W) and dWeight = Eᵀ·((c·r) ⊙ x) are plain GEMMs on the stored E. r includes the constant
+factor of ∂z/∂raw. The target's entry is a difference of fp32 numbers, rounded once: p − 1 of a likely target does not
+vanish.
 
-**Precision.** bf16 has fp32's exponents, so an offset that is off by many nats costs no digits: E is a bf16
-rounding of every p, whatever the offset, as long as nothing leaves the range of normal numbers, 2^−126 to
-2^127. The sum of a row decides about that alone. With 2^−40 ≤ total ≤ 2^40, no entry overflows, since none
-exceeds the sum, and an entry that underflows is a p of less than 2^−126 / 2^−40 = 2^−86: a vocabulary of 2^18
-of them is 2^−68 of the softmax, where fp32 resolves 2^−24. The factor 2^−40 ≤ r ≤ 2^40 leaves room for
-coefficients, and fp32 sums of E·W for weights. Since exp(z_y − offset) = e^−20 is part of the sum, a row with
-its target in the vocabulary meets the lower bound always, and the upper one unless the target lies more than
-about 47 nats below the top.
+**Precision.** bf16 has fp32's exponents, so an offset that is off by many nats costs no digits: E is a bf16 rounding of
+every p, for any offset, as long as nothing leaves the range of normal numbers, 2^−126 to 2^127. A row's total decides
+whether that holds. With 2^−40 ≤ total ≤ 2^40, no entry overflows, since none exceeds the total, and an entry that
+underflows is a p of less than 2^−126 / 2^−40 = 2^−86: 2^18 such entries are 2^−68 of the softmax, where fp32 resolves
+2^−24. With 2^−40 ≤ r ≤ 2^40, coefficients and the fp32 sums of E·W stay in range. Since exp(z_y − offset) = e^−20 is
+part of the total, a row whose target is in the vocabulary always meets the lower bound. It meets the upper bound unless
+the target is more than about 47 nats below the top.
 
-**Rows that do not** (a hopeless target, no target in this shard of the vocabulary, NaN) are put right on the
-device: they are listed there, their statistics are taken by the GEMM of ``kernels.statistics``, and their
-exponentials are made again with offset = top, by the GEMM here. Both walk the list through a count that they
-read from the device: an empty list costs a few empty launches, a row or 128 of them cost one tile's height of
-the GEMM, and the host never waits, so that a step can be captured in a CUDA graph.
+**Rows that fail this** (a very unlikely target, no target on this rank, NaN) are repaired on the device: they are
+listed there, their statistics are computed by the GEMM of ``kernels.statistics``, and their exponentials again with
+offset = top, by the GEMM in this file. Both read the list's length from the device: an empty list costs a few empty
+launches, 1 to 128 rows cost one row of tiles of the GEMM, and the host never waits, so that a step can be captured in a
+CUDA graph.
 
-Only bf16 is served (and fp32, in full precision): fp16 does not have the exponents.
+Only bf16 is served (and fp32, in full precision): fp16 has too few exponents.
 """
 
 from __future__ import annotations
@@ -45,23 +44,20 @@ from torch import Tensor
 from hypo_kernels.head import LMHead
 from hypo_kernels.kernels import product as gemm_kernels
 from hypo_kernels.kernels import statistics as statistics_kernels
-from hypo_kernels.kernels.head import capability, head_arguments
+from hypo_kernels.kernels.head import capability, head_arguments, shaped, tile_logits
 from hypo_kernels.kernels.product import (
     load_targets,
-    logits,
     picked,
     quarters,
-    raw_tile,
-    scaled,
-    tile_position,
+    take_tile,
 )
 from hypo_kernels.kernels.tiles import EPILOGUE_PARTS, POINTER_TILE, GemmTile, gemm_tile
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float32)
 OFFSET_ABOVE_TARGET = 20.0  # nats
 LARGEST_TOTAL = 2.0**40  # and the smallest is its reciprocal
-# A shard of the vocabulary may hold a vanishing share of the softmax, and the target with it. Its r would
-# underflow; held at this, a shard that holds less than 2^−40 of the softmax is still counted as less.
+# One rank's part of the vocabulary, with the target in it, may hold almost none of the softmax. Its r would underflow;
+# with this minimum, a part that holds less than 2^−40 of the softmax still counts as less.
 SMALLEST_FACTOR = 2.0**-80
 SUM_ROWS, SUM_PARTIALS = 16, 64
 LIST_BLOCK = 1024
@@ -103,8 +99,8 @@ def _offset_kernel(
     raw = tl.sum(products, axis=0)
     if HAS_BIAS:
         raw += tl.load(bias_ptr + target).to(tl.float32)
-    z_target = scaled(raw, factor, softcap, HAS_SOFTCAP)
-    # Without a target there is nothing better to go by: most heads keep their logits around 0.
+    z_target, _tanh = shaped(raw, factor, softcap, HAS_SOFTCAP)
+    # Without a target, 0: most heads have logits around 0.
     tl.store(norms_ptr + 2 * row, tl.where(inside, z_target + above, 0.0))
 
 
@@ -149,18 +145,14 @@ def _exponentials_kernel(
     for tile in tl.range(
         tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
     ):
-        m, n = tile_position(tile, num_m, num_n, GROUP)
-        places = m * BLOCK_M + tl.arange(0, BLOCK_M)  # in the list of rows
-        counted = places < num_rows
-        rows = tl.minimum(places, num_rows - 1)
-        if LISTED:
-            rows = tl.load(row_ptr + rows)
-        raw = raw_tile(
+        m, n, places, counted, rows, raw = take_tile(
+            tile,
+            num_m,
+            num_n,
+            num_rows,
+            row_ptr,
             x,
             weight,
-            rows.to(tl.int64),
-            m * BLOCK_M,
-            n * BLOCK_N,
             V,
             D,
             x_row_stride,
@@ -168,10 +160,12 @@ def _exponentials_kernel(
             weight_row_stride,
             weight_stride,
             DESCRIPTORS,
+            LISTED,
             WIDEN,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            GROUP,
         )
         offset = tl.load(norms_ptr + 2 * rows)
         target = load_targets(target_ptr, rows, V)
@@ -181,22 +175,22 @@ def _exponentials_kernel(
         for i in tl.static_range(4):
             first = n * BLOCK_N + i * (BLOCK_N // 4)
             cols = first + tl.arange(0, BLOCK_N // 4)
-            z = logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+            z = tile_logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
             e = tl.exp(z - offset[:, None])
             if not LISTED:
                 z_target += picked(z, cols, target)
                 total += tl.sum(e, axis=1)
             if HAS_SOFTCAP:
                 t = z / softcap
-                e -= e * t * t  # beyond V this is NaN, which is not stored
+                e -= e * t * t  # NaN from V on, which is not stored
             if DESCRIPTORS:
                 out.store([m * BLOCK_M, first], e.to(out.dtype))
             else:
                 ptrs = out + rows.to(tl.int64)[:, None] * out_row_stride + cols[None, :]
                 tl.store(ptrs, e.to(out.dtype.element_ty), mask=counted[:, None] & (cols < V)[None, :])
         if not LISTED:
-            here = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
-            tl.store(target_logit_ptr + rows, z_target, mask=counted & here)
+            in_tile = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
+            tl.store(target_logit_ptr + rows, z_target, mask=counted & in_tile)
             tl.store(partial_ptr + n.to(tl.int64) * C + places, total, mask=counted)
 
 
@@ -227,7 +221,7 @@ def _sum_kernel(
 
 @triton.jit
 def _list_kernel(repair_ptr, row_ptr, count_ptr, C, BLOCK_C: tl.constexpr):
-    """The rows with a 1 in ``repair_ptr`` (C,), in order, and how many there are: one program."""
+    """List the rows with a 1 in ``repair_ptr`` (C,), in order, and count them. One program."""
     count = 0
     for start in range(0, C, BLOCK_C):
         rows = start + tl.arange(0, BLOCK_C)
@@ -262,7 +256,7 @@ def _target_kernel(
     top = tl.load(norms_ptr + 2 * rows, mask=counted, other=0.0)
     total = tl.load(norms_ptr + 2 * rows + 1, mask=counted, other=1.0)
     offset = tl.load(offset_ptr + rows * offset_stride, mask=counted, other=0.0)
-    # exp(offset − LSE); of one shard alone, top is the offset. NaN has to stay NaN.
+    # exp(offset − LSE); without vocab_shard, top is the offset. NaN must stay NaN.
     row_factor = tl.exp(offset - top) / total
     row_factor = tl.where(row_factor < smallest_factor, smallest_factor, row_factor)
     entry = (tl.exp(z - top) / total - 1.0) / row_factor
@@ -274,18 +268,18 @@ def _target_kernel(
 
 
 def scratch_bytes(num_rows: int, vocab_size: int, tile: GemmTile) -> int:
-    """What a call of ``exponentials`` allocates beside its results."""
+    """Return the bytes that a call of ``exponentials`` allocates beside its results."""
     return 4 * (max(map(math.prod, _scratch_shapes(num_rows, vocab_size, tile))) + 2 * num_rows + 1)
 
 
 def _scratch_shapes(num_rows: int, vocab_size: int, tile: GemmTile) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sums of the tiles, and then, in the same memory, statistics of rows to repair."""
+    """Return the shapes of the tiles' sums and of the statistics of repaired rows, which share memory."""
     repaired = triton.cdiv(vocab_size, _repair_tile(tile).BLOCK_N)
     return (triton.cdiv(vocab_size, tile.BLOCK_N), num_rows), (2, repaired, num_rows)
 
 
 def _repair_tile(tile: GemmTile) -> GemmTile:
-    """TMA cannot gather the rows of a list."""
+    """Return the tile for a list of rows: TMA cannot gather them."""
     return POINTER_TILE if tile.descriptors else tile
 
 
@@ -295,10 +289,10 @@ def exponentials(
     """Fill ``out`` (C, V) with E; return offset (C,), norms (C, 2) and target logits (C,), all fp32.
 
     ``x`` (C, D) and ``weight`` (V, D), the head's as a GEMM operand, are bf16 (or fp32), and so is ``out``,
-    whose rows may lie any pitch apart. Norms are (offset, total): like a row's (top, total) they give
-    log-softmax as (z − norms[:, 0]) − log norms[:, 1]. Where the vocabulary is sharded, the caller merges them
-    over the shards into a new tensor, while ``offset``, a view of these, stays what E was made with. A target
-    (C,) outside [0, V) belongs to another shard: its logit is 0. ``tile`` stands in for the frozen ones.
+    whose row stride is free. Norms are (offset, total): like (top, total), they give log-softmax as
+    (z − norms[:, 0]) − log norms[:, 1]. Under a vocab_shard, the caller merges them over the ranks into a new tensor;
+    ``offset``, a view of these norms, keeps the offsets of E. A target (C,) outside [0, V) belongs to another rank: its
+    logit is 0. ``tile`` replaces the frozen one.
     """
     gemm_kernels.check_operands(x, weight, targets, OPERAND_DTYPES)
     if out.shape != (x.shape[0], weight.shape[0]) or out.dtype not in OPERAND_DTYPES or out.stride(1) != 1:
@@ -315,7 +309,7 @@ def exponentials(
         "exponentials",
         capability(x.device),
         x.element_size(),
-        shaped=gemm_kernels.shaped(head),
+        shaped=gemm_kernels.is_shaped(head),
         aligned=gemm_kernels.aligned(x, weight, out),
     )
     repair_tile = _repair_tile(tile)
@@ -335,7 +329,7 @@ def exponentials(
 def fix_targets(
     out: Tensor, targets: Tensor, target_logits: Tensor, offset: Tensor, norms: Tensor, head: LMHead
 ) -> Tensor:
-    """Put the targets' entries into E (C, V); return the row factor (C,) fp32.
+    """Write the targets' entries of E (C, V); return the row factor (C,) fp32.
 
     After this, row factor × E is the gradient of −logp by raw. ``norms`` (C, 2) and ``target_logits`` (C,) are
     those of the whole vocabulary, ``offset`` (C,) that of ``out``.
@@ -343,7 +337,6 @@ def fix_targets(
     row_factor = torch.empty(len(out), dtype=torch.float32, device=out.device)
     if len(out) == 0:
         return row_factor
-    softcap = head.logit_softcap
     _target_kernel[(triton.cdiv(len(out), TARGET_BLOCK),)](
         out_ptr=out,
         target_ptr=targets,
@@ -355,10 +348,10 @@ def fix_targets(
         V=out.shape[1],
         out_row_stride=out.stride(0),
         offset_stride=offset.stride(0),
-        softcap=0.0 if softcap is None else softcap / head.temperature,
-        slope=head.logit_scale / head.temperature,
+        softcap=head.outer_factor,
+        slope=head.slope,
         smallest_factor=SMALLEST_FACTOR,
-        HAS_SOFTCAP=softcap is not None,
+        HAS_SOFTCAP=head.logit_softcap is not None,
         BLOCK_C=TARGET_BLOCK,
     )
     return row_factor
@@ -395,7 +388,7 @@ def _fill(
     *,
     listed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """E with the offsets norms[:, 0]; sums (tiles along V, C) and target logits too, unless of ``listed`` rows."""
+    """Compute E with the offsets norms[:, 0]; without ``listed``, also sums (tiles along V, C) and target logits."""
     rows, count = listed if listed is not None else (None, None)
     num_tiles = triton.cdiv(out.shape[0], tile.BLOCK_M) * triton.cdiv(out.shape[1], tile.BLOCK_N)
     _exponentials_kernel[(gemm_kernels.num_programs(x.device, num_tiles),)](
@@ -414,7 +407,7 @@ def _fill(
 
 
 def _add_up(sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Totals, into norms[:, 1], and the rows whose total is out of range: a list (C,) and its length (1,)."""
+    """Write totals to norms[:, 1]; return the list (C,) of rows whose total is out of range, and its length (1,)."""
     num_partials, num_rows = sums.shape
     repair, rows = torch.empty(2, num_rows, dtype=torch.int32, device=sums.device)
     count = torch.empty(1, dtype=torch.int32, device=sums.device)

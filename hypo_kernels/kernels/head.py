@@ -1,4 +1,4 @@
-"""What every Triton kernel has to know of a head to turn raw products into the model's logits."""
+"""The head's map from raw products to logits in Triton, and its arguments for kernels."""
 
 from __future__ import annotations
 
@@ -14,26 +14,56 @@ from hypo_kernels.kernels.tiles import INTERPRETER
 
 @triton.jit
 def tanh(x):
-    # exp(−2|x|) never overflows; libdevice's tanh does not run under the interpreter.
+    """tanh(x). exp(−2|x|) never overflows; libdevice's tanh does not run under the interpreter."""
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
 
 
+@triton.jit
+def shaped(raw, factor, softcap, HAS_SOFTCAP: tl.constexpr):
+    """(z, tanh) of ``raw`` = product + bias, of any shape: the logits, and the tanh in them under a softcap."""
+    capped = raw * factor
+    z = capped
+    if HAS_SOFTCAP:
+        capped = tanh(capped)
+        z = capped * softcap
+    return z, capped
+
+
+@triton.jit
+def row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """(z, tanh) of the raw products ``raw`` of one row at the entries ``cols``, of which ``mask`` are read."""
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    return shaped(raw, factor, softcap, HAS_SOFTCAP)
+
+
+@triton.jit
+def tile_logits(raw, bias_ptr, cols, V, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z of the raw products ``raw`` (rows, entries) at the entries ``cols``; entries from V on are −inf."""
+    mask = cols < V
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)[None, :]
+    z, _tanh = shaped(raw, factor, softcap, HAS_SOFTCAP)
+    return tl.where(mask[None, :], z, float("-inf"))
+
+
 def head_arguments(head: LMHead) -> dict[str, Any]:
-    """``factor`` is logit_scale / temperature, or logit_scale / softcap under a softcap; ``softcap`` is softcap /
-    temperature: ``z = (raw + bias)·factor``, or ``tanh((raw + bias)·factor)·softcap``.
+    """Return the kernels' arguments about a head.
+
+    ``z = (raw + bias)·factor``, or ``tanh((raw + bias)·factor)·softcap`` under a softcap: ``factor`` is logit_scale /
+    temperature, or logit_scale / softcap under a softcap; ``softcap`` is softcap / temperature.
     """
-    softcap = head.logit_softcap
     return {
         "bias_ptr": head.bias,
-        "factor": head.logit_scale / (head.temperature if softcap is None else softcap),
-        "softcap": 0.0 if softcap is None else softcap / head.temperature,
+        "factor": head.inner_factor,
+        "softcap": head.outer_factor,
         "HAS_BIAS": head.bias is not None,
-        "HAS_SOFTCAP": softcap is not None,
+        "HAS_SOFTCAP": head.logit_softcap is not None,
     }
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability, or what stands for the interpreter on a CPU."""
+    """Return the compute capability of ``device``; INTERPRETER for a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETER

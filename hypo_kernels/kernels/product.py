@@ -1,7 +1,6 @@
-"""One tile of h·Wᵀ in Triton, and the head's logits on it: what the kernels with a GEMM in them share.
+"""One tile of h·Wᵀ in Triton: the part that the kernels with a GEMM in them share.
 
-    C rows, V vocabulary entries, D features; x (C, D), W (V, D), raw = x·Wᵀ (C, V), never in memory
-    z = softcap(logit_scale · (raw + bias)) / temperature            the model's logits
+    C rows, V vocabulary entries, D features; x (C, D), W (V, D), raw = x·Wᵀ (C, V), which is never in memory
 
 A persistent grid, about one program a multiprocessor, walks the (BLOCK_M, BLOCK_N) tiles of (C, V).
 Operands arrive as host tensor descriptors (TMA, sm_90 and newer) where their addresses allow it, else
@@ -19,19 +18,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.kernels.head import tanh
 from hypo_kernels.kernels.tiles import GemmTile
 
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base address and of all its strides but the last
-INTERPRETED_PROGRAMS = 3  # a grid that makes programs take several tiles each, without a device to fill
+INTERPRETED_PROGRAMS = 3  # few, so that each program takes several tiles
 
 
 @triton.jit
 def tile_position(tile, num_m, num_n, GROUP: tl.constexpr):
     """(m, n) of the ``tile``-th tile.
 
-    GROUP columns of tiles are walked down together: the programs that run at one time share GROUP panels of
-    W, each panel of which leaves HBM once, and the rows of x come out of L2.
+    Tiles are taken down GROUP columns at a time: the programs that run together share GROUP panels of W, so that each
+    panel is read from HBM once and the rows of x come from L2.
     """
     per_group = GROUP * num_m
     first = tile // per_group * GROUP
@@ -59,7 +57,7 @@ def raw_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) fp32. Columns beyond V hold something finite, to be masked by the caller."""
+    """(BLOCK_M, BLOCK_N) fp32. Columns from V on hold finite numbers, which the caller must mask."""
     raw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DESCRIPTORS:
         for k in range(0, D, BLOCK_K):
@@ -69,12 +67,12 @@ def raw_tile(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             raw = tl.dot(a, b.T, raw, input_precision="ieee")
     else:
-        # Clamped, not masked: a repeated row or entry costs no predicate in the loop.
+        # Clamped, not masked: a repeated row or entry needs no predicate in the loop.
         cols = tl.minimum(first_col + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
         x_rows = x + rows[:, None] * x_row_stride
         weight_rows = weight + cols[None, :] * weight_row_stride
         for k in range(0, D, BLOCK_K):
-            # Made anew in each step: pointers that are carried along take registers from the accumulators.
+            # Computed in each step: pointers that the loop carries take registers from the accumulators.
             features = k + tl.arange(0, BLOCK_K)
             inside = features < D
             features = features.to(tl.int64)
@@ -87,6 +85,61 @@ def raw_tile(
 
 
 @triton.jit
+def take_tile(
+    tile,
+    num_m,
+    num_n,
+    num_rows,  # of x, or of the list
+    row_ptr,  # (C,) int32, the list of rows: if LISTED
+    x,
+    weight,
+    V,
+    D,
+    x_row_stride,
+    x_stride,
+    weight_row_stride,
+    weight_stride,
+    DESCRIPTORS: tl.constexpr,
+    LISTED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """(m, n, places, counted, rows, raw) of the ``tile``-th tile.
+
+    ``places`` (BLOCK_M,) are positions among the rows to take, ``counted`` says which of them exist, ``rows`` are their
+    rows of x, and ``raw`` (BLOCK_M, BLOCK_N) is their product.
+    """
+    m, n = tile_position(tile, num_m, num_n, GROUP)
+    places = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    counted = places < num_rows
+    rows = tl.minimum(places, num_rows - 1)
+    if LISTED:
+        rows = tl.load(row_ptr + rows)
+    raw = raw_tile(
+        x,
+        weight,
+        rows.to(tl.int64),
+        m * BLOCK_M,
+        n * BLOCK_N,
+        V,
+        D,
+        x_row_stride,
+        x_stride,
+        weight_row_stride,
+        weight_stride,
+        DESCRIPTORS,
+        WIDEN,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    return m, n, places, counted, rows, raw
+
+
+@triton.jit
 def halves(raw):
     """(left, right) columns."""
     BLOCK_M: tl.constexpr = raw.shape[0]
@@ -96,10 +149,10 @@ def halves(raw):
 
 @triton.jit
 def quarters(raw):
-    """The four quarters of the columns, which an epilogue takes one after the other.
+    """The four quarters of the columns, which an epilogue processes one after the other.
 
-    A quarter of the registers beside the accumulators, and of the shared memory that a store is staged in: a
-    softcap's temporaries on a whole tile would spill, and leave no room for a fourth stage.
+    This takes a quarter of the registers beside the accumulators, and a quarter of the shared memory that stages a
+    store: a softcap's temporaries for the full tile would spill, and leave no shared memory for a fourth stage.
     """
     left, right = halves(raw)
     first, second = halves(left)
@@ -108,26 +161,8 @@ def quarters(raw):
 
 
 @triton.jit
-def scaled(z, factor, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The head's logits of ``z`` = raw + bias, of any shape."""
-    z *= factor
-    if HAS_SOFTCAP:
-        z = tanh(z) * softcap
-    return z
-
-
-@triton.jit
-def logits(raw, bias_ptr, cols, V, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z of ``raw`` (rows, entries) at the entries ``cols``; those beyond V are −inf."""
-    mask = cols < V
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)[None, :]
-    return tl.where(mask[None, :], scaled(raw, factor, softcap, HAS_SOFTCAP), float("-inf"))
-
-
-@triton.jit
 def load_targets(target_ptr, rows, V):
-    """(BLOCK_M,) int32: each row's target, −1 where it is another shard's."""
+    """(BLOCK_M,) int32: each row's target, −1 if another rank holds it."""
     target = tl.load(target_ptr + rows)
     return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
@@ -136,26 +171,26 @@ def load_targets(target_ptr, rows, V):
 def picked(z, cols, target):
     """(BLOCK_M,) fp32: each row's logit at its target, 0 unless that is one of ``cols``.
 
-    Columns are compared by their place in the vocabulary: their places in the tile do not change from tile to
-    tile, and a compiler that keeps them at hand spills.
+    Columns are compared by their index in the vocabulary. Their index in the tile is the same for every tile, so a
+    compiler keeps it in registers, and spills.
     """
     return tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
 
 
-def shaped(head: LMHead) -> bool:
-    """Whether logits are more than a multiple of the product."""
+def is_shaped(head: LMHead) -> bool:
+    """Return whether the logits are more than a multiple of the product."""
     return head.bias is not None or head.logit_softcap is not None
 
 
 def num_programs(device: torch.device, num_tiles: int) -> int:
-    """Of a persistent grid: one a multiprocessor, but none without a tile."""
+    """Return the size of a persistent grid: a program a multiprocessor, but none without a tile."""
     if device.type != "cuda":
         return min(INTERPRETED_PROGRAMS, num_tiles)
     return min(torch.cuda.get_device_properties(device).multi_processor_count, num_tiles)
 
 
 def aligned(*matrices: Tensor) -> bool:
-    """Whether all of them have the layout that a tensor descriptor asks for, and wide loads like."""
+    """Return whether all matrices have the alignment that tensor descriptors and wide loads need."""
     return all(
         matrix.stride(1) == 1
         and matrix.stride(0) * matrix.element_size() % TMA_ALIGNMENT == 0
@@ -165,12 +200,12 @@ def aligned(*matrices: Tensor) -> bool:
 
 
 def descriptor(matrix: Tensor, block_shape: list[int], tile: GemmTile) -> TensorDescriptor | Tensor:
-    """The matrix as the kernel takes it: a descriptor of such blocks, if the tile wants one."""
+    """Return the kernel's argument for a matrix: a descriptor of such blocks if the tile uses them, else the matrix."""
     return TensorDescriptor.from_tensor(matrix, block_shape) if tile.descriptors else matrix
 
 
 def operand_arguments(x: Tensor, weight: Tensor, tile: GemmTile) -> dict[str, Any]:
-    """The keyword arguments of a kernel that calls ``raw_tile``, and its launch options."""
+    """Return the keyword arguments of a kernel that calls ``take_tile``, and its launch options."""
     return {
         "x": descriptor(x, [tile.BLOCK_M, tile.BLOCK_K], tile),
         "weight": descriptor(weight, [tile.BLOCK_N, tile.BLOCK_K], tile),
@@ -189,7 +224,7 @@ def operand_arguments(x: Tensor, weight: Tensor, tile: GemmTile) -> dict[str, An
 
 
 def check_operands(x: Tensor, weight: Tensor, targets: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """ValueError unless x (C, D), weight (V, D) and targets (C,) go together in one of ``dtypes``."""
+    """Raise ValueError unless x (C, D), weight (V, D) and targets (C,) fit together, in one of ``dtypes``."""
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(
             f"expected x (C, D), weight (V, D) and targets (C,), got {tuple(x.shape)}, {tuple(weight.shape)} "

@@ -5,8 +5,8 @@
     top = max_v z_v        total = Σ_v exp(z_v − top)
     U = scale · (exp(z − top) / total − onehot_y) · ∂z/∂raw           = scale · ∂(−log p_y)/∂raw
 
-One program a row. The row is read once for the statistics (online maximum and sum, one of each a lane)
-and once more, out of L2 where it fits, for U, which overwrites the row it came from.
+One program a row. The row is read once for the statistics (an online maximum and sum a lane) and once more, from L2 if
+it fits, for U, which overwrites the row.
 """
 
 from __future__ import annotations
@@ -17,25 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.kernels.head import capability, head_arguments, tanh
+from hypo_kernels.kernels.head import capability, head_arguments, row_logits
 from hypo_kernels.kernels.tiles import RowTile, row_tile
 from hypo_kernels.statistics import RowStatistics
 
 GRADIENTS_IN_PLACE = True
 SCALE_BLOCK = 8192  # entries a program
-
-
-@triton.jit
-def logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """(z, tanh term) of raw logits at ``cols``; the other arguments are ``head_arguments``."""
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    capped = raw * factor
-    z = capped
-    if HAS_SOFTCAP:
-        capped = tanh(capped)
-        z = capped * softcap
-    return z, capped
 
 
 @triton.jit
@@ -52,20 +39,20 @@ def _target_logit(
     HAS_SOFTCAP: tl.constexpr,
 ):
     target = tl.load(target_ptr + row)
-    here = (target >= 0) & (target < V)
-    entry = tl.where(here, target, 0)
-    z, _at_target = logits(tl.load(raw_ptr + entry), bias_ptr, entry, True, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-    tl.store(target_logit_ptr + row, tl.where(here, z, 0.0))
+    inside = (target >= 0) & (target < V)
+    entry = tl.where(inside, target, 0)
+    z, _tanh = row_logits(tl.load(raw_ptr + entry), bias_ptr, entry, True, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+    tl.store(target_logit_ptr + row, tl.where(inside, z, 0.0))
 
 
 @triton.jit
 def _row_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
-    target_ptr,  # (C,) int64; beyond [0, V): in another rank's vocabulary
+    target_ptr,  # (C,) int64; outside [0, V): another rank's
     bias_ptr,  # (V,) or unused
     norms_ptr,  # (C, 2) fp32, top and total: read if NORMS_ARE_KNOWN, else written
     target_logit_ptr,  # (C,) fp32, 0 for a target beyond the vocabulary
-    grad_ptr,  # (C, V), row pitch `grad_pitch`: the same memory as raw_ptr, seen in the GEMM's dtype
+    grad_ptr,  # (C, V) in the GEMM's dtype, row pitch `grad_pitch`, in the memory of raw_ptr
     V,
     raw_pitch,
     grad_pitch,
@@ -87,14 +74,14 @@ def _row_kernel(
         row_top = tl.load(norms_ptr + 2 * row)
         row_total = tl.load(norms_ptr + 2 * row + 1)
     else:
-        # Finite, so that a lane that has seen nothing but masked columns never meets inf − inf.
+        # Finite, so that a lane with only masked columns never computes inf − inf.
         top = tl.full([BLOCK_V], -1.0e38, tl.float32)
         total = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             mask = cols < V
             raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
-            z, _ = logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+            z, _ = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
             z = tl.where(mask, z, float("-inf"))  # phantom columns must not count
             new_top = tl.maximum(top, z)
             total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
@@ -111,13 +98,13 @@ def _row_kernel(
             cols = start + tl.arange(0, BLOCK_V)
             mask = cols < V
             raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
-            z, capped = logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-            # The one-hot is subtracted in fp32, before rounding: p − 1 of a likely target would vanish.
+            z, capped = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+            # Subtract the one-hot in fp32, before rounding: p − 1 of a likely target would vanish.
             grad = tl.exp(z - row_top) * peak - tl.where(cols == target, slope, 0.0)
             if HAS_SOFTCAP:
                 grad *= 1.0 - capped * capped
-            # A narrower gradient is packed into the front of its own row, over columns that every thread
-            # of the program has to have read by now.
+            # A narrower gradient is packed into the front of its row, over columns that every thread of the
+            # program must have read before.
             tl.debug_barrier()
             tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=mask)
     else:
@@ -125,23 +112,22 @@ def _row_kernel(
 
 
 def scratch_bytes(num_rows: int, row_bytes: int) -> int:
-    """Nothing beside the chunk."""
+    """Return 0: nothing is allocated beside the chunk."""
     return 0
 
 
 def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> RowStatistics:
-    """Norms (C, 2) and target logit (C,) of raw logits (C, V), which stay as they are."""
+    """Return norms (C, 2) and target logit (C,) of raw logits (C, V), which stay unchanged."""
     return _launch(raw, targets, head, norms=None, grad=None, scale=1.0)
 
 
 def unit_gradients(
     raw: Tensor, targets: Tensor, head: LMHead, *, norms: Tensor | None, out_dtype: torch.dtype, scale: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(U, None, target's log-prob (C,)) with U = ``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``.
+    """Return (U, None, target's log-prob (C,)) with U = ``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``.
 
-    U lies in the memory of ``raw``, which is spent. ``norms`` (C, 2) skip the statistics when an
-    earlier pass has them; under a vocabulary shard they have to be given, and the log-prob is then that of
-    the rank with the target.
+    U overwrites ``raw``. ``norms`` (C, 2) of an earlier pass save the statistics. Under a vocabulary shard they are
+    required, and the log-prob is valid on the rank that holds the target.
     """
     unit = packed(raw, out_dtype)
     return unit, None, _launch(raw, targets, head, norms=norms, grad=unit, scale=scale).logps()
@@ -150,7 +136,7 @@ def unit_gradients(
 @triton.jit
 def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
-    if factor != 1.0:  # the upstream gradient of a loss is 1 more often than not
+    if factor != 1.0:  # the upstream gradient of a loss is usually 1
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = index < count
         x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32) * factor
@@ -158,18 +144,19 @@ def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """``x *= factor``, a number on the device; a factor of 1 reads none of ``x`` (contiguous)."""
+    """Multiply ``x`` (contiguous) in place by ``factor`` (), on the device. A factor of 1 reads nothing."""
     _scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
         x_ptr=x, factor_ptr=factor, count=x.numel(), BLOCK=SCALE_BLOCK, num_warps=8
     )
 
 
 def packed(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """(C, V) of ``dtype``, each row at the front of the memory of its row of ``raw``."""
+    """Return a (C, V) view of ``raw``'s memory in ``dtype``: each row starts where its row of ``raw`` starts."""
     return raw.as_strided((len(raw), raw.stride(0)), (raw.stride(0), 1)).view(dtype)[:, : raw.shape[1]]
 
 
 def tile_of(raw: Tensor) -> RowTile:
+    """Return the row tile for logits (C, V) on their device."""
     return row_tile(raw.shape[1], capability(raw.device))
 
 
@@ -178,8 +165,9 @@ def _launch(
 ) -> RowStatistics:
     rows, vocab = raw.shape
     target_logits = torch.empty(rows, dtype=raw.dtype, device=raw.device)
-    known = norms is not None
-    norms = norms if norms is not None else torch.empty(rows, 2, dtype=raw.dtype, device=raw.device)
+    norms_are_known = norms is not None
+    if norms is None:
+        norms = torch.empty(rows, 2, dtype=raw.dtype, device=raw.device)
     tile = tile_of(raw)
     _row_kernel[(rows,)](
         raw_ptr=raw,
@@ -190,8 +178,8 @@ def _launch(
         V=vocab,
         raw_pitch=raw.stride(0),
         grad_pitch=0 if grad is None else grad.stride(0),
-        slope=scale * head.logit_scale / head.temperature,
-        NORMS_ARE_KNOWN=known,
+        slope=scale * head.slope,
+        NORMS_ARE_KNOWN=norms_are_known,
         WITH_GRADIENTS=grad is not None,
         **head_arguments(head),
         BLOCK_V=tile.BLOCK_V,

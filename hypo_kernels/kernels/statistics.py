@@ -1,16 +1,16 @@
-"""Softmax statistics straight from hidden states, in Triton: a GEMM that never stores its logits.
+"""Fused statistics in Triton: softmax statistics of hidden states, by a GEMM that never stores its logits.
 
     C rows, V vocabulary entries, D features; z (C, V) the model's logits (``kernels.product``)
     top = max_v z_v      total = Σ_v exp(z_v − top)      moment = Σ_v exp(z_v − top)·(z_v − top)
     logp = z_y − top − log total                         entropy = log total − moment / total
 
-Each (BLOCK_M, BLOCK_N) tile of logits lives in registers, is reduced to a few numbers a row, and is gone. A
-second, small kernel merges the partials of a row in a fixed order: no atomics, so that a call repeats
-bitwise. The norms of a row, top and total, are kept apart: added up to a log-sum-exp, they would be rounded
-at the size of the logits, and every probability with them.
+Each (BLOCK_M, BLOCK_N) tile of logits stays in registers and is reduced to a few numbers a row. A second, small kernel
+merges the partials of a row in a fixed order: there are no atomics, so that calls are bitwise reproducible. The norms
+of a row, top and total, are stored apart: their log-sum-exp would be rounded at the size of the logits, and with it
+every probability.
 
-The target's logit comes from the same fp32 accumulators, so that a likely target's p never exceeds 1 by
-more than the rounding of one exponential. Exactly one tile of a row holds it, and that one writes it.
+The target's logit comes from the same fp32 accumulators, so that a likely target's p exceeds 1 by no more than the
+rounding of one exponential. Exactly one tile of a row holds it, and writes it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from torch import Tensor
 
 from hypo_kernels.head import LMHead
 from hypo_kernels.kernels import product as gemm_kernels
-from hypo_kernels.kernels.head import capability, head_arguments
+from hypo_kernels.kernels.head import capability, head_arguments, tile_logits
 from hypo_kernels.kernels.product import (
     load_targets,
-    logits,
     picked,
     quarters,
-    raw_tile,
-    tile_position,
+    take_tile,
 )
 from hypo_kernels.kernels.tiles import GemmTile, gemm_tile
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The merge walks along a row's partials with this many rows and partials at a time.
+# The merge takes this many rows and partials at a time.
 MERGE_ROWS, MERGE_PARTIALS = 16, 64
 
 
@@ -88,18 +86,14 @@ def _statistics_kernel(
     for tile in tl.range(
         tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
     ):
-        m, n = tile_position(tile, num_m, num_n, GROUP)
-        places = m * BLOCK_M + tl.arange(0, BLOCK_M)  # in the list of rows
-        counted = places < num_rows
-        rows = tl.minimum(places, num_rows - 1)
-        if LISTED:
-            rows = tl.load(row_ptr + rows)
-        raw = raw_tile(
+        _m, n, places, counted, rows, raw = take_tile(
+            tile,
+            num_m,
+            num_n,
+            num_rows,
+            row_ptr,
             x,
             weight,
-            rows.to(tl.int64),
-            m * BLOCK_M,
-            n * BLOCK_N,
             V,
             D,
             x_row_stride,
@@ -107,10 +101,12 @@ def _statistics_kernel(
             weight_row_stride,
             weight_stride,
             DESCRIPTORS,
+            LISTED,
             WIDEN,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            GROUP,
         )
         target = load_targets(target_ptr, rows, V)
         top = tl.full([BLOCK_M], -1.0e38, tl.float32)
@@ -121,20 +117,20 @@ def _statistics_kernel(
         for i in tl.static_range(4):
             first = n * BLOCK_N + i * (BLOCK_N // 4)
             cols = first + tl.arange(0, BLOCK_N // 4)
-            z = logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+            z = tile_logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
             z_target += picked(z, cols, target)
-            # Finite, so that nothing but −inf (beyond V, or forbidden by the bias) never meets inf − inf.
+            # Finite, so that columns of only −inf (from V on, or by the bias) never compute inf − inf.
             part_top = tl.maximum(tl.max(z, axis=1), -1.0e38)
             below = z - part_top[:, None]
             e = tl.exp(below)
             part_total = tl.sum(e, axis=1)
             part_moment = part_total
             if WITH_MOMENT:
-                # Of an entry at −inf, 0 · (−inf) would be NaN.
+                # For an entry at −inf, 0 · (−inf) would be NaN.
                 part_moment = tl.sum(e * tl.maximum(below, -1.0e38), axis=1)
             top, total, moment = _merged(top, total, moment, part_top, part_total, part_moment, WITH_MOMENT)
-        here = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
-        tl.store(target_logit_ptr + rows, z_target, mask=counted & here)
+        in_tile = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
+        tl.store(target_logit_ptr + rows, z_target, mask=counted & in_tile)
         ptrs = partial_ptr + n.to(tl.int64) * C + places
         stat_stride = num_n.to(tl.int64) * C
         tl.store(ptrs, top, mask=counted)
@@ -166,7 +162,7 @@ def _merge_kernel(
     top = tl.full([BLOCK_P, BLOCK_C], -1.0e38, tl.float32)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     moment = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    # No place counts, no partial is read: programs beyond a list's end are done at once.
+    # Programs beyond a list's end read no partials.
     for start in range(0, tl.where(tl.program_id(0) * BLOCK_C < num_rows, num_partials, 0), BLOCK_P):
         partials = start + tl.arange(0, BLOCK_P)
         mask = (partials < num_partials)[:, None] & counted[None, :]
@@ -191,7 +187,7 @@ def _merge_kernel(
 
 
 def scratch_bytes(num_rows: int, vocab_size: int, tile: GemmTile, *, with_moment: bool = False) -> int:
-    """What a call allocates beside its results."""
+    """Return the bytes that a call allocates beside its results."""
     return 4 * (3 if with_moment else 2) * triton.cdiv(vocab_size, tile.BLOCK_N) * num_rows
 
 
@@ -204,11 +200,11 @@ def statistics(
     with_moment: bool = False,
     tile: GemmTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Norms (C, 2), target logits (C,) and moment (C,) or None of the logits of ``x`` (C, D), all fp32.
+    """Return norms (C, 2), target logits (C,) and moment (C,) or None of the logits of ``x`` (C, D), all fp32.
 
-    ``weight`` (V, D) is the head's as a GEMM operand: the dtype of ``x``, which may be bf16, fp16 or fp32
-    (multiplied in full precision). A target (C,) outside [0, V) belongs to another shard of the vocabulary:
-    its logit is 0. ``tile`` stands in for the frozen one.
+    ``weight`` (V, D) is the head's as a GEMM operand, of the dtype of ``x``: bf16, fp16 or fp32 (multiplied in full
+    precision). A target (C,) outside [0, V) belongs to another rank: its logit is 0. ``tile`` replaces the frozen
+    one.
     """
     gemm_kernels.check_operands(x, weight, targets, OPERAND_DTYPES)
     norms = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
@@ -220,7 +216,7 @@ def statistics(
         "statistics",
         capability(x.device),
         x.element_size(),
-        shaped=gemm_kernels.shaped(head),
+        shaped=gemm_kernels.is_shaped(head),
         aligned=gemm_kernels.aligned(x, weight),
     )
     shape = (3 if with_moment else 2, triton.cdiv(weight.shape[0], tile.BLOCK_N), len(x))
@@ -242,11 +238,11 @@ def reduce_tiles(
     with_moment: bool = False,
     listed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Partials (2 or 3, tiles along V, C) of all rows of ``x``, or of those ``listed``.
+    """Compute partials (2 or 3, tiles along V, C) of all rows of ``x``, or of those ``listed``.
 
-    ``listed`` is (rows (C,) int32, count (1,) int32), both on the device: the first ``count`` rows are taken,
-    and their partials stand in the order of the list. An empty list costs one empty launch. A list's
-    tile is one without descriptors: TMA cannot gather.
+    ``listed`` is (rows (C,) int32, count (1,) int32), both on the device: the first ``count`` rows are taken, and
+    their partials are in the order of the list. An empty list costs one empty launch. The tile of a list must have no
+    descriptors: TMA cannot gather.
     """
     rows, count = listed if listed is not None else (None, None)
     num_tiles = triton.cdiv(len(x), tile.BLOCK_M) * triton.cdiv(weight.shape[0], tile.BLOCK_N)
@@ -264,7 +260,7 @@ def reduce_tiles(
 
 
 def merge(partials: Tensor, norms: Tensor, moment: Tensor | None, listed: tuple[Tensor, Tensor] | None = None) -> None:
-    """Norms (C, 2) and moment (C,) from partials (2 or 3, P, C)."""
+    """Compute norms (C, 2) and moment (C,) from partials (2 or 3, P, C)."""
     rows, count = listed if listed is not None else (None, None)
     _merge_kernel[(triton.cdiv(partials.shape[2], MERGE_ROWS),)](
         partial_ptr=partials,

@@ -1,4 +1,4 @@
-"""Frozen tile configurations of the Triton kernels, by architecture; nothing is tuned on a user's step."""
+"""Tile configurations of the Triton kernels, by architecture. They are constants: nothing is tuned at run time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class RowTile:
-    """How one program of the row kernel walks along a row of logits."""
+    """How one program of the row kernel reads a row of logits."""
 
     BLOCK_V: int
     num_warps: int
@@ -28,12 +28,12 @@ DEFAULT_ROW_TILE = ROW_TILES[(8, 0)]
 
 
 def fits(tile: RowTile) -> bool:
-    """Whether a thread's share of the row, in four live vectors, fits in half of the register file."""
+    """Return whether a thread's part of the row, in four live vectors, fits in half of the register file."""
     return tile.BLOCK_V // (32 * tile.num_warps) * 4 <= 128
 
 
 def row_tile(vocab_size: int, capability: tuple[int, int]) -> RowTile:
-    """The tile for rows of ``vocab_size`` logits: never wider than the row's next power of two."""
+    """Return the tile for rows of ``vocab_size`` logits, at most as wide as the next power of two."""
     tile = ROW_TILES.get(capability, DEFAULT_ROW_TILE)
     width = max(128, 1 << (vocab_size - 1).bit_length())
     if width >= tile.BLOCK_V:
@@ -50,15 +50,15 @@ class GemmTile:
     BLOCK_K: int  # features
     num_warps: int
     num_stages: int  # blocks of features in flight
-    group: int = 16  # columns of tiles that are walked down together
+    group: int = 16  # columns of tiles that are taken together
     descriptors: bool = False  # operands through TMA, sm_90 and newer
-    # Of no use on Hopper as long as a program of 128 rows with descriptors from the host does not compile
+    # Not used on Hopper: a program of 128 rows with descriptors from the host does not compile there
     # (triton-lang/triton#11587).
     warp_specialize: bool = False
-    flatten: bool = False  # one pipeline through a program's tiles: the next one's loads start early
+    flatten: bool = False  # one pipeline through a program's tiles, so that the next tile's loads start early
 
     def constants(self) -> dict[str, Any]:
-        """Of the kernel."""
+        """Return the kernel's compile-time constants."""
         return {
             "BLOCK_M": self.BLOCK_M,
             "BLOCK_N": self.BLOCK_N,
@@ -70,28 +70,29 @@ class GemmTile:
         }
 
     def launch_options(self) -> dict[str, int]:
+        """Return the keyword arguments of the launch itself."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 KB = 1024
-SHARED_MEMORY = {(8, 0): 163 * KB, (9, 0): 227 * KB, (10, 0): 227 * KB}  # the most that one program may take
+SHARED_MEMORY = {(8, 0): 163 * KB, (9, 0): 227 * KB, (10, 0): 227 * KB}  # the maximum of one program
 EPILOGUE_PARTS = 4  # of a tile's columns; a store is staged one part at a time
 
-# Without tensor cores, which know no full fp32.
+# Without tensor cores, which do not multiply in full fp32.
 FP32_TILE = GemmTile(64, 64, 32, num_warps=8, num_stages=2)
 # Triton's interpreter takes as long for a small block as for a large one.
 INTERPRETER = (0, 0)
 INTERPRETED_TILE = GemmTile(32, 1024, 64, num_warps=1, num_stages=1)
-# For rows that are picked from a list, which TMA cannot gather.
+# For the rows of a list, which TMA cannot gather.
 POINTER_TILE = GemmTile(128, 128, 32, num_warps=8, num_stages=4)
-# For operands at odd addresses, which are loaded one by one, and for devices that are not listed.
+# For unaligned operands, whose elements are loaded one by one, and for devices that are not listed.
 UNALIGNED_TILE = GemmTile(64, 128, 32, num_warps=8, num_stages=3)
 _HOPPER = GemmTile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True)
 _AMPERE = GemmTile(128, 256, 32, num_warps=8, num_stages=4)
-# Keyed by kernel, compute capability and bytes an operand. None of these was timed: they are the largest of the
-# usual ones that Triton 3.6 and 3.9 compile without spills, until benchmarks/tune_tiles.py has run on such a
-# device. A bias and a softcap take registers of their own ("shaped"). On sm_100 both Tritons refuse a softcap's
-# exponentials with descriptors, or spill the plain ones.
+# Keyed by kernel, compute capability and bytes an operand. None of these was timed: they are the largest of the usual
+# tiles that Triton 3.6 and 3.9 compile without spills; benchmarks/tune_tiles.py times them on a device. A bias and a
+# softcap need additional registers ("shaped"). On sm_100, both Tritons refuse a softcap's exponentials with
+# descriptors, or spill the plain ones.
 GEMM_TILES = {
     ("statistics", (8, 0), 2): _AMPERE,
     ("statistics", (9, 0), 2): _HOPPER,
@@ -108,16 +109,16 @@ GEMM_TILES = {
 }
 
 
-# (compute capability, operand dtype) of which benchmarks/bench_loss.py has shown that impl="triton-epilogue" beats
-# "triton-rows": there, "triton" means the former. Empty until such a device has been measured.
+# Each (compute capability, operand dtype) where benchmarks/bench_loss.py has measured impl="triton-epilogue" to be
+# faster than "triton-rows". There, "triton" means the former. Empty: no such device has been measured.
 EPILOGUE_IS_FASTER: frozenset[tuple[tuple[int, int], torch.dtype]] = frozenset()
 
 
 def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, shaped: bool, aligned: bool) -> GemmTile:
-    """The frozen tile of a kernel.
+    """Return the tile of a kernel.
 
-    ``shaped``: whether the head has a bias or a softcap; ``aligned``: whether the operands' rows start at
-    addresses that TMA and wide loads can take.
+    ``shaped``: whether the head has a bias or a softcap. ``aligned``: whether the operands' rows start at addresses
+    that TMA and wide loads accept.
     """
     if operand_bytes == 4:
         return INTERPRETED_TILE if capability == INTERPRETER else FP32_TILE
@@ -127,7 +128,7 @@ def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, s
 
 
 def gemm_fits(tile: GemmTile, capability: tuple[int, int], operand_bytes: int, out_bytes: int = 0) -> bool:
-    """Whether its stages and a staged store fit in shared memory, and its accumulators in half of the registers."""
+    """Return whether stages and a staged store fit in shared memory, and accumulators in half of the registers."""
     stages = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * operand_bytes
     staged = tile.BLOCK_M * tile.BLOCK_N // EPILOGUE_PARTS * out_bytes
     accumulators = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
@@ -135,7 +136,7 @@ def gemm_fits(tile: GemmTile, capability: tuple[int, int], operand_bytes: int, o
 
 
 def gemm_candidates(capability: tuple[int, int], operand_bytes: int, out_bytes: int = 0) -> list[GemmTile]:
-    """What is worth timing on a device: the usual shapes that fit, each with the options it can have."""
+    """Return the tiles to time on a device: the usual shapes that fit, with every option that they allow."""
     tma, blackwell = capability >= (9, 0), capability >= (10, 0)
     depths = [(64, 3), (64, 4), (128, 2)] if tma else [(32, 3), (32, 4), (32, 5), (64, 3)]
     options = [(False, False)] + [(False, True)] * tma + [(True, False)] * blackwell

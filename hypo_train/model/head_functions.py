@@ -63,6 +63,6 @@ def head_options(head: Head, config: Config) -> dict[str, Any]:
         "max_chunk_bytes": config.max_chunk_bytes,
         "impl": config.impl,
         "lora": head.lora,
-        "vocab_shard": head.shard,
+        "vocab_shard": head.vocab_shard,
         **head.constants(),
     }

@@ -30,11 +30,10 @@ T = TypeVar("T")
 class Head(LMHead):
     """The model's LM head, and the update that an adapter on it makes: none while the adapter is off.
 
-    With ``exchange`` it is this process's ``shard``, under hidden states of its own: what is asked of it is a
+    With ``exchange`` it is this process's ``vocab_shard``, under hidden states of its own: what is asked of it is a
     :class:`hypo_train.model.head_call.HeadCall`.
     """
 
-    lora: LoRA | None = None
     exchange: Exchange | None = None
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ class Policy(TreeModel[Head]):
             logit_scale=1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0),
             temperature=self.temperature,
             lora=lora,
-            shard=None if parts is None else parts.shard,
+            vocab_shard=None if parts is None else parts.shard,
             exchange=None if parts is None else parts.exchange,
         )
 

@@ -14,8 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from hypo_kernels import gemm
-from hypo_kernels.chunks import CPU_BUFFER_BYTES, CPU_ROWS
+from hypo_kernels import workspace
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Example, Pair
 from hypo_train.model.meta_pass import Held, Rows, bytes_of, rehearse, rehearse_prompts
@@ -220,22 +219,21 @@ def branch_lengths(plan: Plan, row: Any) -> list[int]:
 def _chunk_bytes(
     plan: Plan, trained: Policy | RewardModel, counted: int, largest_group: int, conditions: Conditions
 ) -> int:
-    """Temporaries of a call of the loss, as :func:`hypo_kernels.chunks.max_rows` plans them: never more than the
-    budget, and less where the rows are few or a CPU's caches want it."""
+    """Return the bytes of the loss's temporaries in a call."""
     if isinstance(trained, RewardModel):
         return 0
-    weight, device = trained.head().weight, torch.device(conditions.device_type)
-    vocab, width = divided(weight.shape[0], _parts(plan)), weight.shape[1]
-    compute = torch.bfloat16 if conditions.autocast else torch.float32
-    operand = gemm.operand_dtype(device, compute)
-    buffers = 2 if plan.config.kl_estimator == "exact" else 1
-    per_row = buffers * (4 * vocab + width * (2 * operand.itemsize + 3 * 4))
-    if device.type == "cpu":
-        counted = min(counted, max(largest_group, CPU_BUFFER_BYTES // per_row, CPU_ROWS))
-    budget = plan.config.max_chunk_bytes
-    is_operand = weight.dtype == compute == operand
-    converted = 0 if is_operand else min(vocab * width * operand.itemsize, budget // gemm.PANEL_SHARE)
-    return min(budget, counted * per_row + converted)
+    weight = trained.head().weight
+    return workspace.estimated_bytes(
+        weight.dtype,
+        divided(weight.shape[0], _parts(plan)),
+        weight.shape[1],
+        counted,
+        device=torch.device(conditions.device_type),
+        compute_dtype=torch.bfloat16 if conditions.autocast else torch.float32,
+        max_chunk_bytes=plan.config.max_chunk_bytes,
+        largest_group=largest_group,
+        buffers=2 if plan.config.kl_estimator == "exact" else 1,
+    )
 
 
 class _Draws(NamedTuple):

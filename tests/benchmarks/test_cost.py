@@ -22,8 +22,7 @@ from benchmarks import cost
 from benchmarks.cost import TORCH, TRITON, Operation, Work
 from benchmarks.issued import OperationMeter
 from benchmarks.workloads import NUM_GENERATIONS, Batch, Workload, make_batch
-from hypo_kernels import chunks as plan
-from hypo_kernels import fused_hypo_loss, gemm, sequence_logprobs, token_logprobs
+from hypo_kernels import fused_hypo_loss, gemm, sequence_logprobs, token_logprobs, workspace
 from hypo_kernels.gradients import Gradients, Leaves
 from hypo_kernels.head import LMHead
 
@@ -284,7 +283,7 @@ def test_exponentials_take_the_passes_over_logits_away() -> None:
 def test_the_models_chunks_are_the_plans(rows: int, buffers: int) -> None:
     with FakeTensorMode():
         head = LMHead(torch.empty(50257, 768, dtype=torch.bfloat16, device="cuda"))  # a vocabulary that is padded
-    planned = plan.max_rows(
+    planned = workspace.max_rows(
         [head],
         torch.bfloat16,
         rows,
@@ -294,7 +293,7 @@ def test_the_models_chunks_are_the_plans(rows: int, buffers: int) -> None:
         largest_group=1,
         buffers=buffers,
         buffer_dtype=torch.float32,
-        straight=True,
+        fused_statistics=True,
         stacked=1,
     )
     assert cost.max_rows(Work(rows, 50257, 768), 2**30, buffers) == planned

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from hypo_kernels import chunks as planning
+from hypo_kernels import workspace
 from hypo_kernels.chunks import chunks, split
 
 
@@ -64,7 +64,7 @@ def test_split_covers_the_rows_in_slices_of_at_most_so_many_and_no_rows_in_one()
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 50_257])
 def test_rows_start_on_aligned_addresses_on_cuda_and_lie_dense_on_a_cpu(vocab: int) -> None:
-    assert planning.pitch(vocab, torch.device("cpu")) == vocab
-    padded = planning.pitch(vocab, torch.device("cuda"))
+    assert workspace.pitch(vocab, torch.device("cpu")) == vocab
+    padded = workspace.pitch(vocab, torch.device("cuda"))
     assert padded % 32 == 0
     assert vocab <= padded < vocab + 32

@@ -117,7 +117,9 @@ def test_a_layout_that_does_not_fit_is_named() -> None:
     hidden, weight = torch.randn(4, 8), torch.randn(9, 8)
     with pytest.raises(ValueError, match=r"targets has shape \(3,\) and hidden \(4, 8\)"):
         sequence_logprobs(hidden, weight, laid_out)
-    with pytest.raises(ValueError, match=r"cu_seqlens goes with a tensor of targets; a TargetLayout has its bounds"):
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens goes with a tensor of targets; a TargetLayout holds its own bounds"
+    ):
         sequence_logprobs(hidden[:3], weight, laid_out, torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"cu_seqlens ends at 2: must end at T=3"):
         TargetLayout.of(torch.tensor([1, 2, 3]), torch.tensor([0, 2]))

@@ -16,32 +16,32 @@ from hypo_kernels.head import LMHead
 VOCAB, WIDTH, RANK = 67, 16, 3
 FULL_HEAD: dict[str, Any] = {"logit_softcap": 5.0, "logit_scale": 1.5, "temperature": 0.8}
 LOSS: dict[str, Any] = {
-    "num_pairs": 1, "num_generations": 2, "beta": 0.1, "kl_coef": 0.05, "length_penalty": 0.1, "preference": "sigmoid",
-    "label_smoothing": 0.0, "kl_estimator": "sampled", "importance_cap": 2.0, "max_chunk_bytes": 2**20,
-    "validate": False, "impl": "torch",
+    "num_pairs": 1, "num_generations": 2, "num_prompts": 1, "beta": 0.1, "kl_coef": 0.05, "length_penalty": 0.1,
+    "preference": "sigmoid", "label_smoothing": 0.0, "kl_estimator": "sampled", "importance_cap": 2.0,
+    "max_chunk_bytes": 2**20, "validate": False, "impl": "torch",
 }  # fmt: skip
 
 # An operator's own checks: schema, gradient registration, fake kernel, and dispatch with dynamic shapes.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def arguments(hidden: Tensor, head: LMHead, lora: LoRA | None) -> tuple[Any, ...]:
+def arguments(hidden: Tensor, head: LMHead) -> tuple[Any, ...]:
     """As the public functions pass them, each tensor a leaf: LoRA's features come from an operation outside."""
-    flat = ops._head_arguments(hidden, head, lora)
+    flat = ops._head_arguments(hidden, head)
     return tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in flat)
 
 
-def heads(dtype: torch.dtype) -> dict[str, tuple[Tensor, LMHead, LoRA | None, Tensor, Tensor]]:
-    """(hidden, head, lora, targets, cu_seqlens) of a plain head, of a whole one with an update, and of a frozen one."""
+def heads(dtype: torch.dtype) -> dict[str, tuple[Tensor, LMHead, Tensor, Tensor]]:
+    """(hidden, head, targets, cu_seqlens) of a plain head, of a whole one with an update, and of a frozen one."""
     batch = random_batch([4, 3, 5, 2], VOCAB, num_pairs=1, with_bias=True, dtype=dtype, device=torch.device("cpu"))
     gen = torch.Generator().manual_seed(1)
     a, b = (torch.randn(shape, generator=gen).to(dtype).requires_grad_() for shape in ((RANK, WIDTH), (VOCAB, RANK)))
     rest = (batch.targets, batch.cu_seqlens)
     frozen = batch.weight.detach()
     return {
-        "plain": (batch.hidden, LMHead(batch.weight), None, *rest),
-        "whole": (batch.hidden, LMHead(batch.weight, batch.bias, **FULL_HEAD), LoRA(a, b, 0.5), *rest),
-        "frozen": (batch.hidden, LMHead(frozen), None, *rest),
+        "plain": (batch.hidden, LMHead(batch.weight), *rest),
+        "whole": (batch.hidden, LMHead(batch.weight, batch.bias, lora=LoRA(a, b, 0.5), **FULL_HEAD), *rest),
+        "frozen": (batch.hidden, LMHead(frozen), *rest),
     }
 
 
@@ -49,7 +49,7 @@ def heads(dtype: torch.dtype) -> dict[str, tuple[Tensor, LMHead, LoRA | None, Te
 @pytest.mark.parametrize("head", ["plain", "whole", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_opcheck_of_the_loss(dtype: torch.dtype, head: str, reference: str) -> None:
-    hidden, lm_head, lora, targets, cu_seqlens = heads(dtype)[head]
+    hidden, lm_head, targets, cu_seqlens = heads(dtype)[head]
     ref = Reference(torch.full((4,), -12.0), None, None, None)
     behavior_logps = torch.full((len(targets),), -4.0) if "stale" in reference else None
     if "log-probs" not in reference:
@@ -57,7 +57,7 @@ def test_opcheck_of_the_loss(dtype: torch.dtype, head: str, reference: str) -> N
     options = {**LOSS, "kl_estimator": "exact" if reference == "exact KL" else "sampled"}
     torch.library.opcheck(
         ops._hypo_loss,
-        (*arguments(hidden, lm_head, lora), targets, cu_seqlens, *ref, behavior_logps),
+        (*arguments(hidden, lm_head), targets, cu_seqlens, *ref, behavior_logps),
         options,
         test_utils=CHECKS,
     )
@@ -67,8 +67,8 @@ def test_opcheck_of_the_loss(dtype: torch.dtype, head: str, reference: str) -> N
 @pytest.mark.parametrize("head", ["plain", "whole", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_opcheck_of_token_log_probs_and_their_backward(dtype: torch.dtype, head: str, entropy: bool) -> None:
-    hidden, lm_head, lora, targets, _ = heads(dtype)[head]
-    args = (*arguments(hidden, lm_head, lora), targets, 2**20, "torch", entropy)
+    hidden, lm_head, targets, _ = heads(dtype)[head]
+    args = (*arguments(hidden, lm_head), targets, 2**20, "torch", entropy)
     torch.library.opcheck(ops._token_logprobs, args, test_utils=CHECKS)
     logps, entropies, norms = (x.detach() for x in ops._token_logprobs(*args))
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)

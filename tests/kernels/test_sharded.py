@@ -12,8 +12,8 @@ from contract import NO_TRITON, random_batch
 from sharded_runs import BOTH, CASES, CPU, VOCAB, Model, loss_run, token_run
 
 from hypo_kernels import TargetLayout, VocabShard, token_logprobs
+from hypo_kernels.chunked_head import ChunkedLMHead
 from hypo_kernels.head import LMHead
-from hypo_kernels.room import HeadRoom
 
 WORLD = 2
 IMPLS = ["torch", "triton"]
@@ -111,7 +111,7 @@ def test_ranks_with_unequal_shares_plan_alike(budget: int, impl: str) -> None:
     plans = []
     for start, size in ((0, 40), (40, 27)):
         shard = VocabShard(Group(), start=start, size=size, largest=40, vocab_size=VOCAB)  # type: ignore[arg-type]
-        head = LMHead(batch.weight.detach()[start : start + size].bfloat16(), shard=shard)
-        room = HeadRoom([head], layout, torch.bfloat16, impl, budget, statistics_only=True)
-        plans.append((room.straight, room.max_rows, room.rows_of_statistics))
+        head = LMHead(batch.weight.detach()[start : start + size].bfloat16(), vocab_shard=shard)
+        chunked = ChunkedLMHead([head], layout, torch.bfloat16, impl, budget, statistics_only=True)
+        plans.append((chunked.fused_statistics, chunked.max_rows, chunked.rows_of_statistics))
     assert plans[0] == plans[1]
