@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from hypo_train.config import Config, help_text, is_users_mistake, load_config
 from hypo_train.distributed.torchrun import leave_the_end_to_it, telling_torchrun
 from hypo_train.invocation import DryRun, take_dry_run
-from hypo_train.utils.safe_print import say
-from hypo_train.utils.signals import ElsewhereError, NotFiniteError, Stopped
+from hypo_train.utils.errors import NotFiniteError, OtherProcessError, Stopped
+from hypo_train.utils.safe_print import safe_print
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,20 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hypo_train: {error}", file=sys.stderr)
         return 2
     except NotFiniteError as error:
-        say(f"hypo_train: {error}", sys.stderr)
+        safe_print(f"hypo_train: {error}", sys.stderr)
         return 1
-    except ElsewhereError as error:
-        say(f"hypo_train: another process has failed: {error}", sys.stderr)
+    except OtherProcessError as error:
+        safe_print(f"hypo_train: another process has failed: {error}", sys.stderr)
         leave_the_end_to_it()
         return 1
     except Stopped as stopped:
-        say(f"hypo_train: {stopped}", sys.stderr)
+        safe_print(f"hypo_train: {stopped}", sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        say("hypo_train: stopped by SIGINT where it was; what was saved before is kept", sys.stderr)
+        safe_print("hypo_train: stopped by SIGINT where it was; what was saved before is kept", sys.stderr)
         return 128 + signal.SIGINT
     if os.environ.get("RANK", "0") == "0":
-        say(f"model saved in {result.model_dir}")
+        safe_print(f"model saved in {result.model_dir}")
     return 0
 
 

@@ -28,6 +28,7 @@ from pydantic import (
 
 from hypo_train.algorithms.registry import Algorithm, find_algorithm
 from hypo_train.foreign_names import FOREIGN_NAMES
+from hypo_train.utils.errors import ConfigError
 
 Text = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
@@ -35,10 +36,6 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message lists every problem, each with its value and fix."""
 
 
 def is_users_mistake(error: ValueError) -> bool:

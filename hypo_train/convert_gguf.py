@@ -51,7 +51,7 @@ def convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from hypo_train.checkpoint.files import open_as_its_folder
+    from hypo_train.utils.atomic import inherit_read_permission
 
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("reading GGUF files needs the package gguf: pip install gguf")
@@ -66,7 +66,7 @@ def convert(file: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
-        open_as_its_folder(path)
+        inherit_read_permission(path)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hypo_train.build import Run, precompute_ref_logps, prepare
-from hypo_train.checkpoint.files import checkpoint_folder, flush, put_text
+from hypo_train.checkpoint.files import checkpoint_folder
 from hypo_train.checkpoint.lock import locked
 from hypo_train.checkpoint.model_card import DATA_FILE, write_data_report
 from hypo_train.checkpoint.resume import refuse_to_overwrite
@@ -29,9 +28,11 @@ from hypo_train.nan_guard import raise_not_finite, stop_if_not_finite
 from hypo_train.report.ending import report_at_the_end
 from hypo_train.report.runs import CONFIG_FILE
 from hypo_train.step import train_step
-from hypo_train.utils.records import written
-from hypo_train.utils.safe_print import say
-from hypo_train.utils.signals import Stopped, StopRequest
+from hypo_train.utils.atomic import write_file
+from hypo_train.utils.errors import Stopped
+from hypo_train.utils.records import record_errors, write_json_lines
+from hypo_train.utils.safe_print import safe_print
+from hypo_train.utils.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -89,22 +90,22 @@ def _recorded(run: Run, first_step: int, trackers: Trackers | None, *, progress:
         yield SilentLog()
         return
     folder, device = run.output_dir, device_name(run.accelerator.device)
-    with written(folder):
+    with record_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with (
         report_at_the_end(folder),
         Attempt(folder, first_step=first_step, total_steps=run.plan.total_steps, device=device),
         RunLog(folder, run.plan.total_steps, trackers=trackers, resume_step=first_step, progress=progress) as log,
     ):
-        with written(folder / CONFIG_FILE):
-            put_text(folder / CONFIG_FILE, run.config.to_yaml())
-        with written(folder / DATA_FILE):
+        with record_errors(folder / CONFIG_FILE):
+            write_file(folder / CONFIG_FILE, run.config.to_yaml())
+        with record_errors(folder / DATA_FILE):
             write_data_report(folder, run.data_report)
         yield log
 
 
 def _print_lines(lines: list[str]) -> None:
-    say("\n".join(lines))
+    safe_print("\n".join(lines))
 
 
 def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:
@@ -171,10 +172,8 @@ def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
     log.log(step, evaluation.metrics)
     if not (evaluation.samples and run.processes.is_main):
         return evaluation
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples]
     path = run.output_dir / "samples" / f"step-{step}.jsonl"
-    with written(path):
+    with record_errors(path):
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(lines), encoding="utf-8")
-        flush(path)
+        write_json_lines(path, evaluation.samples)
     return evaluation

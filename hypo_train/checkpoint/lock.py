@@ -1,8 +1,8 @@
-"""One run at a time in an output_dir: two would cut each other's metrics and remove each other's checkpoints.
+"""Allow one run at a time in an output_dir: two would cut each other's metrics and remove each other's checkpoints.
 
-The lock is the system's on ``.lock``, which a process holds until it ends, however it ends: a kill leaves none. It is a
-POSIX record lock, which network file systems pass on to other machines and no child process inherits. A file system
-that has no locks leaves the run without one.
+The lock is a POSIX record lock on ``.lock``. The system releases it when the process ends, however it ends. Network
+file systems pass it on to other machines. No child process inherits it, unlike the flock lock of the filelock library,
+which a forked worker would keep after its run was killed. On a file system without locks a run has no lock.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from hypo_train.config import ConfigError
+from hypo_train.utils.errors import ConfigError
 
 LOCK_FILE = ".lock"
 _HELD = (errno.EACCES, errno.EAGAIN)
@@ -22,10 +22,10 @@ _HELD = (errno.EACCES, errno.EAGAIN)
 
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Keep other runs out of ``output_dir``, made if need be.
+    """Hold the lock of ``output_dir`` inside the ``with`` block; the folder is created if needed.
 
     Raises:
-        ConfigError: one is at work there, or no file can be made.
+        ConfigError: another run holds the lock, or the folder cannot be written to.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -33,26 +33,26 @@ def locked(output_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"output_dir={str(output_dir)!r} cannot be written to: {error.strerror}") from error
     with file:
-        _take(file, output_dir)
+        _lock(file, output_dir)
         yield
 
 
 def require_unlocked(output_dir: Path) -> None:
-    """Raises ConfigError: a run is at work in ``output_dir``. Makes nothing."""
+    """Raise ConfigError if another run holds the lock of ``output_dir``. Creates no file."""
     try:
         file = (output_dir / LOCK_FILE).open("r+")
-    except OSError:  # there has been no run, or the folder cannot be written, which is somebody else's to say
+    except OSError:  # no run has been here; a folder that cannot be written to is reported elsewhere
         return
     with file:
-        _take(file, output_dir)
+        _lock(file, output_dir)
 
 
-def _take(file: IO[str], output_dir: Path) -> None:
+def _lock(file: IO[str], output_dir: Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
             raise ConfigError(
-                f"output_dir={str(output_dir)!r}: another run is at work there: wait until it has ended, or choose "
+                f"output_dir={str(output_dir)!r}: another run is using it: wait until that run has ended, or choose "
                 "another folder"
             ) from error

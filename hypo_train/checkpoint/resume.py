@@ -1,4 +1,4 @@
-"""What a run continues from, and whether that is the same run: known before any weights are read."""
+"""Find the checkpoint that a run continues from, and check before reading weights that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from hypo_train.checkpoint.files import damaged_checkpoints, is_checkpoint, latest_checkpoint, read_extra
-from hypo_train.config import Config, ConfigError
+from hypo_train.config import Config
 from hypo_train.data.plan import Plan
 from hypo_train.metrics.log import METRICS_FILE
+from hypo_train.utils.errors import ConfigError
 
-# What may change between a run and its continuation without changing what the steps compute.
+# Settings that do not change what the steps compute: they may differ between a run and its continuation.
 FREE_TO_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
@@ -30,12 +31,12 @@ FREE_TO_CHANGE = {
     "zero_stage",
     "vocab_parallel",
 }
-# Of algorithms that do not learn from the reward.
-FREE_WITHOUT_RLOO = {"reward", "reward_model_path", "missing_eos_penalty"}
+# Free as well for the algorithms that do not learn from the reward.
+FREE_WITHOUT_REWARD = {"reward", "reward_model_path", "missing_eos_penalty"}
 
 
 def refuse_to_overwrite(config: Config) -> None:
-    """A used output_dir is continued or left alone, never started over in silence."""
+    """Raise ConfigError if output_dir holds a run that ``config`` does not continue."""
     wanted, folder = config.resume_from_checkpoint, Path(config.output_dir)
     if wanted == "auto" or not (folder / METRICS_FILE).exists():
         return
@@ -47,90 +48,88 @@ def refuse_to_overwrite(config: Config) -> None:
     if is_checkpoint(Path(wanted)) and Path(wanted).resolve().parent != folder.resolve():
         raise ConfigError(
             f"output_dir={config.output_dir!r} already holds another run than resume_from_checkpoint={wanted!r}: "
-            "choose another folder, or continue the run that is there with resume_from_checkpoint: auto"
+            "choose another folder, or continue the run in output_dir with resume_from_checkpoint: auto"
         )
 
 
 def checkpoint_to_resume(config: Config, *, tensors: bool = True) -> Path | None:
-    """The checkpoint that a run continues from, if there is one.
+    """Return the checkpoint that a run continues from, or None.
 
-    ``tensors``: as ``latest_checkpoint`` takes it.
+    ``tensors``: see ``latest_checkpoint``.
 
     Raises:
-        ConfigError: the named one is not there, or there are some and none is whole.
+        ConfigError: the named checkpoint does not exist, or all checkpoints are damaged.
     """
     wanted, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     if wanted is None:
         return None
     if wanted == "auto":
-        found = latest_checkpoint(output_dir, tensors=tensors)
-        if found is None and (damaged := damaged_checkpoints(output_dir, tensors=tensors)):
+        latest = latest_checkpoint(output_dir, tensors=tensors)
+        if latest is None and (damaged := damaged_checkpoints(output_dir, tensors=tensors)):
             raise ConfigError(
-                f"output_dir={config.output_dir!r}: none of its checkpoints can be continued ({'; '.join(damaged)}): "
-                "mend them, or remove them to start from the beginning"
+                f"output_dir={config.output_dir!r}: all of its checkpoints are damaged ({'; '.join(damaged)}): "
+                "repair one, or remove them to start from the beginning"
             )
-        return found
+        return latest
     if not Path(wanted).is_dir():
         raise ConfigError(
-            f"resume_from_checkpoint={wanted!r}: there is no such folder{_nearest(Path(wanted), output_dir)}"
+            f"resume_from_checkpoint={wanted!r}: there is no such folder{_suggestion(Path(wanted), output_dir)}"
         )
     if not is_checkpoint(Path(wanted)):
         raise ConfigError(
-            f"resume_from_checkpoint={wanted!r} is no checkpoint, which are called checkpoint-<step>"
-            f"{_nearest(Path(wanted), output_dir)}"
+            f"resume_from_checkpoint={wanted!r} is not a checkpoint folder (checkpoint-<step>)"
+            f"{_suggestion(Path(wanted), output_dir)}"
         )
     return Path(wanted)
 
 
-def _nearest(wanted: Path, output_dir: Path) -> str:
-    """The end of a message: a checkpoint that may be meant."""
+def _suggestion(wanted: Path, output_dir: Path) -> str:
+    """Return the end of an error message: a checkpoint that the user may mean."""
     for folder in (wanted, output_dir):
         if (newest := latest_checkpoint(folder, tensors=False)) is not None:
-            named = output_dir / wanted.name
-            return f": did you mean {named if is_checkpoint(named) else newest}?"
+            namesake = output_dir / wanted.name
+            return f": did you mean {namesake if is_checkpoint(namesake) else newest}?"
     return f": give a checkpoint's folder, or auto for the newest one in {output_dir}"
 
 
 def check_resume(plan: Plan, folder: Path | None, *, rows: bool = True) -> None:
-    """Compare the checkpoint in ``folder``, where one is to be continued, with the run: all but its weights.
+    """Raise ConfigError if the checkpoint in ``folder`` (None: there is none) belongs to another run; weights aside.
 
-    ``rows``: the plan's are those that will be trained on.
-
-    Raises:
-        ValueError: it is of another run.
+    ``rows``: compare the rows too; False if the plan does not hold the rows of the run.
     """
     if folder is not None:
         check_same_run(plan, read_extra(folder), folder, rows=rows)
 
 
 def check_same_run(plan: Plan, extra: dict[str, Any], folder: Path, *, rows: bool = True) -> None:
-    """``extra`` is that of the checkpoint in ``folder``. Raises ConfigError: its run had other settings or rows."""
-    config, saved = plan.config, extra["config"]
-    defaults = {name: field.default for name, field in Config.model_fields.items()}
-    saved, now = defaults | saved, config.model_dump()  # a setting that is newer than the checkpoint had its default
-    free = FREE_TO_CHANGE if config.spec.learns_from_reward else FREE_TO_CHANGE | FREE_WITHOUT_RLOO
-    if len(extra["processes"]) != plan.world_size:
-        free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # how other devices cut a step up
+    """Raise ConfigError if ``extra``, from the checkpoint in ``folder``, has other settings or rows than ``plan``."""
+    config, num_processes = plan.config, len(extra["processes"])
+    free = FREE_TO_CHANGE if config.spec.learns_from_reward else FREE_TO_CHANGE | FREE_WITHOUT_REWARD
+    if num_processes != plan.world_size:
+        free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # they may divide the batch differently
         if extra["rows_a_step"] != plan.batch_size:
             raise ConfigError(
-                f"{folder} is of a run with {extra['rows_a_step']} rows a step on {len(extra['processes'])} processes, "
+                f"{folder} belongs to a run with {extra['rows_a_step']} rows per step on {num_processes} processes, "
                 f"and this one has {plan.batch_size} on {plan.world_size}: change gradient_accumulation_steps or "
-                "per_device_train_batch_size, so that a step has as many"
+                "per_device_train_batch_size so that the rows per step are equal"
             )
+    # A setting that is newer than the checkpoint had its default value.
+    saved = {name: field.default for name, field in Config.model_fields.items()} | extra["config"]
     changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
-        for name, value in now.items()
+        for name, value in config.model_dump().items()
         if name not in free and saved[name] != value
     ]
     if changed:
         raise ConfigError(
-            f"{folder} is of another run: {'; '.join(changed)}; set it back, or start a new run in another output_dir"
+            f"{folder} belongs to another run: {'; '.join(changed)}; set it back, or start a new run in another "
+            "output_dir"
         )
     hashes = extra["origin"]["rows"] if rows and "origin" in extra else {}
-    others = [split for split, found in hashes.items() if found != plan.rows_hashes[split]]
+    others = [split for split, saved_hash in hashes.items() if saved_hash != plan.rows_hashes[split]]
     if others:
         raise ConfigError(
-            f"{folder} is of other data: the {' and '.join(others)} rows of dataset_name={config.dataset_name!r}, as "
-            "the tokenizer reads them, have changed since the run began; bring them back, or start a new run in "
-            "another output_dir"
+            f"{folder} belongs to other data: the tokenized {' and '.join(others)} rows of dataset_name="
+            f"{config.dataset_name!r} have changed since the run began; restore them, or start a new run in another "
+            "output_dir"
         )

@@ -1,4 +1,4 @@
-"""A run's state on disk: its checkpoints, put there and taken back, and the model it ends with."""
+"""Save a run's state as a checkpoint, resume from one, and save the final model."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from hypo_train.checkpoint.files import (
     prune,
     remove_temporaries,
     save_checkpoint,
+    save_folder,
 )
 from hypo_train.checkpoint.model_card import write_card
 from hypo_train.checkpoint.resume import check_same_run, checkpoint_to_resume
-from hypo_train.checkpoint.whole_folder import put_whole
-from hypo_train.config import ConfigError
 from hypo_train.metrics.meter import Meter, sum_states
 from hypo_train.model.trained_weights import put_saved
+from hypo_train.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from hypo_train.build import Run
 
 
 def save(run: Run, meter: Meter, step: int) -> None:
-    """A checkpoint of all processes, which the main one writes."""
-    own = {
+    """Save a checkpoint of all processes; every process calls this and the main one writes."""
+    process_state = {
         "meter": meter.state(),
         "num_tokens": run.throughput.num_tokens,
         "rollouts": run.rollouts.state() if run.config.draws_samples else [],
     }
-    parts = run.processes.gather(own)
+    states = run.processes.gather(process_state)
     save_checkpoint(
         checkpoint_folder(run.output_dir, step),
         step=step,
@@ -43,7 +43,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
             "config": run.config.model_dump(),
             "rows_a_step": run.plan.batch_size,
             "origin": run.origin,
-            "processes": parts,  # by rank
+            "processes": states,  # by rank
         },
         processes=run.processes,
     )
@@ -51,7 +51,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
 
 
 def resume(run: Run, meter: Meter) -> int:
-    """Put weights, optimizer, schedule and meter back to a checkpoint's; the step to go on from, or 0."""
+    """Restore weights, optimizer, scheduler and meter from a checkpoint. Return the next step, 0 without one."""
     wanted = run.config.resume_from_checkpoint
     if wanted is None:
         return 0
@@ -69,60 +69,61 @@ def resume(run: Run, meter: Meter) -> int:
     put_saved(run.trained, checkpoint.model_state, folder)
     if run.zero is not None:
         run.zero.weights_changed()
-    _load_parts(run, meter, checkpoint.extra["processes"], folder)
+    _load_process_state(run, meter, checkpoint.extra["processes"], folder)
     if run.sampler is not None:
         run.sampler.weights_changed(checkpoint.step)
-    # A run that is at its end saves no more, and would leave them.
+    # Here and not only at the next save: a run whose steps are all done saves no more checkpoints.
     run.processes.on_main(lambda: remove_temporaries(run.output_dir))
     run.notes.append(f"continuing from {folder}, step {checkpoint.step}")
     if checkpoint.step >= run.plan.total_steps:
-        run.notes.append("all steps are done: the final model is saved from there, and nothing is trained")
+        run.notes.append("all steps are done: only the final model is saved")
     return checkpoint.step
 
 
-def _load_parts(run: Run, meter: Meter, parts: list[dict[str, Any]], folder: Path) -> None:
-    """What each process had counted and drawn ahead; all of it on the main one, where there were not as many."""
-    if len(parts) == run.plan.world_size:
-        own = parts[run.plan.rank_share.rank]
-    elif any(part["rollouts"] for part in parts):
+def _load_process_state(run: Run, meter: Meter, states: list[dict[str, Any]], folder: Path) -> None:
+    """Restore each process's own state. If the number of processes has changed, the main one gets the sums."""
+    if len(states) == run.plan.world_size:
+        state = states[run.plan.rank_share.rank]
+    elif any(saved["rollouts"] for saved in states):
         raise ConfigError(
-            f"{folder} holds samples that {len(parts)} processes have drawn ahead (rollout_steps="
-            f"{run.config.rollout_steps}), and these are {run.plan.world_size}: go on with as many"
+            f"{folder} holds samples that {len(states)} processes have drawn ahead (rollout_steps="
+            f"{run.config.rollout_steps}), and this run has {run.plan.world_size}: start {len(states)} processes"
         )
     elif run.processes.is_main:
-        meters = [part["meter"] for part in parts]
-        own = {"meter": sum_states(meters), "num_tokens": sum(part["num_tokens"] for part in parts), "rollouts": []}
+        meters = [saved["meter"] for saved in states]
+        num_tokens = sum(saved["num_tokens"] for saved in states)
+        state = {"meter": sum_states(meters), "num_tokens": num_tokens, "rollouts": []}
     else:
-        own = {"meter": {}, "num_tokens": 0, "rollouts": []}
-    meter.load(own["meter"])
-    run.throughput.num_tokens = own["num_tokens"]
+        state = {"meter": {}, "num_tokens": 0, "rollouts": []}
+    meter.load(state["meter"])
+    run.throughput.num_tokens = state["num_tokens"]
     if run.config.draws_samples:
-        run.rollouts.load(own["rollouts"])
+        run.rollouts.load(state["rollouts"])
 
 
 def _check_same_origin(run: Run, extra: dict[str, Any], folder: Path) -> None:
     check_same_run(run.plan, extra, folder)
-    before = extra.get("origin", run.origin)["weights"]  # a checkpoint from before it was kept
-    if before != run.origin["weights"]:
+    saved_weights = extra.get("origin", run.origin)["weights"]  # older checkpoints have no origin
+    if saved_weights != run.origin["weights"]:
         raise ConfigError(
-            f"{folder} is of another model: the weights in {run.config.model_name_or_path!r} have changed since the "
-            "run began; bring them back, or start a new run in another output_dir"
+            f"{folder} belongs to another model: the weights in {run.config.model_name_or_path!r} have changed since "
+            "the run began; restore them, or start a new run in another output_dir"
         )
 
 
 def save_model(run: Run) -> Path:
-    """The final model and its tokenizer, complete on the disk or not there at all; one of before stays until then."""
+    """Save the final model and its tokenizer atomically in ``output_dir/final``, and return that folder."""
     state = run.trained.whole_state()
     return run.processes.on_main(lambda: _write_model(run, state))
 
 
 def _write_model(run: Run, state: dict[str, Tensor] | None) -> Path:
-    def write(folder: Path) -> None:
+    def fill(folder: Path) -> None:
         run.trained.save_pretrained(folder, state)
         run.tokenizer.save_pretrained(folder)
         write_card(folder, run.config, run.output_dir)
 
-    advice = (
-        "; training is done and its last checkpoint is kept: --resume_from_checkpoint auto saves the model from there"
-    )
-    return put_whole(run.output_dir / "final", write, advice=advice)
+    final = run.output_dir / "final"
+    advice = "; training is done and the last checkpoint is kept: --resume_from_checkpoint auto saves the model from it"
+    save_folder(final, fill, advice=advice)
+    return final

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hypo_train.utils.errors import OtherProcessError, Stopped
 from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
-from hypo_train.utils.signals import ElsewhereError, Stopped
 
 T = TypeVar("T")
 # A main process writes checkpoints and keeps reference log-probs while the others wait.
@@ -81,7 +81,7 @@ class Processes:
         """What ``function`` gives on the main process, for all of them, which wait for it.
 
         Raises:
-            ElsewhereError: on the others, where it has raised on the main process.
+            OtherProcessError: on the others, where it has raised on the main process.
         """
         if self.count == 1:
             return function()
@@ -97,14 +97,14 @@ class Processes:
         if error is not None:
             raise error
         if outcome[1] is not None:
-            raise ElsewhereError(outcome[1])
+            raise OtherProcessError(outcome[1])
         return cast(T, outcome[0])
 
     def together(self, function: Callable[[], T]) -> T:
         """What ``function`` gives here, if it raises nowhere.
 
         Raises:
-            ElsewhereError: where it has raised on another process, the first of which raises its error itself.
+            OtherProcessError: where it has raised on another process, the first of which raises its error itself.
         """
         if self.count == 1:
             return function()
@@ -119,7 +119,7 @@ class Processes:
         if error is not None and self.rank_share.rank == failed[0]:
             raise error
         if failed:  # what all have found is said once; what one has found, where its own machine's words are not read
-            raise ElsewhereError(everyones[failed[0]] if error is None else f"process {failed[0]} has failed")
+            raise OtherProcessError(everyones[failed[0]] if error is None else f"process {failed[0]} has failed")
         return cast(T, result)
 
     def _told(self, error: Exception) -> str:
@@ -132,16 +132,16 @@ class Processes:
         the broken connections that they find.
 
         Raises:
-            ElsewhereError: in the place of an error that another process's has brought about.
+            OtherProcessError: in the place of an error that another process's has brought about.
         """
         try:
             yield
         except Exception as error:
-            if self.count == 1 or isinstance(error, (Stopped, ElsewhereError)):
+            if self.count == 1 or isinstance(error, (Stopped, OtherProcessError)):
                 raise
             own = self._told(error)
             if (first := _first_failure(own)) != own and isinstance(error, RuntimeError):
-                raise ElsewhereError(first) from error
+                raise OtherProcessError(first) from error
             raise
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from hypo_train.config import is_users_mistake
-from hypo_train.utils.signals import ElsewhereError, NotFiniteError, Stopped
+from hypo_train.utils.errors import NotFiniteError, OtherProcessError, Stopped
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,7 +27,7 @@ def telling_torchrun(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if _FILE in os.environ and not isinstance(error, ElsewhereError):
+            if _FILE in os.environ and not isinstance(error, OtherProcessError):
                 _tell(Path(os.environ[_FILE]), error)
             raise
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from hypo_train.checkpoint.files import save_folder
 from hypo_train.checkpoint.model_card import write_card
-from hypo_train.checkpoint.whole_folder import put_whole
 from hypo_train.config import ConfigError, require_trust
 from hypo_train.export.settings import Settings
 from hypo_train.export.source import Source
@@ -39,7 +39,7 @@ def run(settings: Settings) -> int:
         tokenizer.save_pretrained(folder)
         write_card(folder, source.config, source.run, step=_step(source))
 
-    put_whole(settings.output_dir, write)
+    save_folder(settings.output_dir, write, advice="")
     kind = str(dtype).removeprefix("torch.") if whole else "adapter"
     print(f"{source.folder} exported to {settings.output_dir} ({kind})")
     return 0

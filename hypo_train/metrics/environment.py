@@ -18,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hypo_train.utils.records import written
-from hypo_train.utils.safe_print import say
-from hypo_train.utils.signals import NotFiniteError, Stopped
+from hypo_train.utils.atomic import write_file
+from hypo_train.utils.errors import NotFiniteError, Stopped
+from hypo_train.utils.records import record_errors
+from hypo_train.utils.safe_print import safe_print
 
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = (
@@ -60,7 +61,7 @@ class Attempt:
             "seconds": None,
             **describe(self._device),
         }
-        with written(self._path):
+        with record_errors(self._path):
             self._write()
         return self
 
@@ -71,13 +72,11 @@ class Attempt:
         try:
             self._write()
         except OSError as failed:  # must not hide the error that ended the run
-            say(f"{self._path} does not say how the run ended: {failed}", sys.stderr)
+            safe_print(f"{self._path} does not say how the run ended: {failed}", sys.stderr)
 
     def _write(self) -> None:
-        temporary = self._path.with_name(self._path.name + ".tmp")
         text = json.dumps({"attempts": [*self._earlier, self._record]}, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_file(self._path, text + "\n")
 
 
 def read_attempts(output_dir: Path) -> tuple[list[dict[str, Any]], str | None]:

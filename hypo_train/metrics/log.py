@@ -19,8 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 from hypo_train.metrics.trackers import Trackers
-from hypo_train.utils.records import written
-from hypo_train.utils.safe_print import say
+from hypo_train.utils.atomic import write_file
+from hypo_train.utils.records import record_errors
+from hypo_train.utils.safe_print import safe_print
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {  # metrics of the progress bar, and their labels
@@ -91,7 +92,7 @@ class RunLog(SilentLog):
         self._started = time.monotonic()
         self._shown: dict[str, str] = {}
         self._trackers = trackers
-        with written(path):
+        with record_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _cut(path, resume_step)
             self._file = path.open("a", encoding="utf-8")
@@ -103,7 +104,7 @@ class RunLog(SilentLog):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step; they survive if the process is killed afterwards."""
         line = {"step": step, **{name: _to_json(value) for name, value in metrics.items()}}
-        with written(self._path):
+        with record_errors(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         if self._trackers is not None:
@@ -116,7 +117,7 @@ class RunLog(SilentLog):
 
     def flush(self) -> None:
         """Write what was logged to the disk, so that it survives a power failure; call it before a checkpoint."""
-        with written(self._path):
+        with record_errors(self._path):
             os.fsync(self._file.fileno())
 
     def advance(self, step: int) -> None:
@@ -127,7 +128,7 @@ class RunLog(SilentLog):
     def message(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         with tqdm.external_write_mode():
-            say(text)
+            safe_print(text)
 
     def close(self) -> None:
         """Close the files and the bar; closing twice does nothing."""
@@ -135,7 +136,7 @@ class RunLog(SilentLog):
             self._trackers.close()
         if self._bar is not None:
             self._bar.close()
-        with written(self._path):
+        with record_errors(self._path):
             self._file.close()
 
     def __enter__(self) -> RunLog:
@@ -198,12 +199,7 @@ def _cut(path: Path, resume_step: int) -> None:
         return
     lines = path.read_bytes().split(b"\n")[:-1] if resume_step > 0 else []
     kept = [line for line in lines if _is_kept(line, resume_step)]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_file(path, b"".join(line + b"\n" for line in kept))
 
 
 def _is_kept(line: bytes, resume_step: int) -> bool:

@@ -37,7 +37,8 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
 from hypo_train.model.weight_digest import contents, started_from
 from hypo_train.trees.pack import Batcher
-from hypo_train.utils.safe_print import say
+from hypo_train.utils.atomic import write_file
+from hypo_train.utils.safe_print import safe_print
 
 FORMAT_VERSION = 1  # of the file, and of how the values are computed: raised when either changes
 _SECONDS_PER_LINE = 30.0
@@ -267,16 +268,7 @@ def _write(path: Path, logps: Tensor, policy: Policy) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(safetensors.torch.save({"logps": logps}, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_file(path, safetensors.torch.save({"logps": logps}, metadata), shared=True)
 
 
 def _digest(logps: Tensor) -> str:
@@ -285,4 +277,4 @@ def _digest(logps: Tensor) -> str:
 
 def _say(text: str) -> None:
     with tqdm.external_write_mode():
-        say(text)
+        safe_print(text)

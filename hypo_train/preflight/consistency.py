@@ -35,7 +35,7 @@ def require_same_settings(processes: Processes, config: Config, *, device_type: 
 
     Raises:
         ConfigError: on the main process, where a process has other settings, packages or another kind of device;
-            ``ElsewhereError`` on the others.
+            ``OtherProcessError`` on the others.
     """
     settings = {name: value for name, value in config.model_dump().items() if name not in _PLACES}
     _require(processes, settings, "start all processes with the same settings")
@@ -59,7 +59,7 @@ def require_same_contents(
         tokens: those with a meaning of their own, by what they are.
 
     Raises:
-        ConfigError: on the main process, where a process has read something else; ``ElsewhereError`` on the others.
+        ConfigError: on the main process, where a process has read something else; ``OtherProcessError`` on the others.
     """
     if processes.count == 1:
         return

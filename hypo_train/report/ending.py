@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hypo_train.report.page import REPORT_FILE, write_report
-from hypo_train.utils.safe_print import say
+from hypo_train.utils.safe_print import safe_print
 
 
 @contextmanager
@@ -23,4 +23,4 @@ def report_at_the_end(output_dir: Path) -> Iterator[None]:
         try:
             write_report([output_dir], output_dir / REPORT_FILE)
         except Exception as error:
-            say(f"the report was not written ({type(error).__name__}: {error})", sys.stderr)
+            safe_print(f"the report was not written ({type(error).__name__}: {error})", sys.stderr)

@@ -6,7 +6,6 @@ the data, the samples or the settings say.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -23,6 +22,7 @@ from hypo_train.report.numbers import duration, short, with_error
 from hypo_train.report.runs import RecordedRun, read_runs
 from hypo_train.report.samples import samples
 from hypo_train.report.series import is_number, last
+from hypo_train.utils.atomic import write_file
 
 REPORT_FILE = "report.html"
 _NAMED = 3  # runs in the title
@@ -38,12 +38,9 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     runs = read_runs(list(folders))
     _require_report(path)
     content = page(runs)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
+        write_file(path, content, shared=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(f"the report cannot be written to {str(path)!r}: {error.strerror}") from error
 
 

@@ -1,10 +1,12 @@
-"""A tensor's content as a short string, computed where the tensor lies.
+"""Hash the content of a tensor on the device where it lies.
 
-The bits are read as integers x of at most 32 bits, in blocks. A block gives two sums Σ wᵢ·xᵢ mod 2⁶⁴ with fixed
-pseudo-random 64-bit weights w, exact in any order and so the same on every device; SHA-256 of the length and of
-all sums, in order, is the fingerprint. Where two blocks differ by d = 2ᵛ·odd at some place, v ≤ 31, their sums
-agree for one value mod 2⁶⁴⁻ᵛ of that place's weight: a chance of at most 2⁻³³ a sum and 2⁻⁶⁶ for both, whatever
-the two contents are. That is against chance: the weights are public, and who may write a model can make two alike.
+The bits are read as integers x of at most 32 bits, in blocks. Each block gives two sums Σ wᵢ·xᵢ mod 2⁶⁴ with fixed
+pseudo-random 64-bit weights w; they are exact in any order of summation, so every device gives the same. The digest is
+the SHA-256 of the length and of all sums in order.
+
+Two blocks that differ by d = 2ᵛ·odd at some position (v ≤ 31) have equal sums for one value mod 2⁶⁴⁻ᵛ of that
+position's weight: a chance of at most 2⁻³³ for one sum and 2⁻⁶⁶ for both, whatever the contents are. This protects
+against accidents, not against an attacker: the weights are public.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2**14  # integers summed into one pair of sums
-_AT_ONCE = 64  # blocks in one launch: 24 MiB of temporaries
-_INTEGERS = {1: torch.uint8, 2: torch.int16}  # wider elements are read as several of 32 bits
+_BLOCKS_PER_LAUNCH = 64  # 24 MiB of temporaries
+_INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16}  # wider elements are read as several 32-bit integers
 
 
-def fingerprint(tensor: Tensor) -> str:
-    """64 hexadecimal digits of the content of ``tensor``: its bits in order, not its dtype or shape."""
-    bits = tensor.detach().contiguous().flatten().view(_INTEGERS.get(tensor.element_size(), torch.int32))
+def tensor_digest(tensor: Tensor) -> str:
+    """Return 64 hexadecimal digits for the bits of ``tensor`` in order; dtype and shape do not enter."""
+    bits = tensor.detach().contiguous().flatten().view(_INTEGER_DTYPES.get(tensor.element_size(), torch.int32))
     weights = _weights(bits.device)
-    whole = len(bits) // _BLOCK * _BLOCK
-    parts = [part.unflatten(0, (-1, 1, _BLOCK)) for part in bits[:whole].split(_BLOCK * _AT_ONCE) if len(part)]
-    parts.append(bits[whole:].view(1, 1, -1))
+    full = len(bits) // _BLOCK * _BLOCK
+    parts = [part.unflatten(0, (-1, 1, _BLOCK)) for part in bits[:full].split(_BLOCK * _BLOCKS_PER_LAUNCH) if len(part)]
+    parts.append(bits[full:].view(1, 1, -1))
     sums = torch.cat([(part.long() * weights[:, : part.shape[-1]]).sum(-1) for part in parts])  # (blocks, 2)
-    length = len(bits).to_bytes(8, "little")  # zeros at the end add nothing to a sum
+    length = len(bits).to_bytes(8, "little")  # trailing zeros do not change a sum
     return hashlib.sha256(length + sums.cpu().numpy().tobytes()).hexdigest()
 
 

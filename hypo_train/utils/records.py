@@ -1,8 +1,9 @@
-"""Records for people and programs: JSON lines, which keep every text as it is, and CSV that a spreadsheet opens."""
+"""Records for people and programs: JSON lines, which keep every text unchanged, and CSV for spreadsheets."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hypo_train.config import ConfigError
+from hypo_train.utils.atomic import write_file
+from hypo_train.utils.errors import ConfigError, RecordError
 
-# A spreadsheet takes a cell that begins so for a formula and runs it; the text of a model's sample may begin with any.
+# A spreadsheet runs a cell that begins with one of these as a formula, and a model's sample may begin with any of them.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def make_folder(folder: Path, field: str) -> None:
-    """Make ``folder``, the value of ``field``, if need be. Raises ConfigError if nothing can be written there."""
+    """Create ``folder``, the value of ``field``, if needed. Raises ConfigError if no file can be written in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -26,44 +28,40 @@ def make_folder(folder: Path, field: str) -> None:
         raise ConfigError(f"{field}={str(folder)!r} cannot be written to: {error.strerror}") from error
 
 
-class RecordError(ValueError):
-    """What a run says of itself cannot be written, as on a full disk."""
-
-
 @contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Around whatever writes ``path``, a run's. Raises RecordError, in the place of the system's error."""
+def record_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the ``with`` block, which writes the run's record ``path``, into a RecordError."""
     try:
         yield
     except OSError as error:
         raise RecordError(
-            f"cannot write {path}: {error.strerror or error}; checkpoints are kept as they were: mend that, then "
-            "--resume_from_checkpoint auto goes on from the newest"
+            f"cannot write {path}: {error.strerror or error}; the checkpoints are unchanged: fix the cause, then "
+            "--resume_from_checkpoint auto continues from the newest one"
         ) from error
 
 
 def write_json_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """One object a line, UTF-8."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
-    path.write_text("".join(lines), encoding="utf-8", errors="replace")
+    """Write one JSON object per line as UTF-8, atomically. A lone surrogate becomes a question mark."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_file(path, text.encode(errors="replace"))
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """A row a record, a column for every name that occurs, quoted as RFC 4180 asks; line breaks in a text stay.
+    """Write one row per record and one column per name, quoted as in RFC 4180, atomically.
 
-    The file begins with a byte order mark, without which Excel reads UTF-8 as another encoding. A text that a
-    spreadsheet would run as a formula gets an apostrophe in front; the JSON lines have it without.
+    The file begins with a byte order mark: without it, Excel reads UTF-8 as another encoding. A text that a spreadsheet
+    would run as a formula gets an apostrophe in front.
     """
     columns = list(dict.fromkeys(name for record in records for name in record))
-    with path.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([_cell(record.get(name)) for name in columns] for record in records)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows([_cell(record.get(name)) for name in columns] for record in records)
+    write_file(path, text.getvalue().encode("utf-8-sig", errors="replace"))
 
 
 def _cell(value: Any) -> Any:
     if not isinstance(value, str):
-        return value  # a negative number stays one
+        return value  # a negative number is no formula
     text = value.replace("\0", "\ufffd")  # many readers stop at a NUL
     return "'" + text if text.startswith(_FORMULA_STARTS) else text

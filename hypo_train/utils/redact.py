@@ -1,4 +1,4 @@
-"""Settings as they may be shown to others: credentials that somebody wrote into an address are left out."""
+"""Remove credentials from settings that others may see."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ _SECRETS = (
 
 
 def redacted(value: Any) -> Any:
-    """``value`` with ``***`` for passwords in addresses, tokens in their queries, and keys known by their form."""
+    """Return ``value`` with ``***`` for passwords in URLs, tokens in their queries and API keys of known forms.
+
+    Lists, tuples and dicts are redacted recursively; a tuple becomes a list.
+    """
     if isinstance(value, str):
-        for pattern, shown in _SECRETS:
-            value = pattern.sub(shown, value)
+        for pattern, replacement in _SECRETS:
+            value = pattern.sub(replacement, value)
         return value
     if isinstance(value, (list, tuple)):
         return [redacted(item) for item in value]

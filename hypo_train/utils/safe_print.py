@@ -1,4 +1,4 @@
-"""Lines for whoever watches a run, who may have left: a closed pipe, a lost terminal or a full disk costs no run."""
+"""Printing that never ends a run: the reader may have closed the pipe or the terminal, or the disk may be full."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import os
 import sys
 from typing import TextIO
 
-_GONE = {errno.EPIPE, errno.EIO}  # a reader has left, a terminal has hung up: neither comes back
+_READER_GONE = {errno.EPIPE, errno.EIO}  # a closed pipe, a closed terminal
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line at once, to ``stream`` or stdout; one that nobody can be told is dropped."""
+def safe_print(text: str, stream: TextIO | None = None) -> None:
+    """Print a line to ``stream`` (default: stdout) and flush it. A line that cannot be written is dropped."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
     except OSError as error:
-        if error.errno in _GONE:
-            _to_nowhere(stream)
+        if error.errno in _READER_GONE:
+            _redirect_to_devnull(stream)
 
 
-def _to_nowhere(stream: TextIO) -> None:
-    """What still waits to be written would fail again at the interpreter's end."""
+def _redirect_to_devnull(stream: TextIO) -> None:
+    """Keep the buffered text from failing again when the interpreter flushes the stream at exit."""
     try:
         descriptor = stream.fileno()
     except OSError:
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, descriptor)
+    os.close(devnull)

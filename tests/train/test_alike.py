@@ -18,8 +18,8 @@ from hypo_train.data.rows import Pair
 from hypo_train.distributed.processes import Processes
 from hypo_train.model.policy import Policy
 from hypo_train.preflight import consistency
+from hypo_train.utils.errors import OtherProcessError
 from hypo_train.utils.rank_share import RankShare
-from hypo_train.utils.signals import ElsewhereError
 
 ROWS = (Pair(0, (5, 6), (7, 1), (8, 1)), Pair(1, (5,), (9, 1), (8, 1)))
 
@@ -60,7 +60,7 @@ def refused(found):
     """The text that the main process says, once."""
     main, *others = found
     assert isinstance(main, ConfigError), main
-    assert all(isinstance(error, ElsewhereError) for error in others)
+    assert all(isinstance(error, OtherProcessError) for error in others)
     assert str(main) not in [str(error) for error in others]
     return str(main)
 

@@ -16,8 +16,8 @@ from hypo_train.checkpoint.files import (
     prune,
     save_checkpoint,
 )
-from hypo_train.checkpoint.whole_folder import put_whole
 from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.utils.atomic import write_folder
 
 FILES = ["checkpoint.json", "model.safetensors", "optimizer.safetensors", "trainer.json"]
 
@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name_for_the_one_before(tmp_path, ho
 def test_a_checkpoint_under_the_name_of_another_step_is_skipped(tmp_path):
     older = Run().train(1).save(tmp_path)
     shutil.copytree(older, tmp_path / "checkpoint-7")
-    with pytest.warns(UserWarning, match="is of step 1"):
+    with pytest.warns(UserWarning, match="belongs to step 1"):
         assert latest_checkpoint(tmp_path) == older
 
 
@@ -317,7 +317,8 @@ def kill_at(monkeypatch, nth):
             calls += 1
             if calls == nth:
                 if function is remove_tree:
-                    next(Path(arguments[0]).iterdir()).unlink()  # midway through a removal
+                    for path in [*Path(arguments[0]).glob("*")][:1]:
+                        path.unlink()  # midway through a removal
                 raise Killed
             return function(*arguments, **keywords)
 
@@ -404,7 +405,7 @@ def test_of_a_checkpoint_or_model_that_is_a_link_the_link_is_replaced_and_what_i
     prune(tmp_path, 1)
     model = tmp_path / "final"
     model.symlink_to(elsewhere)
-    put_whole(model, lambda folder: (folder / "config.json").write_text("{}"))
+    write_folder(model, lambda folder: (folder / "config.json").write_text("{}"))
     assert sorted(tmp_path.iterdir()) == [second, model, elsewhere]
     assert [path.name for path in model.iterdir()] == ["config.json"]
     assert sorted(path.name for path in elsewhere.iterdir()) == FILES
@@ -422,5 +423,5 @@ def test_a_folder_inside_of_what_is_saved_can_still_be_entered(tmp_path):
         (folder / "additional_chat_templates").mkdir(mode=0o755)
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
 
-    inside = put_whole(tmp_path / "final", write) / "additional_chat_templates"
-    assert inside.stat().st_mode & 0o111 == 0o111
+    write_folder(tmp_path / "final", write)
+    assert (tmp_path / "final" / "additional_chat_templates").stat().st_mode & 0o111 == 0o111

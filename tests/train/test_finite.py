@@ -15,7 +15,7 @@ from hypo_train.algorithms import preference
 from hypo_train.build import prepare
 from hypo_train.metrics.meter import FiniteWatch
 from hypo_train.train import train
-from hypo_train.utils.signals import NotFiniteError
+from hypo_train.utils.errors import NotFiniteError
 
 
 def poisoned(patch, nth, value=math.nan):
@@ -43,7 +43,9 @@ def test_the_step_is_named_its_rows_are_kept_and_no_checkpoint_is_of_it(long_run
         with pytest.raises(NotFiniteError, match=r"step 7: the loss or its gradient is not finite") as caught:
             train(config, progress=False)
     folder = Path(config.output_dir)
-    assert f"{folder}/checkpoint-4 is from before it: --resume comes to that step again" in str(caught.value)
+    assert f"{folder}/checkpoint-4 was saved before that step: --resume repeats it with the same rows" in str(
+        caught.value
+    )
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not (folder / "final").exists()
     run = prepare(config)
@@ -89,7 +91,7 @@ def test_the_samples_of_the_step_are_kept_and_a_replay_comes_to_it_with_the_same
     kept = Path(config.output_dir) / "not-finite-step-7.jsonl"
     with monkeypatch.context() as patch:
         poisoned(patch, 7)
-        with pytest.raises(NotFiniteError, match="checkpoint-4 is from before it: --resume comes to that step again"):
+        with pytest.raises(NotFiniteError, match="checkpoint-4 was saved before that step: --resume repeats it with"):
             train(config, progress=False)
     found = kept.read_text()
     records = [json.loads(line) for line in found.splitlines()]
@@ -119,7 +121,7 @@ def test_weights_that_have_run_away_are_told_from_a_fault_of_the_sampler(long_ru
 
 
 def test_a_rate_that_is_far_too_high_ends_in_a_line_about_it(long_run):
-    with pytest.raises(NotFiniteError, match=r"step [23]: .* In another run a lower learning_rate"):
+    with pytest.raises(NotFiniteError, match=r"step [23]: .* In a new run, a lower learning_rate"):
         train(long_run(learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0), progress=False)
 
 

@@ -45,7 +45,7 @@ def test_a_run_where_another_one_is_at_work_is_refused_before_weights_are_read(s
     monkeypatch.setattr(build, "load_policy", None)
     with (
         another_run_at_work(Path(config.output_dir)),
-        pytest.raises(ConfigError, match=r"output_dir='.*run': another run is at work there: wait until it has ended"),
+        pytest.raises(ConfigError, match=r"output_dir='.*run': another run is using it: wait until that run has ended"),
     ):
         train(config, progress=False)
     assert [path.name for path in Path(config.output_dir).iterdir()] == [LOCK_FILE]
@@ -53,9 +53,9 @@ def test_a_run_where_another_one_is_at_work_is_refused_before_weights_are_read(s
 
 def test_a_killed_run_leaves_no_lock(tmp_path):
     with another_run_at_work(tmp_path) as holder:
-        with pytest.raises(ConfigError, match="another run is at work"):
+        with pytest.raises(ConfigError, match="another run is using it"):
             require_unlocked(tmp_path)
-        with pytest.raises(ConfigError, match="another run is at work"), locked(tmp_path):
+        with pytest.raises(ConfigError, match="another run is using it"), locked(tmp_path):
             pass
         holder.send_signal(signal.SIGKILL)
         assert holder.wait(timeout=60) == -signal.SIGKILL

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from hypo_train.metrics.log import RunLog, read_metrics
-from hypo_train.utils.records import RecordError
-from hypo_train.utils.safe_print import say
+from hypo_train.utils.errors import RecordError
+from hypo_train.utils.safe_print import safe_print
 
 
 def run_log(output_dir, **options):
@@ -296,7 +296,7 @@ def test_a_run_goes_on_when_nobody_can_be_told(tmp_path, monkeypatch, why, strea
             log.advance(step)
             log.log(step, {"loss": 0.5})
             log.message("hello")
-            say("hello", sys.stderr)
+            safe_print("hello", sys.stderr)
     assert len(lines(tmp_path)) == 3
     if why is not full_disk:  # as at the interpreter's end, whose exit status says that this has failed
         broken.close()
@@ -311,7 +311,7 @@ def test_a_line_that_finds_no_room_is_an_error_that_names_the_file_and_the_way_o
     with open("/dev/full", "w") as full:
         log._file = full
         with pytest.raises(
-            RecordError, match=r"cannot write .*metrics\.jsonl: No space left .*auto goes on from the new"
+            RecordError, match=r"cannot write .*metrics\.jsonl: No space left .*auto continues from the new"
         ):
             log.log(1, {"loss": 0.5})
         with pytest.raises(RecordError, match="cannot write"):  # what is still to be written

@@ -136,7 +136,7 @@ def test_problems_of_the_settings_are_all_named(settings, tmp_path, nothing_heav
 
 def test_a_run_that_is_named_where_its_checkpoint_is_meant_is_told_so(settings, tmp_path, nothing_heavy):
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"is no checkpoint, which are called checkpoint-<step>: "):
+    with pytest.raises(ConfigError, match=r"is not a checkpoint folder \(checkpoint-<step>\): "):
         prepare(settings(resume_from_checkpoint=str(tmp_path / "run")))
 
 

@@ -27,7 +27,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
 from hypo_train.model.tree_model import ModelError
 from hypo_train.train import train
-from hypo_train.utils.hashing import fingerprint
+from hypo_train.utils.hashing import tensor_digest
 
 WAYS = {"full": {}, "lora": LORA, "lora, head": LORA_HEAD, "last layer": LAST_LAYER}
 CPU = torch.device("cpu")
@@ -574,29 +574,29 @@ def test_progress_is_said_now_and_then_where_there_is_no_terminal(cached, folder
 def test_a_fingerprint_sees_every_bit_and_where_it_is(dtype, size):
     values = torch.arange(size).mul(2654435761).bitwise_and(255)
     tensor = values.to(dtype) if dtype != torch.bool else values > 127
-    found = {fingerprint(tensor)}
-    assert found == {fingerprint(tensor.clone())}
+    found = {tensor_digest(tensor)}
+    assert found == {tensor_digest(tensor.clone())}
     raw = tensor.view(torch.uint8)
     places = sorted({0, len(raw) // 2, len(raw) - 1}) if size else []
     for place in places:
         for bit in (1, 128):
             raw[place] ^= bit
-            found.add(fingerprint(tensor))
+            found.add(tensor_digest(tensor))
             raw[place] ^= bit
     assert len(found) == 1 + 2 * len(places)
     if size > 2**14:  # within a block, and from block to block
         for i, j in ((0, 1), (1, 2**14 + 5)):
             exchanged = tensor.clone()
             exchanged[i], exchanged[j] = tensor[j], tensor[i]
-            assert (fingerprint(exchanged) in found) is bool(tensor[i] == tensor[j])
+            assert (tensor_digest(exchanged) in found) is bool(tensor[i] == tensor[j])
 
 
 def test_a_fingerprint_is_of_the_content_and_not_of_how_it_lies_in_memory():
     tensor = torch.arange(12.0).view(3, 4)
-    assert fingerprint(tensor.T) == fingerprint(tensor.T.contiguous()) != fingerprint(tensor)
-    assert fingerprint(torch.zeros(3)) != fingerprint(torch.zeros(4))
+    assert tensor_digest(tensor.T) == tensor_digest(tensor.T.contiguous()) != tensor_digest(tensor)
+    assert tensor_digest(torch.zeros(3)) != tensor_digest(torch.zeros(4))
 
 
 def test_a_fingerprint_does_not_change_between_versions():
     expected = "82d03c15e4869164feda87a4421a744435bb8c4ad52f1992b3b83f0627357374"
-    assert fingerprint(torch.arange(20_000)) == expected
+    assert tensor_digest(torch.arange(20_000)) == expected

@@ -26,14 +26,15 @@ import hypo_train.checkpoint.state as state
 import hypo_train.step as one_step
 import hypo_train.train as loop
 from hypo_train.__main__ import main
-from hypo_train.checkpoint.files import CheckpointError, latest_checkpoint
+from hypo_train.checkpoint.files import latest_checkpoint
 from hypo_train.config import ConfigError
 from hypo_train.metrics.log import read_metrics, without_costs
 from hypo_train.metrics.timing import PhaseTimer
 from hypo_train.model.policy import Policy
 from hypo_train.sampling import DecodeSampler
 from hypo_train.train import train
-from hypo_train.utils.signals import Stopped
+from hypo_train.utils import atomic
+from hypo_train.utils.errors import CheckpointError, Stopped
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.3}
 LORA_HEAD = {**LORA, "lora_target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.0}
@@ -182,7 +183,7 @@ PHASES = {
     "after an evaluation, before its line": (loop, "evaluate", 3, True),
     "after a line is logged": (loop.RunLog, "log", 6, True),
     "before a checkpoint": (loop, "save", 2, False),
-    "within a checkpoint": (os, "fsync", 12, False),
+    "within a checkpoint": (atomic, "fsync", 9, False),
     "before the final model": (loop, "save_model", 1, False),
     "within the final model": (Policy, "save_pretrained", 1, True),
 }
@@ -282,7 +283,7 @@ def test_a_finished_run_that_is_resumed_trains_no_more(interrupted, uninterrupte
     train(config, progress=False)
     monkeypatch.setattr(loop, "train_step", None)
     assert_same_run(resumed(config), uninterrupted)
-    assert "all steps are done: the final model is saved from there" in capsys.readouterr().out
+    assert "all steps are done: only the final model is saved" in capsys.readouterr().out
 
 
 # Told to stop
@@ -325,7 +326,7 @@ def test_a_run_that_is_told_to_stop_ends_its_step_saves_and_goes_on_later(
     assert caught.value.checkpoint == Path(config.output_dir) / "checkpoint-8"
     assert pickle.loads(pickle.dumps(caught.value)).signal is number
     assert signal.getsignal(number) is before
-    assert f"{number.name}: ending the step, then saving; once more to stop at once" in capsys.readouterr().err
+    assert f"{number.name}: finishing the step and saving; send it again to stop at once" in capsys.readouterr().err
     assert_same_run(resumed(config), uninterrupted)
 
 
@@ -410,7 +411,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_it(interrupted, u
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "save_checkpoint", in_little_room)
-        with pytest.raises(CheckpointError, match=r"cannot save .*checkpoint-6: .*; what was saved before is kept"):
+        with pytest.raises(CheckpointError, match=r"cannot save .*checkpoint-6: .*; earlier checkpoints are unchanged"):
             train(config, progress=False)
     assert sorted(path.name for path in Path(config.output_dir).glob("checkpoint-*")) == ["checkpoint-3"]
     assert_same_run(resumed(config), uninterrupted)
@@ -445,7 +446,7 @@ def test_the_final_model_of_a_finished_run_is_there_until_it_is_saved_again(inte
 def test_what_a_kill_in_the_last_removal_leaves_behind_is_gone_after_the_resume(interrupted, monkeypatch):
     config = interrupted(save_total_limit=1)
     with monkeypatch.context() as patch:
-        die(patch, shutil, "rmtree", 3)  # the fourth save removes the third checkpoint
+        die(patch, atomic, "_set_aside", 3, afterwards=True)  # the fourth save removes the third checkpoint
         with pytest.raises(Killed):
             train(config, progress=False)
     folder = Path(config.output_dir)
@@ -526,7 +527,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(interrupted, u
     before = snapshot(config.output_dir)
     with (
         pytest.warns(UserWarning, match=r"skipping the checkpoint .*checkpoint-3: model\.safetensors"),
-        pytest.raises(ConfigError, match=r"none of its checkpoints .*checkpoint-6: model.*checkpoint-3: .*remove them"),
+        pytest.raises(
+            ConfigError, match=r"all of its checkpoints are damaged .*checkpoint-6: model.*checkpoint-3: .*remove them"
+        ),
     ):
         resumed(config)
     assert snapshot(config.output_dir) == before
@@ -587,7 +590,7 @@ def test_a_checkpoint_that_is_not_there_is_named(interrupted):
 @pytest.mark.parametrize(
     ("wanted", "wrong", "meant"),
     [
-        ("{run}", "is no checkpoint", "checkpoint-6"),
+        ("{run}", "is not a checkpoint folder", "checkpoint-6"),
         ("checkpoint-3", "there is no such folder", "checkpoint-3"),
         ("{run}/checkpoint-7", "there is no such folder", "checkpoint-6"),
     ],
@@ -637,8 +640,8 @@ def test_a_run_with_another_setting_is_refused_by_the_settings_name(interrupted,
     with pytest.raises(ConfigError) as caught:
         resumed(config, **{field: value})
     assert str(caught.value) == (
-        f"{config.output_dir}/checkpoint-6 is of another run: {field} was {getattr(config, field)!r} and is {value!r}; "
-        "set it back, or start a new run in another output_dir"
+        f"{config.output_dir}/checkpoint-6 belongs to another run: {field} was {getattr(config, field)!r} and is "
+        f"{value!r}; set it back, or start a new run in another output_dir"
     )
     assert snapshot(config.output_dir) == before
 
@@ -646,13 +649,15 @@ def test_a_run_with_another_setting_is_refused_by_the_settings_name(interrupted,
 def test_another_data_set_is_refused(interrupted, monkeypatch, tmp_path):
     config = killed_run(interrupted(), monkeypatch)
     other = tiny.write_rows(tmp_path / "other.jsonl", tiny.pair_rows(seed=1))
-    with pytest.raises(ConfigError, match=r"is of another run: dataset_name was .*pairs.jsonl' and is .*other\.jsonl'"):
+    with pytest.raises(
+        ConfigError, match=r"belongs to another run: dataset_name was .*pairs.jsonl' and is .*other\.jsonl'"
+    ):
         resumed(config, dataset_name=str(other))
 
 
 def test_another_model_is_refused(interrupted, monkeypatch, saved_model):
     config = killed_run(interrupted(), monkeypatch)
-    with pytest.raises(ConfigError, match="is of another run: model_name_or_path was"):
+    with pytest.raises(ConfigError, match="belongs to another run: model_name_or_path was"):
         resumed(config, model_name_or_path=str(saved_model("gpt_neox")))
 
 
@@ -661,14 +666,14 @@ def test_another_run_s_checkpoint_is_refused_before_weights_are_read_and_by_a_dr
 ):
     config = killed_run(interrupted(), monkeypatch)
     monkeypatch.setattr(building, "load_policy", None)
-    with pytest.raises(ConfigError, match="is of another run: beta was"):
+    with pytest.raises(ConfigError, match="belongs to another run: beta was"):
         resumed(config, beta=0.5)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config.to_yaml(), encoding="utf-8")
     command = ["--config", str(recipe), "--resume", "--dry-run"]
     assert main(command) == 0
     assert main([*command, "--beta", "0.5"]) == 2
-    assert "is of another run: beta was" in capsys.readouterr().err
+    assert "belongs to another run: beta was" in capsys.readouterr().err
 
 
 def test_data_that_have_changed_under_their_name_are_refused(interrupted, monkeypatch):
@@ -676,7 +681,9 @@ def test_data_that_have_changed_under_their_name_are_refused(interrupted, monkey
     before = snapshot(config.output_dir)
     rows = tiny.pair_rows()
     tiny.write_rows(Path(config.dataset_name), [rows[1], rows[0], *rows[2:]])
-    with pytest.raises(ConfigError, match=r"checkpoint-6 is of other data: the train rows of dataset_name=.* changed"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint-6 belongs to other data: the tokenized train rows of dataset_name=.* changed"
+    ):
         resumed(config)
     assert snapshot(config.output_dir) == before
 
@@ -688,7 +695,7 @@ def test_a_model_that_has_changed_under_its_name_is_refused(interrupted, saved_m
     weights = load_file(model / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"checkpoint-6 is of another model: the weights in .* have changed"):
+    with pytest.raises(ConfigError, match=r"checkpoint-6 belongs to another model: the weights in .* have changed"):
         resumed(config)
 
 

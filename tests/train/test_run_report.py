@@ -23,9 +23,8 @@ from hypo_train.report.page import page, write_report
 from hypo_train.report.runs import read_runs
 from hypo_train.report.series import MOST_POINTS, series
 from hypo_train.train import train
-from hypo_train.utils.records import RecordError
+from hypo_train.utils.errors import NotFiniteError, RecordError, Stopped
 from hypo_train.utils.redact import redacted
-from hypo_train.utils.signals import NotFiniteError, Stopped
 
 
 class Parsed(HTMLParser):

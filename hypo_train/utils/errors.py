@@ -1,0 +1,41 @@
+"""The errors that a run can end with. Each message fits on one line and says what to do."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The configuration has a problem; the message names the field, its value and the fix."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or model cannot be loaded or saved; the message says why."""
+
+
+class RecordError(ValueError):
+    """A run cannot write one of its records (metrics, samples, settings), for example because the disk is full."""
+
+
+class NotFiniteError(ArithmeticError):
+    """A step produced NaN or infinity; the message names the step and the file with its rows."""
+
+
+class OtherProcessError(RuntimeError):
+    """Another process of the run has failed and has reported its own error."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the run has saved a checkpoint and ended."""
+
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        self.signal = signal.Signals(number)
+        self.checkpoint = checkpoint
+        super().__init__(
+            f"stopped by {self.signal.name}, saved in {checkpoint}: --resume_from_checkpoint auto continues from there"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stopped, (int(self.signal), self.checkpoint)
