@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from resumed import resumed_like_whole
+from resumed import assert_resumes_exactly
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -123,7 +123,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(saved_model, settings, na
         pytest.importorskip("bitsandbytes")
     kind = KINDS[name]
     config = settings(model=saved_model(**WIDE), **kind)
-    again, whole = resumed_like_whole(config)
+    again, whole = assert_resumes_exactly(config)
     loaded = PeftModel.from_pretrained(base_of(config.model_name_or_path, kind), save_model(again)).eval()
     ids = torch.tensor([[5, 7, 9, 11]])
     assert_close(loaded(input_ids=ids).logits, whole.policy.eval().base(input_ids=ids).logits, atol=1e-5, rtol=1e-5)

@@ -23,7 +23,7 @@ FILES = ["checkpoint.json", "model.safetensors", "optimizer.safetensors", "train
 
 
 class Run:
-    """A small training run whose every step depends on all state: weights, moments, step count, rate."""
+    """A small training run in which every step depends on the whole state: weights, moments, step count, rate."""
 
     def __init__(self, *, width=3, dtype=torch.float32):
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ class Run:
 
 
 def assert_same(found, expected, path="state"):
-    """Bit for bit, types included."""
+    """Compare bit for bit, types included."""
     assert type(found) is type(expected), path
     if isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype, path
@@ -112,17 +112,17 @@ def save_tensors(folder, tensors, step=1):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_everything_comes_back_bit_for_bit(tmp_path, dtype):
+def test_a_checkpoint_restores_every_bit(tmp_path, dtype):
     run = Run(dtype=dtype).train(3)
     folder = run.save(tmp_path)
     assert folder == tmp_path / "checkpoint-3"
     assert_same(Run(dtype=dtype).load(folder).state(), run.state())
 
 
-def test_a_resumed_run_continues_as_an_uninterrupted_one(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     uninterrupted = Run().train(9)
     folder = Run().train(4).save(tmp_path)
-    resumed = Run().train(1).load(folder).train(5)  # whatever the loading run did before is gone
+    resumed = Run().train(1).load(folder).train(5)  # loading discards the step that was done before it
     assert_same(resumed.state(), uninterrupted.state())
 
 
@@ -131,19 +131,19 @@ def test_a_checkpoint_before_the_first_step_can_be_resumed(tmp_path):
     assert_same(Run().load(folder).train(3).state(), Run().train(3).state())
 
 
-def test_the_callers_own_json_comes_back(tmp_path):
+def test_the_callers_json_is_restored(tmp_path):
     extra = {"cursor": {"epoch": 1, "row": 37}, "seed": 2**62 + 1, "best": 0.1 + 0.2, "name": "λ", "none": None}
     assert load_checkpoint(Run().save(tmp_path, extra)).extra == extra
 
 
-def test_an_fp32_state_of_a_bf16_weight_keeps_its_bits(tmp_path):
+def test_the_fp32_state_of_a_bf16_weight_is_not_rounded(tmp_path):
     run = Run(dtype=torch.bfloat16).train(1)
     for entries in run.optimizer.state.values():
         entries["exp_avg"] = torch.rand(entries["exp_avg"].shape)
     assert_same(Run(dtype=torch.bfloat16).load(run.save(tmp_path)).state(), run.state())
 
 
-def test_optimizers_with_other_state_than_adamw_come_back(tmp_path):
+def test_the_state_of_sgd_is_restored(tmp_path):
     def build():
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
@@ -162,7 +162,7 @@ def test_optimizers_with_other_state_than_adamw_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["fused", "foreach"])
-def test_settings_of_the_machine_are_not_taken_from_the_checkpoint(tmp_path, setting):
+def test_machine_settings_are_not_restored(tmp_path, setting):
     folder = Run().train(1).save(tmp_path)
     run = Run()
     for group in run.optimizer.param_groups:
@@ -174,13 +174,13 @@ def test_settings_of_the_machine_are_not_taken_from_the_checkpoint(tmp_path, set
         assert group["lr"] != 123.0
 
 
-def test_only_what_the_caller_gives_is_saved(tmp_path):
+def test_only_the_passed_tensors_are_saved(tmp_path):
     folder = checkpoint_folder(tmp_path, 1)
     save_tensors(folder, {"adapter": torch.ones(2)})
     assert load_checkpoint(folder).model_state.keys() == {"adapter"}
 
 
-def test_tied_tensors_are_saved_once_and_come_back_under_both_names(tmp_path):
+def test_tied_tensors_are_saved_once_and_restored_twice(tmp_path):
     weight = torch.randn(200, 50)
     folder = checkpoint_folder(tmp_path, 1)
     save_tensors(folder, {"embed.weight": weight, "norm": torch.ones(3), "lm_head.weight": weight})
@@ -190,17 +190,17 @@ def test_tied_tensors_are_saved_once_and_come_back_under_both_names(tmp_path):
     assert state["lm_head.weight"] is state["embed.weight"]
 
 
-def test_views_of_one_memory_come_back_as_they_were(tmp_path):
-    whole = torch.arange(24.0).view(4, 6)
+def test_views_of_one_storage_are_restored(tmp_path):
+    base = torch.arange(24.0).view(4, 6)
     views = {
-        "whole": whole,
-        "flat": whole.view(-1),
-        "transposed": whole.t(),
-        "rows": whole[1:3],
-        "columns": whole[:, ::2],
-        "empty": whole[:0],
-        "empty too": whole[:0],
-        "scalar": whole[2, 3],
+        "base": base,
+        "flat": base.view(-1),
+        "transposed": base.t(),
+        "rows": base[1:3],
+        "columns": base[:, ::2],
+        "empty": base[:0],
+        "empty too": base[:0],
+        "scalar": base[2, 3],
     }
     folder = checkpoint_folder(tmp_path, 1)
     save_tensors(folder, views)
@@ -210,7 +210,7 @@ def test_views_of_one_memory_come_back_as_they_were(tmp_path):
         assert torch.equal(state[name], expected), name
 
 
-def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
+def test_a_checkpoint_holds_safetensors_and_json_only(tmp_path):
     folder = Run().train(1).save(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == FILES
     for name in ("checkpoint.json", "trainer.json"):
@@ -220,7 +220,7 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
 # Another optimizer
 
 
-def test_other_shapes_are_named_and_nothing_is_loaded(tmp_path):
+def test_other_parameter_shapes_are_refused_before_loading(tmp_path):
     folder = Run(width=3).train(2).save(tmp_path)
     other = Run(width=5).train(1)
     before = other.state()
@@ -229,7 +229,7 @@ def test_other_shapes_are_named_and_nothing_is_loaded(tmp_path):
     assert_same(other.state(), before)
 
 
-def test_other_numbers_of_parameters_are_named(tmp_path):
+def test_other_parameter_counts_are_refused(tmp_path):
     folder = Run().train(2).save(tmp_path)
     other = build_optimizer(nn.Linear(4, 3).named_parameters(), learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"has 2 \+ 4 parameters and this one 1 \+ 1"):
@@ -239,7 +239,7 @@ def test_other_numbers_of_parameters_are_named(tmp_path):
 # Damage
 
 
-def test_the_latest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+def test_the_latest_checkpoint_has_the_highest_step(tmp_path):
     run = Run()
     for _ in range(11):
         run.train(1).save(tmp_path)
@@ -248,7 +248,7 @@ def test_the_latest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["truncated", "flipped byte", "missing"])
-def test_a_damaged_checkpoint_is_skipped_by_name_for_the_one_before(tmp_path, how, name):
+def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, how, name):
     run = Run()
     older, newer = run.train(1).save(tmp_path), run.train(1).save(tmp_path)
     damage(newer / name, how)
@@ -258,14 +258,14 @@ def test_a_damaged_checkpoint_is_skipped_by_name_for_the_one_before(tmp_path, ho
         load_checkpoint(newer)
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_skipped(tmp_path):
+def test_a_renamed_checkpoint_is_skipped(tmp_path):
     older = Run().train(1).save(tmp_path)
     shutil.copytree(older, tmp_path / "checkpoint-7")
     with pytest.warns(UserWarning, match="belongs to step 1"):
         assert latest_checkpoint(tmp_path) == older
 
 
-def test_a_checkpoint_of_another_format_is_refused_by_its_version(tmp_path):
+def test_another_format_version_is_refused(tmp_path):
     folder = Run().save(tmp_path)
     manifest = json.loads((folder / "checkpoint.json").read_text())
     (folder / "checkpoint.json").write_text(json.dumps({**manifest, "format_version": 99}))
@@ -273,7 +273,7 @@ def test_a_checkpoint_of_another_format_is_refused_by_its_version(tmp_path):
         load_checkpoint(folder)
 
 
-def test_no_checkpoint_is_none(tmp_path):
+def test_without_checkpoints_the_latest_is_none(tmp_path):
     (tmp_path / "checkpoint-notes").mkdir()
     (tmp_path / "checkpoint-5").write_text("a file")
     with warnings.catch_warnings():
@@ -282,7 +282,7 @@ def test_no_checkpoint_is_none(tmp_path):
         assert latest_checkpoint(tmp_path / "not there") is None
 
 
-def test_loading_a_folder_that_is_not_there_names_it(tmp_path):
+def test_loading_a_missing_folder_names_it(tmp_path):
     with pytest.raises(ValueError, match="checkpoint-3 cannot be loaded"):
         load_checkpoint(tmp_path / "checkpoint-3")
 
@@ -290,25 +290,25 @@ def test_loading_a_folder_that_is_not_there_names_it(tmp_path):
 # Killed while saving
 
 
-def test_a_folder_left_by_a_killed_save_is_ignored_and_cleaned_up(tmp_path):
+def test_the_next_save_removes_a_killed_save(tmp_path):
     run = Run().train(1)
-    whole = run.save(tmp_path)
+    complete = run.save(tmp_path)
     leftover = tmp_path / "checkpoint-2.tmp"
-    shutil.copytree(whole, leftover)
+    shutil.copytree(complete, leftover)
     (leftover / "checkpoint.json").unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert latest_checkpoint(tmp_path) == whole
+        assert latest_checkpoint(tmp_path) == complete
     run.train(1).save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the package may catch it or clean up after it."""
+    """Stands for SIGKILL: no code of the package may catch it or clean up after it."""
 
 
 def kill_at(monkeypatch, nth):
-    """Die in place of the nth call that changes what is on the disk."""
+    """Raise Killed in place of the nth call that changes the disk."""
     calls, remove_tree = 0, shutil.rmtree
 
     def deadly(function):
@@ -328,7 +328,7 @@ def kill_at(monkeypatch, nth):
         monkeypatch.setattr(module, name, deadly(getattr(module, name)))
 
 
-def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+def test_a_save_killed_anywhere_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
     states = [Run().train(steps).state() for steps in range(4)]
     for nth in range(1, 100):
         output_dir = tmp_path / str(nth)
@@ -338,7 +338,7 @@ def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypa
         with monkeypatch.context() as patch:
             kill_at(patch, nth)
             try:
-                run.save(output_dir)  # in place of a checkpoint that is there
+                run.save(output_dir)  # replaces the checkpoint of step 2
                 run.train(1).save(output_dir)
                 break
             except Killed:
@@ -349,7 +349,7 @@ def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypa
         assert_same(resumed.state(), states[resumed.steps])
         resumed.train(1).save(output_dir)
         assert all(path.name.split("-")[1].isdigit() for path in output_dir.iterdir()), "leftovers"
-    assert nth > 15, "every step of a save must have been tried"
+    assert nth > 15, "every step of a save must be tried"
 
 
 def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
@@ -360,7 +360,7 @@ def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-def test_a_folder_that_is_not_named_after_the_step_is_refused(tmp_path):
+def test_a_folder_with_the_wrong_step_is_refused(tmp_path):
     with pytest.raises(ValueError, match="name it checkpoint-1"):
         save_tensors(tmp_path, {}, step=1)
 
@@ -377,7 +377,7 @@ def test_prune_keeps_the_newest(tmp_path):
     assert names == {"checkpoint-9", "checkpoint-10", "checkpoint-11"}
 
 
-def test_prune_does_not_count_a_checkpoint_that_is_not_whole(tmp_path):
+def test_prune_does_not_count_damaged_checkpoints(tmp_path):
     run = Run()
     folders = [run.train(1).save(tmp_path) for _ in range(4)]
     damage(folders[3] / "model.safetensors", "truncated")
@@ -395,7 +395,7 @@ def test_prune_leaves_other_folders_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_of_a_checkpoint_or_model_that_is_a_link_the_link_is_replaced_and_what_it_leads_to_is_left(tmp_path):
+def test_a_link_is_replaced_and_its_target_left_alone(tmp_path):
     run, elsewhere = Run(), tmp_path / "other disk"
     first = run.train(1).save(tmp_path)
     shutil.move(first, elsewhere)
@@ -411,13 +411,13 @@ def test_of_a_checkpoint_or_model_that_is_a_link_the_link_is_replaced_and_what_i
     assert sorted(path.name for path in elsewhere.iterdir()) == FILES
 
 
-def test_prune_refuses_to_remove_everything(tmp_path):
+def test_prune_keeps_at_least_one(tmp_path):
     with pytest.raises(ValueError, match="keep is 0"):
         prune(tmp_path, keep=0)
 
 
-def test_a_folder_inside_of_what_is_saved_can_still_be_entered(tmp_path):
-    """As that of a tokenizer's other chat templates."""
+def test_a_subfolder_keeps_its_mode(tmp_path):
+    """A tokenizer saves its other chat templates in a subfolder."""
 
     def write(folder):
         (folder / "additional_chat_templates").mkdir(mode=0o755)

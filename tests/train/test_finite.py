@@ -1,4 +1,4 @@
-"""A run whose numbers are no longer finite stops, names the step and leaves what can be looked at and gone on from."""
+"""A run with NaN or infinity stops, names the step, keeps its rows and saves nothing from that step on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypo_train.utils.errors import NotFiniteError
 
 
 def poisoned(patch, nth, value=math.nan):
-    """The loss of the ``nth`` micro-batch from now on is ``value``."""
+    """Multiply the loss of the ``nth`` micro-batch by ``value``."""
     micro_batch_loss, count = preference.micro_batch_loss, 0
 
     def loss(*arguments):
@@ -35,8 +35,8 @@ def long_run(settings):
     return lambda **changes: settings(**{"max_steps": 12, "save_steps": 4, "logging_steps": 5, **changes})
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-def test_the_step_is_named_its_rows_are_kept_and_no_checkpoint_is_of_it(long_run, monkeypatch, value):
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)], ids=str)
+def test_a_bad_step_is_named_kept_and_not_saved(long_run, monkeypatch, value):
     config = long_run(algorithm="dpo")
     with monkeypatch.context() as patch:
         poisoned(patch, 7, value)
@@ -57,16 +57,16 @@ def test_the_step_is_named_its_rows_are_kept_and_no_checkpoint_is_of_it(long_run
     again = config.model_copy(update={"resume_from_checkpoint": "auto"})
     kept = (folder / "not-finite-step-7.jsonl").read_bytes()
     with monkeypatch.context() as patch:
-        poisoned(patch, 3, value)  # of the steps from the checkpoint on
+        poisoned(patch, 3, value)  # counted from the checkpoint
         with pytest.raises(NotFiniteError, match=r"step 7: the loss or its gradient is not finite"):
             train(again, progress=False)
     assert (folder / "not-finite-step-7.jsonl").read_bytes() == kept
-    # What made it so has been mended: the run goes on from before.
+    # Without the poison, the run continues from the checkpoint.
     assert train(again, progress=False).model_dir.is_dir()
 
 
-def test_weights_that_the_last_update_breaks_are_not_saved(long_run, monkeypatch):
-    """No later step's loss would tell."""
+def test_broken_weights_of_the_last_update_are_not_saved(long_run, monkeypatch):
+    """No later loss would show them."""
     config = long_run(algorithm="dpo", max_steps=3, save_steps=0)
     update, steps = one_step._update, []
 
@@ -83,7 +83,7 @@ def test_weights_that_the_last_update_breaks_are_not_saved(long_run, monkeypatch
     assert not [*Path(config.output_dir).glob("checkpoint-*"), *Path(config.output_dir).glob("final")]
 
 
-def test_the_samples_of_the_step_are_kept_and_a_replay_comes_to_it_with_the_same(long_run, monkeypatch):
+def test_samples_are_kept_and_a_replay_draws_the_same(long_run, monkeypatch):
     config = long_run(algorithm="hypo", num_generations=2)
     drawn = []
     draw = one_step._samples
@@ -108,8 +108,8 @@ def test_the_samples_of_the_step_are_kept_and_a_replay_comes_to_it_with_the_same
     assert kept.read_text() == found
 
 
-@pytest.mark.parametrize("sampler", ["decode", "generate"])
-def test_weights_that_have_run_away_are_told_from_a_fault_of_the_sampler(long_run, monkeypatch, sampler):
+@pytest.mark.parametrize("sampler", ["decode", pytest.param("generate", marks=pytest.mark.slow)])
+def test_a_sampler_error_from_bad_weights_is_explained(long_run, monkeypatch, sampler):
     with monkeypatch.context() as patch:
         poisoned(patch, 1, math.inf)
         with pytest.raises(NotFiniteError, match=r"step [123]: .* There is no checkpoint yet"):
@@ -120,12 +120,12 @@ def test_weights_that_have_run_away_are_told_from_a_fault_of_the_sampler(long_ru
         train(again, progress=False)
 
 
-def test_a_rate_that_is_far_too_high_ends_in_a_line_about_it(long_run):
+def test_a_far_too_high_learning_rate_gets_advice(long_run):
     with pytest.raises(NotFiniteError, match=r"step [23]: .* In a new run, a lower learning_rate"):
         train(long_run(learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0), progress=False)
 
 
-def test_the_command_line_says_it_in_a_line_and_exits_with_1(long_run, tmp_path, monkeypatch, capfd):
+def test_the_command_line_exits_with_1(long_run, tmp_path, monkeypatch, capfd):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(long_run(algorithm="sft").to_yaml(), encoding="utf-8")
     poisoned(monkeypatch, 3)
@@ -133,7 +133,7 @@ def test_the_command_line_says_it_in_a_line_and_exits_with_1(long_run, tmp_path,
     assert capfd.readouterr().err.count("hypo_train: step 3: the loss or its gradient is not finite") == 1
 
 
-def test_the_first_of_several_bad_steps_is_the_one_that_is_named():
+def test_the_first_bad_step_is_named():
     watch = FiniteWatch(torch.device("cpu"))
     assert watch.first_bad() is None
     for step, value in enumerate([1.0, math.inf, 2.0, math.nan]):

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import tiny
 import torch
-from resumed import resumed_like_whole
+from resumed import assert_resumes_exactly
 from torch import nn
 
 from benchmarks.measure import peak_extra_bytes
@@ -164,7 +164,7 @@ def test_a_run_with_any_of_them_goes_on_as_if_it_had_not_been_stopped(optim, set
     config = settings(
         algorithm="dpo", optim=optim, model=None, use_peft=optim == "muon", lora_r=4, precompute_ref_log_probs=False
     )
-    resumed_like_whole(config)
+    assert_resumes_exactly(config)
 
 
 def test_8_bits_without_bitsandbytes_are_refused_before_anything_is_read(settings, monkeypatch):

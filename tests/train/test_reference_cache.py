@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from resumed import INTERVALS, Killed, assert_same_run, die, metrics_of
 from safetensors.torch import load_file, safe_open, save_file
-from test_resume import INTERVALS, Killed, assert_same_run, die, metrics_of
 from test_train import LAST_LAYER, LORA, LORA_HEAD, recorded, steps
 from torch.testing import assert_close
 
