@@ -64,10 +64,8 @@ def uninterrupted(tmp_path_factory, saved_model):
 
 @pytest.fixture(scope="module")
 def killed_once(uninterrupted):
-    config = uninterrupted.model_copy(
-        update={"output_dir": f"{uninterrupted.output_dir}-killed", "save_total_limit": 3}
-    )
-    return kill_run(config, loop, "train_step", 8)
+    changes = {"output_dir": f"{uninterrupted.output_dir}-killed", "save_total_limit": 3}
+    return kill_run(uninterrupted.model_copy(update=changes), loop, "train_step", 8)
 
 
 @pytest.fixture
@@ -651,11 +649,11 @@ def test_a_used_output_dir_is_refused_and_untouched(killed, uninterrupted, endin
 
 
 def test_a_checkpoint_is_not_resumed_in_another_runs_folder(killed, uninterrupted):
-    before = snapshot(uninterrupted.output_dir)
+    folder, checkpoint = uninterrupted.output_dir, f"{killed.output_dir}/checkpoint-6"
+    before = snapshot(folder)
     with pytest.raises(ConfigError, match=r"run' already holds another run than .*checkpoint-6'"):
-        changes = {"output_dir": uninterrupted.output_dir}
-        resume(killed, resume_from_checkpoint=f"{killed.output_dir}/checkpoint-6", **changes)
-    assert snapshot(uninterrupted.output_dir) == before
+        resume(killed, resume_from_checkpoint=checkpoint, output_dir=folder)
+    assert snapshot(folder) == before
 
 
 def test_a_lora_checkpoint_holds_only_the_adapter(interrupted):
