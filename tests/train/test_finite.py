@@ -127,7 +127,7 @@ def test_a_far_too_high_learning_rate_gets_advice(long_run):
 
 def test_the_command_line_exits_with_1(long_run, tmp_path, monkeypatch, capfd):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(long_run(algorithm="sft").to_yaml(), encoding="utf-8")
+    recipe.write_text(long_run(algorithm="dpo").to_yaml(), encoding="utf-8")
     poisoned(monkeypatch, 3)
     assert main(["--config", str(recipe)]) == 1
     assert capfd.readouterr().err.count("hypo_train: step 3: the loss or its gradient is not finite") == 1

@@ -23,7 +23,7 @@ from resumed import INTERVALS, assert_same_run, assert_same_weights, final_weigh
 from resumed import resumed as resume
 from safetensors.torch import load_file, save_file
 
-import hypo_train.algorithms.micro_batch as micro_batch
+import hypo_train.algorithms.preference as preference
 import hypo_train.build as building
 import hypo_train.checkpoint.state as state
 import hypo_train.step as one_step
@@ -162,7 +162,7 @@ MOMENTS = {
     "before the first checkpoint": (loop, "train_step", 3, False),
     "between a checkpoint and its metrics": (loop, "train_step", 5, False),
     "before sampling": (DecodeSampler, "sample", 8, False),
-    "before the backward pass": (micro_batch, "preference_loss", 17, False),
+    "before the backward pass": (preference, "preference_loss_call", 17, False),
     "before the update": (one_step, "_clip_gradients", 8, False),
     "after the update": (DecodeSampler, "weights_changed", 8, False),
     "after an evaluation": (loop, "evaluate", 3, True),
@@ -331,7 +331,7 @@ def test_a_second_signal_stops_at_once(interrupted, uninterrupted, monkeypatch):
         send(patch, signal.SIGINT, times=2)
         with pytest.raises(KeyboardInterrupt):
             train(config, progress=False)
-    assert checkpoints(config) == ["checkpoint-6"]
+    assert checkpoints(config) == ["checkpoint-3", "checkpoint-6"]
     assert_same_run(resume(config), uninterrupted)
 
 
