@@ -151,7 +151,9 @@ def message(flags: str) -> str:
     try:
         load_config(["--model_name_or_path", "models/m", "--dataset_name", "data.jsonl", *flags.split()])
     except ConfigError as error:
-        return f"```text\n$ python -m hypo_train --config recipe.yaml {flags}\nhypo_train: {error}\n```"
+        return (
+            f"``` {{ .text .message }}\n$ python -m hypo_train --config recipe.yaml {flags}\nhypo_train: {error}\n```"
+        )
     raise ValueError(f"{flags} is refused by nothing: show another mistake in the documentation")
 
 

@@ -45,7 +45,7 @@ def blocks(language: str | None = None, page: str | None = None) -> list[Block]:
 
 def _blocks_of(page: str) -> list[Block]:
     text = text_of(page)
-    fences = re.finditer(r"^( *)```(\S*)\n(.*?)^\1```$", text, flags=re.MULTILINE | re.DOTALL)
+    fences = re.finditer(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", text, flags=re.MULTILINE | re.DOTALL)
     return [Block(page, text[: match.start(3)].count("\n") + 1, match[2], match[3]) for match in fences]
 
 

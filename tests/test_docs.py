@@ -30,6 +30,7 @@ from hypo_train.__main__ import main
 from hypo_train.config import Config, help_text, load_config
 
 LOOP = "docs/plain_loop.md"
+EXTENDING = "docs/extending.md"  # tests/train/test_extending.py runs its blocks and commands
 SUBCOMMANDS = ("demo", "evaluate", "export", "judge", "report")
 # Small enough for a test, whatever the recipe says.
 SHORT = ["--max_steps", "1", "--max_prompt_length", "64", "--max_completion_length", "8", "--num_eval_prompts", "2"]
@@ -85,7 +86,7 @@ def test_every_block_has_a_language_that_is_checked():
 
 
 @pytest.mark.usefixtures("at_work")
-@pytest.mark.parametrize("page", sorted({block.page for block in blocks("python")} - {LOOP}))
+@pytest.mark.parametrize("page", sorted({block.page for block in blocks("python")} - {LOOP, EXTENDING}))
 def test_the_python_blocks_of_a_page_run(page):
     namespace = {"__name__": "__main__"}
     for block in blocks("python", page):
@@ -211,7 +212,13 @@ def check_flags(words, page):
 
 
 def training_commands():
-    return [words for words in commands_that("python -m hypo_train") if words and words[0] not in SUBCOMMANDS]
+    elsewhere = commands(EXTENDING)
+    found = commands_that("python -m hypo_train")
+    return [
+        words
+        for words in found
+        if words and words[0] not in SUBCOMMANDS and ["python", "-m", "hypo_train", *words] not in elsewhere
+    ]
 
 
 def settings_of(words):
