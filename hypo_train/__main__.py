@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from hypo_train.config import Config, help_text, is_users_mistake, load_config
-from hypo_train.distributed.torchrun import leave_the_end_to_it, telling_torchrun
+from hypo_train.distributed.torchrun import record_for_torchrun, wait_for_torchrun
 from hypo_train.invocation import DryRun, take_dry_run
 from hypo_train.utils.errors import NotFiniteError, OtherProcessError, Stopped
 from hypo_train.utils.safe_print import safe_print
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hypo_train.train import train
 
         _quiet_libraries()
-        result = telling_torchrun(train)(config)
+        result = record_for_torchrun(train)(config)
     except ValueError as error:
         if not is_users_mistake(error):
             raise
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OtherProcessError as error:
         safe_print(f"hypo_train: another process has failed: {error}", sys.stderr)
-        leave_the_end_to_it()
+        wait_for_torchrun()
         return 1
     except Stopped as stopped:
         safe_print(f"hypo_train: {stopped}", sys.stderr)

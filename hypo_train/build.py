@@ -25,7 +25,7 @@ from hypo_train.metrics.flops import ModelFlops, UncountedError
 from hypo_train.metrics.meter import FiniteWatch
 from hypo_train.metrics.throughput import Throughput
 from hypo_train.metrics.timing import PhaseTimer
-from hypo_train.model.load import load_policy, load_reward_model, load_structure
+from hypo_train.model.load import load_on_meta, load_policy, load_reward_model
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import num_elements
 from hypo_train.model.reference_cache import (
@@ -36,7 +36,7 @@ from hypo_train.model.reference_cache import (
 )
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
-from hypo_train.model.weight_digest import contents, started_from
+from hypo_train.model.weight_digest import initial_weights, weight_hashes
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.preflight import Passed, passed
 from hypo_train.preflight.consistency import require_same_contents, require_same_settings
@@ -166,12 +166,12 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
     _check_launcher()
     accelerator = build_accelerator(config)
     processes = Processes()
-    with processes.telling_failures():
+    with processes.report_failures():
         require_same_settings(processes, config, device_type=accelerator.device.type)
-        _check_processes(config, processes.count)
+        _check_processes(config, processes.world_size)
         # Whoever fails alone, as where a file is missing on one machine, does so before anybody waits for the others.
         with offline_where_unreachable(config):
-            loaded = processes.together(lambda: _loaded(config, accelerator, processes, show))
+            loaded = processes.run_on_all(lambda: _loaded(config, accelerator, processes, show))
         _require_same_contents(processes, loaded)
         return _built(config, accelerator, processes, loaded)
 
@@ -204,7 +204,7 @@ def _loaded(
     pad = tokenizer.pad_token_id
     trained: Policy | RewardModel
     if config.fsdp and not processes.is_main:
-        trained = load_structure(config, pad_token_id=pad, device_type=accelerator.device.type, autocast=autocast)
+        trained = load_on_meta(config, pad_token_id=pad, device_type=accelerator.device.type, autocast=autocast)
         return _Loaded(checked, reward, why_texts, trained, None, None)
     if config.spec.trains_reward_model:
         trained = load_reward_model(config, pad_token_id=pad, autocast=autocast)
@@ -238,7 +238,7 @@ def _sharded(
     its weights."""
     trained = loaded.trained
     base, counted = trained.base, loaded.throughput
-    known = processes.on_main(lambda: (counted, trained.why_separate_rows, base.config._attn_implementation))
+    known = processes.run_on_main(lambda: (counted, trained.why_separate_rows, base.config._attn_implementation))
     counted, trained.why_separate_rows, attention = known
     assert counted is not None
     base.set_attn_implementation(attention)
@@ -247,7 +247,7 @@ def _sharded(
     if not isinstance(trained, Policy):
         return counted, None
     ends, pad = loaded.checked.eos_token_ids, loaded.checked.tokenizer.pad_token_id
-    return counted, trained.inside(lambda: build_sampler(config, trained, ends, pad))
+    return counted, trained.with_full_weights(lambda: build_sampler(config, trained, ends, pad))
 
 
 def _built(config: Config, accelerator: Accelerator, processes: Processes, loaded: _Loaded) -> Run:
@@ -259,7 +259,7 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
     assert shown is not None
     throughput, why_uncounted = shown
     sampler, why_generate = drawing or (None, None)
-    origin = {"rows": plan.rows_hashes, "weights": _digest(contents(started_from(trained)))}
+    origin = {"rows": plan.rows_hashes, "weights": _digest(weight_hashes(initial_weights(trained)))}
     parameters = trained.trained_parameters()
     optimizer = build_optimizer(
         parameters.items(),
@@ -288,7 +288,7 @@ def _built(config: Config, accelerator: Accelerator, processes: Processes, loade
         optimizer = accelerator.prepare_optimizer(optimizer)
         model = trained if config.fsdp else accelerator.prepare_model(trained)
     if isinstance(trained, Policy):
-        trained.reference_to(accelerator.device)
+        trained.move_reference(accelerator.device)
     count = sum(p.numel() for p in parameters.values())
     everything = sum(map(num_elements, trained.parameters()))
     notes = [f"training {count:,} of {everything:,} parameters for {total_steps} steps on {accelerator.device}"]
@@ -422,7 +422,7 @@ def precompute_ref_logps(run: Run, *, progress: bool) -> None:
     if not config.has_reference or not (run.steps_ask_reference or run.eval_rows):
         run.policy.drop_reference()
     elif not run.steps_ask_reference:
-        run.policy.reference_to(torch.device("cpu"))
+        run.policy.move_reference(torch.device("cpu"))
 
 
 def build_accelerator(config: Config) -> Accelerator:

@@ -47,7 +47,7 @@ def raise_not_finite(
     path = run.output_dir / f"not-finite-step-{step + 1}.jsonl"
     rows = [run.plan.train_rows[i] for i in run.plan.rows_of_step(step)]
     if samples is None:
-        samples = _local_samples(run, step) if run.processes.count == 1 else []
+        samples = _local_samples(run, step) if run.processes.world_size == 1 else []
     where = f"its rows are in {path}"
     try:
         write_json_lines(path, [_record(run, *pair) for pair in zip_longest(rows, samples, fillvalue=())])

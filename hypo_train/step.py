@@ -17,7 +17,7 @@ from torch import Tensor
 from hypo_train.algorithms.micro_batch import MicroBatch
 from hypo_train.build import Run
 from hypo_train.data.rows import Example
-from hypo_train.distributed.fsdp import whole
+from hypo_train.distributed.fsdp import full_tensor
 from hypo_train.metrics.meter import Meter
 from hypo_train.model.tree_model import PromptPass
 from hypo_train.sampling import PromptKV
@@ -145,4 +145,4 @@ def _update(run: Run) -> Tensor | None:
 def _clip_gradients(run: Run) -> Tensor:
     """Clip the gradients; return their global norm () before clipping."""
     norm = run.accelerator.clip_grad_norm_(run.trained.trained_parameters().values(), run.config.max_grad_norm)
-    return whole(torch.as_tensor(norm))
+    return full_tensor(torch.as_tensor(norm))

@@ -53,13 +53,13 @@ def train(config: Config, *, progress: bool = True) -> Result:
     """
     refuse_to_overwrite(config)
     run = prepare(config, show=_print_lines)
-    with run.processes.telling_failures():
+    with run.processes.report_failures():
         return _train(run, progress=progress)
 
 
 def _train(run: Run, *, progress: bool) -> Result:
     with ExitStack() as held:
-        run.processes.on_main(lambda: _lock_output_dir(run.config, held))
+        run.processes.run_on_main(lambda: _lock_output_dir(run.config, held))
         return _train_in_locked_folder(run, progress=progress)
 
 
@@ -74,7 +74,7 @@ def _train_in_locked_folder(run: Run, *, progress: bool) -> Result:
     first_step = resume(run, meter)
     if run.processes.is_main:
         _print_lines(["", *run.notes])
-    trackers = run.processes.together(lambda: Trackers(config, first_step) if run.processes.is_main else None)
+    trackers = run.processes.run_on_all(lambda: Trackers(config, first_step) if run.processes.is_main else None)
     with closing(trackers) if trackers else nullcontext():
         precompute_ref_logps(run, progress=progress and run.processes.is_main)
         with _recorded(run, first_step, trackers, progress=progress) as log:
@@ -164,11 +164,11 @@ def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
     if not run.plan.eval_rows:
         return None
     if run.config.has_reference:
-        run.policy.reference_to(run.accelerator.device)
+        run.policy.move_reference(run.accelerator.device)
     with run.accelerator.autocast():
         evaluation = evaluate(run)
     if run.config.has_reference and not run.steps_ask_reference:
-        run.policy.reference_to(torch.device("cpu"))
+        run.policy.move_reference(torch.device("cpu"))
     log.log(step, evaluation.metrics)
     if not (evaluation.samples and run.processes.is_main):
         return evaluation

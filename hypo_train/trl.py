@@ -36,7 +36,8 @@ from hypo_train.data.plan import SEEDS_PER_RUN
 from hypo_train.data.rows import Pair
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.head_functions import sequence_logprobs_call
-from hypo_train.model.load import policy_of
+from hypo_train.model.load import make_exact
+from hypo_train.model.policy import Policy
 from hypo_train.model.source import eos_token_ids
 from hypo_train.sampling import DecodeSampler, Distribution, GenerateSampler, Sampler, Samples, serves
 from hypo_train.trees.pack import Batcher
@@ -153,16 +154,28 @@ class HyPOTrainer(trl.DPOTrainer):
         self._settings = args.loss_settings()
         unwrapped = self.accelerator.unwrap_model(self.model)
         is_peft = hasattr(unwrapped, "peft_config")
-        self._policy = policy_of(unwrapped, is_peft=is_peft, temperature=args.temperature)
+        self._policy = self._exact_policy(unwrapped, is_peft=is_peft)
         self._reference = self._policy
         if self.ref_model is not None:
             # Without accelerate's autocast around its forward, which is the loss's: it would blur the proof.
             plain = self.accelerator.unwrap_model(self.ref_model, keep_fp32_wrapper=False).requires_grad_(False)
-            self._reference = policy_of(plain, is_peft=False, temperature=args.temperature)
-        shares_prompts = self._policy.shares_prompts and self._reference.shares_prompts
-        self._batcher = Batcher(self._tokenizer.pad_token_id, shares_prompts=shares_prompts)
+            self._reference = self._exact_policy(plain, is_peft=False)
+        policies = (self._policy, self._reference)
+        self._batcher = Batcher(
+            self._tokenizer.pad_token_id,
+            shares_prompts=all(policy.shares_prompts for policy in policies),
+            window=min((policy.window for policy in policies if policy.window is not None), default=None),
+        )
         self.sampler = self._new_sampler()
         self._drawn_at, self._draws = -1, 0  # the step of the last draw, and how many there were at it
+
+    def _exact_policy(self, model: Any, *, is_peft: bool) -> Policy:
+        """Make a policy without a reference, which TRL keeps."""
+        return make_exact(
+            model,
+            lambda model: Policy(model, is_peft=is_peft, temperature=self.args.temperature, has_reference=False),
+            disable_dropout=self.args.disable_dropout,
+        )
 
     def _new_sampler(self) -> Sampler:
         model = self._policy.model

@@ -30,7 +30,7 @@ from hypo_train.data.plan import load_plan
 from hypo_train.metrics.flops import ModelFlops
 from hypo_train.metrics.log import read_metrics
 from hypo_train.metrics.timing import _HostClock
-from hypo_train.model.load import outline
+from hypo_train.model.load import build_on_meta
 from hypo_train.preflight.memory_estimate import Conditions
 from hypo_train.preflight.prediction.communication import exchanges
 from hypo_train.preflight.prediction.step_time import Speeds, predict
@@ -159,7 +159,7 @@ def predicted(config: Config, count: int, speeds: Speeds) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     plan, _ = load_plan(config, tokenizer, [EOS], RankShare(0, count))
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
-    trained = outline(config, architecture, device_type="cpu", autocast=False)
+    trained = build_on_meta(config, architecture, device_type="cpu", autocast=False)
     conditions = Conditions("cpu", autocast=False, shares_prompts=True, sampler="decode")
     work = work_of(plan, conditions)
     exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=False)

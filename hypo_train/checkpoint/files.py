@@ -102,7 +102,7 @@ def save_checkpoint(
         remove_temporaries(folder.parent)
         save_folder(folder, fill, advice="; earlier checkpoints are unchanged")
 
-    write() if processes is None else processes.on_main(write)
+    write() if processes is None else processes.run_on_main(write)
 
 
 def save_folder(folder: Path, fill: Callable[[Path], None], *, advice: str) -> None:

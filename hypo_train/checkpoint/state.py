@@ -47,7 +47,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
         },
         processes=run.processes,
     )
-    run.processes.on_main(lambda: prune(run.output_dir, run.config.save_total_limit))
+    run.processes.run_on_main(lambda: prune(run.output_dir, run.config.save_total_limit))
 
 
 def resume(run: Run, meter: Meter) -> int:
@@ -55,7 +55,7 @@ def resume(run: Run, meter: Meter) -> int:
     wanted = run.config.resume_from_checkpoint
     if wanted is None:
         return 0
-    folder = run.processes.on_main(lambda: checkpoint_to_resume(run.config))
+    folder = run.processes.run_on_main(lambda: checkpoint_to_resume(run.config))
     if folder is None:
         run.notes.append(f"no checkpoint in {run.output_dir}: starting from the beginning")
         return 0
@@ -73,7 +73,7 @@ def resume(run: Run, meter: Meter) -> int:
     if run.sampler is not None:
         run.sampler.weights_changed(checkpoint.step)
     # Here and not only at the next save: a run whose steps are all done saves no more checkpoints.
-    run.processes.on_main(lambda: remove_temporaries(run.output_dir))
+    run.processes.run_on_main(lambda: remove_temporaries(run.output_dir))
     run.notes.append(f"continuing from {folder}, step {checkpoint.step}")
     if checkpoint.step >= run.plan.total_steps:
         run.notes.append("all steps are done: only the final model is saved")
@@ -113,8 +113,8 @@ def _check_same_origin(run: Run, extra: dict[str, Any], folder: Path) -> None:
 
 def save_model(run: Run) -> Path:
     """Save the final model and its tokenizer atomically in ``output_dir/final``, and return that folder."""
-    state = run.trained.whole_state()
-    return run.processes.on_main(lambda: _write_model(run, state))
+    state = run.trained.full_state_dict()
+    return run.processes.run_on_main(lambda: _write_model(run, state))
 
 
 def _write_model(run: Run, state: dict[str, Tensor] | None) -> Path:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hypo_train.distributed.fsdp import local, sharded_as, whole
+from hypo_train.distributed.fsdp import full_tensor, local, shard_like
 from hypo_train.utils.errors import CheckpointError
 
 # Settings of the machine's optimizer kernel: a checkpoint does not bring them back.
@@ -40,7 +40,7 @@ def full_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tens
     result: dict[str, Tensor] = {}
     storages = set()
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         if not keep:
             continue
         full = full.cpu().contiguous()
@@ -79,7 +79,7 @@ def load_optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], sa
     for key, tensor in tensors.items():
         _, index, name = key.split("/", 2)
         like = parameters[int(index)]
-        state[int(index)][name] = sharded_as(tensor, like) if tensor.shape == like.shape else tensor
+        state[int(index)][name] = shard_like(tensor, like) if tensor.shape == like.shape else tensor
     groups = [_restored_group(*pair) for pair in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     # load_state_dict casts each state to its parameter's dtype, which would round the fp32 state of a bf16 weight.

@@ -1,4 +1,4 @@
-"""What the processes of a run send each other within a pass: rows of their own, for the others to work on."""
+"""Tensors that ranks send each other within a pass, so that each can work on the others' rows."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Exchange:
-    """All processes, by rank. Every method is called by all of them, in the same order.
+class RowExchange:
+    """All ranks call every method, in the same order.
 
-    Tensors go from device to device; what Python has to know goes between the hosts, and waits for no accelerator.
+    Tensors go from device to device. What Python needs goes from host to host and waits for no accelerator.
     """
 
     def __init__(self) -> None:
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self._hosts: Any = dist.new_group(backend="gloo")
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._host_group: Any = dist.new_group(backend="gloo")
 
     def gather(self, value: T) -> list[T]:
-        """Every process's ``value``, which can be pickled, by rank."""
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self._hosts)
+        """Return the ``value`` of every rank, by rank. Values are pickled."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._host_group)
         return values
 
-    def of(self, owner: int, mine: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """``owner``'s tensor of this shape and dtype, on the device of ``mine``, which is this process's own."""
-        theirs = mine.contiguous() if owner == self.rank else mine.new_empty(shape, dtype=dtype)
-        if theirs.numel():
-            dist.broadcast(theirs, src=owner)
-        return theirs
+    def broadcast(self, owner: int, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the ``tensor`` of rank ``owner``, which has this shape and dtype, on the device of our ``tensor``."""
+        received = tensor.contiguous() if owner == self.rank else tensor.new_empty(shape, dtype=dtype)
+        if received.numel():
+            dist.broadcast(received, src=owner)
+        return received
 
-    def add_up_at(self, owner: int, part: Tensor) -> Tensor:
-        """The sum of every process's ``part``, in place, on ``owner``; on the others nothing that is of use."""
-        if part.numel():
-            dist.reduce(part, dst=owner)
-        return part
+    def reduce(self, owner: int, tensor: Tensor) -> Tensor:
+        """Sum the ranks' tensors in place on rank ``owner``; on the others the result means nothing."""
+        if tensor.numel():
+            dist.reduce(tensor, dst=owner)
+        return tensor

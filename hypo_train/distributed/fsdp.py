@@ -1,7 +1,7 @@
-"""Weights spread over the processes by PyTorch's FSDP2: a layer's are put together when it runs, and only then.
+"""Weights sharded over the ranks by PyTorch's FSDP2, which gathers a layer's only while the layer runs.
 
-Everything that is more than a forward and a backward pass has to say so here: to run another model's weights, to call
-the layers many times, to read weights whole.
+Whatever does more than a forward and a backward pass needs a function from here: to run with other weights, to call
+layers several times, or to read full weights.
 """
 
 from __future__ import annotations
@@ -21,73 +21,73 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Over which devices weights are spread, and what they are put together in."""
+class Sharding:
+    """The devices that weights are sharded over, and the dtype that they are gathered in."""
 
     mesh: DeviceMesh
     device: torch.device
-    dtype: torch.dtype | None  # None: their own
+    dtype: torch.dtype | None  # None: the parameter's own
 
     @classmethod
-    def over_all(cls, device: torch.device, *, autocast: bool) -> Spread:
-        """All processes. Under autocast products are in bf16 anyway: so are the weights that the processes exchange."""
+    def over_all_ranks(cls, device: torch.device, *, autocast: bool) -> Sharding:
+        """Shard over all ranks. Under autocast, products are in bf16, so weights are gathered in bf16 too."""
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         return cls(mesh, device, torch.bfloat16 if autocast else None)
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], spread: Spread) -> None:
-    """Spread the first process's weights over all, in place: those of a layer together, and all that is in none; what
-    is spread already is left as it is.
+def shard(model: nn.Module, layers: Iterable[nn.Module], sharding: Sharding) -> None:
+    """Shard rank 0's weights over all ranks, in place: each of ``layers`` as a unit, and all the rest as another.
 
-    The first one has read them into its host's memory, and the others' may lie on the meta device: no other process,
-    and no device, holds more at a time than a layer beside its parts.
+    Parameters that are DTensors already stay as they are. Rank 0 has its weights in host memory; those of the other
+    ranks may be on the meta device. No other rank and no device ever holds more than one layer beside its shards.
     """
     options: dict[str, Any] = {
-        "mesh": spread.mesh,
-        # Always, the root too: whoever asks for parameters outside of a forward pass gets the sharded ones.
+        "mesh": sharding.mesh,
+        # For the root too: code outside a forward pass must find the sharded parameters.
         "reshard_after_forward": True,
-        # Gradients add in fp32. Inputs stay as they are: FSDP's cast would take a tree's layout apart.
+        # Gradients are summed in fp32. Inputs are not cast: FSDP would take a tree's layout apart.
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=spread.dtype,
-            reduce_dtype=None if spread.dtype is None else torch.float32,
+            param_dtype=sharding.dtype,
+            reduce_dtype=None if sharding.dtype is None else torch.float32,
             cast_forward_inputs=False,
         ),
         "ignored_params": {p for p in model.parameters() if isinstance(p, DTensor)},
     }
-    shared, left = _shared(model), dict.fromkeys(model.modules())
-    for part in (*layers, model):
-        modules = [module for module in part.modules() if module in left]
-        _take_from_first(modules, spread.device, shared)
+    shared, remaining = _shared_tensors(model), dict.fromkeys(model.modules())
+    for unit in (*layers, model):
+        modules = [module for module in unit.modules() if module in remaining]
+        _load_from_first(modules, sharding.device, shared)
         for module in modules:
-            del left[module]
-        fully_shard(part, **options)
+            del remaining[module]
+        fully_shard(unit, **options)
 
 
-def _shared(model: nn.Module) -> dict[Tensor, Tensor | None]:
-    """The parameters and buffers that several modules have, as a tied head has an embedding's."""
-    tensors = (t for m in model.modules() for of in (m._parameters, m._buffers) for t in of.values() if t is not None)
-    return {tensor: None for tensor, times in Counter(tensors).items() if times > 1}
+def _shared_tensors(model: nn.Module) -> dict[Tensor, Tensor | None]:
+    """Return the parameters and buffers that several modules hold, as a tied head holds the embedding's."""
+    stores = (store for module in model.modules() for store in (module._parameters, module._buffers))
+    counts = Counter(tensor for store in stores for tensor in store.values() if tensor is not None)
+    return {tensor: None for tensor, count in counts.items() if count > 1}
 
 
-def _take_from_first(modules: Iterable[nn.Module], device: torch.device, shared: dict[Tensor, Tensor | None]) -> None:
-    """Give parameters and buffers the first process's values; ``shared``: what has become of those met before."""
+def _load_from_first(modules: Iterable[nn.Module], device: torch.device, shared: dict[Tensor, Tensor | None]) -> None:
+    """Replace parameters and buffers by rank 0's values; ``shared`` keeps the replacement of tensors met before."""
     for module in modules:
-        for name, own in [*module._parameters.items(), *module._buffers.items()]:
-            if own is None or isinstance(own, DTensor):
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or isinstance(tensor, DTensor):
                 continue
-            taken = shared.get(own)
-            if taken is None:
-                taken = of_first(own, device)
-            if own in shared:
-                shared[own] = taken
-            setattr(module, name, taken)
+            replacement = shared.get(tensor)
+            if replacement is None:
+                replacement = broadcast_from_first(tensor, device)
+            if tensor in shared:
+                shared[tensor] = replacement
+            setattr(module, name, replacement)
 
 
-def of_first(own: Tensor, device: torch.device) -> Tensor:
-    """A parameter or buffer with the first process's values, on every process's ``device``."""
-    value = own.detach().to(device) if dist.get_rank() == 0 else torch.empty_like(own, device=device)
+def broadcast_from_first(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a parameter or buffer with rank 0's values, on every rank's ``device``."""
+    value = tensor.detach().to(device) if dist.get_rank() == 0 else torch.empty_like(tensor, device=device)
     dist.broadcast(value, src=0)
-    return nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -96,52 +96,54 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """All weights whole on every process, inside a forward pass of ``model``: its layers may run any number of times,
-    on each process as often as it needs."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    """Gather all weights on every rank for a block inside a forward pass of ``model``.
+
+    In the block, layers may run any number of times, and a different number on each rank.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
 
 
 @contextmanager
-def exchanged(model: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
-    """``model`` with the weights ``others``, sharded as its own are, in the place of its own of the same names."""
-    own = dict(model.named_parameters())
-    _exchange(own, others)
+def swapped_parameters(model: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run a block with the weights ``others``, sharded alike, in place of the parameters of the same names."""
+    parameters = dict(model.named_parameters())
+    _swap(parameters, others)
     try:
         yield
     finally:
-        _exchange(own, others)
+        _swap(parameters, others)
 
 
 @torch.no_grad()
-def _exchange(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+def _swap(parameters: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
     for name, other in others.items():
-        mine, its = local(own[name]), local(other)
-        kept = mine.clone()
-        mine.copy_(its)
-        its.copy_(kept)
+        first, second = local(parameters[name]), local(other)
+        copy = first.clone()
+        first.copy_(second)
+        second.copy_(copy)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other one as it is."""
+    """Return this rank's shard of a DTensor, and any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, which all processes ask for; any other one as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a DTensor, which all ranks do together; return any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, sharded as ``like``, which has its shape, is; or as it was."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shard a full tensor, which every rank has, as ``like`` is sharded; return it as it is if ``like`` is not."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

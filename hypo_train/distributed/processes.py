@@ -1,7 +1,7 @@
-"""The processes of a run, one a device: which part of the work is whose, and what the hosts tell each other.
+"""The processes of a run, one a device, and how their hosts agree.
 
-What training itself exchanges (gradients, sharded weights) is accelerate's. Hosts agree through a group of their own,
-on CPU tensors, so that no accelerator is waited for.
+accelerate exchanges what training itself needs: gradients and sharded weights. Here, hosts talk in a process group of
+their own, with CPU tensors, so that nobody waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from hypo_train.utils.errors import OtherProcessError, Stopped
 from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
 
 T = TypeVar("T")
-# A main process writes checkpoints and keeps reference log-probs while the others wait.
-_PATIENCE = timedelta(hours=6)
-_FAILURE = "hypo_train/failure"
+# The other processes wait while the main one writes checkpoints or stores reference log-probs.
+_TIMEOUT = timedelta(hours=6)
+_FAILURE_KEY = "hypo_train/failure"
 
 
 class Processes:
-    """The processes of a run; alone, a process is its own main process and waits for nobody.
+    """The processes of a run. A single process is its own main process and waits for nobody.
 
-    Every method is called by all processes, in the same order.
+    All processes call every method, in the same order.
     """
 
     def __init__(self) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank_share = RankShare(dist.get_rank(), dist.get_world_size()) if distributed else SINGLE_PROCESS
-        self._hosts: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT) if self.world_size > 1 else None
 
     @property
-    def count(self) -> int:
+    def world_size(self) -> int:
         return self.rank_share.world_size
 
     @property
@@ -44,69 +44,71 @@ class Processes:
         return self.rank_share.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every process's ``value``, which can be pickled, by rank."""
-        if self.count == 1:
+        """Return the ``value`` of every process, by rank. Values are pickled."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self._hosts)
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def turns(self, pieces: Sequence[T], *, alike: bool) -> list[tuple[T, bool]]:
-        """This process's pieces, and whether each counts.
+    def divide(self, items: Sequence[T], *, same_count: bool) -> list[tuple[T, bool]]:
+        """Return this rank's items, each with whether it counts.
 
-        ``alike``: every process has as many, where they make passes together; the last piece, which does not count,
-        fills up those that have fewer.
+        Args:
+            same_count: give every rank the same number of items, as passes of sharded weights need. The last item
+                fills up; a filler does not count.
         """
-        mine = [(piece, True) for piece in self.rank_share.select(pieces)]
-        wanted = -(-len(pieces) // self.count) if alike else 0
-        return mine + [(pieces[-1], False)] * (wanted - len(mine))
+        divided = [(item, True) for item in self.rank_share.select(items)]
+        wanted = -(-len(items) // self.world_size) if same_count else 0
+        return divided + [(items[-1], False)] * (wanted - len(divided))
 
     def max(self, number: int) -> int:
-        """The largest of the processes' numbers."""
-        if self.count == 1:
+        """Return the largest of the processes' numbers."""
+        if self.world_size == 1:
             return number
-        found = torch.tensor(number)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
-        return int(found)
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return int(largest)
 
-    def joined(self, part: Tensor) -> Tensor | None:
-        """The processes' CPU tensors of one shape, one behind the other, on the main process; None on the others."""
-        if self.count == 1:
+    def gather_on_main(self, part: Tensor) -> Tensor | None:
+        """Concatenate the processes' CPU tensors, all of one shape, on the main process; None on the others."""
+        if self.world_size == 1:
             return part
-        parts = [torch.empty_like(part) for _ in range(self.count)] if self.is_main else None
-        dist.gather(part, parts, dst=0, group=self._hosts)
+        parts = [torch.empty_like(part) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(part, parts, dst=0, group=self._group)
         return None if parts is None else torch.cat(parts)
 
-    def on_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` gives on the main process, for all of them, which wait for it.
+    def run_on_main(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on the main process and return its result on all of them, which wait for it.
 
         Raises:
-            OtherProcessError: on the others, where it has raised on the main process.
+            OtherProcessError: on the other processes, if ``function`` raised on the main one.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return function()
-        outcome: list[Any] = [None, None]
+        result_and_failure: list[Any] = [None, None]
         error: Exception | None = None
         if self.is_main:
             try:
-                outcome[0] = function()
+                result_and_failure[0] = function()
             except Exception as raised:
                 error = raised
-                outcome[1] = self._told(raised)
-        dist.broadcast_object_list(outcome, src=0, group=self._hosts)
+                result_and_failure[1] = self._describe(raised)
+        dist.broadcast_object_list(result_and_failure, src=0, group=self._group)
         if error is not None:
             raise error
-        if outcome[1] is not None:
-            raise OtherProcessError(outcome[1])
-        return cast(T, outcome[0])
+        result, failure = result_and_failure
+        if failure is not None:
+            raise OtherProcessError(failure)
+        return cast(T, result)
 
-    def together(self, function: Callable[[], T]) -> T:
-        """What ``function`` gives here, if it raises nowhere.
+    def run_on_all(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on every process and return this process's result.
 
-        Raises:
-            OtherProcessError: where it has raised on another process, the first of which raises its error itself.
+        If it fails anywhere, all processes raise: the first that failed raises its own error, the others an
+        ``OtherProcessError``.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return function()
         error: Exception | None = None
         result: Any = None
@@ -114,40 +116,38 @@ class Processes:
             result = function()
         except Exception as raised:
             error = raised
-        everyones = self.gather(None if error is None else self._told(error))
-        failed = [rank for rank, told in enumerate(everyones) if told is not None]
+        failures = self.gather(None if error is None else self._describe(error))
+        failed = [rank for rank, failure in enumerate(failures) if failure is not None]
         if error is not None and self.rank_share.rank == failed[0]:
             raise error
-        if failed:  # what all have found is said once; what one has found, where its own machine's words are not read
-            raise OtherProcessError(everyones[failed[0]] if error is None else f"process {failed[0]} has failed")
+        if failed:  # an error that several processes have is printed once, by the first of them
+            raise OtherProcessError(failures[failed[0]] if error is None else f"process {failed[0]} has failed")
         return cast(T, result)
 
-    def _told(self, error: Exception) -> str:
-        """An error of this process, as the others tell of it."""
+    def _describe(self, error: Exception) -> str:
         return f"process {self.rank_share.rank}: {type(error).__name__}: {error}"
 
     @contextmanager
-    def telling_failures(self) -> Iterator[None]:
-        """In the ``with`` block, the first process that fails tells the others why, for them to say so in the place of
-        the broken connections that they find.
+    def report_failures(self) -> Iterator[None]:
+        """Tell the other processes why this one fails, for them to report that instead of a broken connection.
 
         Raises:
-            OtherProcessError: in the place of an error that another process's has brought about.
+            OtherProcessError: in place of an error that follows from another process's.
         """
         try:
             yield
         except Exception as error:
-            if self.count == 1 or isinstance(error, (Stopped, OtherProcessError)):
+            if self.world_size == 1 or isinstance(error, (Stopped, OtherProcessError)):
                 raise
-            own = self._told(error)
-            if (first := _first_failure(own)) != own and isinstance(error, RuntimeError):
+            failure = self._describe(error)
+            if (first := _first_failure(failure)) != failure and isinstance(error, RuntimeError):
                 raise OtherProcessError(first) from error
             raise
 
 
-def _first_failure(own: str) -> str:
-    """What the first process that failed has left for the others where all can read it; ``own``, if none has."""
+def _first_failure(failure: str) -> str:
+    """Return the failure that a process has stored first: another one's, or this ``failure``."""
     try:
-        return dist.distributed_c10d._get_default_store().compare_set(_FAILURE, "", own).decode()
-    except RuntimeError:  # the store has gone with the process that kept it
-        return own
+        return dist.distributed_c10d._get_default_store().compare_set(_FAILURE_KEY, "", failure).decode()
+    except RuntimeError:  # the process that held the store has ended
+        return failure

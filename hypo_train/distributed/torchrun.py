@@ -1,4 +1,8 @@
-"""What torchrun learns of a process that fails: a run's end is to show the first one's error, and no other's."""
+"""What torchrun learns about a process that fails, so that a run ends with the first process's error and no other.
+
+PyTorch's own ``record`` writes a full traceback for every error. A user's mistake is one line here, so this module
+writes the same file itself.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -16,40 +21,41 @@ from hypo_train.utils.errors import NotFiniteError, OtherProcessError, Stopped
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun, if it has started this process, reads what has gone wrong
-_PATIENCE = 15.0  # seconds
+_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # set by torchrun: the file in which it looks for this process's error
+_SECONDS = 15.0
 
 
-def telling_torchrun(function: Callable[P, T]) -> Callable[P, T]:
-    """``function``, whose error torchrun shows: its message alone where that is made for people."""
+def record_for_torchrun(function: Callable[P, T]) -> Callable[P, T]:
+    """Return ``function`` with its errors recorded for torchrun: a traceback, or one line for a user's mistake."""
 
-    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+    @wraps(function)
+    def recorded(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if _FILE in os.environ and not isinstance(error, OtherProcessError):
-                _tell(Path(os.environ[_FILE]), error)
+            if _FILE_VARIABLE in os.environ and not isinstance(error, OtherProcessError):
+                _write(Path(os.environ[_FILE_VARIABLE]), error)
             raise
 
-    return told
+    return recorded
 
 
-def _tell(file: Path, error: Exception) -> None:
-    says_all = isinstance(error, (NotFiniteError, Stopped)) or (
+def _write(file: Path, error: Exception) -> None:
+    needs_no_traceback = isinstance(error, (NotFiniteError, Stopped)) or (
         isinstance(error, ValueError) and is_users_mistake(error)
     )
-    message = f"{type(error).__name__}: {error}" if says_all else traceback.format_exc()
-    # In the form of torch.distributed.elastic's record(), of which torchrun shows the call stack.
-    told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-    with suppress(OSError):  # of a full disk, for one: the error itself counts
+    message = f"{type(error).__name__}: {error}" if needs_no_traceback else traceback.format_exc()
+    # The format of torch.distributed.elastic's record(); torchrun prints the call stack.
+    record = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+    with suppress(OSError):  # for example a full disk: the error itself matters more
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"message": told}), encoding="utf-8")
+        file.write_text(json.dumps({"message": record}), encoding="utf-8")
 
 
-def leave_the_end_to_it() -> None:
-    """In a process that ends because of another one: let that be the first to end, which torchrun takes for the cause.
+def wait_for_torchrun() -> None:
+    """Give the process that failed first the time to end first, because torchrun takes that one for the cause.
 
-    torchrun then stops this one.
+    torchrun then stops this process.
     """
-    if _FILE in os.environ:
-        time.sleep(_PATIENCE)
+    if _FILE_VARIABLE in os.environ:
+        time.sleep(_SECONDS)

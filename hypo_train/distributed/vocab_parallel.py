@@ -1,18 +1,17 @@
-"""Embedding and LM head in parts of the vocabulary: each process keeps and multiplies its own rows of both.
+"""Embedding and LM head split by the vocabulary: each rank keeps its own rows of both, and computes with those alone.
 
-A tensor of the vocabulary is split as ``torch.chunk`` splits it, ⌈V/n⌉ entries a process, and is no part of what FSDP
-puts together. The processes have rows of data of their own, so they take turns: all of them work on one's rows, each
-with its part of the vocabulary, and what their parts give is summed. In an owner's turn each process sends or gets
+A tensor of the vocabulary is split as ``torch.chunk`` splits it, ⌈V/n⌉ entries a rank, and FSDP does not gather it.
+Each rank has rows of data of its own, so the ranks take turns: all of them work on one rank's rows, the owner's, each
+with its shard of the vocabulary, and their results are summed. In an owner's turn each rank sends or receives
 
-    tokens looked up    T · D numbers forward (summed at the owner), T · D backward where the embedding is trained
-    tokens predicted    T · D forward, and 2 · T · D in fp32 for the gradient of hidden states (summed everywhere)
+    tokens looked up    T · D numbers forward (summed on the owner), T · D backward if the embedding is trained
+    tokens predicted    T · D forward, and 2 · T · D in fp32 for the gradient of hidden states (summed on every rank)
 
-for its T tokens, in the dtype that is computed in where nothing else is said, and a few numbers a token. To put a head
-together takes V · D numbers forward, as many backward, and again in fp32 for its gradient, whatever there is to do. So
-parts take less to send where a micro-batch's tokens, of all processes together, are fewer than the vocabulary's.
-Nothing of this overlaps with other work: a turn's rows are sent, and then worked on. A product's rows are an owner's,
-and there are as many products as processes, each with an n-th of the columns. Memory does not grow with the processes:
-one owner's rows are there at a time.
+for the owner's T tokens, in the compute dtype unless it says fp32, and a few numbers a token. Gathering a head instead
+takes V · D numbers forward, as many backward, and V · D in fp32 for its gradient, however few the tokens. So shards
+send less if a micro-batch has fewer tokens, over all ranks, than the vocabulary.
+Nothing of this overlaps with other work. There are as many products as ranks, each with an n-th of the columns. Memory
+does not grow with the number of ranks: only one owner's rows are held at a time.
 """
 
 from __future__ import annotations
@@ -28,87 +27,76 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 
 from hypo_kernels import VocabShard
-from hypo_train.distributed.exchange import Exchange
-from hypo_train.distributed.fsdp import Spread, of_first, whole
+from hypo_train.distributed.exchange import RowExchange
+from hypo_train.distributed.fsdp import Sharding, broadcast_from_first, full_tensor
 
 
-def processes_without_a_part(vocab_size: int, count: int) -> int:
-    """How many of ``count`` processes, of a split into parts of ⌈V/n⌉."""
-    return count - -(-vocab_size // -(-vocab_size // count))
+def ranks_without_a_shard(vocab_size: int, world_size: int) -> int:
+    """Return how many ranks get nothing when the vocabulary is split into shards of ⌈V/n⌉ entries."""
+    return world_size - -(-vocab_size // -(-vocab_size // world_size))
 
 
-class VocabParts:
-    """The parameters of a model's embedding and head, as this process's parts of them.
+class VocabShards:
+    """This rank's shards of the parameters of a model's embedding and head, in place of those parameters.
 
     Args:
-        embedding: with all of it, on the first process, as all modules here are; their parameters are replaced.
-        head: the LM head, first, and what else multiplies to logits.
+        embedding: full on rank 0.
+        head: the LM head, full on rank 0, then whatever else multiplies to logits.
     """
 
-    def __init__(self, embedding: nn.Embedding, head: Sequence[nn.Module], spread: Spread) -> None:
-        self.exchange = Exchange()
-        self._dtype = spread.dtype
+    def __init__(self, embedding: nn.Embedding, head: Sequence[nn.Module], sharding: Sharding) -> None:
+        self.exchange = RowExchange()
+        self._dtype = sharding.dtype
         modules = [embedding, *head]
         places = [(module, name, p) for module in modules for name, p in module.named_parameters(recurse=False)]
-        parts = {p: _part(p, spread) for _, _, p in places}  # a tied one once
-        self._places = [(module, name, parts[p]) for module, name, p in places]
-        for module, name, part in self._places:
-            module._parameters[name] = part
-        self.shard = VocabShard.even(_vocab_size(head[0]))
-        embedding.forward = _looking_up(embedding.forward, self.exchange, spread.dtype)  # type: ignore[method-assign]
+        shards = {p: _shard_of(p, sharding) for _, _, p in places}  # a tied parameter is split once
+        self._places = [(module, name, shards[p]) for module, name, p in places]
+        self._put({})
+        assert isinstance(head[0].weight, Tensor)
+        self.shard = VocabShard.even(head[0].weight.shape[0])
+        embedding.forward = _sharded_lookup(embedding.forward, self.exchange, sharding.dtype)  # type: ignore[method-assign]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Each once, in an order that all processes have."""
-        return list(dict.fromkeys(part for _, _, part in self._places))
+        """The distinct shards, in the same order on all ranks."""
+        return list(dict.fromkeys(shard for _, _, shard in self._places))
 
     @contextmanager
     def replaced(self, others: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-        """The model with ``others`` in the place of these of its parts."""
-        with self._as({part: nn.Parameter(other, requires_grad=False) for part, other in others.items()}):
-            yield
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """The model with whole weights, without gradients, on every process."""
-        with self._as({part: nn.Parameter(self._whole(part), requires_grad=False) for part in self.parameters}):
-            yield
-
-    @torch.no_grad()
-    def _whole(self, part: nn.Parameter) -> Tensor:
-        return whole(part.detach().to(self._dtype or part.dtype))
-
-    @contextmanager
-    def _as(self, others: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
-        for module, name, part in self._places:
-            module._parameters[name] = others.get(part, part)
+        """Run a block with ``others``, by the shard that each replaces."""
+        self._put({shard: nn.Parameter(other, requires_grad=False) for shard, other in others.items()})
         try:
             yield
         finally:
-            for module, name, part in self._places:
-                module._parameters[name] = part
+            self._put({})
+
+    @torch.no_grad()
+    def gathered(self) -> Any:
+        """Return a context manager that runs a block with full weights, without gradients, on every rank."""
+        return self.replaced({s: full_tensor(s.detach().to(self._dtype or s.dtype)) for s in self.parameters})
+
+    def _put(self, others: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        for module, name, shard in self._places:
+            module._parameters[name] = others.get(shard, shard)
 
 
-def _vocab_size(head: nn.Module) -> int:
-    assert isinstance(head.weight, Tensor)
-    return head.weight.shape[0]
-
-
-def _part(parameter: nn.Parameter, spread: Spread) -> nn.Parameter:
-    """This process's part of a parameter of the first one's, in memory of its own."""
+def _shard_of(parameter: nn.Parameter, sharding: Sharding) -> nn.Parameter:
+    """Return this rank's shard of rank 0's parameter, in memory of its own."""
     shard = VocabShard.even(parameter.shape[0])
-    whole_one = of_first(parameter, spread.device).detach()
-    own = whole_one[shard.start : shard.start + shard.size].clone()
-    part = DTensor.from_local(
-        own, spread.mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    full = broadcast_from_first(parameter, sharding.device).detach()
+    rows = full[shard.start : shard.start + shard.size].clone()
+    distributed = DTensor.from_local(
+        rows, sharding.mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
-    return nn.Parameter(part, requires_grad=parameter.requires_grad)
+    return nn.Parameter(distributed, requires_grad=parameter.requires_grad)
 
 
-def _looking_up(forward: Callable[..., Tensor], exchange: Exchange, dtype: torch.dtype | None) -> Callable[..., Tensor]:
-    """An embedding's ``forward``, whatever else it does, that looks tokens up in parts while its weight is in parts."""
+def _sharded_lookup(
+    forward: Callable[..., Tensor], exchange: RowExchange, dtype: torch.dtype | None
+) -> Callable[..., Tensor]:
+    """Return an embedding's ``forward`` with its lookup done in shards whenever the weight is sharded."""
 
-    class InParts(TorchFunctionMode):
+    class ShardedLookup(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
@@ -120,55 +108,57 @@ def _looking_up(forward: Callable[..., Tensor], exchange: Exchange, dtype: torch
             rows: Tensor = _Lookup.apply(weight.to_local(), ids.flatten(), shard.start, padding, dtype, exchange)
             return rows.view(*ids.shape, weight.shape[1])
 
-    def in_parts(*args: Any, **kwargs: Any) -> Tensor:
-        with InParts():
+    def sharded(*args: Any, **kwargs: Any) -> Tensor:
+        with ShardedLookup():
             return forward(*args, **kwargs)
 
-    return in_parts
+    return sharded
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows (T, D) of this process's tokens, of which every process has some."""
+    """The embeddings (T, D) of this rank's tokens, each looked up by the rank that holds it."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        weight: Tensor,  # this process's part
+        weight: Tensor,  # (V/n, D), this rank's shard
         ids: Tensor,  # (T,)
-        start: int,
-        padding: int | None,  # whose row gets no gradient
+        start: int,  # of the shard
+        padding: int | None,  # its row gets no gradient
         dtype: torch.dtype | None,
-        exchange: Exchange,
+        exchange: RowExchange,
     ) -> Tensor:
-        everyones, own = [], ids
+        all_ids = []
         for owner, count in enumerate(exchange.gather(len(ids))):
-            theirs = exchange.of(owner, ids, (count,), ids.dtype)
-            here, place = _here(theirs, start, len(weight))
-            rows = weight[place].to(dtype or weight.dtype).mul_(here)
-            rows = exchange.add_up_at(owner, rows)
-            own = rows if owner == exchange.rank else own
-            everyones.append(theirs)
-        ctx.save_for_backward(*everyones)
+            owner_ids = exchange.broadcast(owner, ids, (count,), ids.dtype)
+            is_ours, index = _locate(owner_ids, start, len(weight))
+            rows = exchange.reduce(owner, weight[index].to(dtype or weight.dtype).mul_(is_ours))
+            if owner == exchange.rank:
+                result = rows
+            all_ids.append(owner_ids)
+        ctx.save_for_backward(*all_ids)
         ctx.start, ctx.padding, ctx.exchange = start, padding, exchange
         ctx.like = weight.new_empty(()).expand(weight.shape)
-        return own
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        exchange: Exchange = ctx.exchange
-        found = torch.zeros_like(ctx.like, memory_format=torch.contiguous_format)
-        for owner, theirs in enumerate(ctx.saved_tensors):
-            rows = exchange.of(owner, gradient, (len(theirs), gradient.shape[1]), gradient.dtype)
-            here, place = _here(theirs, ctx.start, len(found))
+        exchange: RowExchange = ctx.exchange
+        total = torch.zeros_like(ctx.like, memory_format=torch.contiguous_format)
+        for owner, owner_ids in enumerate(ctx.saved_tensors):
+            rows = exchange.broadcast(owner, gradient, (len(owner_ids), gradient.shape[1]), gradient.dtype)
+            is_ours, index = _locate(owner_ids, ctx.start, len(total))
             if ctx.padding is not None:
-                here = here & (theirs != ctx.padding).unsqueeze(1)
-            # As the embedding's own backward has it: on CUDA too, equal tokens' gradients are added in a fixed order.
-            found += torch.ops.aten.embedding_dense_backward(rows.to(found.dtype) * here, place, len(found), -1, False)
-        return found / exchange.count, None, None, None, None, None
+                is_ours = is_ours & (owner_ids != ctx.padding).unsqueeze(1)
+            # The embedding's own backward: on CUDA too, it adds the gradients of equal tokens in a fixed order.
+            total += torch.ops.aten.embedding_dense_backward(
+                rows.to(total.dtype) * is_ours, index, len(total), -1, False
+            )
+        return total / exchange.world_size, None, None, None, None, None
 
 
-def _here(ids: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """Which tokens (T, 1) are of this part of the vocabulary, and where in it (T,); others are at its first."""
-    place = ids - start
-    here = (place >= 0) & (place < size)
-    return here.unsqueeze(1), place.where(here, 0)
+def _locate(ids: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return which tokens are in a shard (T, 1), and their index in it (T,), 0 for those outside."""
+    index = ids - start
+    is_inside = (index >= 0) & (index < size)
+    return is_inside.unsqueeze(1), index.where(is_inside, 0)

@@ -66,8 +66,10 @@ def prepare_finished(settings: Settings) -> FinishedRun:
     function = None if config.reward is None else load_function(config.reward)
     accelerator = build_accelerator(config)
     processes = Processes()
-    if processes.count > 1:
-        raise ConfigError(f"started as {processes.count} processes: evaluate runs in one, start it without torchrun")
+    if processes.world_size > 1:
+        raise ConfigError(
+            f"started as {processes.world_size} processes: evaluate runs in one, start it without torchrun"
+        )
     autocast = accelerator.mixed_precision == "bf16"
     tokenizer = load_tokenizer(config)
     _check_tokenizers(settings, tokenizer)
@@ -132,7 +134,7 @@ def _policy(settings: Settings, config: Config, accelerator: Accelerator, *, aut
     if settings.reference is None:
         policy.drop_reference()
     else:
-        policy.reference_to(accelerator.device)
+        policy.move_reference(accelerator.device)
     return policy
 
 

@@ -62,7 +62,7 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
     with eval_mode(run.trained), seeded(config.seed):
         meter = Meter()
         size = config.per_device_eval_batch_size
-        starts = run.processes.turns(range(0, len(run.eval_rows), size), alike=config.fsdp)
+        starts = run.processes.divide(range(0, len(run.eval_rows), size), same_count=config.fsdp)
         for start, counts in _bar(starts, "rows", progress):
             _add_rows(meter if counts else Meter(), run, start, start + size)
         metrics = meter.read(run.processes)
@@ -112,7 +112,7 @@ def _samples(run: Run | FinishedRun, kl_rule: KLRule, *, progress: bool) -> list
     config = run.config
     starts = range(0, min(config.num_eval_prompts, len(run.eval_rows)), config.per_device_eval_batch_size)
     mine = []
-    for start, counts in _bar(run.processes.turns(starts, alike=config.fsdp), "samples", progress):
+    for start, counts in _bar(run.processes.divide(starts, same_count=config.fsdp), "samples", progress):
         records = _samples_of(run, kl_rule, start)
         mine += [records] if counts else []
     batches = run.processes.gather(mine)

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from hypo_train.model.eval_mode import eval_mode
-from hypo_train.model.meta_pass import without_memory
+from hypo_train.model.meta_pass import fake_weights
 from hypo_train.model.policy import Head, Policy
 from hypo_train.model.quantization import num_elements
 from hypo_train.model.reward_model import RewardModel
@@ -90,7 +90,7 @@ class ModelFlops:
     @classmethod
     def of_outline(cls, policy: Policy | RewardModel, *, autocast: bool) -> ModelFlops:
         """Count the FLOPs of a model on the meta device. Raises UncountedError as :meth:`of` does."""
-        with without_memory(policy, autocast=autocast):
+        with fake_weights(policy, autocast=autocast):
             return cls.of(policy)
 
     @classmethod

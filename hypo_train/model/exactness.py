@@ -1,9 +1,9 @@
-"""The proof, on a few tokens and before any training, that a model can be trained exactly here."""
+"""Proof, on a few tokens and before any training, that a model computes here what its own forward pass computes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,144 +12,118 @@ from torch.func import functional_call
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.policy import Head, HeadFunction, Policy
 from hypo_train.model.reward_model import RewardModel
-from hypo_train.model.tree_model import ModelError, first_line
+from hypo_train.model.tree_model import ModelError, TreeModel, first_line
 from hypo_train.trees.attention import NAME
-from hypo_train.trees.pack import Batcher, pack, separate_rows
+from hypo_train.trees.pack import pack, separate_rows
 from hypo_train.trees.tree import Tree
 
 T = TypeVar("T")
+Sequences = list[tuple[int, list[int]]]  # a prompt's index, and the tokens that follow it
 
 
-def check_exactness(policy: Policy) -> str | None:
-    """Compare what the loss will compute with what the model computes, on a few tokens, before any training.
+def check_exactness(model: TreeModel[Any]) -> str | None:
+    """Compare what training will compute with the model's own forward pass on plain rows, for a few tokens.
 
     Returns:
-        why the model has to train on separate rows: its attention does not do what a tree asks of it. None: it
-        trains on trees.
+        None if the model trains on trees, or the reason why it needs separate rows.
 
     Raises:
-        ModelError: the logits are not the head's function of the last hidden state, or a padded row's are not
-            those of the row alone.
+        ModelError: logits (or rewards) differ from the model's own on separate rows too.
     """
+    precise = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
+    device = next(model.parameters()).device
+    try:
+        with (
+            eval_mode(model),
+            torch.no_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=not precise),
+        ):
+            return _check_policy(model, precise) if isinstance(model, Policy) else _check_rewards(model, precise)
+    except (TypeError, RuntimeError) as error:
+        raise ModelError(f"{type(model.base).__name__} cannot be trained here: {first_line(error)}") from error
+
+
+def _check_policy(policy: Policy, precise: bool) -> str | None:
     name = type(policy.base).__name__
     _check_parts(policy)
-    weight = policy.head().weight
-    vocab, device = weight.shape[0], weight.device
+    vocab = policy.head().weight.shape[0]
     prompts = [[(7 * i + 1 + p) % vocab for i in range(5 + p)] for p in range(2)]
     branches = [(0, [(11 * i + 3) % vocab for i in range(4)]), (0, [(5 * i + 2) % vocab for i in range(6)])]
     branches.append((1, [(3 * i + 4) % vocab for i in range(5)]))
-    precise = all(p.dtype == torch.float32 for p in policy.parameters() if p.is_floating_point())
 
-    def run(tree: Tree, function: HeadFunction[T]) -> T:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=not precise):
-            return functional_call(policy, _drawn_b(policy), (tree.to(device), function))
+    def run(tree: Tree | None, function: HeadFunction[T]) -> T:
+        return functional_call(policy, _random_lora_b(policy), (tree, function))
 
-    def every(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-        own, by_head = zip(*(_plain_logits(policy, prompts[p], branch) for p, branch in branches), strict=True)
-        return head.next_token_logits(hidden), torch.cat(own), torch.cat(by_head)
+    def plain(_: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        models_own, by_head = zip(*(_plain_logits(policy, prompts[p], branch) for p, branch in branches), strict=True)
+        return torch.cat(models_own), torch.cat(by_head)
 
-    def logits_of(tree: Tree) -> Tensor:
+    expected, by_head = run(None, plain)
+    if torch.isfinite(expected).all() and not _close(by_head, expected, 1e-3 if precise else 1e-2):
+        raise ModelError(
+            f"{name} computes its logits in a way the kernels do not serve: they differ by "
+            f"{(by_head - expected).abs().max():.2g} from its head applied to the last hidden state"
+        )
+
+    def logits(tree: Tree) -> Tensor:
         return run(tree, lambda hidden, head: head.next_token_logits(hidden))
 
-    try:
-        with eval_mode(policy):
-            in_rows, alone, by_head = run(separate_rows(prompts, branches, pad_token_id=0), every)
-            _check_finite(alone, name)
-            if not _close(by_head, alone, 1e-3 if precise else 1e-2):
-                raise ModelError(
-                    f"{name} computes its logits in a way the kernels do not serve: they differ by "
-                    f"{(by_head - alone).abs().max():.2g} from its head applied to the last hidden state"
-                )
-            if not _close(in_rows, alone, 1e-3 if precise else 1e-1):
-                raise ModelError(
-                    f"{name} ({policy.base.config._attn_implementation} attention) does not honour padding: "
-                    f"logits differ by {(in_rows - alone).abs().max():.2g} from those of a row alone"
-                )
-            return _why_no_trees(policy, logits_of, prompts, branches, alone, precise)
-    except (TypeError, RuntimeError) as error:
-        raise ModelError(f"{name} cannot be trained here: {first_line(error)}") from error
+    return _choose_rows(policy, logits, "logits", prompts, branches, 0, expected, precise)
 
 
-def check_rewards(model: RewardModel) -> str | None:
-    """The same of a reward model: its rewards in trees and padded rows against its own of single rows.
-
-    Raises:
-        ModelError: rewards in a padded row are not the model's own.
-    """
-    name, attention = type(model.base).__name__, model.base.config._attn_implementation
-    parameter = next(model.parameters())
+def _check_rewards(model: TreeModel[Any], precise: bool) -> str | None:
+    assert isinstance(model, RewardModel)
     vocab, pad = model.base.get_input_embeddings().weight.shape[0], model.base.config.get_text_config().pad_token_id
 
     def ids(step: int, start: int, count: int) -> list[int]:
-        found = [(step * i + start) % vocab for i in range(count)]
-        return [(token + 1) % vocab if token == pad else token for token in found]
+        tokens = [(step * i + start) % vocab for i in range(count)]
+        return [(token + 1) % vocab if token == pad else token for token in tokens]
 
     prompts = [ids(7, 1 + p, 5 + p) for p in range(2)]
-    completions = [ids(11, 3, 4), ids(5, 2, 6), ids(5, 1, 5), ids(3, 2, 2)]
-    precise = all(p.dtype == torch.float32 for p in model.parameters())
-
-    def rewards(batcher: Batcher) -> Tensor:
-        tree = batcher.scored(prompts, completions).to(parameter.device)
-        return model.rewards(tree)
-
-    with eval_mode(model), torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, enabled=not precise):
-        try:
-            alone = torch.cat([_plain_reward(model, [*prompts[i // 2], *c]) for i, c in enumerate(completions)])
-            in_rows = rewards(Batcher(pad, shares_prompts=False))
-        except (TypeError, RuntimeError) as error:
-            raise ModelError(f"{name} cannot be trained here: {first_line(error)}") from error
-        _check_finite(alone, name)
-        if not _close(in_rows, alone, 1e-3 if precise else 1e-1):
-            raise ModelError(
-                f"{name} ({attention} attention) gives a row alone other rewards than the same row in a batch: they "
-                f"differ by {(in_rows - alone).abs().max():.2g}"
-            )
-        if attention != NAME:
-            return f"{attention} attention takes no trees"
-        try:
-            in_trees = rewards(Batcher(pad))
-        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-            return f"it cannot take trees: {first_line(error)}"
-    if _close(in_trees, alone, 1e-3 if precise else 1e-1):
-        return None
-    return f"its attention does not keep to trees: rewards differ by {(in_trees - alone).abs().max():.2g}"
+    completions = [(0, ids(11, 3, 4)), (0, ids(5, 2, 6)), (1, ids(5, 1, 5)), (1, ids(3, 2, 2))]
+    device = next(model.parameters()).device
+    rows = [torch.tensor([[*prompts[p], *completion]], device=device) for p, completion in completions]
+    expected = torch.cat([model.base(input_ids=row, use_cache=False).logits[:, 0].float() for row in rows])
+    scored = [(p, [*completion, pad]) for p, completion in completions]  # a reward is read before the last token
+    return _choose_rows(model, model.rewards, "rewards", prompts, scored, pad, expected, precise)
 
 
-def _check_finite(results: Tensor, name: str) -> None:
-    if not torch.isfinite(results).all():
-        raise ModelError(f"{name} gives NaN or infinity on a few plain tokens: its weights are damaged, use other ones")
-
-
-def _plain_reward(model: RewardModel, tokens: list[int]) -> Tensor:
-    """(1,) by the model's own forward."""
-    ids = torch.tensor([tokens], device=next(model.parameters()).device)
-    return model.base(input_ids=ids, use_cache=False).logits[:, 0].float()
-
-
-def _why_no_trees(
-    policy: Policy,
-    logits_of: Callable[[Tree], Tensor],
+def _choose_rows(
+    model: TreeModel[Any],
+    compute: Callable[[Tree], Tensor],
+    what: str,
     prompts: list[list[int]],
-    branches: list[tuple[int, list[int]]],
-    alone: Tensor,
+    sequences: Sequences,
+    pad_token_id: int,
+    expected: Tensor,
     precise: bool,
 ) -> str | None:
-    attention = policy.base.config._attn_implementation
+    """Return why the model needs separate rows, or None; raise ModelError if those are not exact either."""
+    name, attention = type(model.base).__name__, model.base.config._attn_implementation
+    # Two layouts of a row round differently: by 3 % of the largest logit in 30 layers of bf16, while a wrong mask is
+    # off by 30 %.
+    tolerance = 1e-3 if precise else 1e-1
+    in_rows = compute(separate_rows(prompts, sequences, pad_token_id=pad_token_id).to(expected.device))
+    if not torch.isfinite(expected).all():
+        raise ModelError(f"{name} gives NaN or infinity on a few plain tokens: its weights are damaged, use other ones")
+    if not _close(in_rows, expected, tolerance):
+        raise ModelError(
+            f"{name} ({attention} attention) does not honour padding: {what} differ by "
+            f"{(in_rows - expected).abs().max():.2g} from those of a row alone"
+        )
     if attention != NAME:
         return f"{attention} attention takes no trees"
     try:
-        in_tree = logits_of(pack(prompts, branches))
+        in_trees = compute(pack(prompts, sequences).to(expected.device))
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         return f"it cannot take trees: {first_line(error)}"
-    # Two layouts of a row round differently: by 3 % of the largest logit in 30 layers of bf16, where a wrong mask
-    # is off by 30 %.
-    if _close(in_tree, alone, 1e-3 if precise else 1e-1):
+    if _close(in_trees, expected, tolerance):
         return None
-    return f"its attention does not keep to trees: logits differ by {(in_tree - alone).abs().max():.2g}"
+    return f"its attention does not keep to trees: {what} differ by {(in_trees - expected).abs().max():.2g}"
 
 
 def _check_parts(policy: Policy) -> None:
-    """Refuse a head that is no linear layer, with or without LoRA, and an adapter that does not switch off."""
+    """Raise ModelError for a head that is not linear, LoRA aside, or an adapter that cannot be switched off."""
     name, head = type(policy.base).__name__, policy.base.get_output_embeddings()
     plain = head
     if policy.is_peft:
@@ -164,8 +138,8 @@ def _check_parts(policy: Policy) -> None:
         raise ModelError(f"{name} has no plain linear LM head (found {kind}), nor LoRA on one")
 
 
-def _drawn_b(policy: Policy) -> dict[str, Tensor]:
-    """Random values for the B of LoRA on the head: before training it is zero, and would hide a mistake."""
+def _random_lora_b(policy: Policy) -> dict[str, Tensor]:
+    """Return random values for the B of LoRA on the head: it is zero before training, which would hide a mistake."""
     generator = torch.Generator().manual_seed(0)
     of_head = {id(p) for p in policy.base.get_output_embeddings().parameters()}
     return {
@@ -176,15 +150,15 @@ def _drawn_b(policy: Policy) -> dict[str, Tensor]:
 
 
 def _plain_logits(policy: Policy, prompt: Sequence[int], branch: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Logits (len(branch), V) of a plain row: the model's own, and the head's of the last hidden state."""
+    """Return the logits (len(branch), V) of a plain row: the model's own, and its head's of the last hidden state."""
     head = policy.head()
     ids = torch.tensor([[*prompt, *branch]], device=head.weight.device)
-    own = policy.base(input_ids=ids, use_cache=False).logits
+    models_own = policy.base(input_ids=ids, use_cache=False).logits
     hidden = policy.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     predicting = slice(len(prompt) - 1, -1)
-    return own[0, predicting].float(), head.next_token_logits(hidden[0, predicting])
+    return models_own[0, predicting].float(), head.next_token_logits(hidden[0, predicting])
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Within ``tolerance`` of the largest value."""
+    """Return whether ``a`` and ``b`` differ by at most ``tolerance`` times the largest value of ``b``."""
     return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-3))

@@ -1,4 +1,4 @@
-"""What is asked of a head, as something that processes with parts of one can do for each other."""
+"""Functions of the LM head that also work where each rank has only a shard of the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,90 +12,90 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hypo_kernels import LoRA
-from hypo_train.distributed.exchange import Exchange
+from hypo_train.distributed.exchange import RowExchange
 from hypo_train.model.policy import Head
 
 T = TypeVar("T")
 
 
 class _Turn(NamedTuple):
-    """One process's rows, for all of them to work on."""
+    """One rank's rows, on which all ranks work."""
 
-    is_own: bool
+    is_ours: bool
     hidden: Tensor  # (T, D)
     arguments: dict[str, Any]
-    share: float
+    loss_weight: float
 
 
 @dataclass(frozen=True)
 class HeadCall(Generic[T]):
-    """A function of the hidden states (T, D) that predict a tree's targets, and of the head above them.
+    """Call ``compute(hidden, head, **arguments)`` on the hidden states (T, D) that predict a tree's targets.
 
-    ``compute(hidden, head, **own)`` is called; with gradients, its result has a field ``loss`` (), the only one that is
-    differentiable.
+    With gradients, the result has a field ``loss`` (), and only that is differentiable.
 
-    Where ``head`` is a part of the vocabulary (``head.exchange``), each process calls ``compute`` on every process's
-    hidden states and ``own``, one after the other, and keeps what its own have given. Gradients are taken in the turn,
-    so that no others' hidden states outlast it: they are right for a ``backward`` of ``share`` times the loss, on each
-    process, and of the mean of that over the processes, as FSDP takes it.
+    If ``head`` is a shard of the vocabulary (it has an ``exchange``), every rank calls ``compute`` on the rows of each
+    rank in turn, and keeps the result of its own. A turn also computes its gradients, so that other ranks' hidden
+    states are freed after it. They are right for a ``backward`` of ``loss_weight`` times the loss on each rank, with
+    gradients averaged over the ranks, as FSDP does.
     """
 
     compute: Callable[..., T]
-    own: Mapping[str, Any]  # what goes with this process's rows: floating-point tensors, and what can be pickled
-    share: float = 1.0
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered for the call, as by a timer
+    arguments: Mapping[str, Any]  # of this rank's rows: floating-point tensors, and what can be pickled
+    loss_weight: float = 1.0
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered for the call, for example a timer
 
     def __call__(self, hidden: Tensor, head: Any) -> T:
         with self.around():
             exchange = getattr(head, "exchange", None)  # a reward model's score has none
             if exchange is None:
-                return self.compute(hidden, head, **self.own)
+                return self.compute(hidden, head, **self.arguments)
             return self._on_every_rank(hidden, head, exchange)
 
-    def _on_every_rank(self, hidden: Tensor, head: Head, exchange: Exchange) -> T:
+    def _on_every_rank(self, hidden: Tensor, head: Head, exchange: RowExchange) -> T:
         if torch.is_grad_enabled():
             return self._with_gradients(hidden, head, exchange)
         for turn in self._turns(hidden, exchange):
             result = self.compute(turn.hidden, head, **turn.arguments)
-            if turn.is_own:
-                found = result
-        return found
+            if turn.is_ours:
+                our_result = result
+        return our_result
 
-    def _turns(self, hidden: Tensor, exchange: Exchange) -> Iterator[_Turn]:
-        """By rank."""
-        tensors = {name: x for name, x in self.own.items() if isinstance(x, Tensor) and x.is_floating_point()}
-        others = {name: x for name, x in self.own.items() if name not in tensors}
+    def _turns(self, hidden: Tensor, exchange: RowExchange) -> Iterator[_Turn]:
+        """Yield each rank's rows, by rank."""
+        tensors = {n: x for n, x in self.arguments.items() if isinstance(x, Tensor) and x.is_floating_point()}
+        others = {name: x for name, x in self.arguments.items() if name not in tensors}
         shapes = {name: (x.shape, x.dtype) for name, x in tensors.items()}
-        for owner, header in enumerate(exchange.gather((hidden.shape, shapes, others, self.share))):
-            shape, their_shapes, their_others, share = header
-            sent = {name: exchange.of(owner, tensors[name], *like) for name, like in their_shapes.items()}
-            theirs = exchange.of(owner, hidden.detach(), shape, hidden.dtype)
-            yield _Turn(owner == exchange.rank, theirs, their_others | sent, share)
+        for owner, header in enumerate(exchange.gather((hidden.shape, shapes, others, self.loss_weight))):
+            hidden_shape, owner_shapes, arguments, loss_weight = header
+            received = {n: exchange.broadcast(owner, tensors[n], *like) for n, like in owner_shapes.items()}
+            owner_hidden = exchange.broadcast(owner, hidden.detach(), hidden_shape, hidden.dtype)
+            yield _Turn(owner == exchange.rank, owner_hidden, arguments | received, loss_weight)
 
-    def _with_gradients(self, hidden: Tensor, head: Head, exchange: Exchange) -> T:
+    def _with_gradients(self, hidden: Tensor, head: Head, exchange: RowExchange) -> T:
         inputs = _Leaves.of(hidden, head)
-        parts = inputs.detached()
+        shards = inputs.detached()
         for turn in self._turns(hidden, exchange):
-            of_rows = inputs.detached()
-            leaves = parts._replace(hidden=turn.hidden.requires_grad_(hidden.requires_grad), lora_a=of_rows.lora_a)
+            turn_hidden = turn.hidden.requires_grad_(hidden.requires_grad)
+            leaves = shards._replace(hidden=turn_hidden, lora_a=inputs.detached().lora_a)
             result: Any = self.compute(leaves.hidden, leaves.put_into(head), **turn.arguments)
-            with torch.autocast(hidden.device.type, enabled=False):  # as backward passes are
-                (turn.share * result.loss).backward()
-            if turn.is_own:  # what is whole everywhere has its gradient from its process's own rows, as all layers have
-                found, own = result, leaves
-        for part in (parts.weight, parts.bias, parts.lora_b):
-            if part is not None and part.grad is not None:
-                part.grad /= exchange.count
-        gradients = [None if leaf is None else leaf.grad for leaf in own]
-        return found._replace(loss=_Finished.apply(found.loss.detach(), self.share, gradients, *inputs))
+            with torch.autocast(hidden.device.type, enabled=False):  # as in every backward pass
+                (turn.loss_weight * result.loss).backward()
+            if turn.is_ours:  # LoRA's A is full on every rank: like any layer, it gets its own rank's gradient
+                our_result, our_leaves = result, leaves
+        for shard in (shards.weight, shards.bias, shards.lora_b):
+            if shard is not None and shard.grad is not None:
+                shard.grad /= exchange.world_size
+        gradients = [None if leaf is None else leaf.grad for leaf in our_leaves]
+        loss = _ReadyGradients.apply(our_result.loss.detach(), self.loss_weight, gradients, *inputs)
+        return our_result._replace(loss=loss)
 
 
 class _Leaves(NamedTuple):
-    """What has a gradient."""
+    """The tensors that a gradient is computed for."""
 
     hidden: Tensor
     lora_a: Tensor | None
-    # Of this process's part of the vocabulary:
+    # This rank's shards of the vocabulary:
     weight: Tensor
     bias: Tensor | None
     lora_b: Tensor | None
@@ -118,17 +118,19 @@ class _Leaves(NamedTuple):
         return replace(head, weight=self.weight, bias=self.bias, lora=lora)
 
 
-class _Finished(torch.autograd.Function):
-    """A loss whose gradients, times ``share``, are there already: backward hands them out."""
+class _ReadyGradients(torch.autograd.Function):
+    """A loss whose gradients, times ``loss_weight``, are computed already: backward returns them."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, share: float, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
-        ctx.share, ctx.gradients = share, gradients
+    def forward(
+        ctx: Any, loss: Tensor, loss_weight: float, gradients: list[Tensor | None], *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.loss_weight, ctx.gradients = loss_weight, gradients
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        factor = upstream / ctx.share
+        factor = upstream / ctx.loss_weight
         return (None, None, None, *(None if x is None else x.mul_(factor.to(x.dtype)) for x in gradients))

@@ -43,7 +43,7 @@ _NAME = "hypo_rehearsed"
 
 
 @dataclass(frozen=True)
-class Rows:
+class PassShape:
     """The tokens of one pass."""
 
     rows: int
@@ -52,20 +52,20 @@ class Rows:
     layout: Layout | None  # of the trees in the one row; None: separate rows
 
     @classmethod
-    def packed(cls, prompts: Sequence[int], branches: Sequence[Sequence[int]]) -> Rows:
+    def packed(cls, prompts: Sequence[int], branches: Sequence[Sequence[int]]) -> PassShape:
         """Trees of so many tokens, their branches' last ones included, which are predicted and never an input."""
         layout = Layout(tuple(prompts), tuple(tuple(length - 1 for length in lengths) for lengths in branches))
         return cls(1, layout.num_tokens, sum(map(sum, branches)), layout)
 
     @classmethod
-    def separate(cls, prompts: Sequence[int], branches: Sequence[Sequence[int]]) -> Rows:
+    def separate(cls, prompts: Sequence[int], branches: Sequence[Sequence[int]]) -> PassShape:
         """The same in a row a branch, padded to the longest."""
         lengths = [prompt + length - 1 for prompt, of in zip(prompts, branches, strict=True) for length in of]
         return cls(len(lengths), max(lengths), sum(map(sum, branches)), None)
 
 
 @dataclass(frozen=True)
-class Held:
+class PeakMemory:
     """Bytes that a pass holds, beside the model's own, at the moment when it holds most."""
 
     casts: int = 0  # autocast's copies of weights
@@ -79,16 +79,16 @@ class Held:
         return self.casts + self.activations + self.loss + self.gradients + self.temporary
 
 
-def rehearse(
+def simulate_memory(
     trained: Policy | RewardModel,
-    rows: Rows,
+    rows: PassShape,
     *,
     device_type: str,
     autocast: bool,
     chunk_bytes: int,
     accumulates: bool,
     parts: int = 1,
-) -> Held:
+) -> PeakMemory:
     """What one micro-batch holds, forward and backward, at its peak.
 
     Args:
@@ -112,13 +112,13 @@ def rehearse(
         return tracker.peak
 
 
-def rehearse_prompts(
+def simulate_prompt_memory(
     trained: Policy | RewardModel, prompts: Sequence[int], *, device_type: str, autocast: bool, gradients: bool
-) -> Held:
+) -> PeakMemory:
     """What a pass over prompts of so many tokens holds: until its backward pass, or, without ``gradients``, while it
     runs."""
     layout = Layout(tuple(prompts), tuple(() for _ in prompts))
-    rows = Rows(1, layout.num_tokens, 0, layout)
+    rows = PassShape(1, layout.num_tokens, 0, layout)
     with _faked(trained, device_type, autocast, training=gradients) as tracker:
         with (
             tracker.making("activations"),
@@ -133,13 +133,13 @@ def rehearse_prompts(
 
 
 @contextmanager
-def without_memory(trained: Policy | RewardModel, *, autocast: bool) -> Iterator[None]:
+def fake_weights(trained: Policy | RewardModel, *, autocast: bool) -> Iterator[None]:
     """A model on the meta device can be run, on tokens that have no values either."""
     with _faked(trained, "cpu", autocast, training=False), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         yield
 
 
-def _decode(trained: Policy | RewardModel, rows: Rows, device_type: str) -> Tensor:
+def _decode(trained: Policy | RewardModel, rows: PassShape, device_type: str) -> Tensor:
     ids = torch.zeros(rows.rows, rows.width, dtype=torch.long)
     # Of four dimensions a mask passes through transformers as it is; what padded rows need is made from values.
     mask = (1, 1, 1, 1) if rows.layout else (rows.rows, 1, rows.width, rows.width)
@@ -270,8 +270,8 @@ class _Tracker(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
 
     @property
-    def peak(self) -> Held:
-        return Held(**self._peak)
+    def peak(self) -> PeakMemory:
+        return PeakMemory(**self._peak)
 
     def start(self) -> None:
         """The peak starts anew from what is live."""
@@ -389,6 +389,6 @@ def _replace_tensors(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def bytes_of(tensors: Any) -> int:
+def num_bytes(tensors: Any) -> int:
     """Of distinct tensors, memory or not."""
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in {id(t): t for t in tensors}.values())

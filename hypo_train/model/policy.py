@@ -1,7 +1,7 @@
 """The policy, its frozen reference and their LM head, as the loss sees them.
 
-The reference costs what it must and no more: LoRA's is the model with its adapter off, any other one a frozen copy
-of just the trained parameters, put in their place for a call.
+A reference needs little memory. Under LoRA it is the model with its adapter off. Otherwise it is a frozen copy of the
+trained parameters alone, which replaces them for the length of a call.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hypo_kernels.head import LMHead, LoRA
-from hypo_train.distributed.exchange import Exchange
-from hypo_train.distributed.fsdp import exchanged, is_sharded, local
+from hypo_train.distributed.exchange import RowExchange
+from hypo_train.distributed.fsdp import is_sharded, local, swapped_parameters
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.tree_model import ModelError, TreeModel, Trunk
 from hypo_train.trees.tree import Tree
@@ -28,16 +28,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Head(LMHead):
-    """The model's LM head, and the update that an adapter on it makes: none while the adapter is off.
+    """The model's LM head, and the update that an active adapter makes on it.
 
-    With ``exchange`` it is this process's ``vocab_shard``, under hidden states of its own: what is asked of it is a
-    :class:`hypo_train.model.head_call.HeadCall`.
+    With ``exchange``, its tensors are this rank's ``vocab_shard``, while every rank has hidden states of its own;
+    functions of it must then be a :class:`hypo_train.model.head_call.HeadCall`.
     """
 
-    exchange: Exchange | None = None
+    exchange: RowExchange | None = None
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
-        """fp32 (T, V) of hidden states (T, D), before the temperature."""
+        """Return the fp32 logits (T, V) of hidden states (T, D), before the temperature."""
         with torch.autocast(hidden.device.type, enabled=False):
             raw = (hidden.to(self.weight.dtype) @ self.weight.t()).float()
             if self.lora is not None:
@@ -45,107 +45,107 @@ class Head(LMHead):
             return replace(self, temperature=1.0).logits(raw)
 
 
-# What is asked of the hidden states (T, D) that predict a tree's targets, and of the head above them.
+# A function of the hidden states (T, D) that predict a tree's targets, and of the LM head.
 HeadFunction = Callable[[Tensor, Head], T]
 
 
 class Policy(TreeModel[Head]):
-    """A causal language model as the loss sees it, and the reference it started from."""
+    """A causal language model, and the reference that its training starts from."""
 
-    def __init__(self, model: Any, *, is_peft: bool, temperature: float = 1.0) -> None:
+    def __init__(self, model: Any, *, is_peft: bool, temperature: float = 1.0, has_reference: bool = True) -> None:
         super().__init__(model, is_peft=is_peft)
         self.temperature = temperature
         # Copies of the trained parameters alone; without an entry for LoRA, whose adapter can be switched off.
-        trained = self.trained_parameters()
-        self.reference_parameters = {} if is_peft else {name: p.detach().clone() for name, p in trained.items()}
-        self._reference_dropped = False
+        trained = {} if is_peft or not has_reference else self.trained_parameters()
+        self.reference_parameters = {name: p.detach().clone() for name, p in trained.items()}
+        self._has_reference = has_reference
 
     def head(self) -> Head:
-        """The LM head with the live weights; for use inside ``forward``."""
+        """Return the LM head with the live weights, for use inside ``forward``."""
         linear, config = self.base.get_output_embeddings(), self.base.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
         lora = _active_lora(linear) if hasattr(linear, "lora_A") else None
-        parts = self.vocab_parts
-        if parts is not None and lora is not None:
+        shards = self.vocab_shards
+        if shards is not None and lora is not None:
             lora = lora._replace(B=local(lora.B))
         return Head(
-            # An adapted layer's is its frozen base's.
-            weight=linear.weight if parts is None else local(linear.weight),
-            bias=linear.bias if parts is None or linear.bias is None else local(linear.bias),
+            # An adapted layer's weight is that of its frozen base.
+            weight=linear.weight if shards is None else local(linear.weight),
+            bias=linear.bias if shards is None or linear.bias is None else local(linear.bias),
             logit_softcap=getattr(config, "final_logit_softcapping", None),
             logit_scale=1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0),
             temperature=self.temperature,
             lora=lora,
-            vocab_shard=None if parts is None else parts.shard,
-            exchange=None if parts is None else parts.exchange,
+            vocab_shard=None if shards is None else shards.shard,
+            exchange=None if shards is None else shards.exchange,
         )
 
     @torch.no_grad()
     def reference(self, tree: Tree, function: HeadFunction[T], *, trunk: Trunk | None = None) -> T:
-        """The same of the reference model: frozen, without dropout."""
-        if self._reference_dropped:
-            raise RuntimeError("the reference was dropped, and is asked for")
+        """Evaluate ``function`` on the frozen reference model, in eval mode. Arguments are those of ``forward``."""
+        if not self._has_reference:
+            raise RuntimeError("the reference was dropped, or never kept")
         with eval_mode(self), self.model.disable_adapter() if self.is_peft else nullcontext():
-            if is_sharded(self):  # whose layers put their own parameters together, whatever a call is given
-                with self._as_the_reference():
-                    found: T = self(tree, function, trunk=trunk)
-                    return found
+            if is_sharded(self):  # its layers gather their own parameters, whatever functional_call passes
+                with self._reference_swapped_in():
+                    result: T = self(tree, function, trunk=trunk)
+                    return result
             return functional_call(self, self.reference_parameters, (tree, function), {"trunk": trunk})
 
     @contextmanager
-    def _as_the_reference(self) -> Iterator[None]:
-        """The sharded model with the reference's parameters in the place of its own."""
-        own = dict(self.named_parameters())
-        parts = set() if self.vocab_parts is None else set(self.vocab_parts.parameters)
-        of_layers = {name: p for name, p in self.reference_parameters.items() if own[name] not in parts}
-        of_parts = {own[name]: p for name, p in self.reference_parameters.items() if own[name] in parts}
+    def _reference_swapped_in(self) -> Iterator[None]:
+        """Run a block of a sharded model with the reference's parameters in place of the policy's."""
+        parameters = dict(self.named_parameters())
+        in_vocab = set() if self.vocab_shards is None else set(self.vocab_shards.parameters)
+        of_layers = {n: p for n, p in self.reference_parameters.items() if parameters[n] not in in_vocab}
+        of_vocab = {parameters[n]: p for n, p in self.reference_parameters.items() if parameters[n] in in_vocab}
         with (
-            exchanged(self, of_layers),
-            nullcontext() if self.vocab_parts is None else self.vocab_parts.replaced(of_parts),
+            swapped_parameters(self, of_layers),
+            nullcontext() if self.vocab_shards is None else self.vocab_shards.replaced(of_vocab),
         ):
             yield
 
     def reference_head(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of the reference's head for a pass of the policy's; None where they are the policy's own.
+        """Return weight and bias of the reference's LM head, or None where they are the policy's own.
 
-        Sharded weights are as the process holds them: DTensors, or its part of the vocabulary.
+        Sharded weights are DTensors, or this rank's shard of the vocabulary.
         """
         linear = self.base.get_output_embeddings()
         linear = getattr(linear, "base_layer", linear)
         copies = {id(p): self.reference_parameters.get(name) for name, p in self.named_parameters()}
         weight, bias = copies[id(linear.weight)], copies.get(id(linear.bias))
-        if weight is not None and bias is None:  # a frozen one goes with the weight
+        if weight is not None and bias is None:  # a frozen bias goes with the copied weight
             bias = linear.bias
-        if self.vocab_parts is None:
+        if self.vocab_shards is None:
             return weight, bias
         return None if weight is None else local(weight), None if bias is None else local(bias)
 
     def shard(self, device: torch.device, *, autocast: bool, vocab_parallel: bool = False) -> None:
-        """See ``TreeModel.shard``: the reference's parameters too, which are still those that training starts from."""
+        """Shard policy and reference, before training has changed the policy. See ``TreeModel.shard``."""
         super().shard(device, autocast=autocast, vocab_parallel=vocab_parallel)
-        own = self.trained_parameters()
-        self.reference_parameters = {name: own[name].detach().clone() for name in self.reference_parameters}
+        trained = self.trained_parameters()
+        self.reference_parameters = {name: trained[name].detach().clone() for name in self.reference_parameters}
 
-    def reference_to(self, device: torch.device) -> None:
-        """Move the reference's parameters, which are no module's own, to ``device``; sharded, they stay."""
+    def move_reference(self, device: torch.device) -> None:
+        """Move the reference's parameters, which no module holds, to ``device``; sharded ones stay."""
         if is_sharded(self):
             return
         self.reference_parameters = {name: p.to(device) for name, p in self.reference_parameters.items()}
 
     def drop_reference(self) -> None:
-        """Free the reference's parameters, when nothing asks for them any more."""
+        """Free the reference's parameters, when nothing needs them any more."""
         self.reference_parameters = {}
-        self._reference_dropped = True
+        self._has_reference = False
 
     def save_pretrained(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Weights (LoRA: the adapter) that ``AutoModelForCausalLM.from_pretrained(folder)`` loads."""
-        # Beside an adapter on the head, peft would save the frozen head and embedding in full.
+        """Save weights (LoRA: the adapter) that ``AutoModelForCausalLM.from_pretrained(folder)`` loads."""
+        # With an adapter on the head, peft would also save the full frozen head and embedding.
         options = {"save_embedding_layers": False} if self.is_peft else {}
         self.model.save_pretrained(folder, state_dict=state, **options)
 
 
 def _active_lora(layer: Any) -> LoRA | None:
-    """What peft's ``lora.Linear`` adds to its base now. Raises ModelError where that is more than scale·B·A."""
+    """Return the active update of peft's ``lora.Linear``. Raise ModelError if it is more than scale·B·A."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.merged:
         raise ModelError("LoRA is merged into the LM head, whose reference is gone: call unmerge_adapter()")

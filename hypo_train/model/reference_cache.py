@@ -35,7 +35,7 @@ from hypo_train.distributed.processes import Processes
 from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
-from hypo_train.model.weight_digest import contents, started_from
+from hypo_train.model.weight_digest import initial_weights, weight_hashes
 from hypo_train.trees.pack import Batcher
 from hypo_train.utils.atomic import write_file
 from hypo_train.utils.safe_print import safe_print
@@ -123,7 +123,7 @@ def pair_reference_logps(
         ModelError: a log-prob is not finite.
     """
     path = folder / f"{cache_key(policy, rows, config, autocast=autocast)}.safetensors"
-    known = processes.on_main(lambda: _kept(path, len(rows), split))
+    known = processes.run_on_main(lambda: _kept(path, len(rows), split))
     if known is not None:
         return known.to(device)
     started = time.monotonic()
@@ -131,7 +131,7 @@ def pair_reference_logps(
     computed = _computed(policy, rows, config, batcher, device, processes, autocast, label, progress)
     _check_finite(computed, rows)
     spent = tqdm.format_interval(time.monotonic() - started)
-    processes.on_main(lambda: _keep(path, computed, policy, f"{label} of {len(rows):,} pairs computed in {spent}"))
+    processes.run_on_main(lambda: _keep(path, computed, policy, f"{label} of {len(rows):,} pairs computed in {spent}"))
     return computed.to(device)
 
 
@@ -180,7 +180,7 @@ def settings_computed_with(base: Any) -> dict[str, Any]:
 
 def _reference_weights(policy: Policy) -> dict[str, list[Any]]:
     """Of what the reference is made of, buffers included."""
-    return contents({**dict(policy.named_buffers()), **started_from(policy)})
+    return weight_hashes({**dict(policy.named_buffers()), **initial_weights(policy)})
 
 
 def _computed(
@@ -198,7 +198,7 @@ def _computed(
     order = sorted(range(len(rows)), key=lambda i: -rows[i].num_tokens)
     size = config.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    turns = processes.turns(batches, alike=config.fsdp)
+    turns = processes.divide(batches, same_count=config.fsdp)
     mine = [batch for batch, _ in turns]
     found = []
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):

@@ -19,7 +19,7 @@ from hypo_train.model.tree_model import ModelError, first_line
 SELECTIVE_FROM = 10_000_000
 
 
-def made_trainable(model: Any, config: Config, device_type: str) -> Any:
+def make_trainable(model: Any, config: Config, device_type: str) -> Any:
     """The model with the configured parameters trained, in fp32, and its activations checkpointed.
 
     ``device_type``: of the device that it will train on.

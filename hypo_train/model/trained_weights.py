@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hypo_train.distributed.fsdp import sharded_as
+from hypo_train.distributed.fsdp import shard_like
 from hypo_train.model.load import refuse_missing
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
@@ -66,7 +66,7 @@ def put_saved(trained: Policy | RewardModel, saved: Mapping[str, Tensor], folder
         raise ModelError(f"{str(folder)!r} is a checkpoint of another model: it differs in {differing[0]}")
     with torch.no_grad():
         for name, tensor in saved.items():
-            parameters[name].copy_(sharded_as(tensor, parameters[name]))
+            parameters[name].copy_(shard_like(tensor, parameters[name]))
 
 
 def _saved_weights(folder: Path, *, trust_remote_code: bool) -> dict[str, Tensor]:

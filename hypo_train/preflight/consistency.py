@@ -22,7 +22,7 @@ from hypo_train.metrics.environment import versions
 from hypo_train.model.reference_cache import settings_computed_with
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import TreeModel
-from hypo_train.model.weight_digest import contents
+from hypo_train.model.weight_digest import weight_hashes
 from hypo_train.rewards import EndedReward, Reward, RewardFunction
 
 # Where things lie; the main process's count for what is written, and the contents of what is read are compared.
@@ -61,7 +61,7 @@ def require_same_contents(
     Raises:
         ConfigError: on the main process, where a process has read something else; ``OtherProcessError`` on the others.
     """
-    if processes.count == 1:
+    if processes.world_size == 1:
         return
     config = plan.config
     rows = {f"{split} rows": digest for split, digest in plan.rows_hashes.items()}
@@ -98,7 +98,7 @@ def _refuse(processes: Processes, text: str) -> None:
     def refuse() -> None:
         raise ConfigError(text)
 
-    processes.together(refuse)  # said by the main process, once
+    processes.run_on_all(refuse)  # said by the main process, once
 
 
 def _shown(value: Any) -> str:
@@ -120,7 +120,7 @@ def _weights(trained: TreeModel[Any]) -> dict[str, list[Any]]:
     """What was read of the layers; what is new, as an adapter, DDP takes from the main process."""
     decoder = trained.base.get_decoder()
     kept = decoder.state_dict(keep_vars=True)
-    return contents({name: x for name, x in kept.items() if not (trained.is_peft and x.requires_grad)})
+    return weight_hashes({name: x for name, x in kept.items() if not (trained.is_peft and x.requires_grad)})
 
 
 def _reward(reward: Reward | None, function: RewardFunction | None) -> Any:
@@ -132,4 +132,4 @@ def _reward(reward: Reward | None, function: RewardFunction | None) -> Any:
     model = getattr(reward.reward, "model", None) if isinstance(reward, EndedReward) else None
     if isinstance(model, RewardModel):
         model = model.base
-    return None if model is None else contents(model.state_dict())
+    return None if model is None else weight_hashes(model.state_dict())

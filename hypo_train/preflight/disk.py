@@ -10,7 +10,7 @@ from hypo_train.checkpoint.files import checkpoint_folder
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.metrics.memory import readable
-from hypo_train.model.meta_pass import bytes_of
+from hypo_train.model.meta_pass import num_bytes
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.optim import footprint
@@ -66,8 +66,8 @@ def checkpoint_bytes(config: Config, trained: Policy | RewardModel) -> int:
 def final_bytes(trained: Policy | RewardModel) -> int:
     """The saved model; of a policy with an adapter, the adapter alone."""
     if trained.is_peft and isinstance(trained, Policy):
-        return bytes_of(trained.trained_parameters().values())
-    return bytes_of(trained.parameters())
+        return num_bytes(trained.trained_parameters().values())
+    return num_bytes(trained.parameters())
 
 
 def _num_saves(config: Config, plan: Plan) -> int:

@@ -17,7 +17,7 @@ import torch
 from hypo_kernels import workspace
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Example, Pair
-from hypo_train.model.meta_pass import Held, Rows, bytes_of, rehearse, rehearse_prompts
+from hypo_train.model.meta_pass import PassShape, PeakMemory, num_bytes, simulate_memory, simulate_prompt_memory
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import bytes_in_4_bits, quantizable
 from hypo_train.model.reference_cache import splits_to_precompute
@@ -99,13 +99,13 @@ def estimate(
     """Of one process of a run, on its device; vLLM's own memory is not counted.
 
     Args:
-        trained: on the meta device, as :func:`hypo_train.model.load.outline` makes it.
+        trained: on the meta device, as :func:`hypo_train.model.load.build_on_meta` makes it.
         reward_model: a module on the meta device.
     """
     config, parameters = plan.config, list(trained.parameters())
     learned = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
-    size = bytes_of(learned)
+    size = num_bytes(learned)
     held = _training_pass(plan, trained, conditions)
     draws = _sampling(plan, trained, conditions)
     kept = draws if config.keep_sampling_memory else _Draws()
@@ -116,17 +116,17 @@ def estimate(
         device_type=conditions.device_type,
     )
     always = [
-        (f"frozen weights ({config.dtype})", bytes_of([*frozen, *trained.buffers()]) if frozen else 0),
+        (f"frozen weights ({config.dtype})", num_bytes([*frozen, *trained.buffers()]) if frozen else 0),
         ("trained weights (float32)", size),
         ("the reference's copy of them", _reference_bytes(plan, trained, conditions.device_type)),
-        (_REWARD_MODEL, 0 if reward_model is None else bytes_of(reward_model.parameters())),
+        (_REWARD_MODEL, 0 if reward_model is None else num_bytes(reward_model.parameters())),
     ]
     packed = [p for p in quantizable(trained.base) if not p.requires_grad] if config.load_in_4bit else []
     if packed:
         in_4_bits = sum(bytes_in_4_bits(p.numel(), nested=config.use_bnb_nested_quant) for p in packed)
         always[0] = (
             "frozen weights (4 bits, the rest " + config.dtype + ")",
-            always[0][1] - bytes_of(packed) + in_4_bits,
+            always[0][1] - num_bytes(packed) + in_4_bits,
         )
     count = plan.world_size if config.fsdp else 1
     always = [(name, number if name == _REWARD_MODEL else divided(number, count)) for name, number in always]
@@ -148,7 +148,7 @@ def estimate(
         gradients, changing, state, temporary = zero.gradients, zero.changing_gradients, zero.state, zero.temporary
     elif plan.world_size > 1 and not config.fsdp:
         in_buckets, gradients = size, size  # DDP's, made with it, which gradients lie in
-    unpacked = max((bytes_of([p]) for p in packed), default=0)
+    unpacked = max((num_bytes([p]) for p in packed), default=0)
     components = [
         *(Component(name, number, number, number) for name, number in always),
         Component(optimizer.what, state, state, state),
@@ -177,15 +177,15 @@ def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: Dev
     known = splits_to_precompute(plan)
     asked_in_steps = config.draws_samples or "train" not in known
     waits_here = device_type == "cpu" and bool(plan.eval_rows)
-    return bytes_of(trained.reference_parameters.values()) if asked_in_steps or waits_here else 0
+    return num_bytes(trained.reference_parameters.values()) if asked_in_steps or waits_here else 0
 
 
-def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> Held:
+def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> PeakMemory:
     """The run's largest micro-batch, forward and backward."""
     rows = [plan.train_rows[i] for i in plan.largest_micro_batch]
     prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
-    laid_out = (Rows.packed if conditions.shares_prompts else Rows.separate)(prompts, branches)
-    held = rehearse(
+    laid_out = (PassShape.packed if conditions.shares_prompts else PassShape.separate)(prompts, branches)
+    held = simulate_memory(
         trained,
         laid_out,
         device_type=conditions.device_type,
@@ -197,7 +197,7 @@ def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Condit
     if conditions.prompts_run_first(plan) and conditions.device_type == "cuda":
         # Attention of the branches keeps keys and values of its own, the prompts' among them.
         again = sum(prompts) * kv_bytes_per_token(trained, conditions.autocast)
-        return Held(held.casts, held.activations + again, held.loss, held.gradients, held.temporary)
+        return PeakMemory(held.casts, held.activations + again, held.loss, held.gradients, held.temporary)
     return held
 
 
@@ -263,10 +263,10 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
     logits = count * n * trained.head().weight.shape[0] * _BYTES_PER_SAMPLED_LOGIT
     options: dict[str, Any] = {"device_type": device_type, "autocast": autocast}
     if conditions.prompts_run_first(plan):
-        kept = rehearse_prompts(trained, [longest] * count, **options, gradients=True).total
+        kept = simulate_prompt_memory(trained, [longest] * count, **options, gradients=True).total
         activations = kept + max(count * longest * per_token, logits)
     else:
-        held = rehearse_prompts(trained, [longest] * prefilled, **options, gradients=False)
+        held = simulate_prompt_memory(trained, [longest] * prefilled, **options, gradients=False)
         prefill = held.total - (held.casts if weights else 0)  # a copy is in the dtype that is computed in
         activations = max(prefill + prefilled * longest * per_token, logits)
     return _Draws(weights, count * of_a_prompt, of_a_prompt, activations)

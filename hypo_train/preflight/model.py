@@ -9,7 +9,7 @@ import huggingface_hub
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hypo_train.config import Config
-from hypo_train.model.load import meta_model
+from hypo_train.model.load import model_on_meta
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.source import check_source, why_not
@@ -87,7 +87,7 @@ def check_reward_model(config: Config, source: Source, found: Findings, *, must_
     else:
         architecture = source.architecture
         found.model.append(f"reward model {path}: not there yet, counted as one of the policy's architecture")
-    return meta_model(AutoModelForSequenceClassification, config, architecture)
+    return model_on_meta(AutoModelForSequenceClassification, config, architecture)
 
 
 def _classifier_config(config: Config, path: str, found: Findings, *, must_exist: bool) -> Any:

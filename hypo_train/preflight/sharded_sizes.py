@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hypo_train.distributed.zero import BUCKET
-from hypo_train.model.meta_pass import bytes_of
+from hypo_train.model.meta_pass import num_bytes
 from hypo_train.model.trunk import decoder_layers
 
 
@@ -76,7 +76,7 @@ def put_together(trained: Any, *, autocast: bool, vocab_parallel: bool) -> tuple
     outside = _computed_bytes(own.outside, autocast)
     outside_a_pass = _computed_bytes((p for p in own.outside if id(p) not in in_parts), autocast)
     of_layers = [_computed_bytes(layer, autocast) for layer in own.layers]
-    gradients = max((bytes_of(p for p in layer if p.requires_grad) for layer in own.layers), default=0)
+    gradients = max((num_bytes(p for p in layer if p.requires_grad) for layer in own.layers), default=0)
     largest = max(of_layers, default=0)
     return outside + sum(of_layers), outside_a_pass + min(2 * largest, sum(of_layers)) + gradients
 

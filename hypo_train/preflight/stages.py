@@ -21,7 +21,7 @@ from hypo_train.distributed.zero import require_deepspeed
 from hypo_train.invocation import DryRun
 from hypo_train.metrics.devices import DEVICES
 from hypo_train.metrics.trackers import require_trackers
-from hypo_train.model.load import StructureError, outline
+from hypo_train.model.load import StructureError, build_on_meta
 from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import require_quantization
 from hypo_train.model.reward_model import RewardModel
@@ -160,7 +160,7 @@ def _check_model(
     trained, structure, reward_model = None, UNKNOWN, None
     with found.collected():
         try:
-            trained = outline(config, source.architecture, device_type=device.kind, autocast=device.autocast)
+            trained = build_on_meta(config, source.architecture, device_type=device.kind, autocast=device.autocast)
         except StructureError as error:
             if not must_exist:
                 raise

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hypo_train.config import Config
-from hypo_train.model.load import made_ready
+from hypo_train.model.load import make_trained_exact
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.sampling import serves
@@ -51,7 +51,7 @@ def look_at_structure(config: Config, architecture: Any) -> Structure:
             model = kind.from_config(small, trust_remote_code=config.trust_remote_code)
             if config.attn_implementation != "auto":
                 _set_attention(model, config.attn_implementation)
-            trained = made_ready(model, config.model_copy(update=changes), device_type="cpu")
+            trained = make_trained_exact(model, config.model_copy(update=changes), device_type="cpu")
     except ModelError:
         if config.lora_target_modules is not None:
             return UNKNOWN  # they may name layers that a miniature lacks

@@ -32,7 +32,7 @@ class ShardedSampler:
         **options: Any,
     ) -> Samples:
         """See `Sampler.sample`."""
-        return self.policy.inside(lambda: self.engine.sample(prompts, n, max_new_tokens, **options))
+        return self.policy.with_full_weights(lambda: self.engine.sample(prompts, n, max_new_tokens, **options))
 
     def weights_changed(self, step: int) -> None:
         self.engine.weights_changed(step)

@@ -23,6 +23,7 @@ class Batcher:
 
     pad_token_id: int
     shares_prompts: bool = True
+    window: int | None = None  # a batch with a longer sequence has separate rows: trees ignore sliding windows
 
     def pairs(self, pairs: Sequence[Pair], completions: TokenLists) -> Tree:
         """Return the tree of P chosen, P rejected, then ``completions``: equally many, or 0, for each prompt."""
@@ -61,9 +62,15 @@ class Batcher:
         return ids[:length]
 
     def _tree(self, prompts: TokenLists, sequences: Sequences) -> Tree:
-        if self.shares_prompts:
+        if self.shares_prompts and not self._exceeds_window(prompts, sequences):
             return pack(prompts, sequences)
         return separate_rows(prompts, sequences, pad_token_id=self.pad_token_id)
+
+    def _exceeds_window(self, prompts: TokenLists, sequences: Sequences) -> bool:
+        if self.window is None:
+            return False
+        # The last token is predicted and never an input.
+        return max(len(prompts[p]) + len(completion) - 1 for p, completion in sequences) > self.window
 
 
 def pack(prompts: TokenLists, sequences: Sequences) -> Tree:

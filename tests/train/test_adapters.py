@@ -19,7 +19,7 @@ from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
 from hypo_train.invocation import DryRun
 from hypo_train.model.head_functions import sequence_logprobs_call
-from hypo_train.model.load import load_policy, outline
+from hypo_train.model.load import build_on_meta, load_policy
 from hypo_train.model.quantization import (
     bytes_in_4_bits,
     dequantized,
@@ -190,7 +190,7 @@ def test_what_is_held_in_4_bits_is_counted_as_it_is_held(saved_model):
             elif not parameter.requires_grad:
                 held += parameter.nbytes
         held += sum(buffer.nbytes for buffer in policy.buffers())
-        meta = outline(config, policy.base.config, device_type="cpu", autocast=False)
+        meta = build_on_meta(config, policy.base.config, device_type="cpu", autocast=False)
         conditions = Conditions("cpu", False, True, "decode")
         numbers = estimate(Plan(config.model_copy(update={"max_steps": 1}), PAIRS, []), meta, conditions)
         assert numbers.of("frozen weights (4 bits, the rest float32)").training == held

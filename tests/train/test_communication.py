@@ -9,7 +9,7 @@ from tiny import make_config, new_model, save, word_tokenizer
 from transformers import AutoConfig
 
 from hypo_train.data.plan import load_plan
-from hypo_train.model.load import outline
+from hypo_train.model.load import build_on_meta
 from hypo_train.preflight.memory_estimate import Conditions
 from hypo_train.preflight.prediction.communication import exchanges
 from hypo_train.preflight.prediction.work import work_of
@@ -51,7 +51,7 @@ def predicted(config):
     tokenizer, autocast = word_tokenizer(), bool(config.bf16)
     plan, _ = load_plan(config, tokenizer, [tokenizer.eos_token_id], RankShare(0, WORLD))
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
-    trained = outline(config, architecture, device_type="cpu", autocast=autocast)
+    trained = build_on_meta(config, architecture, device_type="cpu", autocast=autocast)
     passes = work_of(plan, Conditions("cpu", autocast, True, "decode")).passes
     found = exchanges(trained, passes, count=WORLD, sharded=config.fsdp, autocast=autocast)
     return {f"{exchange.phase} {exchange.kind}": exchange.whole for exchange in found}

@@ -15,8 +15,8 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
 from hypo_train.metrics.meter import Meter
-from hypo_train.model.load import outline
-from hypo_train.model.meta_pass import Rows, bytes_of, rehearse
+from hypo_train.model.load import build_on_meta
+from hypo_train.model.meta_pass import PassShape, num_bytes, simulate_memory
 from hypo_train.preflight import memory
 from hypo_train.preflight.architectures import known_architecture
 from hypo_train.preflight.findings import Findings
@@ -49,7 +49,7 @@ def config_of(**changes):
 def outline_of(name, *, num_layers=None, **changes):
     architecture = known_architecture(name)
     architecture.num_hidden_layers = num_layers or architecture.num_hidden_layers
-    return outline(config_of(**changes), architecture, device_type="cuda", autocast=True)
+    return build_on_meta(config_of(**changes), architecture, device_type="cuda", autocast=True)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_a_rehearsal_leaves_the_outline_as_it_was():
     policy = outline_of(PYTHIA, num_layers=4, **LAST).eval()
     before = {name: (id(p), p.device, p.grad) for name, p in policy.named_parameters()}
     attention = policy.base.config._attn_implementation
-    held = rehearse(
+    held = simulate_memory(
         policy,
-        Rows.packed([8, 8], [[4, 4]] * 2),
+        PassShape.packed([8, 8], [[4, 4]] * 2),
         device_type="cuda",
         autocast=True,
         chunk_bytes=2**20,
@@ -99,18 +99,18 @@ def test_a_rehearsal_leaves_the_outline_as_it_was():
 
 def cuda_pass(rows, **changes):
     policy = outline_of(PYTHIA, num_layers=4, use_peft=True, dtype="bfloat16", **changes)
-    return rehearse(policy, rows, device_type="cuda", autocast=True, chunk_bytes=0, accumulates=False)
+    return simulate_memory(policy, rows, device_type="cuda", autocast=True, chunk_bytes=0, accumulates=False)
 
 
 def test_what_is_computed_again_is_not_held():
-    rows = Rows.packed([128] * 4, [[64] * 4] * 4)
+    rows = PassShape.packed([128] * 4, [[64] * 4] * 4)
     none, selective, full = (cuda_pass(rows, gradient_checkpointing=kind).total for kind in (False, "selective", True))
     assert full < 0.5 * selective < 0.5 * none
 
 
 def test_prompts_that_are_shared_are_held_once():
     shape = [256] * 4, [[32] * 4] * 4
-    shared, separate = cuda_pass(Rows.packed(*shape)), cuda_pass(Rows.separate(*shape))
+    shared, separate = cuda_pass(PassShape.packed(*shape)), cuda_pass(PassShape.separate(*shape))
     tokens = 4 * (256 + 4 * 31), 4 * 4 * (256 + 31)
     assert separate.activations / shared.activations == pytest.approx(tokens[1] / tokens[0], rel=0.1)
     assert separate.casts == shared.casts
@@ -145,11 +145,11 @@ def measured_peak(config):
     if config.has_reference:
         held += run.policy.reference_parameters.values()
     _, extra = peak_extra_bytes(lambda: train_step(run, 1, Meter()), torch.device("cpu"))
-    return bytes_of(held) + extra, run
+    return num_bytes(held) + extra, run
 
 
 def estimated(config, run):
-    trained = outline(config, run.trained.base.config, device_type="cpu", autocast=bool(config.bf16))
+    trained = build_on_meta(config, run.trained.base.config, device_type="cpu", autocast=bool(config.bf16))
     conditions = Conditions("cpu", bool(config.bf16), run.trained.shares_prompts, "decode")
     return estimate(Plan(config, run.plan.train_rows, run.plan.eval_rows), trained, conditions)
 
@@ -200,7 +200,7 @@ def of_devices(count, **changes):
     config = config_of(**{**fixed, "fsdp": count > 1, **changes})
     rows = [Pair(0, (0,) * 200, (0,) * 50, (0,) * 50)] * 64
     plan = Plan(config, rows, [], rank_share=RankShare(0, count))
-    trained = outline(config, known_architecture(LLAMA), device_type="cuda", autocast=True)
+    trained = build_on_meta(config, known_architecture(LLAMA), device_type="cuda", autocast=True)
     return estimate(plan, trained, Conditions("cuda", True, True, "decode")), trained
 
 

@@ -15,8 +15,8 @@ from hypo_train.build import prepare
 from hypo_train.checkpoint.files import checkpoint_folder, load_checkpoint, save_checkpoint
 from hypo_train.config import Config, ConfigError
 from hypo_train.distributed.zero import require_deepspeed
-from hypo_train.model.load import outline
-from hypo_train.model.meta_pass import bytes_of
+from hypo_train.model.load import build_on_meta
+from hypo_train.model.meta_pass import num_bytes
 from hypo_train.optim import build_optimizer, build_scheduler, footprint, parameter_roles
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "muon")
@@ -113,7 +113,7 @@ def test_its_state_takes_what_is_foretold(optim):
     tables = ("qmap1", "qmap2")  # 1 KiB each, that all parameters share
     held = [v for entry in entries for k, v in entry.items() if torch.is_tensor(v) and v.ndim and k not in tables]
     found = footprint(optim, run.model.named_parameters(), roles=run.roles, device_type="cpu")
-    assert found.state == bytes_of(held)
+    assert found.state == num_bytes(held)
 
 
 def test_its_temporaries_take_what_is_foretold(optim):
@@ -196,7 +196,7 @@ def test_a_name_that_is_no_optimizer_is_refused_with_those_that_are():
 def test_the_head_and_the_embeddings_of_a_model_are_known_by_their_role():
     architecture = tiny.new_config("gpt_neox")
     config = Config(model_name_or_path="-", dataset_name="-", max_prompt_length=16, max_completion_length=16)
-    policy = outline(config, architecture, device_type="cpu", autocast=False)
+    policy = build_on_meta(config, architecture, device_type="cpu", autocast=False)
     roles = policy.parameter_roles
     names = {role: [n for n, found in roles.items() if found == role] for role in ("embedding", "head")}
     assert [n.split(".")[-2] for n in names["embedding"]] == ["embed_in"]

@@ -196,7 +196,7 @@ def test_a_model_that_only_its_checkpoint_builds_is_a_warning_and_trains(page, m
     def fail(*_, **__):
         raise model_load.StructureError("cannot build a new model: no")
 
-    monkeypatch.setattr(stages, "outline", fail)
+    monkeypatch.setattr(stages, "build_on_meta", fail)
     [warning] = part(page(), "warnings")
     assert warning.startswith("cannot build a new model: no: memory and disk are not estimated")
 

@@ -10,7 +10,7 @@ from hypo_train.data.plan import load_plan
 from hypo_train.invocation import take_dry_run
 from hypo_train.metrics.devices import DEVICES, Assumed, bandwidth
 from hypo_train.metrics.flops import ModelFlops
-from hypo_train.model.load import outline
+from hypo_train.model.load import build_on_meta
 from hypo_train.preflight import check, hub
 from hypo_train.preflight.memory_estimate import Conditions
 from hypo_train.preflight.prediction.communication import Exchange, exchanges
@@ -30,7 +30,7 @@ def predicted(settings):
         tokenizer = tiny.word_tokenizer()
         plan, _ = load_plan(config, tokenizer, [tokenizer.eos_token_id], RankShare(0, count))
         architecture = AutoConfig.from_pretrained(config.model_name_or_path)
-        trained = outline(config, architecture, device_type="cpu", autocast=False)
+        trained = build_on_meta(config, architecture, device_type="cpu", autocast=False)
         conditions = Conditions("cpu", False, True, "decode")
         work = work_of(plan, conditions)
         exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=False)
@@ -46,7 +46,7 @@ def predicted(settings):
 def test_a_model_without_memory_has_the_flops_that_it_has_with_weights(settings, changes):
     config = settings(**changes)
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
-    without = outline(config, architecture, device_type="cpu", autocast=False)
+    without = build_on_meta(config, architecture, device_type="cpu", autocast=False)
     assert ModelFlops.of_outline(without, autocast=False) == ModelFlops.of(prepare(config).policy)
 
 

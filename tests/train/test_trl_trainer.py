@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 from hypo_kernels import fused_hypo_loss
 from hypo_train.config import ConfigError
@@ -267,6 +267,42 @@ def test_a_prompt_that_tokenises_to_nothing_is_named_by_its_row(make):
     rows = [*ROWS[:2], {"prompt": "film", "chosen": "good", "rejected": "bad"}]  # one unknown word
     with pytest.raises(DataError, match="row 2 of train_dataset has an empty prompt once it is tokenised"):
         make(rows=rows, **HYPO)
+
+
+# Safety steps that the trainer shares with this project's own loop
+
+
+def test_rows_longer_than_a_sliding_window_have_the_loss_of_dpo(make, saved_model):
+    # The proof of exactness has rows of 11 tokens, the window is longer, and the batches' rows are longer still.
+    model = saved_model("mistral", sliding_window=16)
+    rows = [{**row, "prompt": 3 * row["prompt"]} for row in ROWS]
+    losses = []
+    for kind, changes in ((HyPOTrainer, {"kl_coef": 0.0}), (trl.DPOTrainer, {})):
+        trainer, _ = trained(make(kind, model=model, rows=rows, **changes))
+        losses.append(logged(trainer, "loss", "logps/chosen"))
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_functional_dropout_is_off(make, saved_model):
+    trainer = make(model=saved_model("opt", dropout=0.5, attention_dropout=0.5), kl_coef=0.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    assert torch.equal(*(trainer.compute_loss(trainer.model, batch).detach() for _ in range(2)))
+
+
+def test_gradients_over_4_bits_are_those_of_dpo(make, saved_model):
+    pytest.importorskip("bitsandbytes")  # on CPUs with bf16 products, it repacks weights in a pass in eval mode
+    folder = saved_model("llama", hidden_size=64, intermediate_size=128)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    found = []
+    for kind, changes in ((HyPOTrainer, {"kl_coef": 0.0}), (trl.DPOTrainer, {})):
+        policy = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
+        found.append(trained(make(kind, model=folder, policy=policy, peft_config=LORA, max_steps=1, **changes))[1][0])
+    gradients, expected = found
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():  # TRL holds adapters over 4 bits in bf16
+        tolerance = 2 * torch.finfo(torch.bfloat16).eps * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_nothing_is_reported_to_anybody(make, monkeypatch):

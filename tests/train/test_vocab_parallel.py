@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from hypo_train.build import prepare
 from hypo_train.config import Config
-from hypo_train.distributed.fsdp import Spread
-from hypo_train.distributed.vocab_parallel import processes_without_a_part
+from hypo_train.distributed.fsdp import Sharding
+from hypo_train.distributed.vocab_parallel import ranks_without_a_shard
 from hypo_train.metrics.meter import Meter
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
@@ -128,13 +128,13 @@ def test_under_bf16_sharded_weights_are_trained_as_whole_ones(steps, model, tmp_
 def test_processes_without_a_part_are_counted_as_torch_chunk_leaves_them():
     for size in range(1, 30):
         for count in range(1, 12):
-            assert processes_without_a_part(size, count) == count - len(torch.empty(size).chunk(count))
+            assert ranks_without_a_shard(size, count) == count - len(torch.empty(size).chunk(count))
 
 
 def test_more_processes_than_have_a_part_are_refused():
     policy, mesh = Policy(new_model("llama", vocab_size=37), is_peft=False), SimpleNamespace(size=lambda: 12)
     with pytest.raises(ModelError, match="2 of 12 processes would have no part of a vocabulary of 37, start fewer"):
-        policy._in_parts(Spread(mesh, torch.device("cpu"), None))
+        policy._vocab_shards(Sharding(mesh, torch.device("cpu"), None))
 
 
 if __name__ == "__main__":

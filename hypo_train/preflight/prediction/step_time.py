@@ -69,7 +69,7 @@ def predict(
     flops: ModelFlops,
     speeds: Speeds,
 ) -> list[Part]:
-    """The phases of a mean step, of one process. ``trained``: as :func:`hypo_train.model.load.outline` makes it."""
+    """The phases of a mean step, of one process. ``trained``: from :func:`hypo_train.model.load.build_on_meta`."""
     config, count = plan.config, plan.world_size
     forward = flops.policy.of(work.policy)
     again = forward - flops.policy.row * work.policy.rows if config.gradient_checkpointing is True else 0

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hypo_train.model.eval_mode import eval_mode
+from hypo_train.model.tree_model import attention_window
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, num_slots, takes_packed
 from hypo_train.sampling.decode.cuda_graphs import CapturedBranches, bucket, fingerprint
 from hypo_train.sampling.decode.prefill import prefill
 from hypo_train.sampling.decode.support import (
-    attention_window,
     compute_dtype,
     kv_shape,
     serves,
@@ -181,7 +181,7 @@ class DecodeSampler:
         self._captured = self._merged = None
 
     def _check_window(self, longest: int) -> None:
-        window = attention_window(self.model)
+        window = attention_window(base_model(self.model))
         if window is not None and longest > window:
             raise ValueError(
                 f"prompt and completion may have {longest} tokens, more than the {window} that the model's sliding "

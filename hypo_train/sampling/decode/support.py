@@ -32,15 +32,6 @@ def text_config(model: Any) -> Any:
     return base_model(model).config.get_text_config()
 
 
-def attention_window(model: Any) -> int | None:
-    """How many tokens a row may have before a sliding window would hide its first ones; None = any number."""
-    config = text_config(model)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
 def compute_dtype(model: Any) -> torch.dtype:
     """What attention computes in: autocast's dtype where it is on, else the hidden states'."""
     weight = base_model(model).get_input_embeddings().weight
