@@ -69,7 +69,8 @@ def _filled_in(line: re.Match[str]) -> str:
 
 def configuration(_: str = "") -> str:
     """Return every field of ``Config`` in the groups of ``--help``: type, bounds, default and meaning."""
-    from hypo_train.config import Config, help_text
+    from hypo_train.cli import help_text
+    from hypo_train.config import Config
 
     lines: list[str] = []
     for line in help_text().splitlines():
@@ -124,7 +125,7 @@ def _rules(kind: Any) -> list[Any]:
 
 def command_help(command: str = "") -> str:
     """Return the help page of a command of ``python -m hypo_train`` as a code block."""
-    from hypo_train.__main__ import main
+    from hypo_train.cli import main
 
     os.environ["COLUMNS"] = "100"
     printed = io.StringIO()
@@ -138,7 +139,7 @@ def command_help(command: str = "") -> str:
 
 def usage(_: str = "") -> str:
     """Return training's help page up to its first group of fields."""
-    from hypo_train.config import help_text
+    from hypo_train.cli import help_text
 
     before_fields = re.split(r"^\w[\w ]*:$", help_text(), flags=re.MULTILINE)[0]
     return f"```text\n{before_fields.rstrip()}\n```"

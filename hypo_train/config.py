@@ -6,49 +6,61 @@ problem of a file and a command line into one ``ConfigError``. Field names follo
 
 from __future__ import annotations
 
-import difflib
 import re
-import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hypo_train.algorithms.registry import Algorithm, find_algorithm
 from hypo_train.foreign_names import FOREIGN_NAMES
 from hypo_train.utils.errors import ConfigError
+from hypo_train.utils.flags import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    Text,
+    explain,
+    nearest,
+    read_flags,
+    read_values,
+    shown,
+    shown_name,
+    validated,
+    why_unusable,
+)
+from hypo_train.utils.yaml_file import read_mapping
 
-Text = Annotated[str, Field(min_length=1)]
-PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
-def is_users_mistake(error: ValueError) -> bool:
-    """Whether an error is one of this project's: each says in a line what is wrong and how to mend it."""
-    return type(error).__module__.split(".")[0] in ("hypo_train", "hypo_kernels")
-
-
-class Config(BaseModel):
+class Config(Settings):
     """Every setting of a run. The docstring below a field is its ``--help`` text."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    source: ClassVar[str] = "the configuration"
+    how_to_set: ClassVar[str] = "set it in the file or with --{}"
+    more_flags: ClassVar = ["config"]
+    other_names = FOREIGN_NAMES
+    short_flags: ClassVar = {"resume": "resume_from_checkpoint"}
+    bare_flags: ClassVar = {"resume_from_checkpoint": "auto"}
+    not_a_bool: ClassVar = {
+        "report_to": "none logs to metrics.jsonl alone",
+        "resume_from_checkpoint": "auto resumes from the newest checkpoint; leave it out to start a new run",
+    }
+    groups: ClassVar = {
+        "algorithm": "run",
+        "model_name_or_path": "model",
+        "dataset_name": "data",
+        "beta": "objective",
+        "sampler": "sampling",
+        "optim": "optimisation",
+        "eval_steps": "evaluation",
+        "logging_steps": "logging and saving",
+    }
 
     algorithm: Text = "hypo"
     """What is trained: hypo is DPO plus the online reverse KL, dpo and ipo are these losses alone, rloo maximises a
@@ -277,16 +289,6 @@ class Config(BaseModel):
     def has_reward(self) -> bool:
         return self.reward is not None or self.reward_model_path is not None
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number_is_a_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        # Pydantic reads yes and no as 1 and 0: ``save_steps: no`` or ``beta: on`` would pass.
-        types = _types(cls.model_fields[info.field_name or ""].annotation)
-        if isinstance(value, bool) and bool not in types:
-            instead = _INSTEAD_OF_A_BOOL.get(info.field_name or "", "")
-            raise ValueError(f"should be {_type_name(types)}, not true or false{instead}")
-        return value
-
     @field_validator("algorithm")
     @classmethod
     def _algorithm_is_registered(cls, value: str) -> str:
@@ -305,14 +307,6 @@ class Config(BaseModel):
     def _each_once(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
             raise ValueError("should name each tracker once")
-        return value
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _text_can_be_written(cls, value: Any) -> Any:
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (why := _unusable(text)):
-                raise ValueError(f"should be {why}")
         return value
 
     @model_validator(mode="after")
@@ -474,85 +468,38 @@ def _without_effect(c: Config) -> list[str]:
     ]
 
 
-_INSTEAD_OF_A_BOOL = {  # a field -> what true or false was meant to be
-    "report_to": ": none logs to metrics.jsonl alone",
-    "resume_from_checkpoint": ": auto goes on from the newest checkpoint, where it is left out a new run starts",
-}
-
-_RENAMED = {  # a field of before -> what to write now
-    "tensorboard": "tensorboard is report_to now: report_to: [tensorboard] for true (the default), report_to: none for "
-    "false",
-}
-
-
-def _unusable(text: str) -> str | None:
-    """What a text should be, that no file or folder can be called by and no file can hold."""
-    if "\0" in text:
-        return "text without a NUL character"
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return "valid Unicode: it has half of a surrogate pair"
-    return None
-
-
-def shown(value: Any) -> str:
-    """A value as a line of an error message can hold it."""
-    try:
-        text = repr(value)
-    except ValueError:  # of Python's limit on an integer's digits
-        return "an integer of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"
-
-
-def _shown_name(name: str) -> str:
-    """A name as it is, where it could be one."""
-    return name if name.isprintable() and len(name) <= 200 else shown(name)
-
-
 def load_config(argv: Sequence[str]) -> Config:
-    """The configuration that ``argv`` (without the program's name) asks for; flags override ``--config``'s file,
-    which overrides its ``base``.
+    """Return the configuration that ``argv`` (without the program's name) asks for.
 
-    Raises ``ConfigError`` with every problem of the file and the flags together.
+    Flags override ``--config``'s file, which overrides its ``base``.
+
+    Raises:
+        ConfigError: with every problem of the file and the flags together.
     """
     problems: list[str] = []
-    flags = _read_flags(argv, problems)
-    config_tokens = flags.pop("config", None)
+    _, flags = read_flags(Config, argv, problems)
+    files = flags.pop("config", None)
     values: dict[str, Any] = {}
-    if config_tokens is not None:
-        if len(config_tokens) != 1:
+    if files is not None:
+        if len(files) != 1:
             raise ConfigError("--config needs one file, as in --config recipe.yaml")
-        values = _read_file(config_tokens[0], problems)
-    for name, tokens in flags.items():
-        if name not in Config.model_fields:
-            problems.append(_RENAMED.get(name) or f"unknown flag --{_shown_name(name)}{_nearest(name, '--')}")
-        elif len(tokens) > 1 and not _takes_several(name):
-            given = ", ".join(map(shown, tokens[:4]))
-            problems.append(f"--{name} takes one value, and is given {given}: flags begin with --, quote spaces")
-            values[name] = _flag_value(name, tokens[:1])
-        else:
-            values[name] = _flag_value(name, tokens)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        problems += _explain(error)
-    if len(problems) == 1:
-        raise ConfigError(f"1 problem in the configuration: {problems[0]}")
-    if problems:
-        raise ConfigError("\n  ".join([f"{len(problems)} problems in the configuration:", *problems]))
-    return config
+        values = _read_recipe(files[0], problems)
+    return validated(Config, values | read_values(Config, flags, problems), problems)
 
 
 def checked(values: dict[str, Any]) -> Config:
-    """The configuration of these values by field. Raises ``ConfigError``, which lists every problem in one line."""
+    """Return the configuration with these values by field. Raises ConfigError with every problem in one line."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(error))) from None
+        raise ConfigError("; ".join(explain(Config, error))) from None
 
 
 def require_trust(saved: Config, *, given: bool, where: Path) -> None:
-    """Raise ConfigError where the files of a run ask for foreign code to be run, and who reads them now has not: they
-    may be somebody else's."""
+    """Raise ConfigError if the run ``saved`` needs ``trust_remote_code`` and the reader has not ``given`` it.
+
+    The files of a run may be somebody else's: what they say alone never runs foreign code.
+    """
     if saved.trust_remote_code and not given:
         raise ConfigError(
             f"{where} is of a run with trust_remote_code: true, for code of {shown(saved.model_name_or_path)}: add "
@@ -560,200 +507,30 @@ def require_trust(saved: Config, *, given: bool, where: Path) -> None:
         )
 
 
-_SHORT = {"resume": "resume_from_checkpoint"}  # flags of another name than their field
-_BARE = {"resume_from_checkpoint": "auto"}  # what a flag without a value means
-
-
-def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
-    """Flag name -> the tokens that follow it. ``--name=value`` and dashes inside a name are understood."""
-    flags: dict[str, list[str]] = {}
-    name = None
-    for token in argv:
-        if token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            name = name.replace("-", "_")
-            name = _SHORT.get(name, name)
-            if name in flags:
-                problems.append(f"--{_shown_name(name)} is given more than once")
-            flags[name] = [value] if equals else []
-        elif name is None:
-            is_recipe = token.isprintable() and token.endswith((".yaml", ".yml"))
-            example = f"--config {token}" if is_recipe else "--name value"
-            problems.append(f"unexpected argument {shown(token)}: settings are written as {example}")
-        else:
-            flags[name].append(token)
-    return flags
-
-
-def _takes_several(name: str) -> bool:
-    return any(get_origin(kind) is list for kind in _types(Config.model_fields[name].annotation))
-
-
-def _flag_value(name: str, tokens: list[str]) -> Any:
-    """What the flag's text means for its field, for pydantic to check; numbers stay text, which it reads."""
-    types = _types(Config.model_fields[name].annotation)
-    if not tokens:
-        return True if bool in types else _BARE.get(name, "")
-    if len(tokens) > 1:
-        return tokens
-    if NoneType in types and tokens[0].lower() in ("none", "null"):
-        return None
-    if _takes_several(name) and re.fullmatch(r"\[.*\]", tokens[0]):
-        return re.findall(r"[^\s,'\"]+", tokens[0][1:-1])
-    return tokens[0]
-
-
-def _read_file(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dict[str, Any]:
-    """The known keys of a flat YAML mapping, over those of the recipe that its ``base`` names, if it names one.
+def _read_recipe(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the known keys of a flat YAML mapping, over those of the recipe that its ``base`` names, if it names one.
 
     ``heirs``: the recipes that this one is the base of, the first given on the command line.
     """
-    where = f"base {_shown_name(path)} of {heirs[-1]}" if heirs else f"--config {_shown_name(path)}"
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"{where}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{where}: not valid YAML: line {line} is no UTF-8, save the file in that encoding") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {_why_no_yaml(error)}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: nested too deep, and should hold lines of the form 'name: value'") from None
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{where}: should hold lines of the form 'name: value'")
-    keys = Counter(str(key.value) for key, _ in node.value)  # ``values`` silently keeps the last of equal keys
-    problems += [f"{_shown_name(key)} is given more than once in {path}" for key, count in keys.items() if count > 1]
-    unknown = [key for key in values if key not in Config.model_fields and key != "base"]
-    problems += [_RENAMED.get(key) or f"unknown key {shown(key)} in {path}{_nearest(str(key))}" for key in unknown]
-    own = {key: value for key, value in values.items() if key in Config.model_fields}
-    return _read_base(values["base"], problems, [*heirs, path]) | own if "base" in values else own
-
-
-def _why_no_yaml(error: Exception) -> str:
-    """The line and what is wrong with it."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
-        return " ".join(str(error).split())
-    mark, fix = error.problem_mark, ""
-    if "'\\t'" in error.problem:
-        fix = ": indent with spaces, and not with a tab"
-    elif error.context == "while scanning a simple key" and error.context_mark is not None:
-        mark, fix = error.context_mark, ": a line is of the form 'name: value'"
-    return f"line {mark.line + 1}: {' '.join(error.problem.split())}{fix}"
+    where = f"base {shown_name(path)} of {heirs[-1]}" if heirs else f"--config {shown_name(path)}"
+    values, repeated = read_mapping(path, where)
+    problems += [f"{shown_name(key)} is given more than once in {path}" for key in repeated]
+    problems += [
+        f"unknown key {shown(key)} in {path}{nearest(Config, str(key), also=['base'])}"
+        for key in values
+        if key not in Config.model_fields and key != "base"
+    ]
+    settings = {key: value for key, value in values.items() if key in Config.model_fields}
+    return _read_base(values["base"], problems, [*heirs, path]) | settings if "base" in values else settings
 
 
 def _read_base(base: Any, problems: list[str], heirs: Sequence[str]) -> dict[str, Any]:
-    """The values of the recipe ``base``, whose path is relative to the folder of its heir, the last of ``heirs``."""
-    if not isinstance(base, str) or not base or _unusable(base):
+    """Return the values of the recipe ``base``, whose path is relative to the folder of the last of ``heirs``."""
+    if not isinstance(base, str) or not base or why_unusable(base):
         raise ConfigError(f"base={shown(base)} in {heirs[-1]}: should be the path of a recipe, relative to this one")
     path = Path(heirs[-1]).parent / Path(base).expanduser()
     if path.resolve() in [Path(heir).resolve() for heir in heirs]:
         raise ConfigError(
             f"base={shown(base)} in {heirs[-1]}: a recipe cannot be its own base: {' -> '.join([*heirs, base])}"
         )
-    return _read_file(str(path), problems, heirs)
-
-
-def _nearest(name: str, prefix: str = "") -> str:
-    """The end of an unknown name's message; ``prefix`` is that of a flag."""
-    if name in FOREIGN_NAMES:
-        return f": {FOREIGN_NAMES[name]}"
-    known = [*Config.model_fields, "config" if prefix else "base"]
-    names = difflib.get_close_matches(name, known, n=1) or [field for field in known if field.startswith(f"{name}_")]
-    return f": did you mean {prefix}{names[0]}?" if names else " (--help lists the fields)"
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """One line a field or a conflict; pydantic's list has one entry for each type of a union."""
-    lines: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        if not item["loc"]:
-            return str(item["ctx"]["error"]).split("\n")
-        name, value = str(item["loc"][0]), item["input"]
-        required = Config.model_fields[name].is_required()
-        if item["type"] == "missing" or (required and value is None):
-            lines[name] = f"{name} is missing: set it in the file or with --{name}"
-        else:
-            if value is None and NoneType not in _types(Config.model_fields[name].annotation):
-                lines[name] = f"{name} has no value: write one, or leave it out"
-                continue
-            message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            message = "needs a value" if value == "" else message
-            quotes = " (put it in quotes)" if item["type"] == "string_type" and value is not None else ""
-            if item["type"] == "literal_error" and name in lines:
-                lines[name] += f"; or it {message}"
-            lines.setdefault(name, f"{name}={shown(value)}: {message}{quotes}")
-    return list(lines.values())
-
-
-def _types(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, without pydantic's constraints."""
-    if get_origin(annotation) is Annotated:
-        return _types(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [kind for part in get_args(annotation) for kind in _types(part)]
-    return [annotation]
-
-
-def _type_name(types: list[Any]) -> str:
-    names = [get_args(kind) if get_origin(kind) is Literal else [kind.__name__] for kind in types]
-    return " | ".join(name for group in names for name in group).replace("NoneType", "none")
-
-
-_GROUPS = {  # the first field of each group of ``--help``
-    "algorithm": "run",
-    "model_name_or_path": "model",
-    "dataset_name": "data",
-    "beta": "objective",
-    "sampler": "sampling",
-    "optim": "optimisation",
-    "eval_steps": "evaluation",
-    "logging_steps": "logging and saving",
-}
-
-
-def help_text() -> str:
-    """The ``--help`` page: usage, then every field with its type, default and meaning, at most 100 columns."""
-    lines = [
-        "usage: python -m hypo_train                      the demo",
-        "       python -m hypo_train demo --help          the demo's options",
-        "       python -m hypo_train --config recipe.yaml --learning_rate 1e-6",
-        "       python -m hypo_train evaluate --help      evaluation of a finished run, or of any model",
-        "       python -m hypo_train export --help        what a run trained, for other tools",
-        "       python -m hypo_train judge --help         win-rates of samples",
-        "       python -m hypo_train report RUN [RUN ...] one HTML page about runs, side by side",
-        "",
-        "--config reads a flat YAML file of the fields below; --field value, --field=value or, for yes/no",
-        "fields, --field alone overrides it. A line base: other.yaml, relative to the file, takes every",
-        "field that the file leaves out from another one.",
-        "",
-        "  --resume [FOLDER]       go on from that checkpoint, or from the newest complete one in output_dir",
-        "  --dry-run               check everything but weights, write nothing, print what would be trained",
-        "                          and the memory it takes; exit status 2 where the run would be refused",
-        "  --dry_run_model NAME    a model (folder or Hub name) that stands in for one that is not there yet",
-        "  --dry_run_device NAME   cuda or cpu: estimate memory for it, wherever the dry run is; A100, H100,",
-        "                          H200, B200 or L40S: predict a step's time as well",
-        "  --num_devices N         of a dry run: each of N devices, one a process, and what they exchange",
-        "  --devices_per_node 8, --mfu 0.4, --link_gb_s X, --network_gb_s X",
-        "                          of a dry run: what its times assume (GB a second sent by a device)",
-    ]
-    for name in Config.model_fields:
-        if name in _GROUPS:
-            lines += ["", f"{_GROUPS[name]}:"]
-        lines += field_help(name)
-    return "\n".join(lines)
-
-
-def field_help(name: str) -> list[str]:
-    """What ``--help`` says of a field."""
-    field = Config.model_fields[name]
-    default = field.default
-    if isinstance(default, (bool, NoneType)):
-        default = str(default).lower()
-    default = "required" if field.is_required() else f"default: {default}"
-    return [
-        f"  --{name}  {_type_name(_types(field.annotation))}  ({default})",
-        *textwrap.wrap(field.description or "", width=100, initial_indent=" " * 8, subsequent_indent=" " * 8),
-    ]
+    return _read_recipe(str(path), problems, heirs)

@@ -39,6 +39,7 @@ FOREIGN_NAMES = {
     "reference_model": _NO_REFERENCE,
     "remove_unused_columns": _NOT_NEEDED,
     "save_strategy": "use save_steps, a number of steps",
+    "tensorboard": "use report_to: [tensorboard] for true (the default), or report_to: none for false",
     "tokenizer": "the model's own tokenizer is used, leave it out",
     "tokenizer_name_or_path": "the model's own tokenizer is used, leave it out",
     "train_batch_size": "use per_device_train_batch_size",

@@ -26,8 +26,8 @@ from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 
 from hypo_kernels import sequence_logprobs
-from hypo_train.__main__ import main
-from hypo_train.config import Config, help_text, load_config
+from hypo_train.cli import help_text, main
+from hypo_train.config import Config, load_config
 
 LOOP = "docs/plain_loop.md"
 EXTENDING = "docs/extending.md"  # tests/train/test_extending.py runs its blocks and commands

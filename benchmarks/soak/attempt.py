@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.soak.moments import watch
-from hypo_train.__main__ import main
+from hypo_train.cli import main
 
 TIME_LIMIT = 120.0  # seconds of an attempt; one that takes longer hangs
 _LONGEST_NAME = 128

@@ -16,8 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from hypo_train.config import is_users_mistake
-from hypo_train.utils.errors import NotFiniteError, OtherProcessError, Stopped
+from hypo_train.utils.errors import NotFiniteError, OtherProcessError, Stopped, is_users_mistake
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -8,12 +8,14 @@ from typing import Any
 
 from hypo_train.evaluation.finished import FinishedRun, prepare_finished
 from hypo_train.evaluation.held_out import Evaluation, KLRule, evaluate
-from hypo_train.evaluation.settings import Settings
+from hypo_train.evaluation.settings import EvaluateSettings
+from hypo_train.utils.quiet import quiet_libraries
 from hypo_train.utils.records import make_folder, write_csv, write_json_lines
 
 
-def run(settings: Settings) -> int:
+def run(settings: EvaluateSettings) -> int:
     """Evaluate, write ``metrics.json``, ``samples.jsonl`` and ``samples.csv``, and print the metrics. Exit status 0."""
+    quiet_libraries()
     finished = prepare_finished(settings)
     for line in finished.report:
         print(line, flush=True)
@@ -34,7 +36,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _conditions(settings: Settings, finished: FinishedRun) -> dict[str, Any]:
+def _conditions(settings: EvaluateSettings, finished: FinishedRun) -> dict[str, Any]:
     """What the numbers are of: a figure without these cannot be compared with another."""
     config = finished.config
     found: dict[str, Any] = {
@@ -64,7 +66,7 @@ def _conditions(settings: Settings, finished: FinishedRun) -> dict[str, Any]:
     return found
 
 
-def _page(settings: Settings, evaluation: Evaluation) -> str:
+def _page(settings: EvaluateSettings, evaluation: Evaluation) -> str:
     """The metrics, errors beside their means."""
     shown = {name: value for name, value in evaluation.metrics.items() if not name.endswith("_se")}
     width = max(map(len, shown), default=0)

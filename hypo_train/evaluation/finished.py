@@ -14,7 +14,7 @@ from hypo_train.build import build_accelerator, build_sampler
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.load import load_held_out
 from hypo_train.distributed.processes import Processes
-from hypo_train.evaluation.settings import Settings
+from hypo_train.evaluation.settings import EvaluateSettings
 from hypo_train.model.load import load_policy, load_reward_model
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
@@ -56,7 +56,7 @@ class FinishedRun:
         return self.config.max_new_tokens or self.config.max_completion_length
 
 
-def prepare_finished(settings: Settings) -> FinishedRun:
+def prepare_finished(settings: EvaluateSettings) -> FinishedRun:
     """Load and check everything, cheapest first, as ``run.prepare`` does.
 
     The policy is loaded as the run loaded it and given its final weights: what a LoRA run or one of a few layers
@@ -107,7 +107,7 @@ def prepare_finished(settings: Settings) -> FinishedRun:
     )
 
 
-def _as_loaded(settings: Settings) -> Config:
+def _as_loaded(settings: EvaluateSettings) -> Config:
     """The configuration of what is loaded before the final weights are put into it."""
     config = settings.config.model_copy(update={"gradient_checkpointing": False})  # there is no backward pass
     if config.spec.trains_reward_model:  # its final model is whole, adapters merged, and its trained weights are fp32
@@ -125,7 +125,7 @@ def _as_loaded(settings: Settings) -> Config:
     return config.model_copy(update=other)
 
 
-def _policy(settings: Settings, config: Config, accelerator: Accelerator, *, autocast: bool) -> Policy:
+def _policy(settings: EvaluateSettings, config: Config, accelerator: Accelerator, *, autocast: bool) -> Policy:
     """The policy with its final weights and its reference, on the device."""
     at_training = config.model_copy(update={"temperature": settings.training_temperature})
     policy = load_policy(at_training, autocast=autocast)
@@ -138,7 +138,7 @@ def _policy(settings: Settings, config: Config, accelerator: Accelerator, *, aut
     return policy
 
 
-def _check_tokenizers(settings: Settings, tokenizer: Any) -> None:
+def _check_tokenizers(settings: EvaluateSettings, tokenizer: Any) -> None:
     """A KL compares two models' probabilities of the same tokens."""
     if settings.reference_is_start:
         return
@@ -150,7 +150,7 @@ def _check_tokenizers(settings: Settings, tokenizer: Any) -> None:
         )
 
 
-def _tokenizer_source(settings: Settings) -> str:
+def _tokenizer_source(settings: EvaluateSettings) -> str:
     """A run's final folder may hold an adapter, which has no config of its own; its start has the same tokenizer."""
     has_config = not settings.model_dir.is_dir() or Path(settings.model_dir / "config.json").is_file()
     return str(settings.model_dir) if has_config else settings.config.model_name_or_path

@@ -1,20 +1,20 @@
-"""``python -m hypo_train evaluate``: what is evaluated, against what and on which rows.
+"""``python -m hypo_train evaluate``: what is evaluated, against which reference and on which rows.
 
 Nothing heavy is imported here, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from hypo_train.arguments import OneLineParser
-from hypo_train.config import Config, ConfigError, field_help, load_config, require_trust
+from hypo_train.config import Config, load_config, require_trust
+from hypo_train.utils.errors import ConfigError
+from hypo_train.utils.flags import PositiveFloat, Settings, Text, flag_lines, flag_name, help_page, parse, split_argv
 
-# The fields of a run that an evaluation can have otherwise; all others are about training.
+# The fields of a run that an evaluation may change; all others are about training.
 FIELDS = (
     "model_name_or_path",
     "trust_remote_code",
@@ -45,7 +45,7 @@ FIELDS = (
     "num_eval_samples",
     "per_device_eval_batch_size",
 )
-# A flag for one of two takes the place of what the run has for the other.
+# A flag -> the field that excludes it, and the value that field gets unless it is given too.
 _INSTEAD = {
     "dataset_test_split": ("num_eval_rows", "0"),
     "num_eval_rows": ("dataset_test_split", "none"),
@@ -54,11 +54,33 @@ _INSTEAD = {
 }
 
 
+class EvaluateFlags(Settings):
+    """Evaluate the final model of the run in the folder RUN, or any model: the reverse KL to its
+    reference on samples, the samples' reward, lengths and texts, and loss and accuracy on the held-out
+    rows."""
+
+    usage: ClassVar = (
+        "python -m hypo_train evaluate RUN [--field value ...]\n"
+        "python -m hypo_train evaluate --model_name_or_path MODEL [--reference_model_path MODEL]\n"
+        "                              --dataset_name DATA --dataset_test_split SPLIT --output_dir FOLDER"
+    )
+
+    output_dir: Path | None = None
+    """Folder for metrics.json and the samples; none means RUN/evaluation."""
+    reference_model_path: Text | None = None
+    """Model to measure the KL against; none means the model that the run started from (SFT has none)."""
+    kl_temperature: PositiveFloat | None = None
+    """Temperature of both log-probs in the KL; none means that of the samples."""
+    kl_mask: Literal["eos", "all"] = "eos"
+    """Which positions of a sample count in the KL: those up to its EOS, or all max_new_tokens of one drawn on past its
+    EOS."""
+
+
 @dataclass(frozen=True)
-class Settings:
+class EvaluateSettings:
     """One evaluation."""
 
-    config: Config  # the run's, flags applied; a model alone has one of its own
+    config: Config  # the run's, flags applied; for a model alone, the defaults and the flags
     model_dir: Path  # the weights to evaluate
     reference: str | None  # a Hub name or folder; None: no reverse KL
     training_temperature: float  # of the log-probs of the rows, as in training
@@ -67,7 +89,7 @@ class Settings:
     output_dir: Path
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed, and make the KL another thing than it seems; one line each."""
+        """Return one line for each setting that is allowed and makes the KL mean something else."""
         c = self.config
         lines: list[str] = []
         if self.reference is None:
@@ -83,56 +105,62 @@ class Settings:
 
     @property
     def reference_is_start(self) -> bool:
-        """Whether the reference is the model that the run started from."""
+        """Return whether the reference is the model that the run started from."""
         return self.reference is None or self.reference == self.config.model_name_or_path
 
 
-def load_settings(argv: Sequence[str]) -> Settings:
-    """What the command line asks for.
+def load_settings(argv: Sequence[str]) -> EvaluateSettings:
+    """Return the evaluation that ``argv`` asks for.
 
     Raises:
-        ConfigError: no such run or an unfinished one, flags that training alone has, a used output_dir.
+        ConfigError: no such run or an unfinished one, flags that only training has, a used output_dir.
     """
-    run, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    own, rest = _parser().parse_known_args(flags)
-    given = _field_names(rest)
+    run, argv = (Path(argv[0]), argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    chosen, fields = split_argv(argv, EvaluateFlags)
+    given = _check_fields(fields)
+    flags = parse(EvaluateFlags, chosen)
     if run is None:
-        config, start = _config_of_model(rest, given, has_reference=own.reference_model_path is not None), None
-        model_dir, output_dir = Path(config.model_name_or_path).expanduser(), own.output_dir
-        if output_dir is None:
-            raise ConfigError("output_dir is missing: a model without a run needs --output_dir")
-        trained_with = 1.0
+        config = _config_of_model(fields, given, has_reference=flags.reference_model_path is not None)
+        training_temperature, start = 1.0, None
+        model_dir, output_dir = Path(config.model_name_or_path).expanduser(), flags.output_dir
     else:
-        trained_with, config = _config_of_run(Path(run), rest, given)
+        training_temperature, config = _config_of_run(run, fields, given)
         start = config.model_name_or_path if config.has_reference else None
-        model_dir, output_dir = Path(run) / "final", own.output_dir or Path(run) / "evaluation"
-    if config.spec.trains_reward_model and own.reference_model_path is not None:
+        model_dir, output_dir = run / "final", flags.output_dir or run / "evaluation"
+    if output_dir is None:
+        raise ConfigError("output_dir is missing: a model without a run needs --output_dir")
+    if config.spec.trains_reward_model and flags.reference_model_path is not None:
         raise ConfigError("reference_model_path: a reward model has no reference, leave it out")
-    output_dir = Path(output_dir)
     if (output_dir / "metrics.json").exists():
         raise ConfigError(f"output_dir={str(output_dir)!r} already holds an evaluation: choose another --output_dir")
-    return Settings(
+    return EvaluateSettings(
         config=config,
         model_dir=model_dir,
-        reference=own.reference_model_path or start,
-        training_temperature=trained_with,
-        kl_temperature=config.temperature if own.kl_temperature is None else own.kl_temperature,
-        kl_mask=own.kl_mask,
+        reference=flags.reference_model_path or start,
+        training_temperature=training_temperature,
+        kl_temperature=flags.kl_temperature or config.temperature,
+        kl_mask=flags.kl_mask,
         output_dir=output_dir,
     )
 
 
-def _field_names(flags: Sequence[str]) -> set[str]:
-    """The fields that the flags set. Raises ConfigError for one that an evaluation does not have."""
-    names = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+def help_text() -> str:
+    """Return the ``--help`` page."""
+    title = "fields, which override the run's config.yaml (a model without a run has these defaults):"
+    return help_page(EvaluateFlags, "", title, *flag_lines(Config, FIELDS))
+
+
+def _check_fields(argv: Sequence[str]) -> set[str]:
+    """Return the fields that ``argv`` sets. Raises ConfigError for one that an evaluation does not have."""
+    names = {flag_name(token) for token in argv if token.startswith("--")}
     if refused := sorted((names & set(Config.model_fields)) - set(FIELDS)):
         listed = ", ".join(f"--{name}" for name in refused)
         raise ConfigError(f"{listed}: about training, which is over (evaluate --help lists what can be given)")
     return names
 
 
-def _config_of_run(run: Path, flags: Sequence[str], given: set[str]) -> tuple[float, Config]:
-    """The temperature that the run was trained with, and its configuration with the flags applied."""
+def _config_of_run(run: Path, argv: Sequence[str], given: set[str]) -> tuple[float, Config]:
+    """Return the temperature that the run was trained with, and its configuration with the flags applied."""
     recipe = run / "config.yaml"
     if not recipe.is_file():
         raise ConfigError(
@@ -153,60 +181,11 @@ def _config_of_run(run: Path, flags: Sequence[str], given: set[str]) -> tuple[fl
         if name in given and other not in given
         for token in (f"--{other}", value)
     ]
-    return saved.temperature, load_config(["--config", str(recipe), *flags, *instead])
+    return saved.temperature, load_config(["--config", str(recipe), *argv, *instead])
 
 
-def _config_of_model(flags: Sequence[str], given: set[str], *, has_reference: bool) -> Config:
-    """Of a model that no run of ours made."""
+def _config_of_model(argv: Sequence[str], given: set[str], *, has_reference: bool) -> Config:
+    """Return the configuration of a model that no run of this project made."""
     if "model_name_or_path" not in given:
         raise ConfigError("nothing to evaluate: name a run's folder first, or a model with --model_name_or_path")
-    return load_config([*flags, "--algorithm", "dpo" if has_reference else "sft"])
-
-
-def _parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="python -m hypo_train evaluate",
-        usage="python -m hypo_train evaluate RUN [--field value ...]\n"
-        "       python -m hypo_train evaluate --model_name_or_path MODEL [--reference_model_path MODEL]\n"
-        "                                     --dataset_name DATA --dataset_test_split SPLIT --output_dir FOLDER",
-        description="Evaluate the final model of the run in the folder RUN, or any model: the reverse KL to its\n"
-        "reference on samples, their reward, lengths and texts, and what the held-out rows say of it.",
-        epilog=_fields_help(),
-    )
-    parser.add_argument(
-        "--output_dir", metavar="FOLDER", help="folder for metrics.json and the samples (default: RUN/evaluation)"
-    )
-    parser.add_argument(
-        "--reference_model_path",
-        metavar="MODEL",
-        help="model to measure the KL against (default: the one that the run started from; SFT has none)",
-    )
-    parser.add_argument(
-        "--kl_temperature",
-        metavar="T",
-        type=temperature,
-        help="temperature of both log-probs in the KL (default: that of the samples)",
-    )
-    parser.add_argument(
-        "--kl_mask",
-        choices=("eos", "all"),
-        default="eos",
-        help="which positions of a sample count in the KL: those up to its EOS, or all max_new_tokens of one drawn on "
-        "past its EOS (default: eos)",
-    )
-    return parser
-
-
-def _fields_help() -> str:
-    lines = ["fields, which override the run's config.yaml (a model without a run has these defaults):"]
-    for name in FIELDS:
-        lines += field_help(name)
-    return "\n".join(lines)
-
-
-def temperature(text: str) -> float:
-    """argparse names this function in its messages."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no temperature: it must be above 0")
-    return value
+    return load_config([*argv, "--algorithm", "dpo" if has_reference else "sft"])

@@ -12,18 +12,20 @@ from transformers import GenerationConfig
 from hypo_train.checkpoint.files import save_folder
 from hypo_train.checkpoint.model_card import write_card
 from hypo_train.config import ConfigError, require_trust
-from hypo_train.export.settings import Settings
+from hypo_train.export.settings import ExportSettings
 from hypo_train.export.source import Source
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.source import generation_config, load_tokenizer, read_architecture
 from hypo_train.model.tree_model import ModelError
 from hypo_train.sampling.merged_weights import merged_weights, unties
+from hypo_train.utils.quiet import quiet_libraries
 
 
-def run(settings: Settings) -> int:
+def run(settings: ExportSettings) -> int:
     """Write the folder and say what it is. Exit status 0."""
-    source = Source.find(settings.source)
+    quiet_libraries()
+    source = Source.find(settings.run_or_checkpoint)
     require_trust(source.config, given=settings.trust_remote_code, where=source.folder)
     whole = _is_whole(settings, source)
     tokenizer = load_tokenizer(source.config)
@@ -45,7 +47,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _is_whole(settings: Settings, source: Source) -> bool:
+def _is_whole(settings: ExportSettings, source: Source) -> bool:
     """Whether a whole model is written, and not an adapter. Raises ConfigError for flags that do not fit the run."""
     adapter = source.config.use_peft and not source.config.spec.trains_reward_model
     if settings.merge and not source.config.use_peft:

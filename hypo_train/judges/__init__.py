@@ -1,1 +1,1 @@
-"""Which of two responses is better: pairwise judges behind one protocol, and the win-rate they give."""
+"""Pairwise judges, which say which of two responses to a prompt is better, and the win-rate of their verdicts."""

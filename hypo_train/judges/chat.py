@@ -7,50 +7,74 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
 from hypo_train.judges.cache import Answer, AnswerCache
 from hypo_train.judges.endpoint import AskError, ChatEndpoint, Usage
-from hypo_train.judges.protocol import Comparison, JudgeError, Verdict
-from hypo_train.judges.template import Template, preferred
+from hypo_train.judges.settings import JudgeSettings
+from hypo_train.judges.template import load_template, preferred
+from hypo_train.judges.verdicts import Comparison, JudgeError, Verdict
 
-FAILURES_IN_A_ROW = 10  # after so many the endpoint is down, or an account empty
+FAILURES_IN_A_ROW = 10  # after this many the endpoint is probably down, or an account empty
 
 
 class ChatJudge:
-    """Each comparison is asked twice, as A/B and as B/A: a verdict that changes with the order is a tie."""
+    """A judge that asks about each comparison twice, as A/B and as B/A: a verdict that changes is a tie."""
 
-    def __init__(self, endpoint: ChatEndpoint, template: Template, cache: AnswerCache, *, workers: int) -> None:
-        self.endpoint = endpoint
-        self.template = template
-        self.cache = cache
-        self.workers = workers
-        self.from_cache = Usage()  # of answers that an earlier run paid for
+    def __init__(self, settings: JudgeSettings) -> None:
+        self.settings = settings
+        self.endpoint = ChatEndpoint(settings)
+        self.template = load_template(settings.judge_template)
+        self.cache = AnswerCache(settings.cache)
+        self.usage_from_cache = Usage()  # of answers that an earlier run paid for
         self._lock = threading.Lock()
 
     def conditions(self) -> dict[str, Any]:
         return {
-            "judge": self.endpoint.model,
+            "judge": self.settings.judge_model_name,
             "judge_url": self.endpoint.url,
             "judge_template": self.template.name,
             "judge_template_sha256": hashlib.sha256(self.template.text.encode()).hexdigest(),
-            "judge_temperature": self.endpoint.temperature,
-            "judge_max_tokens": self.endpoint.max_tokens,
+            "judge_temperature": self.settings.judge_temperature,
+            "judge_max_tokens": self.settings.judge_max_tokens,
         }
 
-    def unanswered(self, comparisons: Sequence[Comparison]) -> list[str]:
-        """The messages still to be sent: not those in the cache."""
-        messages = [message for c in comparisons if not _same(c) for message in self._messages(c)]
-        return [message for message in messages if self.cache.get(self._cache_key(message)) is None]
+    def estimate(self, comparisons: Sequence[Comparison]) -> str:
+        """Return a line about the requests that are not in the cache, and the most that they can cost."""
+        messages = [message for c in comparisons if not _are_equal(c) for message in self._messages(c)]
+        messages = [message for message in messages if self.cache.get(self._cache_key(message)) is None]
+        line = f"{len(comparisons)} comparisons in both orders: {len(messages)} requests to {self.endpoint.url}"
+        prices, max_tokens = self.settings.prices, self.settings.judge_max_tokens
+        if prices is None:
+            return line
+        if max_tokens is None:
+            return f"{line}; answers without --judge_max_tokens have no upper estimate of their cost"
+        # A token is at least a byte of UTF-8; a message has a few more around it.
+        tokens_in = sum(len(message.encode("utf-8", "replace")) + 20 for message in messages)
+        bound = (tokens_in * prices[0] + len(messages) * max_tokens * prices[1]) / 1e6
+        return f"{line}, at most {bound:.2f} USD without retries (a token a byte; English has about four bytes a token)"
+
+    def cost(self) -> dict[str, Any]:
+        """Return tokens and USD of the requests of this run, and of the cached answers that it used."""
+        now, before, prices = self.endpoint.usage, self.usage_from_cache, self.settings.prices
+        usage: dict[str, Any] = {"usage": asdict(now), "usage_from_cache": asdict(before)}
+        if prices is not None:
+            usage |= {"cost_usd": now.cost(prices), "cost_usd_from_cache": before.cost(prices)}
+        return usage
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Raises JudgeError where the endpoint refuses us, or ten comparisons fail one after another."""
+        """Return a verdict on each comparison.
+
+        Raises:
+            JudgeError: the endpoint refuses every request, or ten comparisons in a row fail.
+        """
         verdicts: dict[int, Verdict] = {}
         failures = 0
         bar = tqdm(total=len(comparisons), unit="comparison", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        with bar, ThreadPoolExecutor(self.workers) as pool:
+        with bar, ThreadPoolExecutor(self.settings.judge_workers) as pool:
             futures = {pool.submit(self._verdict, c): i for i, c in enumerate(comparisons)}
             try:
                 for future in as_completed(futures):
@@ -59,8 +83,8 @@ class ChatJudge:
                     failures = 0 if verdict.outcome else failures + 1
                     if failures == FAILURES_IN_A_ROW:
                         raise JudgeError(
-                            f"{failures} comparisons in a row failed, the last with {verdict.details['error']}: what "
-                            "was answered is kept, the same command goes on from there"
+                            f"{failures} comparisons in a row failed, the last with {verdict.details['error']}: the "
+                            "answers so far are kept, the same command resumes from there"
                         )
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -69,7 +93,7 @@ class ChatJudge:
         return [verdicts[i] for i in range(len(comparisons))]
 
     def _verdict(self, comparison: Comparison) -> Verdict:
-        if _same(comparison):
+        if _are_equal(comparison):
             return Verdict("tie")
         try:
             answers = [self._ask(message).text for message in self._messages(comparison)]
@@ -87,19 +111,19 @@ class ChatJudge:
 
     def _ask(self, message: str) -> Answer:
         key = self._cache_key(message)
-        if (known := self.cache.get(key)) is not None:
+        if (cached := self.cache.get(key)) is not None:
             with self._lock:
-                self.from_cache.add(known)
-            return known
+                self.usage_from_cache.add(cached)
+            return cached
         answer = self.endpoint.ask(self.endpoint.request(message), lambda text: preferred(text) is not None)
         self.cache.put(key, answer)
         return answer
 
     def _cache_key(self, message: str) -> dict[str, Any]:
-        """All that an answer depends on: template and texts make the message; a name elsewhere is another model's."""
+        """Return all that an answer depends on; at another address, the same name may be another model."""
         return {"url": self.endpoint.url, **self.endpoint.request(message)}
 
 
-def _same(comparison: Comparison) -> bool:
-    """Two equal responses tie, whoever judges."""
+def _are_equal(comparison: Comparison) -> bool:
+    """Return whether both responses are the same, which is a tie without asking."""
     return comparison.completion.strip() == comparison.other.strip()

@@ -1,4 +1,9 @@
-"""A chat model behind an OpenAI-compatible address: a message there, an answer back, asked again where that helps."""
+"""A chat model behind an OpenAI-compatible address: it is sent a message and asked again where that helps.
+
+The ``openai`` client is not used. It takes half a second of CPU to import, waits in each thread alone where all should
+wait, ignores a Retry-After above two minutes, follows redirects, sends facts about the machine in its headers, and
+asks for a key where an endpoint needs none.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypo_train.judges.cache import Answer
-from hypo_train.judges.protocol import JudgeError
+from hypo_train.judges.settings import JudgeSettings
+from hypo_train.judges.verdicts import JudgeError
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second attempt; it doubles up to the longest
-LONGEST_RETRY_AFTER = 600.0  # what an endpoint may ask to wait; beyond it, waiting is no use
-_NEVER = {401, 403, 404}  # no comparison will fare better
-_LATER = {408, 409, 425, 429}  # and all from 500 on
+LONGEST_RETRY_AFTER = 600.0  # seconds; a comparison fails where the endpoint asks to wait longer
+_NEVER = {401, 403, 404}  # every other comparison would fail too
+_LATER = {408, 409, 425, 429}  # worth another attempt, as is all from 500 on
 
 
 class AskError(Exception):
@@ -29,7 +35,7 @@ class AskError(Exception):
 
 @dataclass
 class Usage:
-    """Tokens of answers; an endpoint that counts none leaves them ``uncounted``."""
+    """Tokens of answers; ``uncounted`` answers came without a count."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -37,6 +43,7 @@ class Usage:
     uncounted: int = 0
 
     def add(self, answer: Answer) -> None:
+        """Count one answer."""
         self.answers += 1
         if answer.prompt_tokens is None or answer.completion_tokens is None:
             self.uncounted += 1
@@ -45,63 +52,42 @@ class Usage:
             self.completion_tokens += answer.completion_tokens
 
     def cost(self, prices: tuple[float, float]) -> float:
-        """At USD per million tokens in and out."""
+        """Return USD, at ``prices`` in USD per million tokens of questions and of answers."""
         return (self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]) / 1e6
 
 
 class ChatEndpoint:
-    """An address and a model's name there, asked by several threads.
+    """The address and the model that the settings name, asked by several threads.
 
-    Args:
-        url: up to and without ``/chat/completions``.
-        temperature, max_tokens: sent along; None leaves them out, for models that refuse them.
-        api_key: sent as a bearer token to ``url`` alone and kept nowhere; None sends none.
-        timeout: seconds that an answer may take.
-        retries: attempts after the first.
+    The API key is sent as a bearer token to this address alone, and kept nowhere else.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        temperature: float | None,
-        max_tokens: int | None,
-        api_key: str | None,
-        timeout: float,
-        retries: int,
-    ) -> None:
-        self.url = url.rstrip("/")
-        self.model = model
-        self.temperature = temperature
-        self.max_tokens = max_tokens
+    def __init__(self, settings: JudgeSettings) -> None:
+        self.settings = settings
+        self.url = str(settings.judge_url).rstrip("/")
         self.usage = Usage()  # of every answer that came in, used or not
-        self._api_key = api_key
-        self._timeout = timeout
-        self._retries = retries
+        self._api_key = settings.api_key()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._not_before = 0.0  # time.monotonic() that the endpoint asked all of us to wait for
-        self._opener = urllib.request.build_opener(_NoRedirect)  # which would take the key to another address
+        self._not_before = 0.0  # time.monotonic() until which the endpoint asked every thread to wait
+        self._opener = urllib.request.build_opener(_NoRedirect)  # a redirect would take the key to another address
 
     def request(self, message: str) -> dict[str, Any]:
-        """The body that asks ``message``."""
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": message}]}
-        if self.temperature is not None:
-            body["temperature"] = self.temperature
-        if self.max_tokens is not None:
-            body["max_tokens"] = self.max_tokens
-        return body
+        """Return the body of the request that asks ``message``."""
+        limits = {"temperature": self.settings.judge_temperature, "max_tokens": self.settings.judge_max_tokens}
+        messages = [{"role": "user", "content": message}]
+        body = {"model": self.settings.judge_model_name, "messages": messages, **limits}
+        return {name: value for name, value in body.items() if value is not None}
 
     def ask(self, request: dict[str, Any], accept: Callable[[str], bool]) -> Answer:
-        """The first answer that is acceptable.
+        """Return the first answer whose text is acceptable.
 
         Raises:
             AskError: there was none in all attempts, or the endpoint refuses this one request.
-            JudgeError: it refuses us altogether.
+            JudgeError: it refuses every request.
         """
-        reason, wait = "", 0.0
-        for attempt in range(self._retries + 1):
+        reason, wait, attempts = "", 0.0, self.settings.judge_retries + 1
+        for attempt in range(attempts):
             if attempt:
                 wait = max(wait, min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25))
             self._wait(wait)
@@ -109,17 +95,18 @@ class ChatEndpoint:
                 answer = self._post(request)
             except _TryLater as error:
                 reason, wait = str(error), error.retry_after
-                self._hold_all(error.retry_after)
+                with self._lock:
+                    self._not_before = max(self._not_before, time.monotonic() + wait)
                 continue
             with self._lock:
                 self.usage.add(answer)
             if accept(answer.text):
                 return answer
             reason, wait = f"an answer without a verdict: {answer.text[:80]!r}", 0.0
-        raise AskError(f"{reason} ({self._retries + 1} attempts)")
+        raise AskError(f"{reason} ({attempts} attempts)")
 
     def stop(self) -> None:
-        """Let every thread that waits give up."""
+        """Make every thread that waits give up."""
         self._stopped.set()
 
     def _wait(self, seconds: float) -> None:
@@ -127,36 +114,33 @@ class ChatEndpoint:
         if self._stopped.wait(max(0.0, until - time.monotonic())):
             raise AskError("judging was stopped")
 
-    def _hold_all(self, seconds: float) -> None:
-        with self._lock:
-            self._not_before = max(self._not_before, time.monotonic() + seconds)
-
     def _post(self, request: dict[str, Any]) -> Answer:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"
-        sent = urllib.request.Request(
-            f"{self.url}/chat/completions", data=json.dumps(request).encode(), headers=headers, method="POST"
-        )
+        address, timeout = f"{self.url}/chat/completions", self.settings.judge_timeout
+        body = json.dumps(request).encode()
         try:
-            with self._opener.open(sent, timeout=self._timeout) as response:
+            with self._opener.open(urllib.request.Request(address, body, headers), timeout=timeout) as response:
                 return _answer(response.read())
         except urllib.error.HTTPError as error:
             raise self._refusal(error) from None
         except urllib.error.URLError as error:
             raise _TryLater(f"{self.url}: {error.reason}") from None
         except TimeoutError:
-            raise _TryLater(f"no answer within {self._timeout:g} s") from None
+            raise _TryLater(f"no answer within {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise _TryLater(f"the connection broke: {type(error).__name__}") from None
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        """What an HTTP status means for the comparison, or for all of them."""
+        """Return the exception for an HTTP status: of this attempt, of this comparison, or of all of them."""
         with error:
-            said = self._without_key(" ".join(error.read(2000).decode("utf-8", "replace").split()))[:300]
-        reason = f"HTTP {error.code}" + (f": {said}" if said else "")
+            text = " ".join(error.read(2000).decode("utf-8", "replace").split())
+        text = text if self._api_key is None else text.replace(self._api_key, "***")
+        reason = f"HTTP {error.code}" + (f": {text[:300]}" if text else "")
         if error.code in _NEVER:
-            return JudgeError(f"judge_url={self.url!r} refuses the model {self.model!r}: {reason}")
+            model = self.settings.judge_model_name
+            return JudgeError(f"judge_url={self.url!r} refuses the model {model!r}: {reason}")
         if 300 <= error.code < 400:
             target = error.headers.get("Location")
             return JudgeError(f"judge_url={self.url!r} answers with a redirect to {target!r}: use the address itself")
@@ -167,14 +151,11 @@ class ChatEndpoint:
             return AskError(f"{reason} (it asks to wait {retry_after:.0f} s)")
         return _TryLater(reason, retry_after)
 
-    def _without_key(self, text: str) -> str:
-        return text if self._api_key is None else text.replace(self._api_key, "***")
-
 
 class _TryLater(Exception):
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
-        self.retry_after = retry_after  # seconds, 0 = the endpoint names none
+        self.retry_after = retry_after  # seconds; 0: the endpoint names none
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -183,7 +164,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _answer(body: bytes) -> Answer:
-    """Raises _TryLater for what is no chat completion."""
+    """Return the answer in a response's body. Raises _TryLater where it holds no chat completion."""
     try:
         data = json.loads(body)
         text = data["choices"][0]["message"]["content"]
@@ -195,14 +176,12 @@ def _answer(body: bytes) -> Answer:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Of a Retry-After header: a number, or a date."""
-    if retry_after is None:
-        return 0.0
+    """Return the seconds that a Retry-After header asks for, as a number or a date; 0 where it holds neither."""
     try:
-        return max(0.0, float(retry_after))
+        return max(0.0, float(retry_after or ""))
     except ValueError:
         pass
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after or "").timestamp() - time.time())
     except ValueError:
         return 0.0

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hypo_train.judges.protocol import Comparison, JudgeError
+from hypo_train.judges.verdicts import Comparison, JudgeError
 
 _TYPES: dict[str, type] = {"prompt": str, "completion": str, "row": int, "ended": bool}
 

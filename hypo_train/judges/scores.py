@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from hypo_train.config import Config
-from hypo_train.judges.protocol import Comparison, Outcome, Verdict
+from hypo_train.judges.verdicts import Comparison, Outcome, Verdict
 from hypo_train.model.source import load_text_tokenizer
 from hypo_train.rewards import Reward, RewardFunction, finite_score, load_function, load_reward
 

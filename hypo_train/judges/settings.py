@@ -5,208 +5,141 @@ Nothing heavy is imported here, so that a mistake is reported at once.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
-from hypo_train.arguments import OneLineParser
-from hypo_train.config import ConfigError
-from hypo_train.judges.template import Template, load_template
+from pydantic import Field, model_validator
+
+from hypo_train.utils.errors import ConfigError
+from hypo_train.utils.flags import NonNegativeFloat, NonNegativeInt, PositiveInt, Settings, Text, help_page, parse
 
 API_KEY_VARIABLE = "JUDGE_API_KEY"
 
 
-@dataclass(frozen=True)
-class ChatSettings:
-    """How a chat endpoint is asked, and what that costs."""
+class JudgeSettings(Settings):
+    """The win-rate of samples, as an evaluation writes them, against the reference responses of their rows
+    or against other samples of the same rows. A tie counts one half. The exit status is 1 where comparisons
+    failed; the same command tries these again.
 
-    url: str
-    model: str
-    template: Template
-    api_key_variable: str | None  # None: no key is sent
-    temperature: float | None
-    max_tokens: int | None
-    workers: int
-    retries: int
-    timeout: float  # seconds
-    prices: tuple[float, float] | None  # USD per million tokens in, out
-    cache: Path
+    A chat model (--judge_url) is asked about every comparison in both orders; a verdict that changes with
+    the order is a tie. Its API key is read from the environment variable JUDGE_API_KEY; none is sent where
+    that is not set."""
 
-
-@dataclass(frozen=True)
-class Settings:
-    """One judging. Exactly one of ``function``, ``reward_model`` and ``chat`` is set."""
+    usage: ClassVar = (
+        "python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge package.module:function\n"
+        "python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge_model PATH\n"
+        "python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge_url http://host:port/v1\n"
+        "                           --judge_model_name NAME [--judge_price_input USD --judge_price_output USD]"
+    )
+    positional: ClassVar = "samples"
+    groups: ClassVar = {"judge": "judging by a score", "judge_url": "judging by a chat model"}
+    how_to_set: ClassVar = "name a file of samples first, as in python -m hypo_train judge SAMPLES.jsonl"
 
     samples: Path
-    against: Path | None  # None: the reference responses
-    limit: int | None  # samples; None: all
-    output_dir: Path
-    function: str | None
-    reward_model: str | None
-    batch_size: int  # of the reward model
-    chat: ChatSettings | None
+    """JSON lines with prompt, completion and reference."""
+    against: Path | None = None
+    """Samples of the same rows to compare with; none means the reference responses."""
+    num_comparisons: PositiveInt | None = None
+    """Judge this many of the first samples; none means all."""
+    output_dir: Path | None = None
+    """Folder for the verdicts; none means judge, beside the samples."""
 
+    judge: Text | None = None
+    """Function of the texts (prompt, completion), as package.module:function; the higher score wins."""
+    judge_model: Text | None = None
+    """Reward model: a sequence classifier with one label."""
+    judge_batch_size: PositiveInt = 16
+    """Texts in one batch of judge_model."""
 
-def load_settings(argv: Sequence[str]) -> Settings:
-    """What the command line asks for. Raises ConfigError."""
-    given = _parser().parse_args(argv)
-    judges = [name for name in ("judge", "judge_model", "judge_url") if getattr(given, name) is not None]
-    if len(judges) != 1:
-        listed = " and ".join(f"--{name}" for name in judges) or "no judge"
-        raise ConfigError(f"{listed} given: name one of --judge, --judge_model and --judge_url")
-    if given.judge is not None and not re.fullmatch(r"[\w.]+:\w+", given.judge):
-        raise ConfigError(f"judge={given.judge!r}: write it as package.module:function")
-    output_dir = Path(given.output_dir or Path(given.samples).parent / "judge")
-    return Settings(
-        samples=Path(given.samples),
-        against=None if given.against is None else Path(given.against),
-        limit=given.num_comparisons,
-        output_dir=output_dir,
-        function=given.judge,
-        reward_model=given.judge_model,
-        batch_size=given.judge_batch_size,
-        chat=None if given.judge_url is None else _chat(given, output_dir),
-    )
+    judge_url: Text | None = None
+    """OpenAI-compatible endpoint, without /chat/completions."""
+    judge_model_name: Text | None = None
+    """The model's name at the endpoint."""
+    judge_template: Text = "tldr"
+    """The question: tldr, tldr-concise, or a text file with {prompt}, {response0} and {response1}."""
+    judge_api_key_variable: Text | None = None
+    """Environment variable that holds the API key; none means JUDGE_API_KEY, if it is set."""
+    judge_temperature: NonNegativeFloat | None = 0.0
+    """Sampling temperature; none sends no temperature."""
+    judge_max_tokens: PositiveInt | None = 300
+    """Tokens of an answer; none sends no limit."""
+    judge_workers: PositiveInt = 8
+    """Requests at once."""
+    judge_retries: NonNegativeInt = 5
+    """Attempts after the first one."""
+    judge_timeout: Annotated[float, Field(ge=0.1)] = 60.0
+    """Seconds for an answer."""
+    judge_cache: Path | None = None
+    """File of the answers so far; none means answers.jsonl in output_dir."""
+    judge_price_input: NonNegativeFloat | None = None
+    """USD per million tokens of the question."""
+    judge_price_output: NonNegativeFloat | None = None
+    """USD per million tokens of the answer."""
 
+    @model_validator(mode="after")
+    def _check_together(self) -> JudgeSettings:
+        judges = [f"--{name}" for name in ("judge", "judge_model", "judge_url") if getattr(self, name) is not None]
+        prices = (self.judge_price_input, self.judge_price_output)
+        rules = [
+            (
+                len(judges) != 1,
+                f"{' and '.join(judges) or 'no judge'} given: name one of --judge, --judge_model and --judge_url",
+            ),
+            (
+                self.judge is not None and not re.fullmatch(r"[\w.]+:\w+", self.judge),
+                f"judge={self.judge!r}: write it as package.module:function",
+            ),
+            (
+                # Not shown: what does not belong into an address may be a key, and the address is written to disk.
+                self.judge_url is not None and not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s@?#]*)?", self.judge_url),
+                "judge_url: write it as http://host:port/v1, without keys, passwords or a question mark",
+            ),
+            (
+                self.judge_url is not None and self.judge_model_name is None,
+                "judge_model_name is missing: which model of the endpoint judges?",
+            ),
+            ((prices[0] is None) != (prices[1] is None), "judge_price_input and judge_price_output: give both or none"),
+        ]
+        if problems := [problem for broken, problem in rules if broken]:
+            raise ValueError("\n".join(problems))
+        return self
 
-def _chat(given: argparse.Namespace, output_dir: Path) -> ChatSettings:
-    if not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s@?#]*)?", given.judge_url):
-        # Not shown: what does not belong into an address may be a key, and the address is written to disk.
-        raise ConfigError("judge_url: write it as http://host:port/v1, without keys, passwords or a question mark")
-    if given.judge_model_name is None:
-        raise ConfigError("judge_model_name is missing: which model of the endpoint judges?")
-    prices = (given.judge_price_input, given.judge_price_output)
-    if (prices[0] is None) != (prices[1] is None):
-        raise ConfigError("judge_price_input and judge_price_output: give both or none")
-    return ChatSettings(
-        url=given.judge_url,
-        model=given.judge_model_name,
-        template=load_template(given.judge_template),
-        api_key_variable=_key_variable(given.judge_api_key_variable),
-        temperature=given.judge_temperature,
-        max_tokens=given.judge_max_tokens,
-        workers=given.judge_workers,
-        retries=given.judge_retries,
-        timeout=given.judge_timeout,
-        prices=None if None in prices else prices,
-        cache=Path(given.judge_cache or output_dir / "answers.jsonl"),
-    )
+    @property
+    def folder(self) -> Path:
+        """Return the folder for the verdicts."""
+        return self.output_dir or self.samples.parent / "judge"
 
+    @property
+    def cache(self) -> Path:
+        """Return the file of the answers so far."""
+        return self.judge_cache or self.folder / "answers.jsonl"
 
-def _key_variable(name: str | None) -> str | None:
-    """The environment variable that the key is read from. The key itself stays there until it is sent."""
-    wanted = name or API_KEY_VARIABLE
-    key = os.environ.get(wanted, "").strip()
-    if not key:
-        if name is not None:
-            raise ConfigError(f"judge_api_key_variable={name!r}: there is no such environment variable, or it is empty")
-        return None
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"the environment variable {wanted} holds no API key: no header can carry it")
-    return wanted
-
-
-def _at_least(low: float, kind: Callable[[str], Any], *, none: bool = False) -> Callable[[str], Any]:
-    """A type for argparse: a number from ``low`` on, or none."""
-
-    def number(text: str) -> Any:
-        if none and text.lower() in ("none", "null"):
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        """Return USD per million tokens of questions and of answers, where they are given."""
+        if self.judge_price_input is None or self.judge_price_output is None:
             return None
-        value = kind(text)
-        if not low <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: it must be at least {low:g}")
-        return value
+        return self.judge_price_input, self.judge_price_output
 
-    return number
+    def api_key(self) -> str | None:
+        """Return the key that the environment holds. Raises ConfigError where it lacks one or holds none."""
+        name = self.judge_api_key_variable or API_KEY_VARIABLE
+        key = os.environ.get(name, "").strip()
+        if not key and self.judge_api_key_variable is not None:
+            raise ConfigError(f"judge_api_key_variable={name!r}: there is no such environment variable, or it is empty")
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"the environment variable {name} holds no API key: no header can carry it")
+        return key or None
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="python -m hypo_train judge",
-        usage="python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge package.module:function\n"
-        "       python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge_model PATH\n"
-        "       python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge_url http://host:port/v1\n"
-        "                                  --judge_model_name NAME [--judge_price_input USD --judge_price_output USD]",
-        description="The win-rate of samples, as an evaluation writes them, against the reference responses of their\n"
-        "rows or against other samples of the same rows. A tie counts one half. The exit status is 1 where\n"
-        "comparisons failed; the same command tries these again.",
-    )
-    parser.add_argument("samples", metavar="SAMPLES.jsonl", help="lines with prompt, completion and reference")
-    parser.add_argument("--against", metavar="OTHER.jsonl", help="samples of the same rows to compare with")
-    parser.add_argument(
-        "--num_comparisons", metavar="N", type=_at_least(1, int), help="judge the first so many (default: all)"
-    )
-    parser.add_argument(
-        "--output_dir", metavar="FOLDER", help="folder for the verdicts (default: judge, beside the samples)"
-    )
+def load_settings(argv: Sequence[str]) -> JudgeSettings:
+    """Return the settings that ``argv`` asks for. Raises ConfigError."""
+    return parse(JudgeSettings, argv)
 
-    score = parser.add_argument_group("judging by a score")
-    score.add_argument(
-        "--judge", metavar="MODULE:FUNCTION", help="function of the texts (prompt, completion); the higher score wins"
-    )
-    score.add_argument("--judge_model", metavar="PATH", help="reward model: a sequence classifier with one label")
-    score.add_argument(
-        "--judge_batch_size",
-        metavar="N",
-        type=_at_least(1, int),
-        default=16,
-        help="texts at once of --judge_model (default: 16)",
-    )
 
-    chat = parser.add_argument_group(
-        "judging by a chat model",
-        "Every comparison is asked in both orders; a verdict that changes with the order is a tie.\n"
-        f"The API key is read from the environment variable {API_KEY_VARIABLE}; none is sent where it is not set.",
-    )
-    chat.add_argument("--judge_url", metavar="URL", help="OpenAI-compatible endpoint, without /chat/completions")
-    chat.add_argument("--judge_model_name", metavar="NAME", help="the model's name at the endpoint")
-    chat.add_argument(
-        "--judge_template",
-        metavar="FILE",
-        default="tldr",
-        help="the question: tldr, tldr-concise, or a text file with {prompt}, {response0}, {response1} (default: tldr)",
-    )
-    chat.add_argument("--judge_api_key_variable", metavar="NAME", help="another environment variable with the key")
-    chat.add_argument(
-        "--judge_temperature",
-        metavar="T",
-        type=_at_least(0, float, none=True),
-        default=0.0,
-        help="none sends none (default: 0)",
-    )
-    chat.add_argument(
-        "--judge_max_tokens",
-        metavar="N",
-        type=_at_least(1, int, none=True),
-        default=300,
-        help="tokens of an answer; none sends no limit (default: 300)",
-    )
-    chat.add_argument(
-        "--judge_workers", metavar="N", type=_at_least(1, int), default=8, help="requests at once (default: 8)"
-    )
-    chat.add_argument(
-        "--judge_retries",
-        metavar="N",
-        type=_at_least(0, int),
-        default=5,
-        help="attempts after the first one (default: 5)",
-    )
-    chat.add_argument(
-        "--judge_timeout",
-        metavar="SECONDS",
-        type=_at_least(0.1, float),
-        default=60.0,
-        help="seconds for an answer (default: 60)",
-    )
-    chat.add_argument("--judge_cache", metavar="FILE", help="answers so far (default: answers.jsonl in output_dir)")
-    chat.add_argument(
-        "--judge_price_input", metavar="USD", type=_at_least(0, float), help="USD per million tokens of the question"
-    )
-    chat.add_argument(
-        "--judge_price_output", metavar="USD", type=_at_least(0, float), help="USD per million tokens of the answer"
-    )
-    return parser
+def help_text() -> str:
+    """Return the ``--help`` page."""
+    return help_page(JudgeSettings)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hypo_train.config import ConfigError
+from hypo_train.utils.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "templates"
 PLACEHOLDERS = ("prompt", "response0", "response1")  # as TRL's judges name them

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from hypo_train.config import Config, is_users_mistake
+from hypo_train.config import Config
+from hypo_train.utils.errors import is_users_mistake
 
 
 class PreflightError(ValueError):

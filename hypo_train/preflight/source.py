@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hypo_train.config import Config, ConfigError, load_config
-from hypo_train.invocation import DryRun
+from hypo_train.dry_run import DryRun
 from hypo_train.model.source import (
     check_architecture,
     check_source,

@@ -18,7 +18,7 @@ from hypo_train.checkpoint.resume import check_resume, checkpoint_to_resume, ref
 from hypo_train.config import Config
 from hypo_train.data.plan import Plan
 from hypo_train.distributed.zero import require_deepspeed
-from hypo_train.invocation import DryRun
+from hypo_train.dry_run import DryRun
 from hypo_train.metrics.devices import DEVICES
 from hypo_train.metrics.trackers import require_trackers
 from hypo_train.model.load import StructureError, build_on_meta

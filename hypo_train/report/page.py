@@ -13,7 +13,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hypo_train.config import ConfigError
 from hypo_train.report import tables
 from hypo_train.report.charts import run_colour
 from hypo_train.report.curves import Charts
@@ -23,6 +22,7 @@ from hypo_train.report.runs import RecordedRun, read_runs
 from hypo_train.report.samples import samples
 from hypo_train.report.series import is_number, last
 from hypo_train.utils.atomic import write_file
+from hypo_train.utils.errors import ConfigError
 
 REPORT_FILE = "report.html"
 _NAMED = 3  # runs in the title

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from hypo_train.config import ConfigError
 from hypo_train.metrics.environment import read_attempts
 from hypo_train.metrics.log import METRICS_FILE, readable_lines
+from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.redact import redacted
 
 CONFIG_FILE = "config.yaml"

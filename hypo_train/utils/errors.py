@@ -39,3 +39,8 @@ class Stopped(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Stopped, (int(self.signal), self.checkpoint)
+
+
+def is_users_mistake(error: ValueError) -> bool:
+    """Return whether this project raised ``error``: then its message says what is wrong and how to fix it."""
+    return type(error).__module__.split(".")[0] in ("hypo_train", "hypo_kernels")

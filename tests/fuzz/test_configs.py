@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from values import numbers, readable_text, text, values
 
-from hypo_train.__main__ import main
+from hypo_train.cli import main
 from hypo_train.config import Config, ConfigError, load_config
 
 FIELDS = list(Config.model_fields)

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from values import text
 
-from hypo_train.config import Config, ConfigError, is_users_mistake
+from hypo_train.config import Config, ConfigError
 from hypo_train.metrics.log import read_metrics
 from hypo_train.train import train
-from hypo_train.utils.errors import NotFiniteError
+from hypo_train.utils.errors import NotFiniteError, is_users_mistake
 
 words = st.lists(st.sampled_from(tiny.WORDS), max_size=12).map(" ".join)
 texts = st.one_of(words, words, words, text)

@@ -17,7 +17,7 @@ from hypo_train.checkpoint.state import save_model
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
-from hypo_train.invocation import DryRun
+from hypo_train.dry_run import DryRun
 from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import build_on_meta, load_policy
 from hypo_train.model.quantization import (

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from hypo_train.config import Config, ConfigError, help_text, load_config
+from hypo_train.cli import help_text
+from hypo_train.config import Config, ConfigError, load_config
 from hypo_train.foreign_names import FOREIGN_NAMES
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d"]
@@ -248,7 +249,7 @@ def test_yes_and_no_are_not_numbers(recipe, key, kind):
     ("line", "fix"),
     [
         ("report_to: no", "none logs to metrics.jsonl alone"),
-        ("resume_from_checkpoint: true", "auto goes on from the newest checkpoint"),
+        ("resume_from_checkpoint: true", "auto resumes from the newest checkpoint"),
     ],
 )
 def test_a_yes_or_no_that_has_another_name_here_is_told_it(recipe, line, fix):

@@ -10,8 +10,8 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hypo_train.__main__ import main
-from hypo_train.demo import report, run, stages, world
+from hypo_train.cli import main
+from hypo_train.demo import command, report, stages, world
 from hypo_train.metrics.log import read_metrics
 
 
@@ -215,8 +215,10 @@ def test_the_curves_are_a_png(outcomes, tmp_path, seeds):
 
 @pytest.mark.slow
 def test_a_demo_in_miniature_ends_in_a_table_and_curves(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "SIZES", stages.Sizes(num_reviews=456, num_pairs=24, num_held_out=8))
-    monkeypatch.setattr(run, "SETTINGS", {**run.SETTINGS, "per_device_train_batch_size": 8, "num_train_epochs": 2})
+    monkeypatch.setattr(command, "SIZES", stages.Sizes(num_reviews=456, num_pairs=24, num_held_out=8))
+    monkeypatch.setattr(
+        command, "SETTINGS", {**command.SETTINGS, "per_device_train_batch_size": 8, "num_train_epochs": 2}
+    )
     assert main(["demo", "--output_dir", str(tmp_path), "--seed", "3"]) == 0
     out = capsys.readouterr().out
     table = (tmp_path / "table.md").read_text(encoding="utf-8")

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import hypo_train.export.command as command
-from hypo_train.__main__ import main
 from hypo_train.build import prepare
 from hypo_train.checkpoint.state import save, save_model
+from hypo_train.cli import main
 from hypo_train.export.source import Source
 from hypo_train.metrics.meter import Meter
 
@@ -192,7 +192,7 @@ def refused(capsys, *argv):
 
 def test_nothing_is_ever_overwritten(settings, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    assert "is there already: choose a folder" in refused(capsys, tmp_path, "--output_dir", tmp_path / "out")
+    assert "exists already: choose a new folder" in refused(capsys, tmp_path, "--output_dir", tmp_path / "out")
 
 
 def test_what_does_not_fit_the_run_is_refused_by_name(settings, tmp_path, capsys):

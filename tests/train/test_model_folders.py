@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from hypo_train import build, preflight
 from hypo_train.build import prepare
 from hypo_train.config import ConfigError
-from hypo_train.invocation import DryRun
+from hypo_train.dry_run import DryRun
 from hypo_train.model.load import load_policy
 from hypo_train.model.tree_model import ModelError
 

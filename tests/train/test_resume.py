@@ -28,8 +28,8 @@ import hypo_train.build as building
 import hypo_train.checkpoint.state as state
 import hypo_train.step as one_step
 import hypo_train.train as loop
-from hypo_train.__main__ import main
 from hypo_train.checkpoint.files import latest_checkpoint
+from hypo_train.cli import main
 from hypo_train.metrics.timing import PhaseTimer
 from hypo_train.model.policy import Policy
 from hypo_train.sampling import DecodeSampler

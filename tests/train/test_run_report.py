@@ -15,7 +15,7 @@ import pytest
 import recorded
 
 import hypo_train.train
-from hypo_train.__main__ import main
+from hypo_train.cli import main
 from hypo_train.metrics.environment import Attempt
 from hypo_train.report.html import Html, data, element, text
 from hypo_train.report.numbers import duration, short, with_error
@@ -380,14 +380,14 @@ def test_the_report_goes_into_the_runs_folder_and_for_several_here(tmp_path, cap
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "nothing to report on: name a run's folder"),
+        ([], "run is missing: name a run's folder"),
         (["missing"], "'missing' is no run: there is no such folder"),
         (["."], "'.' is no run: it has neither config.yaml nor metrics.jsonl; name a run's output_dir"),
         (["a", "./a"], "'a' is named twice"),
         (["a", "--output", "a/config.yaml"], "'a/config.yaml' exists and is no report: name another file"),
         (["a", "--output", "a"], "'a' is a folder: name a file, such as 'a/report.html'"),
         (["a", "--output", "no/x.html"], "there is no folder 'no'"),
-        (["a", "--outptu", "x"], "unrecognized arguments: --outptu"),
+        (["a", "--outptu", "x"], "unknown flag --outptu: did you mean --output?"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, arguments, said):
@@ -402,9 +402,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, arguments, said):
 
 def test_a_report_needs_neither_torch_nor_long(tmp_path):
     run = recorded.write_run(tmp_path / "long", steps=20_000)
-    code = (
-        "import sys, time; from hypo_train.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    )
+    code = "import sys, time; from hypo_train.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, "report", str(run)], check=True, timeout=60, capture_output=True)
     size = (run / "report.html").stat().st_size
     assert size < 300_000

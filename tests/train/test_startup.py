@@ -44,14 +44,14 @@ def test_a_mistake_is_reported_within_3_seconds_and_without_a_heavy_import(tmp_p
 
 _TO_THE_FIRST_STEP = """
 import os, sys
-import hypo_train.__main__, hypo_train.train
+import hypo_train.cli, hypo_train.train
 step = hypo_train.train.train_step
 def first(*arguments):
     step(*arguments)
     print("first step done", flush=True)
     os._exit(0)
 hypo_train.train.train_step = first
-hypo_train.__main__.main(["demo", "--output_dir", sys.argv[1]])
+hypo_train.cli.main(["demo", "--output_dir", sys.argv[1]])
 """
 
 

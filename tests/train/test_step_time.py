@@ -7,7 +7,7 @@ from transformers import AutoConfig
 from hypo_train.build import prepare
 from hypo_train.config import ConfigError
 from hypo_train.data.plan import load_plan
-from hypo_train.invocation import take_dry_run
+from hypo_train.dry_run import take_dry_run
 from hypo_train.metrics.devices import DEVICES, Assumed, bandwidth
 from hypo_train.metrics.flops import ModelFlops
 from hypo_train.model.load import build_on_meta
@@ -148,16 +148,16 @@ def test_without_a_named_device_there_are_bytes_and_no_seconds(settings):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mfu", "40"], "--mfu=40: it is the share of a device's peak that passes reach, above 0 and up to 1"),
-        (["--mfu", "nan"], "--mfu=nan: it is the share of a device's peak that passes reach, above 0 and up to 1"),
-        (["--devices_per_node", "0"], "--devices_per_node=0: it is how many devices a machine has, 1 or more"),
+        (["--mfu", "40"], "mfu='40': should be less than or equal to 1"),
+        (["--mfu", "nan"], "mfu='nan': should be a finite number"),
+        (["--devices_per_node", "0"], "devices_per_node='0': should be greater than 0"),
         (
             ["--network_gb_s", "fast"],
-            "--network_gb_s=fast: it is what a device sends to other machines, in GB a second, above 0",
+            "network_gb_s='fast': should be a valid number, unable to parse string as a number",
         ),
     ],
 )
 def test_an_assumption_that_cannot_be_is_one_line(flags, message):
     with pytest.raises(ConfigError) as caught:
         take_dry_run(["--dry_run", *flags])
-    assert str(caught.value) == message
+    assert str(caught.value) == f"1 problem in the command line: {message}"

@@ -11,7 +11,7 @@ import pytest
 from accelerate.tracking import TensorBoardTracker
 
 import hypo_train.metrics.trackers
-from hypo_train.__main__ import main
+from hypo_train.cli import main
 from hypo_train.config import ConfigError, load_config
 from hypo_train.metrics.log import RunLog, read_metrics
 from hypo_train.metrics.trackers import QUIET, Trackers, require_trackers, settings_to_show
@@ -135,7 +135,7 @@ def test_a_tracker_that_does_not_start_is_one_line(settings, monkeypatch):
 def test_the_field_of_before_is_named_with_what_to_write_now(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model_name_or_path: m\ndataset_name: d\ntensorboard: false\n")
-    with pytest.raises(ConfigError, match=r"tensorboard is report_to now: report_to: \[tensorboard\] for true"):
+    with pytest.raises(ConfigError, match=r"tensorboard.*: use report_to: \[tensorboard\] for true"):
         load_config(["--config", str(recipe)])
     with pytest.raises(ConfigError, match="report_to: none for false"):
         load_config(["--model_name_or_path", "m", "--dataset_name", "d", "--tensorboard", "false"])

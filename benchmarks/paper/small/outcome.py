@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.paper.small.stages import REFERENCES, REWARD_MODEL
-from hypo_train.judges.protocol import Comparison
 from hypo_train.judges.samples import read_comparisons
 from hypo_train.judges.scores import FunctionJudge, RewardModelJudge
-from hypo_train.judges.win_rate import summary
+from hypo_train.judges.verdicts import Comparison, summary
 from hypo_train.metrics.log import read_metrics
 
 TRUE_REWARD = "hypo_train.demo.world:reward"

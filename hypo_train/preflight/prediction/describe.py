@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hypo_train.data.plan import Plan
-from hypo_train.invocation import DryRun
+from hypo_train.dry_run import DryRun
 from hypo_train.metrics.devices import DEVICES, OF_LINKS, OF_MEMORY, Assumed, Device, bandwidth
 from hypo_train.metrics.flops import ModelFlops, UncountedError
 from hypo_train.metrics.memory import readable

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hypo_train.demo import report
-from hypo_train.demo.settings import Settings
+from hypo_train.demo.settings import DemoSettings
 from hypo_train.demo.stages import Sizes, configure, train_language_model, write_pairs
 from hypo_train.report.page import REPORT_FILE, write_report
 from hypo_train.train import train
+from hypo_train.utils.quiet import quiet_libraries
 
 SIZES = Sizes()
 # Both methods share everything but the algorithm and its λ.
@@ -28,10 +29,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(settings: Settings) -> int:
-    """Train, compare, print the table and draw the curves."""
-    started, output_dir = time.perf_counter(), settings.output_dir
-    outcomes = [run_seed(output_dir / f"seed-{seed}", seed) for seed in settings.seeds]
+def run(settings: DemoSettings) -> int:
+    """Train, compare, print the table and draw the curves. Returns the exit status 0."""
+    quiet_libraries()
+    started, output_dir = time.perf_counter(), settings.output_dir.expanduser()
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    outcomes = [run_seed(output_dir / f"seed-{seed}", seed) for seed in seeds]
     table = report.table(outcomes)
     (output_dir / "table.md").write_text(table, encoding="utf-8")
     picture = report.draw(outcomes, output_dir / "curves.png")

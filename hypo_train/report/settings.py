@@ -1,0 +1,34 @@
+"""``python -m hypo_train report``: its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from hypo_train.utils.flags import Settings, help_page, parse
+
+
+class ReportSettings(Settings):
+    """One HTML file about a run, or several side by side: curves, the last evaluation, samples, settings,
+    environment. A run that still trains, was killed or failed is shown as far as it got. The file loads
+    nothing from anywhere."""
+
+    usage: ClassVar = "python -m hypo_train report RUN [RUN ...] [--output FILE]"
+    positional: ClassVar = "run"
+    how_to_set: ClassVar = "name a run's folder, as in python -m hypo_train report runs/hypo"
+
+    run: list[Path]
+    """output_dir of a training run, or several."""
+    output: Path | None = None
+    """The file to write; none means report.html in the run's folder, or in the current folder for several runs."""
+
+
+def load_settings(argv: Sequence[str]) -> ReportSettings:
+    """Return the settings that ``argv`` asks for. Raises ConfigError."""
+    return parse(ReportSettings, argv)
+
+
+def help_text() -> str:
+    """Return the ``--help`` page."""
+    return help_page(ReportSettings)
