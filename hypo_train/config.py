@@ -1,7 +1,7 @@
 """One flat, frozen ``Config`` for a run, read from a YAML file and from command-line flags.
 
-Nothing heavy is imported here, so that a mistake is reported at once: ``load_config`` collects every
-problem of a file and a command line into one ``ConfigError``. Field names follow TRL where TRL has the field.
+Nothing heavy is imported here, so that a mistake is reported at once: ``load_config`` collects all problems of a file
+and a command line in one ``ConfigError``. A field that TRL has as well has TRL's name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from hypo_train.algorithms.registry import Algorithm, find_algorithm
+from hypo_train.algorithms.registry import ALGORITHMS, Algorithm, find_algorithm
 from hypo_train.foreign_names import FOREIGN_NAMES
 from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.flags import (
@@ -39,7 +39,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(Settings):
-    """Every setting of a run. The docstring below a field is its ``--help`` text."""
+    """All settings of a run. The docstring below a field is its ``--help`` text."""
 
     source: ClassVar[str] = "the configuration"
     how_to_set: ClassVar[str] = "set it in the file or with --{}"
@@ -62,209 +62,208 @@ class Config(Settings):
         "logging_steps": "logging and saving",
     }
 
-    algorithm: Text = "hypo"
+    algorithm: Annotated[Text, Field(examples=[*ALGORITHMS, "package.module:object"])] = "hypo"
     """What is trained: hypo is DPO plus the online reverse KL, dpo and ipo are these losses alone, rloo maximises a
     reward minus beta times the KL, reward trains a reward model on preferences, and sft is supervised fine-tuning.
     "package.module:object" names an algorithm of yours (docs: Extending)."""
     output_dir: Text = "runs/hypo"
-    """Folder for metrics, checkpoints and the final model; made when it does not exist."""
+    """Folder for metrics, checkpoints and the final model; created if it does not exist."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of the data order, the new weights, dropout and sampling."""
+    """Seed of the data order, new weights, dropout and sampling."""
     resume_from_checkpoint: Text | None = None
     """Checkpoint folder to continue from, or "auto" for the newest complete one in output_dir."""
 
     model_name_or_path: Text
-    """Causal language model to train, also the reference: a Hub name or a local folder."""
+    """Causal language model to train, which is also the reference model: a Hub name or a local folder."""
     trust_remote_code: bool = False
     """Allow a model or tokenizer to run Python code from its repository."""
     attn_implementation: Text = "auto"
-    """Attention backend. auto shares each prompt between all of its completions, where the model's attention can;
-    any name that transformers knows (sdpa, eager, flash_attention_2) trains on separate rows with that backend."""
+    """Attention backend. auto computes each prompt once for all its completions, where the model's attention supports
+    it. A name that transformers knows (sdpa, eager, flash_attention_2) trains on separate rows with that backend."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type the frozen weights are held in. Trained ones are always float32: bfloat16 would round away most
-    updates as small as 1e-6."""
+    """Dtype of the frozen weights. Trained weights are always float32, because bfloat16 would round most updates of
+    1e-6 to nothing."""
     bf16: bool | None = None
-    """Compute under bfloat16 autocast; none means on when CUDA is there."""
+    """Compute under bfloat16 autocast; none means yes on CUDA and no elsewhere."""
     gradient_checkpointing: bool | Literal["selective"] | None = None
-    """Recompute activations in the backward pass. true keeps each layer's input alone, for one more forward pass;
-    selective keeps the results of matrix products and attention too, for a few percent more time; none means
-    selective on a CPU from 10 million parameters on, and false elsewhere."""
+    """Recompute activations in the backward pass. true keeps only each layer's input and costs one more forward pass.
+    selective also keeps the results of matrix products and attention and costs a few percent. none means selective
+    for models of 10 million parameters or more on a CPU, and false elsewhere."""
     use_liger_kernel: bool = False
-    """Run RMSNorm, RoPE and SwiGLU of the model through Liger's kernels; needs liger-kernel and a GPU. The loss is
-    this project's in any case."""
+    """Use Liger's kernels for the model's RMSNorm, RoPE and SwiGLU; needs liger-kernel and a GPU. The loss is not
+    affected."""
     use_peft: bool = False
-    """Train a LoRA adapter; the reference is the same model with the adapter off."""
+    """Train a LoRA adapter. The reference model is the same model with the adapter disabled."""
     lora_r: PositiveInt = 16
     """Rank of the LoRA adapter."""
     lora_alpha: PositiveInt = 32
     """LoRA scale: the update is multiplied by lora_alpha / lora_r."""
     lora_dropout: BelowOne = 0.0
-    """Dropout on the input of the LoRA layers; must be 0 where the LM head is one of them."""
+    """Dropout on the input of the LoRA layers; must be 0 if the LM head has LoRA."""
     lora_target_modules: list[str] | Text | None = None
-    """Modules to adapt: names (the LM head's too), one regular expression, or "all-linear", which is all but the
-    head; none means peft's choice for the architecture."""
+    """Modules that get LoRA: a list of names (the LM head may be one), one regular expression, or "all-linear", which
+    leaves the LM head out; none means peft's default for the architecture."""
     use_rslora: bool = False
-    """Rank-stabilised LoRA: scale the update by lora_alpha / sqrt(lora_r) instead."""
+    """Rank-stabilised LoRA: multiply the update by lora_alpha / sqrt(lora_r) instead."""
     use_dora: bool = False
-    """Weight-decomposed LoRA (DoRA): a trained magnitude for each row of the adapted weight. Not on the LM head."""
+    """DoRA: train a magnitude for each row of an adapted weight as well. Not on the LM head."""
     load_in_4bit: bool = False
-    """Hold the frozen weights of all linear layers but the LM head in 4 bits (QLoRA); needs use_peft and bitsandbytes.
-    The reference is the quantised model."""
+    """QLoRA: hold the frozen weights of all linear layers except the LM head in 4 bits; needs use_peft and
+    bitsandbytes. The reference model is the quantised model."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """Code of the 4 bits: quantiles of a normal distribution, or floating point."""
+    """4-bit format: nf4 has quantiles of a normal distribution, fp4 is floating point."""
     use_bnb_nested_quant: bool = False
-    """Quantise the scales of the 4-bit blocks too, which saves 0.4 bits a weight."""
+    """Also quantise the scales of the 4-bit blocks, which saves 0.4 bits a weight."""
     num_layers_unfrozen: PositiveInt | None = None
-    """Train only the last so many decoder layers, the final norm and an untied head; none trains all."""
+    """Train only this many last decoder layers, the final norm and an LM head that is not tied; none trains all."""
     fsdp: bool = False
-    """Shard weights, gradients and the optimizer's state over the processes (PyTorch's FSDP2), for models that do not
-    fit a device; without it each process holds all of them (DDP)."""
+    """Shard weights, gradients and the optimizer's state over the processes with PyTorch's FSDP2, for models that do
+    not fit one device. Without it every process holds all of them (DDP)."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """DeepSpeed's ZeRO: 1 spreads the optimizer's state over the processes, 2 gradients too, and weights stay whole;
-    needs deepspeed. 0 is without it; for 3, weights too, use fsdp."""
+    """DeepSpeed's ZeRO; needs deepspeed. 1 shards the optimizer's state, 2 also the gradients; every process holds all
+    weights. 0 is off. In the place of 3, which also shards the weights, use fsdp."""
     vocab_parallel: bool = False
-    """With fsdp: each process keeps its part of the vocabulary of embedding and LM head and works on all processes'
-    rows with it. Neither is put together in training, nor are their gradients; hidden states are exchanged instead."""
+    """With fsdp: each process keeps one part of the vocabulary of embedding and LM head, and computes it for the rows
+    of all processes. Processes exchange hidden states; they never gather these two weights or their gradients."""
     share_trunk: bool = True
-    """Run the frozen layers below num_layers_unfrozen once for policy and reference."""
+    """With num_layers_unfrozen: run the frozen layers once for both policy and reference model."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Implementation of the loss; auto means Triton on CUDA and blockwise torch on a CPU."""
     max_chunk_bytes: PositiveInt = 2**30
     """Bound on the temporary memory of one loss call, in bytes."""
 
     dataset_name: Text
-    """Training data: a Hub name, a .jsonl, .json, .parquet or .csv file, a folder of these, or a folder
-    written by save_to_disk."""
+    """Training data: a Hub name, a .jsonl, .json, .parquet or .csv file, a folder of such files, or a folder that
+    save_to_disk wrote."""
     dataset_format: Literal["preferences", "tldr"] = "preferences"
-    """What its rows are. preferences: columns prompt (optional), chosen, rejected, text or chat messages; sft takes
-    completion too. tldr: the original fields of OpenAI's summarize-from-feedback, posts with a summary (subreddit,
-    title, post, summary) or comparisons of two (info, summaries, choice)."""
+    """Format of the rows. preferences: columns prompt (optional), chosen and rejected, as text or chat messages; sft
+    also takes completion. tldr: the original fields of OpenAI's summarize-from-feedback, either posts with a summary
+    (subreddit, title, post, summary) or comparisons of two summaries (info, summaries, choice)."""
     dataset_config: Text | None = None
-    """Configuration of the Hub data set, where it has several."""
+    """Configuration of the Hub data set, if it has several."""
     dataset_train_split: Text = "train"
-    """Split to train on; a single file is the split "train"."""
+    """Split to train on; a single file has the split "train"."""
     dataset_test_split: Text | None = None
-    """Split to evaluate on; none means num_eval_rows of the training split."""
+    """Split to evaluate on; none means the last num_eval_rows rows of the training split."""
     num_eval_rows: NonNegativeInt = 0
     """Rows held out from the end of the training split when dataset_test_split is none."""
     max_prompt_length: PositiveInt = 512
-    """Tokens a prompt may have; a longer one keeps its BOS and its end. With dataset_format: tldr its post is cut, at
-    line breaks where it can be."""
+    """Maximum number of tokens of a prompt; a longer prompt keeps its BOS and its end. With dataset_format: tldr the
+    post is cut instead, at a line break if possible."""
     max_completion_length: Annotated[int, Field(ge=2, lt=2**63)] = 512
-    """Tokens a completion may have, EOS included; a longer one keeps its start and its EOS."""
+    """Maximum number of tokens of a completion, with EOS; a longer completion keeps its start and its EOS."""
     precompute_ref_log_probs: bool | None = None
-    """Compute the reference's log-probs of the pairs once, before the first step, and keep them on the disk for
-    other runs; none means where that costs no more than asking the reference in the steps."""
+    """Compute the reference model's log-probs of the pairs once, before the first step, and keep them on disk for
+    other runs; none means yes if that costs no more than computing them in the steps."""
     ref_logps_cache_dir: Text | None = None
-    """Folder for the reference's log-probs; none means hypo_train/reference_logps in $XDG_CACHE_HOME or
+    """Folder for the reference model's log-probs; none means hypo_train/reference_logps in $XDG_CACHE_HOME or
     ~/.cache."""
 
     beta: PositiveFloat = 0.1
-    """DPO's and IPO's beta, and rloo's weight of the reverse KL: the larger, the nearer the policy stays to the
-    reference."""
+    """Beta of DPO and IPO, and rloo's weight of the reverse KL. A larger value keeps the policy nearer to the reference
+    model."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Probability that a preference label is flipped (conservative DPO)."""
+    """Assumed probability that a preference label is wrong (conservative DPO)."""
     kl_coef: NonNegativeFloat = 1e-4
-    """Weight of the reverse KL to the reference, a sum over response tokens in nats; hypo only."""
+    """Weight λ of the reverse KL to the reference model, which is a sum over completion tokens in nats; hypo only."""
     kl_estimator: Literal["sampled", "exact"] = "sampled"
-    """How a sample estimates the reverse KL: by its own log-ratio (sampled), or by the divergence of the full
-    next-token distributions along it (exact), with less noise for the reference's logits; hypo only."""
+    """Estimator of the reverse KL on a sample: its own log-ratio (sampled), or the KL between the full next-token
+    distributions at its positions (exact), which has less noise and needs the reference's logits; hypo only."""
     num_generations: PositiveInt = 2
-    """Samples a prompt, each the others' baseline; hypo and rloo need at least 2."""
+    """Samples for each prompt; each is a baseline for the others, so hypo and rloo need at least 2."""
     length_penalty: NonNegativeFloat = 0.0
-    """Added to a sample's log-ratio for each of its tokens, so that length costs as KL does; hypo and rloo."""
+    """Added to a sample's log-ratio for each of its tokens, so that length has a cost as KL has; hypo and rloo."""
 
     reward: Text | None = None
-    """What a response is worth: "package.module:function", called with the texts (prompt, completion). rloo learns
-    from it; evaluations of every algorithm report it. What it draws from Python's, NumPy's and torch's global
-    generators is a function of seed and step: a resumed run draws the same."""
+    """Reward function, "package.module:function", called with the texts (prompt, completion). rloo learns from it, and
+    evaluations of every algorithm report it. If it uses the global generators of Python, NumPy or torch, its random
+    numbers depend on seed and step alone, so a resumed run draws the same."""
     reward_model_path: Text | None = None
-    """The same from a reward model: a Hub name or local folder of a sequence classifier with one label. One with the
-    policy's tokenizer, such as algorithm: reward makes, reads the tokens; any other one the texts."""
+    """Reward model in the place of a function: a Hub name or a local folder of a sequence classifier with one label. It
+    reads the policy's token ids if both have the same tokenizer, as after algorithm: reward, and texts otherwise."""
     missing_eos_penalty: NonNegativeFloat = 0.0
-    """Taken from the reward of a sample that has not ended within max_new_tokens."""
+    """Subtracted from the reward of a sample that does not end within max_new_tokens."""
 
     sampler: Literal["auto", "decode", "generate", "vllm"] = "auto"
     """Engine that draws the samples: decode is ours and generate transformers' own, over the live weights; vllm
     holds a copy that follows them. auto means decode where it serves the model, else generate."""
     reuse_prompt_kv: bool = True
-    """Sample from the keys and values of the training pass's own run of the prompts, where a step is one
-    micro-batch: no prompt is computed twice."""
+    """Sample from the keys and values that the training pass computes for the prompts, so that no prompt is computed
+    twice; used where a step has one micro-batch."""
     keep_sampling_memory: bool = False
-    """Keep the sampler's captured graphs, their KV buffers and copies of weights between steps: faster where
-    training fits beside them."""
+    """Keep the sampler's CUDA graphs, KV buffers and copies of weights between steps: faster, if the memory is
+    enough."""
     rollout_steps: PositiveInt = 1
-    """Optimizer steps that one draw of samples serves; above 1, later steps learn from samples of an earlier policy,
-    corrected by truncated importance weights. hypo and rloo."""
+    """Number of optimizer steps that use one draw of samples. Above 1, later steps learn from samples of an earlier
+    policy, corrected by truncated importance weights. hypo and rloo."""
     importance_cap: PositiveFloat = 2.0
-    """Largest importance weight of a token, with rollout_steps above 1."""
+    """Largest importance weight of a token; used with rollout_steps above 1."""
     temperature: PositiveFloat = 1.0
-    """Temperature of policy and reference: of their samples and of every log-probability of the loss."""
+    """Temperature of policy and reference model, in sampling and in every log-prob of the loss."""
     top_k: NonNegativeInt = 0
-    """Sample from the k likeliest tokens; 0 means all. Truncation biases the KL."""
+    """Sample from the k most likely tokens; 0 means all. Truncation biases the KL."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the smallest set with this much probability; 1 means all. Truncation biases the KL."""
+    """Sample from the smallest set of tokens with this total probability; 1 means all. Truncation biases the KL."""
     max_new_tokens: PositiveInt | None = None
-    """Tokens a sample may have, EOS included; none means max_completion_length."""
+    """Maximum number of tokens of a sample, with EOS; none means max_completion_length."""
 
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "muon"] = "adamw_torch"
-    """Optimizer. adamw_torch is AdamW, fused on CUDA; adamw_torch_fused is so on a CPU too; adamw_8bit has moments of 8
-    bits (needs bitsandbytes), those of embeddings of 32; adafactor has no momentum and a row and a column for a
-    matrix's second moments; muon orthogonalises the updates of matrices, AdamW does the embeddings, the head, norms
-    and biases."""
+    """Optimizer. adamw_torch is AdamW, fused on CUDA; adamw_torch_fused is fused on a CPU too. adamw_8bit holds its
+    moments in 8 bits, those of embeddings in 32, and needs bitsandbytes. adafactor has no momentum and factored second
+    moments. muon orthogonalises the updates of matrices and uses AdamW for embeddings, LM head, norms and biases."""
     learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate, of every optimizer; muon's updates have the size of AdamW's."""
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so the same values serve it."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Schedule of the learning rate after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the steps over which the learning rate rises linearly from zero."""
+    """Fraction of the steps in which the learning rate rises linearly from zero."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay of matrices."""
+    """Decoupled weight decay; applies to matrices only."""
     adam_beta1: BelowOne = 0.9
-    """Decay of AdamW's mean of the gradients; adafactor has none."""
+    """AdamW's decay of the mean gradient; adafactor does not use it."""
     adam_beta2: BelowOne = 0.999
-    """Decay of AdamW's mean of the squared gradients."""
+    """AdamW's decay of the mean squared gradient."""
     adam_epsilon: Annotated[float, Field(ge=1e-37)] = 1e-8
-    """Added to AdamW's denominator; what is less than 1e-37 would be 0 in fp32."""
+    """Added to AdamW's denominator; a value below 1e-37 would be 0 in fp32."""
     max_grad_norm: NonNegativeFloat = 1.0
-    """Clip the gradient to this global norm; 0 means no clipping."""
+    """Maximum global norm of the gradient; 0 means no clipping."""
     num_train_epochs: PositiveFloat = 1.0
     """Passes over the training rows."""
     max_steps: Annotated[int, Field(ge=-1, lt=2**63)] = -1
-    """Optimizer steps; above 0 it takes the place of num_train_epochs."""
+    """Number of optimizer steps; a positive value overrides num_train_epochs."""
     per_device_train_batch_size: PositiveInt = 8
-    """Preference pairs (prompts) in one micro-batch on one device."""
+    """Rows (pairs, examples or prompts) of one micro-batch on one device."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches in one optimizer step."""
+    """Micro-batches of one optimizer step."""
     max_tokens_per_micro_batch: PositiveInt | None = None
-    """Cut a step's rows into micro-batches by their tokens, samples included, up to so many: memory then has one
-    bound whatever the lengths. The step has per_device_train_batch_size * gradient_accumulation_steps rows as
-    before; none cuts it by rows."""
+    """Split a step's rows into micro-batches of at most this many tokens, samples included, so that memory has a bound
+    that does not depend on the lengths. The step still has per_device_train_batch_size *
+    gradient_accumulation_steps rows. none splits it by rows."""
     group_by_length: bool = False
-    """Draw the rows of a step from rows of like length: less padding, for batches that are less random. The
-    micro-batches within a step are ordered by length in any case."""
+    """Put rows of similar length into one step: less padding, less random batches. The micro-batches within a step are
+    ordered by length in any case."""
 
     eval_steps: NonNegativeInt = 0
-    """Evaluate every so many steps; 0 means only at the end."""
+    """Steps between two evaluations; 0 means only at the end."""
     num_eval_prompts: PositiveInt = 128
-    """Held-out prompts sampled for the reverse KL."""
+    """Number of held-out prompts to sample from, for the reverse KL."""
     num_eval_samples: PositiveInt = 1
-    """Samples for each of those prompts."""
+    """Samples for each of these prompts."""
     per_device_eval_batch_size: PositiveInt = 16
     """Rows or prompts in one evaluation batch on one device."""
 
     logging_steps: PositiveInt = 10
-    """Write metrics every so many steps."""
+    """Steps between two lines of metrics."""
     peak_tflops: PositiveFloat | None = None
-    """What the device can do, in 10^12 FLOP a second, for the logged mfu; none means the data sheet's figure under
-    bf16 on a GPU that is known, and no mfu elsewhere."""
+    """Peak speed of the device in 10^12 FLOP a second, for the logged mfu; none means the data sheet's figure for bf16
+    on a known GPU, and no mfu elsewhere."""
     save_steps: NonNegativeInt = 500
-    """Save a checkpoint every so many steps; 0 means only at the end."""
+    """Steps between two checkpoints; 0 means only at the end."""
     save_total_limit: PositiveInt = 2
-    """Checkpoints to keep; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default=["tensorboard"])
-    """Trackers that metrics go to as well as to metrics.jsonl, of tensorboard, wandb, trackio and mlflow; none means
-    none of them. Nothing is sent anywhere but by those that are named."""
+    """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, trackio, mlflow, or none. Only the
+    trackers that you name send anything anywhere."""
     run_name: Text | None = None
     """Name of the run in wandb, trackio and mlflow; none means the last part of output_dir."""
     project: Text = "hypo_train"

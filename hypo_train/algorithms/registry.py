@@ -162,12 +162,12 @@ def find_algorithm(name: str) -> Algorithm:
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     if not re.fullmatch(r"[\w.]+:\w+", name):
-        raise ValueError(f"should be one of {', '.join(ALGORITHMS)}, or package.module:object of an algorithm of yours")
+        raise ValueError(f"should be {', '.join(map(repr, ALGORITHMS))} or 'package.module:object'")
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot be imported: {error}") from error
+        raise ValueError(str(error)) from error
     if not isinstance(found, Algorithm):
         raise ValueError(f"is a {type(found).__name__}, should be a hypo_train.algorithms.registry.Algorithm")
     return found

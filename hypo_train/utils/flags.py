@@ -225,8 +225,9 @@ def flag_lines(model: type[Settings], names: Sequence[str] | None = None) -> lis
         default = str(default).lower() if isinstance(default, (bool, NoneType)) else default
         default = "required" if field.is_required() else f"default: {default}"
         flag = name.upper() if name == model.positional else f"--{name}"
+        values = " | ".join(field.examples) if field.examples else _type_names(types_of(model, name))
         lines += [
-            f"  {flag}  {_type_names(types_of(model, name))}  ({default})",
+            f"  {flag}  {values}  ({default})",
             *textwrap.wrap(field.description or "", width=100, initial_indent=" " * 8, subsequent_indent=" " * 8),
         ]
     return lines

@@ -140,7 +140,7 @@ def test_all_problems_are_listed_one_a_line_after_their_number(recipe):
         "seed is given more than once",
         "unknown key 'foo'",
         "unknown flag --lora_rr: did you mean --lora_r?",
-        "algorithm='hyppo': should be one of hypo, dpo, ipo, rloo, reward, sft, or package.module:object",
+        "algorithm='hyppo': should be 'hypo', 'dpo', 'ipo', 'rloo', 'reward', 'sft' or 'package.module:object'",
         "beta=-1: should be greater than 0",
         "label_smoothing=0.5: should be less than 0.5",
         "top_p='1.5': should be less than or equal to 1",
@@ -517,7 +517,7 @@ def test_help_documents_every_field_and_fits_in_100_columns():
         assert "default: " in lines[place] or "(required)" in lines[place]
         assert len(lines[place + 1].strip()) > 10, f"{name} has no text"
         assert field.description
-    assert "--algorithm  str  (default: hypo)" in text
+    assert "--algorithm  hypo | dpo | ipo | rloo | reward | sft | package.module:object  (default: hypo)" in text
     assert "--bf16  bool | none  (default: none)" in text
     assert "--model_name_or_path  str  (required)" in text
 

@@ -79,7 +79,7 @@ def test_the_pages_hinge_loss_has_its_value(readers_folder):
         ("no_such_module:hinge", "No module named 'no_such_module'"),
         ("my_losses:nothing", "has no attribute 'nothing'"),
         ("more_losses:number", "is a int, should be a hypo_train.algorithms.registry.Algorithm"),
-        ("hinge", "should be one of hypo, dpo, ipo, rloo, reward, sft, or package.module:object"),
+        ("hinge", "should be 'hypo', 'dpo', 'ipo', 'rloo', 'reward', 'sft' or 'package.module:object'"),
     ],
 )
 def test_a_wrong_algorithm_is_refused_in_one_line(name, message, readers_folder):
