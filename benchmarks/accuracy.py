@@ -1,4 +1,4 @@
-"""Errors against float64, and when a result is wrong rather than rounded."""
+"""Compare results with float64, and tell wrong results from rounded ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRONG_FACTOR = 10
 
 @dataclass(frozen=True)
 class Truth:
-    """Sequence log-probs (S,) and gradients by the counted rows (N, D) and the weight (V, D), float64."""
+    """Sequence log-probs (S,) and the gradients of the counted rows (N, D) and of the weight (V, D), in float64."""
 
     logps: Tensor
     hidden: Tensor | None
@@ -29,7 +29,7 @@ class Truth:
 
 
 def truth(batch: Batch, *, gradients: bool) -> Truth:
-    """Computed in chunks of rows, so that it fits beside the largest workload: its peak is checked."""
+    """Compute the truth in chunks of rows, to fit into memory beside the largest workload; the peak is checked."""
     rows, targets, dtype = batch.counted_rows, batch.counted_targets, batch.weight.dtype
 
     def compute() -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, float]]:
@@ -60,7 +60,7 @@ def truth(batch: Batch, *, gradients: bool) -> Truth:
 
 
 def errors(exact: Truth, batch: Batch, logps: Tensor) -> dict[str, float]:
-    """max |result − truth| / max |truth| of ``logps`` (S,) and of the gradients that the batch's leaves hold."""
+    """Return max |result − truth| / max |truth| for ``logps`` (S,) and for the gradients of the batch."""
     out = {"logps": _error(logps, exact.logps)}
     if batch.hidden.grad is not None and exact.hidden is not None:
         out["hidden"] = _error(batch.hidden.grad[batch.counted_rows], exact.hidden)
@@ -75,9 +75,9 @@ def _error(result: Tensor, exact: Tensor) -> float:
 
 
 def wrong(error: Mapping[str, float], eager: Mapping[str, float], mode: str, dtype: torch.dtype) -> str:
-    """Why a result is wrong: a part of it is missing, or far worse than eager torch's. Empty when it is not.
+    """Return why a result is wrong (a part is missing, or far worse than eager torch's), or an empty text.
 
-    Where eager torch has no result, for want of memory, the dtype's epsilon stands for its error.
+    If eager torch ran out of memory, the dtype's epsilon takes the place of its error.
     """
     eps = torch.finfo(dtype).eps
     for quantity in EXPECTED[mode]:

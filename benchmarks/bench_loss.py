@@ -1,4 +1,4 @@
-"""The loss against its peers: time, peak memory and error of forward, frozen-head and trained-head work.
+"""Compare the loss with its peers: time, peak memory and error of forward, frozen-head and trained-head work.
 
 The first test of a group measures all of the group's providers, interleaved; every test then replays its own samples
 to pytest-benchmark (``replay.py``).
@@ -57,7 +57,7 @@ def bench_loss(
 
 
 def _selected(group: Group, request: pytest.FixtureRequest) -> list[str]:
-    """The group's providers that this run asks for (``-k`` and the like leave some out)."""
+    """Return the group's providers that pytest selected (``-k`` leaves some out)."""
     cases: list[dict[str, Any]] = [
         item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)
     ]

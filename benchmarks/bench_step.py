@@ -1,7 +1,7 @@
-"""One optimizer step against TRL's: DPO and HyPO on the same model, pairs and dtype, and each saving switched off.
+"""Compare one optimizer step with TRL's: DPO and HyPO on the same model, pairs and dtype, and each saving switched off.
 
-The first test of a case measures all of its variants in turns, as ``bench_loss.py`` does; ``step/variants.py`` is the
-table of who takes part.
+The first test of a case measures all of its variants in turns, as ``bench_loss.py`` does; ``step/variants.py`` lists
+the variants.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is fetched, told (TRL's trainers report home) or left in the user's cache of data sets."""
+    """Prevent downloads, telemetry (TRL's trainers send it) and files in the user's cache of data sets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
@@ -77,7 +77,7 @@ def step_session(pytestconfig: pytest.Config, offline: None) -> StepSession:
 
 
 def _picture_path(case: Case, device: torch.device, results: Path | None, quick: bool) -> Path:
-    """Beside the results where there are some."""
+    """Return the path of a case's picture: beside the results file, if there is one."""
     folder = results.parent.resolve() / "plots" if results is not None else QUICK_PLOTS if quick else PLOTS
     return folder / f"step_waterfall_{str(case).lower().replace(' ', '-')}_{device.type}.png"
 
@@ -111,7 +111,7 @@ def bench_step(
 
 
 def _selected(case: Case, request: pytest.FixtureRequest) -> list[str]:
-    """The case's variants that this run asks for (``-k`` and the like leave some out)."""
+    """Return the case's variants that pytest selected (``-k`` leaves some out)."""
     asked: list[dict[str, Any]] = [
         item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)
     ]

@@ -1,9 +1,9 @@
-"""What every Triton kernel of the package compiles to, for each architecture, without a GPU.
+"""Compile every Triton kernel of the package for each architecture, without a GPU, and record its resources.
 
     python -m benchmarks.compiled                # all of them, into benchmarks/COMPILED.md
-    python -m benchmarks.compiled --json 90      # one of them, as JSON: what the tests read
+    python -m benchmarks.compiled --json 90      # one of them, as JSON for the tests
 
-Run without ``TRITON_INTERPRET``: with it, kernels are an interpreter's.
+Run it without ``TRITON_INTERPRET``, which replaces the compiler by an interpreter.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Tiles are rows x vocabulary x features, warps, stages; "tma": operands and resul
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with one set of constants, as a launch would ask for it."""
+    """One kernel with one set of constants, as a launch passes them."""
 
     kernel: Any
     name: str
@@ -72,7 +72,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of it."""
+    """The result of compiling one variant."""
 
     name: str
     threads: int
@@ -86,7 +86,7 @@ class Compiled:
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Every kernel, with plain logits and with everything a head can do to them."""
+    """Yield every kernel, with plain logits and with every option of the LM head."""
     yield from _row_variants(capability)
     yield from _divergence_variants(capability)
     yield Variant(_scale_kernel, "scale", "bf16", {"BLOCK": SCALE_BLOCK}, 8)
@@ -156,7 +156,7 @@ def _row_variants(capability: int) -> Iterator[Variant]:
 
 
 def _divergence_variants(capability: int) -> Iterator[Variant]:
-    """Against a reference, or the entropy."""
+    """Yield the divergence kernels: against a reference, and the entropy."""
     tile = row_tile(WIDEST, (capability // 10, capability % 10))
     kernels = (
         (divergence_kernels._statistics_kernel, "divergence"),
@@ -186,7 +186,7 @@ def _gemm(
 
 
 def compile_variant(variant: Variant, capability: int) -> Compiled:
-    """Compile it as for a launch on CUDA: bases and pitches divisible by 16, a vocabulary that need not be."""
+    """Compile a variant as for a launch on CUDA: addresses and strides divisible by 16, the vocabulary not."""
     names = variant.kernel.arg_names
     constants = dict(variant.constants)
     signature = {name: "constexpr" if name in constants else _type(name, variant) for name in names}
@@ -220,7 +220,7 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
 
 
 def _type(name: str, variant: Variant) -> str:
-    """The type of an argument; "constexpr" for a pointer that this variant does without."""
+    """Return the type of an argument; "constexpr" for a pointer that this variant does not use."""
     tile = variant.tile
     blocks = {}
     if tile is not None and tile.descriptors:
@@ -261,7 +261,7 @@ def _is_divisible(name: str, variant: Variant) -> bool:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of stack and local memory: what spills would need."""
+    """Return the registers per thread and the bytes of stack and local memory, which register spills would use."""
     dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -274,7 +274,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def section(capability: int, rows: list[Compiled]) -> str:
-    """The table of one architecture."""
+    """Return the table of one architecture."""
     lines = [
         f"## sm_{capability}, Triton {triton.__version__}",
         "",

@@ -1,4 +1,4 @@
-"""Options, the session that measures, and the tables at the end."""
+"""pytest options, the measuring session, and the tables at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def results_file(config: pytest.Config, device: torch.device) -> Path | None:
-    """Where tables are appended, with its dated section open; None without ``--results``."""
+    """Return the file of ``--results`` (None without it), after writing the head of a dated section."""
     path: Path | None = config.getoption("results")
     if path is not None and not config.getoption("same_section") and not config.stash.get(OPENED, False):
         report.open_section(path, device, f"pytest {shlex.join(sys.argv[1:])}")
@@ -35,7 +35,7 @@ def results_file(config: pytest.Config, device: torch.device) -> Path | None:
 
 
 def say(config: pytest.Config, line: str) -> None:
-    """Show a line at once, past the capture of a test's output."""
+    """Print a line at once, although pytest captures the output of tests."""
     plugins = config.pluginmanager
     terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
     if terminal is not None and capture is not None:

@@ -1,8 +1,8 @@
-"""What each schedule has to do: FLOP and bytes of its operations, and the least time a device can take for them.
+"""Count the FLOP and bytes of each schedule's operations, and the least time that a device needs for them.
 
     python -m benchmarks.cost --rows 8192 --vocab 128256 --width 4096 --tflops 790 --bandwidth 4.3
 
-The model knows five things, and nothing of the code's functions: the GEMMs, how often the row step reads and
+The model counts five things and does not read the code: the GEMMs, how often the row step reads and
 writes the (C, V) buffer of a chunk, the passes over a weight gradient (V, D), those over hidden states (C, D),
 and how many rows a chunk holds. An operation takes the longer of its FLOP at the device's GEMM rate and its bytes
 at its bandwidth; operations follow one another. ``tests/benchmarks/test_cost.py`` holds the model against the
@@ -45,13 +45,13 @@ class Operation:
         return self.flop > 0
 
     def seconds(self, rate: float, bandwidth: float) -> float:
-        """The least it can take, at ``rate`` FLOP/s and ``bandwidth`` bytes/s."""
+        """Return the least seconds at ``rate`` FLOP/s and ``bandwidth`` bytes/s."""
         return max(self.flop / rate, self.bytes / bandwidth)
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What a use of the row step does with a chunk's logits (C, V), in fp32, and its gradients (C, V).
+    """How often one use of the row step reads and writes a chunk's logits (C, V), in fp32, and its gradients (C, V).
 
     With ``partials``, the logits' GEMM does it in its epilogue: it writes the gradients, if any, and so many
     numbers a row and tile, and no logits.
@@ -66,7 +66,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class RowStep:
-    """The passes of the row step's uses."""
+    """The passes of each use of the row step."""
 
     statistics: Passes
     gradients: Passes  # and statistics
@@ -114,7 +114,7 @@ ROW_STEPS = {"triton": TRITON, "torch": TORCH, "exponentials": EXPONENTIALS}
 
 @dataclass(frozen=True)
 class Work:
-    """The sizes of a call. ``rows`` N are those that count; ``chunks`` is how many GEMMs the logits take."""
+    """The sizes of a call: ``rows`` N are the counted ones; ``chunks`` is the number of GEMMs for the logits."""
 
     rows: int
     vocab: int
@@ -130,7 +130,7 @@ class Work:
         return self.rows * self.vocab * self.width
 
     def reduced(self, use: str, passes: Passes, name: str = "logits") -> Iterator[Operation]:
-        """Rows through the head and the row step."""
+        """Yield the operations of the rows' logits and of one use of the row step."""
         if passes.partials == 0:
             yield from self.logits(name)
             yield self.row_pass(use, passes)
@@ -148,7 +148,7 @@ class Work:
         yield Operation(name, self._hidden + self.chunks * self._weight, self._logits, self._product)
 
     def stacked_logits(self) -> Iterator[Operation]:
-        """Policy's and reference's by one weight, one below the other."""
+        """Yield the GEMM for the stacked logits of policy and reference, which share one weight."""
         both = 2 * self._hidden
         yield self._gathered()
         yield self._gathered("reference hidden")
@@ -183,7 +183,7 @@ class Work:
         yield from self._handed_out("dW", sums, self._weight, scaled=scaled)
 
     def _handed_out(self, name: str, sums: int, leaf: int, *, scaled: bool) -> Iterator[Operation]:
-        """From the sum to the leaf's dtype, times the upstream gradient if ``scaled``."""
+        """Yield the cast of a summed gradient to the input's dtype, times the upstream gradient if ``scaled``."""
         if scaled and self.cuda and sums != leaf:
             yield Operation(f"{name} times upstream, narrowed", sums, leaf)
             return
@@ -224,7 +224,7 @@ class Work:
 
 
 def _products(work: Work, *, hidden: bool, weight: bool, scaled: bool) -> list[Operation]:
-    """From unit gradients to those of the leaves."""
+    """Return the GEMMs from the logits' gradients to the gradients of hidden states and weight."""
     return [
         *(work.hidden_gradient(scaled=scaled) if hidden else ()),
         *(work.weight_gradient(scaled=scaled) if weight else ()),
@@ -232,12 +232,12 @@ def _products(work: Work, *, hidden: bool, weight: bool, scaled: bool) -> list[O
 
 
 def log_probs(work: Work, *, entropy: bool = False) -> list[Operation]:
-    """Statistics alone: forward without gradients, a reference from its hidden states, ``token_logprobs``."""
+    """Return the operations of log-probs without gradients: a forward pass, a reference, ``token_logprobs``."""
     return [*work.reduced("statistics", work.row_step.entropy if entropy else work.row_step.statistics)]
 
 
 def group_closed(work: Work, *, hidden: bool, weight: bool) -> list[Operation]:
-    """``fused_hypo_loss`` on chunks of whole groups: the logits are computed once."""
+    """Return the operations of ``fused_hypo_loss`` on chunks of complete groups: the logits are computed once."""
     return [
         *work.reduced("statistics and gradients", work.row_step.gradients),
         *_products(work, hidden=hidden, weight=weight, scaled=True),
@@ -245,7 +245,7 @@ def group_closed(work: Work, *, hidden: bool, weight: bool) -> list[Operation]:
 
 
 def group_closed_with_own_reference(work: Work) -> list[Operation]:
-    """The same with the reference's logits by the policy's own, frozen weight, in one GEMM.
+    """Return the operations of ``fused_hypo_loss`` if the reference uses the policy's frozen weight, in one GEMM.
 
     Of the chunks that leave half of the buffer free, which is cut to the rows of the call: no chunk that is
     alone in its call does, nor any but the last of many small groups. The others take ``log_probs`` first, as do
@@ -262,7 +262,7 @@ def group_closed_with_own_reference(work: Work) -> list[Operation]:
 
 
 def exact(work: Work, *, weight: bool, own_reference: bool = False) -> list[Operation]:
-    """``fused_hypo_loss`` with the exact KL: policy's and reference's logits stand in the buffer together."""
+    """Return the operations of ``fused_hypo_loss`` with the exact KL: the buffer holds the logits of both models."""
     return [
         *(
             work.stacked_logits()
@@ -276,7 +276,7 @@ def exact(work: Work, *, weight: bool, own_reference: bool = False) -> list[Oper
 
 
 def token_backward(work: Work, *, hidden: bool, weight: bool, entropy: bool = False) -> list[Operation]:
-    """``token_logprobs``: the logits once more, and the gradients from known norms and upstream gradients."""
+    """Return the operations of the backward pass of ``token_logprobs``, which computes the logits again."""
     return [
         *_gradients_again(work, entropy=entropy),
         *_products(work, hidden=hidden, weight=weight, scaled=False),
@@ -284,7 +284,7 @@ def token_backward(work: Work, *, hidden: bool, weight: bool, entropy: bool = Fa
 
 
 def recomputed(work: Work, *, hidden: bool, weight: bool) -> list[Operation]:
-    """``fused_hypo_loss`` on groups larger than a chunk."""
+    """Return the operations of ``fused_hypo_loss`` on groups larger than a chunk."""
     return [
         *log_probs(work),
         *_gradients_again(work),
@@ -321,7 +321,7 @@ SCHEDULES = {
 
 
 def max_rows(work: Work, max_chunk_bytes: int, buffers: int) -> int:
-    """Rows of a chunk on CUDA with the Triton row step: logits, features as operands and as results, partials.
+    """Return the rows per chunk on CUDA with the Triton row step: logits, hidden states, their gradients, partial sums.
 
     Keeping groups whole takes up to a group's rows from that. Exponentials would leave room for twice as many.
     """
@@ -337,7 +337,7 @@ def _ceil(x: int, step: int) -> int:
 
 
 def floor(operations: Iterable[Operation], rate: float, bandwidth: float) -> float:
-    """The least time of operations that follow one another, in seconds."""
+    """Return the least time, in seconds, of operations that run one after another."""
     return sum(operation.seconds(rate, bandwidth) for operation in operations)
 
 
@@ -345,13 +345,13 @@ Row = tuple[str, Work, Schedule]
 
 
 def planned(work: Work, chunk_rows: Callable[[int], int]) -> Iterator[Row]:
-    """Every schedule, with the chunks that it takes; ``chunk_rows`` of the buffers that it asks for."""
+    """Return every schedule with its number of chunks; ``chunk_rows`` maps its number of buffers to rows."""
     for name, schedule in SCHEDULES.items():
         yield name, replace(work, chunks=_ceil(work.rows, max(1, chunk_rows(schedule.buffers)))), schedule
 
 
 def table(rows: Iterable[Row], rate: float, bandwidth: float) -> Iterator[str]:
-    """A line a schedule: FLOP, bytes, the least time, and that over the bare GEMMs' at the same rate."""
+    """Return one line per schedule: FLOP, bytes, the least time, and its ratio to the bare GEMMs at the same rate."""
     columns = ("TFLOP", "GEMM GB", "other GB", "GEMM ms", "other ms", "floor ms", "x GEMMs")
     yield f"{'schedule':26}{'chunks':>7}{'NVD':>4}" + "".join(f"{name:>10}" for name in columns)
     for name, work, schedule in rows:
@@ -372,7 +372,7 @@ def table(rows: Iterable[Row], rate: float, bandwidth: float) -> Iterator[str]:
 
 
 def detail(rows: Iterable[Row], rate: float, bandwidth: float) -> Iterator[str]:
-    """A line an operation."""
+    """Return one line per operation."""
     for name, work, schedule in rows:
         yield f"{name}"
         for operation in schedule.operations(work):
@@ -385,7 +385,7 @@ def detail(rows: Iterable[Row], rate: float, bandwidth: float) -> Iterator[str]:
 
 
 def _parted(operations: Iterable[Operation]) -> tuple[list[Operation], list[Operation]]:
-    """GEMMs, and the rest."""
+    """Return the GEMMs and the other operations."""
     every = list(operations)
     return [x for x in every if x.is_gemm], [x for x in every if not x.is_gemm]
 

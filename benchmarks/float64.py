@@ -1,4 +1,4 @@
-"""Truth: log-probs and gradients of a batch in float64, a few rows at a time.
+"""Compute log-probs and gradients of a batch in float64, a few rows at a time.
 
 Memory does not grow with the number of rows: beside the gradients asked for, one float64 copy of the
 weight and ``CHUNKS_ALIVE`` chunks of logits (``bound`` says how much, and the caller checks it).
@@ -16,14 +16,14 @@ CHUNKS_ALIVE = 3  # logits, their exponentials and what a library makes of them 
 
 
 def bound(rows: int, vocab: int, width: int, *, gradients: int) -> int:
-    """The most that may be allocated, in bytes, where ``gradients`` sets of gradients are held at once."""
+    """Return the most bytes that may be allocated while ``gradients`` sets of gradients are held."""
     logits = CHUNKS_ALIVE * max(CHUNK_BYTES, 8 * vocab)
     inputs = 8 * width * (vocab + 2 * rows)
     return logits + inputs + gradients * 8 * width * (vocab + rows) + 2**24
 
 
 def row_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) of each row, (N,) float64, of ``hidden`` (N, D), ``weight`` (V, D), ``targets`` (N,)."""
+    """Return log p(target) of each row, (N,) float64, for ``hidden`` (N, D), ``weight`` (V, D), ``targets`` (N,)."""
     wide = weight.detach().double()
     out = [
         torch.log_softmax(hidden[rows].detach().double() @ wide.t(), dim=-1).gather(1, targets[rows, None])
@@ -35,10 +35,10 @@ def row_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, *, rounded: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``Σ coefficients · log p(target)`` by hidden (N, D) and weight (V, D), float64.
+    """Return the gradients of ``Σ coefficients · log p(target)`` for hidden (N, D) and weight (V, D), in float64.
 
-    The gradients by the logits are ``rounded`` once, which is all that an otherwise exact scheme on 16-bit
-    GEMM operands loses.
+    The gradients of the logits are rounded once to the dtype ``rounded``, as an otherwise exact scheme with 16-bit
+    GEMM operands must do.
     """
     wide = weight.detach().double()
     grad_hidden = torch.empty(hidden.shape, dtype=torch.float64, device=hidden.device)

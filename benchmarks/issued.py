@@ -1,4 +1,4 @@
-"""FLOP and bytes of every operation that torch issues, counted from the operands: what `cost.py` is checked against."""
+"""Count FLOP and bytes of every operation that torch issues, from its operands, to check `cost.py`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLACE = {aten.index_copy_, aten.index_add_, aten.scatter_add_, aten.scatter_, at
 
 @dataclass(frozen=True)
 class Issued:
-    """One operation. ``shapes`` are those of its tensors, results last."""
+    """One operation; ``shapes`` are the shapes of its tensors, results last."""
 
     name: str
     flop: int
@@ -50,12 +50,12 @@ class Issued:
         return self.flop > 0
 
     def touches(self, columns: int) -> bool:
-        """Whether it works on a matrix with that many columns."""
+        """Return whether a tensor of the operation has that many columns."""
         return any(len(shape) == 2 and shape[1] == columns for shape in self.shapes)
 
 
 class OperationMeter(TorchDispatchMode):
-    """Every operation inside it that moves data, in order; views and allocations do not."""
+    """Record every operation inside the ``with`` block that moves data; views and allocations do not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def _issued(func: Any, packet: Any, args: Any, kwargs: Any, result: Any) -> Issu
 
 
 def _operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that are read, and those that are written; an in-place operation's own is both."""
+    """Return the tensors that are read and those that are written; an in-place operation does both."""
     read: list[Tensor] = []
     written: list[Tensor] = []
     for argument, value in _arguments(func, args, kwargs):
@@ -125,7 +125,7 @@ def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _bytes(x: Tensor) -> int:
-    """Of the elements in memory: an expanded dimension is there once."""
+    """Return the bytes in memory: an expanded dimension counts once."""
     size = x.element_size()
     for length, stride in zip(x.shape, x.stride(), strict=True):
         size *= length if stride != 0 else min(length, 1)

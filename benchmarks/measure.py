@@ -1,4 +1,4 @@
-"""Time in turns, and peak memory."""
+"""Measure time, taking turns, and peak memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def interleaved(
     max_rounds: int,
     warm_up_rounds: int = 0,
 ) -> dict[str, tuple[list[float], ...]]:
-    """Seconds of every step, one sample a round, all steps within each round.
+    """Return the seconds of every step: one sample of each step per round.
 
     On CUDA the time is the device's, and every step has two lists of samples: with a cold L2 cache, flushed
     before the sample, then with a hot one, straight after the step's own last run. On a CPU it has one.
@@ -68,7 +68,7 @@ def _seconds(step: Step) -> float:
 
 
 def _cuda_timers(device: torch.device) -> tuple[Callable[[Step], float], ...]:
-    """Of a cold cache and of a hot one. Either keeps the device busy while the step is launched."""
+    """Return timers for a cold and a hot cache. Both keep the device busy while the step is launched."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     return _cuda_timer(flush.zero_), _cuda_timer(lambda: torch.cuda._sleep(BUSY_CYCLES))
 
@@ -87,7 +87,7 @@ def _cuda_timer(occupy: Callable[[], Any]) -> Callable[[Step], float]:
 
 
 def peak_extra_bytes(step: Callable[[], R], device: torch.device) -> tuple[R, int]:
-    """The result of ``step`` and the most memory that was held at once beyond what was held before it."""
+    """Return the result of ``step`` and the peak memory in bytes beyond what was held before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -100,10 +100,10 @@ def peak_extra_bytes(step: Callable[[], R], device: torch.device) -> tuple[R, in
 
 
 def _cpu_peak(step: Callable[[], R]) -> tuple[R, int]:
-    """From the profiler's record of every block that torch's CPU allocator hands out and takes back.
+    """Compute the peak from the profiler's record of every block that torch's CPU allocator allocates and frees.
 
-    That sees inside library operators and compiled code, which a dispatch mode does not, and does not
-    count the allocator's own caches, which the resident set size does.
+    The record includes library operators and compiled code, unlike a dispatch mode, and excludes the allocator's
+    caches, unlike the resident set size.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -125,7 +125,7 @@ def median(samples: list[float]) -> float:
 
 
 def spread(samples: list[float]) -> float:
-    """Interquartile range."""
+    """Return the interquartile range."""
     if len(samples) < 2:
         return 0.0
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: ``python -m benchmarks.plots SWEEP.json`` draws them beside the numbers again."""
+"""Draw the pictures of a sweep: ``python -m benchmarks.plots SWEEP.json`` writes them beside the numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Number = Callable[[dict[str, Any]], float | None]
 
 
 def draw(path: Path) -> list[tuple[str, Path]]:
-    """Title and file of each picture."""
+    """Draw the pictures and return the title and file of each."""
     sweep = json.loads(path.read_text())
     pictures: list[tuple[str, Path]] = []
     with plt.rc_context(STYLE):
@@ -71,7 +71,7 @@ def _percent(found: dict[str, Any]) -> float | None:
 
 
 def _lines(panel: Axes, sweep: dict[str, Any], axis: str, number: Number, without: str = "") -> None:
-    """A line a provider, over the points where it ran and was right."""
+    """Draw one line per provider, over the points where it ran and was right."""
     points = sweep["axes"][axis]["points"]
     names = dict.fromkeys(name for point in points for name in point["providers"])
     peers = [name for name in names if name not in (sweep["ours"], GEMMS)]
@@ -95,7 +95,7 @@ def _lines(panel: Axes, sweep: dict[str, Any], axis: str, number: Number, withou
 
 
 def _thousands(x: float) -> str:
-    """512, 8k for 8192, 128k for 128256."""
+    """Format a number: 512, 8k for 8192, 128k for 128256."""
     if x < 1000:
         return f"{x:.0f}"
     return f"{x / 1024:.0f}k" if x % 1024 == 0 else f"{x / 1000:.0f}k"
@@ -114,7 +114,7 @@ def _fixed(sweep: dict[str, Any], axis: str) -> str:
 
 
 def _finish(figure: Figure, labelled: Axes, name: str, sweep: dict[str, Any], axis: str | None, path: Path) -> Path:
-    """Title, device and legend above the panels."""
+    """Add title, device and legend above the panels."""
     handles, labels = labelled.get_legend_handles_labels()
     where = sweep["hardware"].split(" (")[0]
     sizes = "" if axis is None else f"{_fixed(sweep, axis)}\n"

@@ -1,8 +1,8 @@
-"""The proof kit: everything that has to hold on a CUDA machine, in one command.
+"""The proof kit: every test and measurement for a CUDA machine, in one command.
 
     python -m benchmarks.proof [--quick] [--only STEP] [--results PATH]
 
-It installs nothing and uses this Python and its torch; what a step misses is said. Every step is a process of
+It installs nothing and uses this Python and its torch; it names what a step lacks. Every step is a process of
 its own with a time limit, so that a crash ends no other step; its outcome is written to the end of
 PATH as soon as it is known, the grid's tables and the sweep's points as they are measured. On a machine without
 CUDA, it says what it would run and runs the steps that a CPU has. The exit code is 0 if no step failed.
@@ -53,7 +53,7 @@ class Step:
 
     @property
     def shown(self) -> str:
-        """The command, as one would type it."""
+        """Return the command as a user would type it."""
         environment = [f"{name}={value}" for name, value in self.environment.items()]
         words = ["python" if word == sys.executable else word for word in self.command]
         return " ".join([*environment, shlex.join(words)])
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def steps(results: Path, *, quick: bool) -> list[Step]:
-    """In the order in which they run. The limits of the quick ones add up to ten minutes."""
+    """Return the steps in the order in which they run. The limits of the quick ones add up to ten minutes."""
     pytest = (sys.executable, "-m", "pytest")
     small = (sys.executable, "-m", "benchmarks.small_shapes")
     quickly = ("--quick",) if quick else ()
@@ -146,7 +146,7 @@ def _missing(modules: Sequence[str]) -> list[str]:
 
 
 def _in_parallel() -> tuple[str, ...]:
-    """A few processes, where pytest-xdist is there: most of the time goes into compiling kernels, on the host."""
+    """Return flags for a few processes, if pytest-xdist is installed: most of the time is spent compiling kernels."""
     return ("-n", "4", "--dist", "loadscope") if importlib.util.find_spec("xdist") else ()
 
 
@@ -155,7 +155,7 @@ def _without_training() -> tuple[str, ...]:
 
 
 def run(step: Step, *, cuda: bool) -> Outcome:
-    """Runs the step and passes its output on."""
+    """Run the step and print its output."""
     if not cuda and not step.on_cpu:
         return Outcome(step, "skipped", 0.0, "needs CUDA")
     if missing := _missing(step.needs):
@@ -176,16 +176,16 @@ def run(step: Step, *, cuda: bool) -> Outcome:
 
 
 def _path() -> str:
-    """Where programs are looked for: CUDA's own are often installed and not on the PATH."""
+    """Return the PATH with CUDA's own programs, which are often installed but not on the PATH."""
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return os.pathsep.join([os.environ.get("PATH", os.defpath), f"{cuda}/bin"])
 
 
 def _passed_on(step: Step) -> tuple[int | None, list[str]]:
-    """The exit code, None where the limit was reached, and the last lines of the output.
+    """Run the step; return its exit code (None at the time limit) and the last lines of its output.
 
-    At its limit a step is interrupted, as from a keyboard, so that pytest sums up and the sweep draws what there
-    is; ``GRACE`` seconds later it is killed, with everything that it started.
+    At the limit the step gets SIGINT, so that pytest prints its summary and the sweep draws its points; ``GRACE``
+    seconds later it is killed with all processes that it started.
     """
     with _heard_interrupts():
         process = subprocess.Popen(
@@ -225,7 +225,7 @@ def _passed_on(step: Step) -> tuple[int | None, list[str]]:
 
 @contextlib.contextmanager
 def _heard_interrupts() -> Iterator[None]:
-    """What is started here can be interrupted: a script's background jobs, and theirs, begin with SIGINT ignored."""
+    """Let the started processes react to SIGINT, which a script's background jobs start with ignored."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -242,7 +242,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def page(plan: Sequence[Step], results: Path) -> str:
-    """What a CUDA machine would run."""
+    """Return what a CUDA machine would run."""
     lines = ["No CUDA device here. On a machine that has one, this command runs:", ""]
     for i, step in enumerate(plan, 1):
         lines += [f"{i}. {step.name}: {step.what}", f"     $ {step.shown}"]

@@ -1,8 +1,8 @@
-"""Who is measured: this library, its peers, and the bare GEMMs of the same work.
+"""The measured programs: this library, its peers, and the bare GEMMs of the same work.
 
 A per-token peer is one function ``(hidden (T, D), weight (V, D), targets (T,)) -> log-probs (T,)``,
 differentiable; ``_token_steps`` puts the same sequence sums and the same loss on top of all of them. A
-peer that cannot run says why by raising: its ImportError, or ``Unavailable``.
+peer that cannot run raises its ImportError or ``Unavailable``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Provider:
-    """``make_step(batch, mode)`` gives a function that runs the work once and returns sequence log-probs (S,),
-    leaving gradients in ``batch.hidden.grad`` and ``batch.weight.grad``.
+    """A measured program: ``make_step(batch, mode)`` returns a function that runs the work once, returns log-probs (S,)
+    and leaves gradients in ``batch.hidden.grad`` and ``batch.weight.grad``.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Provider:
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What most training code does: a GEMM in the tested dtype, a softmax in fp32."""
+    """Compute log-probs as most training code does: a GEMM in the tested dtype, a softmax in fp32."""
     logits = (hidden @ weight.t()).float()
     return logits.log_softmax(dim=-1).gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
 
@@ -83,7 +83,7 @@ def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) 
 
 
 def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As ``trl.trainer.utils.add_fused_lm_head`` calls it."""
+    """Compute log-probs as ``trl.trainer.utils.add_fused_lm_head`` does."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     vocabulary_chunk, outputs = 32768, ("log_probs",)
@@ -133,7 +133,7 @@ def hypo_token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
 
 
 def _token_steps(head: TokenHead, *, pick_rows: bool = False) -> Callable[[Batch, str], Callable[[], Tensor]]:
-    """The task on top of a per-token head. ``pick_rows`` hands it the rows that count, as a caller can."""
+    """Return the steps of a per-token peer. ``pick_rows`` passes it only the counted rows, as a caller can."""
 
     def make_step(batch: Batch, mode: str) -> Callable[[], Tensor]:
         rows, targets = batch.counted_rows, batch.counted_targets
@@ -197,7 +197,7 @@ def _hypo_steps(impl: str) -> Callable[[Batch, str], Callable[[], Tensor]]:
 
 
 def _liger_dpo_steps(*, compiled: bool) -> Callable[[Batch, str], Callable[[], Tensor]]:
-    """Liger's DPO loss on the padded form of the same rows, chosen then rejected, as its own trainer calls it."""
+    """Return the step of Liger's DPO loss on the same rows, padded, chosen then rejected, as its trainer calls it."""
 
     def make_step(batch: Batch, mode: str) -> Callable[[], Tensor]:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
@@ -219,7 +219,7 @@ def _liger_dpo_steps(*, compiled: bool) -> Callable[[Batch, str], Callable[[], T
 
 
 def _gemm_steps(batch: Batch, mode: str) -> Callable[[], Tensor]:
-    """The products that the work cannot do without, into memory that is there already."""
+    """Return the steps of the necessary GEMMs alone, into preallocated memory."""
     x = batch.hidden.detach()[batch.counted_rows]
     weight = batch.weight.detach()
     logits = x @ weight.t()
@@ -243,7 +243,7 @@ def _gemm_steps(batch: Batch, mode: str) -> Callable[[], Tensor]:
 def _fused_heads(
     name: str, head: TokenHead, *, package: str = "torch", picks_rows: bool = False, compiles: bool = False
 ) -> tuple[Provider, ...]:
-    """The peer as it comes and, unless it picks the counted rows by itself, with rows that its caller picked."""
+    """Return the peer as it is and, unless it picks the counted rows itself, with rows that the caller picked."""
     whole = Provider(name, _token_steps(head), package, compiles=compiles, is_fused_head=True)
     if picks_rows:
         return (whole,)

@@ -2,7 +2,7 @@
 
 pytest-benchmark times one function after another, but only programs that take turns see the same machine. So the
 first test of a group measures all of the group, interleaved, and every test then replays its own samples: the timer
-is a clock that stands still but for the target, which moves it by the next recorded sample. Its statistics,
+is a clock that only the target moves, by the next recorded sample. Its statistics,
 ``--benchmark-json`` and ``--benchmark-compare`` work on interleaved samples that way, through documented options
 alone.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class ReplayClock:
-    """Shows the sum of the samples that have been replayed, in seconds."""
+    """A clock that shows the sum of the replayed samples, in seconds."""
 
     __name__ = "interleaved_samples"
 
@@ -24,7 +24,7 @@ class ReplayClock:
         return self.now
 
     def replay(self, samples: list[float], benchmark: Any) -> None:
-        """One round of ``benchmark``, whose timer this is, for each sample."""
+        """Run one round of ``benchmark``, which uses this clock as its timer, for each sample."""
         left = iter(samples)
         benchmark.pedantic(lambda: self._advance(next(left)), rounds=len(samples), iterations=1)
 

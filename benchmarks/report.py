@@ -1,4 +1,4 @@
-"""What a session found, as text for a terminal and as a section for RESULTS.md."""
+"""Format a session's results as text for a terminal and as a section for RESULTS.md."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MIB = 2**20
 
 
 def tables(measured: Iterable[Measured], device: torch.device) -> str:
-    """Every group's table, at most 120 columns wide, and what became of the targets."""
+    """Return every group's table, at most 120 columns wide, and the targets that were met or missed."""
     found = list(measured)
     parts = ["\n".join(_table(group, device)) for group in found]
     return "\n\n".join([*parts, "\n".join(targets.lines(found, device))]).rstrip()
 
 
 def _table(measured: Measured, device: torch.device) -> list[str]:
-    """Fastest first; what is wrong, failed or skipped comes after, without a rank."""
+    """Return the table, fastest first; wrong, failed and skipped providers come last, without a rank."""
     done = sorted((r for r in measured.results.values() if r.samples), key=lambda result: result.median)
     ranked = [result for result in done if not result.wrong]
     rows = [_cells(measured, result, device) for result in ranked]
@@ -61,7 +61,7 @@ def _dtype(measured: Measured) -> str:
 
 
 def _header(device: torch.device) -> tuple[str, ...]:
-    """The columns; a CPU has no hot cache of its own to show."""
+    """Return the column titles; the hot cache is measured on CUDA only."""
     if device.type == "cuda":
         return tuple("TFLOP/s" if name == "rate" else name for name in COLUMNS)
     return tuple("GFLOP/s" if name == "rate" else name for name in COLUMNS if name != "hot ms")
@@ -97,7 +97,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def open_section(path: Path, device: torch.device, command: str) -> None:
-    """The head of a dated section at the end of ``path``: where, with what and how."""
+    """Append the head of a dated section to ``path``: machine, versions and command."""
     append(
         path,
         "",
@@ -111,13 +111,13 @@ def open_section(path: Path, device: torch.device, command: str) -> None:
 
 
 def append_group(path: Path, measured: Measured, device: torch.device) -> None:
-    """A group's table, written as soon as it is measured: what comes later may fail."""
+    """Append a group's table as soon as it is measured, because a later group may fail."""
     title, *table = _table(measured, device)
     append(path, f"**{title}**", "", "```text", *table, "```", "")
 
 
 def close_section(path: Path, measured: Sequence[Measured], device: torch.device) -> None:
-    """What became of the targets, how often was measured, and the machine again."""
+    """Append the targets, the number of rounds and the machine's state."""
     found = list(targets.lines(measured, device))
     rounds = _rounds(measured)
     cold = " with a cold L2 cache, hot ms with a hot one" if device.type == "cuda" else ""
@@ -167,7 +167,7 @@ def versions() -> str:
 
 
 def commit() -> str:
-    """Of the repository, with a mark when the tree differs from it; "unknown" outside one."""
+    """Return the repository's commit, marked if files differ from it; "unknown" outside a repository."""
     try:
         return _output("git", "describe", "--always", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
@@ -175,7 +175,7 @@ def commit() -> str:
 
 
 def state(device: torch.device) -> str:
-    """Load of the host, and clocks of the GPU where nvidia-smi tells."""
+    """Return the load of the host and, if nvidia-smi is installed, the clocks of the GPU."""
     load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     if device.type != "cuda":
         return load

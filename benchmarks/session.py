@@ -1,4 +1,4 @@
-"""One benchmark session: each group measured once, all of its providers in turns."""
+"""Measure each group once, all of its providers in turns."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ class Measured:
 
     @property
     def flop(self) -> float:
-        """Of the products that the work cannot do without."""
+        """FLOP of the necessary GEMMs."""
         workload = self.group.workload
         return 2.0 * self.group.gemms * self.counted_rows * workload.vocab * workload.width
 
     def times(self, result: Result, name: str) -> float | None:
-        """How many times as long as provider ``name``, if that one ran."""
+        """Return the ratio of the median time to that of provider ``name``, or None if that one did not run."""
         other = self.results.get(name)
         return result.median / other.median if other is not None and other.samples else None
 
 
 class Session:
-    """Keeps the batch and the truth of one workload at a time.
+    """A measuring session; it holds the batch and the truth of one workload at a time.
 
-    ``on_measured`` gets every group as soon as it is done, with the seconds that it took.
+    ``on_measured`` is called with every measured group and the seconds that it took.
     """
 
     def __init__(self, device: torch.device, *, quick: bool, on_measured: Callable[[Measured, float], None]) -> None:
@@ -85,7 +85,7 @@ class Session:
         self._truth: Truth | None = None
 
     def measure(self, group: Group, names: Iterable[str]) -> Measured:
-        """The results of ``names`` and of what they are compared with."""
+        """Measure ``names`` and the providers that they are compared with."""
         if group not in self.measured:
             wanted = {*names, GEMMS, EAGER, OURS[self.device.type]}
             start = time.perf_counter()
@@ -128,7 +128,7 @@ class Session:
         return Measured(group, len(batch.counted_rows), results, exact.rounded if group.mode != "forward" else {})
 
     def _first_runs(self, provider: Provider, batch: Batch, mode: str, exact: Truth) -> tuple[Result, Step | None]:
-        """One run to compile, tune and compare, one to see its memory. A peer that fails is skipped with its reason."""
+        """Run once to compile and compare, and once to measure memory. A peer that fails is skipped with its reason."""
         result = Result(provider)
         try:
             batch.prepare(mode)

@@ -1,4 +1,4 @@
-"""Every Triton kernel on small, awkward shapes: what ``compute-sanitizer`` watches (``proof.py``).
+"""Run every Triton kernel on small, awkward shapes, for ``compute-sanitizer`` (``proof.py``).
 
 A sanitizer makes kernels a hundred times slower, and an access out of bounds needs no large shape.
 """
@@ -22,7 +22,7 @@ LENGTHS = (3, 1, 4, 2, 5, 1, 2, 3)  # two pairs and two groups of two
 
 
 def calls(device: torch.device) -> Iterator[str]:
-    """Runs one call after another and names it: forward and backward, plain and full heads, every dtype."""
+    """Run each call and yield its name: forward and backward, plain and full heads, every dtype."""
     for vocab, dtype, head in itertools.product(VOCABULARIES, DTYPES, HEADS):
         rng = torch.Generator(device=device).manual_seed(0)
 

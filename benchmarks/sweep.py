@@ -1,4 +1,4 @@
-"""Time and memory of the trained head over the number of tokens and over the vocabulary, as numbers and pictures.
+"""Measure time and memory of the trained head over the number of tokens and over the vocabulary; draw pictures.
 
     python -m benchmarks.sweep [--quick] --results PATH
 
@@ -36,7 +36,7 @@ AXES = {"tokens": "rows", "vocabulary": "vocab"}  # axis -> the field of a workl
 
 
 def workloads(device: torch.device, *, quick: bool) -> dict[str, list[Workload]]:
-    """The points of each axis, smallest first."""
+    """Return the points of each axis, smallest first."""
     if device.type == "cuda":
         tokens = [1024, 4096, 16384] if quick else [1024, 2048, 4096, 8192, 16384, 32768]
         vocabulary = [32768, 128256] if quick else [32768, 65536, 128256, 262144]
@@ -60,7 +60,7 @@ def folder_beside(results: Path, device: torch.device, *, quick: bool) -> Path:
 
 
 def measure(device: torch.device, folder: Path, *, quick: bool) -> Path:
-    """Measures every point and returns the file of numbers, which is there from the first point on."""
+    """Measure every point and return the file of numbers, which is written after each point."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NUMBERS
     found: dict[str, Any] = {
@@ -88,7 +88,7 @@ def measure(device: torch.device, folder: Path, *, quick: bool) -> Path:
 
 
 def _fixed(workload: Workload, axis: str) -> dict[str, int | str]:
-    """What stays the same along an axis."""
+    """Return the sizes that are constant along an axis."""
     sizes = {name: getattr(workload, name) for name in ("rows", "vocab", "width") if name != AXES[axis]}
     return {**sizes, "dtype": str(workload.dtype).removeprefix("torch.")}
 
@@ -102,7 +102,7 @@ def _numbers(measured: Measured) -> dict[str, dict[str, Any]]:
 
 
 def _of(measured: Measured, result: Result) -> dict[str, Any]:
-    """One provider at one point; where it did not run, why."""
+    """Return the numbers of one provider at one point, or why it did not run."""
     if not result.samples:
         return {"failed": result.failed} if result.failed else {"skipped": result.skipped}
     times = measured.times(result, GEMMS)
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def publish(numbers: Path, results: Path) -> None:
-    """Draws the pictures and links to them and to the numbers at the end of ``results``."""
+    """Draw the pictures, and append links to them and to the numbers to ``results``."""
     where = numbers.parent.relative_to(results.parent)
     links = [f"Trained head over tokens and vocabulary: [numbers]({where / numbers.name})."]
     if importlib.util.find_spec("matplotlib") is None:

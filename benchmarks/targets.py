@@ -1,4 +1,4 @@
-"""What the loss is meant to reach on CUDA, and whether a run reached it."""
+"""The loss's targets on CUDA, and whether a run met them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUR_NAME = OURS["cuda"]
 
 @dataclass(frozen=True)
 class Target:
-    """``quantity`` of a group, given every group of the run, against a bound; None where it was not measured."""
+    """A bound for ``quantity``, a function of a group and of all groups of the run; None if it was not measured."""
 
     group: Group
     what: str  # with the bound in words
@@ -38,13 +38,13 @@ class Target:
 
 
 def ours(measured: Measured) -> Result | None:
-    """Our result in a group, if it ran and is right."""
+    """Return our result in a group, or None if it did not run or is wrong."""
     result = measured.results.get(OUR_NAME)
     return result if result is not None and result.samples and not result.wrong else None
 
 
 def best_fused_head(measured: Measured) -> Result | None:
-    """The fastest right result of a peer's per-token head."""
+    """Return the fastest right result of a peer's per-token head."""
     peers = [r for r in measured.results.values() if r.provider.is_fused_head and r.samples and not r.wrong]
     return min(peers, key=lambda result: result.median, default=None)
 
@@ -115,7 +115,7 @@ TARGETS = (
 
 
 def lines(measured: Iterable[Measured], device: torch.device) -> Iterator[str]:
-    """A line for every target. They are CUDA's: no lines on a CPU."""
+    """Yield one line per target. The targets are for CUDA: a CPU gets no lines."""
     if device.type == "cuda":
         groups = {group.group: group for group in measured}
         yield from (f"target {target.line(groups)}" for target in TARGETS)

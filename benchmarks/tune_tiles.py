@@ -1,10 +1,10 @@
-"""Time the tiles of the kernels with a GEMM on this GPU, beside the bare GEMM, and say which one to freeze.
+"""Time the tile sizes of the GEMM kernels on this GPU, beside the bare GEMM, and print the best ones.
 
     python -m benchmarks.tune_tiles                       # a record into benchmarks/tiles/<device>.json
     python -m benchmarks.tune_tiles --shapes 8192x128256x4096 --seconds 20
 
-Nothing is tuned on a user's machine: somebody runs this, reads it, and puts the lines it prints into
-``hypo_kernels/kernels/tiles.py``. Candidates take turns with the bare GEMM; one whose log-sum-exps are off is out.
+Nothing is tuned on a user's machine: a developer runs this and copies the printed lines into
+``hypo_kernels/kernels/tiles.py``. Candidates take turns with the bare GEMM; wrong log-sum-exps rule a candidate out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GEMM = "bare GEMM"
 
 @dataclass
 class Timed:
-    """A candidate on one shape. ``failed`` says why it has no time."""
+    """A candidate on one shape; ``failed`` says why it has no time."""
 
     kernel: str
     tile: GemmTile
@@ -46,7 +46,7 @@ class Timed:
 
 
 def problem(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, LMHead]:
-    """(x, weight, targets, head) whose logits spread as a model's do."""
+    """Return (x, weight, targets, head) whose logits are spread like a model's."""
     rows, vocab, width = map(int, shape.split("x"))
     gen = torch.Generator(device).manual_seed(0)
     x = torch.randn(rows, width, generator=gen, device=device, dtype=dtype)
@@ -56,7 +56,7 @@ def problem(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 
 
 def time_shape(kernel: str, shape: str, dtype: torch.dtype, device: torch.device, seconds: float) -> list[Timed]:
-    """Every candidate that compiles and is right, timed in turns with the bare GEMM."""
+    """Time every candidate that compiles and is right, in turns with the bare GEMM."""
     x, weight, targets, head = problem(shape, dtype, device)
     exact = (x[:CHECKED_ROWS].double() @ weight.double().t()).logsumexp(1)
     out = torch.empty(len(x), len(weight), dtype=dtype, device=device)
@@ -111,7 +111,7 @@ def _bound(run: Callable[[GemmTile], Tensor], tile: GemmTile) -> Step:
 
 
 def best(timed: list[Timed]) -> tuple[GemmTile, float]:
-    """The tile with the least product of times over all shapes, of those that ran on each; mean times the GEMM."""
+    """Return the tile with the least geometric mean of times over all shapes, and that mean relative to the GEMM."""
     shapes = {one.shape for one in timed}
     ratios: dict[GemmTile, list[float]] = {}
     for one in timed:
@@ -126,7 +126,7 @@ def best(timed: list[Timed]) -> tuple[GemmTile, float]:
 
 
 def frozen_line(kernel: str, capability: tuple[int, int], operand_bytes: int, tile: GemmTile) -> str:
-    """The entry of ``GEMM_TILES``."""
+    """Return the entry for ``GEMM_TILES``."""
     return f'("{kernel}", {capability}, {operand_bytes}): {tile},'
 
 

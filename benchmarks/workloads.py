@@ -1,4 +1,4 @@
-"""What is measured: the shapes, and the batch of tensors that every provider of a workload is given."""
+"""The workloads: their shapes, and the batch of tensors that every provider gets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FULL_LOGITS_AND_LIGER = ("full logits", "Liger DPO", "Liger DPO, not compiled")
 
 @dataclass(frozen=True)
 class Workload:
-    """``task`` "hypo": half of the sequences are pairs, half are groups of two samples, ragged, with the
+    """One workload. ``task`` "hypo": half of the sequences are pairs, half are groups of two samples, ragged, with the
     reference's log-probs given. ``task`` "dpo": pairs alone, of equal length, with the reference's hidden
     states and head given, which is what Liger's DPO loss takes.
     """
@@ -41,7 +41,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Group:
-    """One table: a workload in one mode, all of its providers measured in turns.
+    """A workload in one mode, which is one table; all of its providers are measured in turns.
 
     Modes: "forward", sequence log-probs under ``no_grad``; "frozen" and "trained", the loss with its
     backward, for hidden states alone or for hidden states and head.
@@ -55,7 +55,7 @@ class Group:
 
     @property
     def gemms(self) -> int:
-        """Products of (N, V, D) that the work cannot do without, when no logits are computed twice."""
+        """Return the number of (N, V, D) GEMMs that the work needs if no logits are computed twice."""
         if self.mode == "forward":
             return 1
         return (2 if self.mode == "frozen" else 3) + (self.workload.task == "dpo")
@@ -68,7 +68,7 @@ LLAMA_HALF = replace(LLAMA, counted=0.5)
 
 
 def groups(device: torch.device, *, quick: bool) -> list[Group]:
-    """The grid for a device, the most telling first; ``quick`` leaves out what compiles, and repeats less."""
+    """Return the groups for a device, most important first; ``quick`` has small shapes and few repeats."""
     both = ("frozen", "trained")
     f32, bf16 = torch.float32, torch.bfloat16
     if device.type == "cuda":
@@ -102,7 +102,7 @@ def groups(device: torch.device, *, quick: bool) -> list[Group]:
 
 @dataclass
 class Batch:
-    """The tensors of one workload. T rows, of which N count; S sequences: chosen, rejected, then samples."""
+    """The tensors of one workload: T rows, of which N count; S sequences: chosen, rejected, then samples."""
 
     workload: Workload
     hidden: Tensor  # (T, D), a leaf
@@ -134,25 +134,25 @@ class Batch:
         return [leaf.grad for leaf in (self.hidden, self.weight) if leaf.grad is not None]
 
     def prepare(self, mode: str) -> None:
-        """Forget gradients and ask for those of ``mode``."""
+        """Clear the gradients and require those of ``mode``."""
         self.hidden.grad = self.weight.grad = None
         self.hidden.requires_grad_(mode != "forward")
         self.weight.requires_grad_(mode == "trained")
 
     def sequence_sums(self, token_logps: Tensor) -> Tensor:
-        """(T,) -> (S,), differentiable; ignored rows do not count, whatever they hold."""
+        """Sum (T,) to (S,), differentiably; ignored rows do not count."""
         counted = torch.where(self.targets != IGNORE_INDEX, token_logps, 0)
         return torch.segment_reduce(counted, "sum", lengths=self.spans, unsafe=True, initial=0.0)
 
     def loss_and_coefficients(self, logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss () and its derivative by each sequence's log-prob, (S,), from this library's objective."""
+        """Return the loss () and its derivative for each sequence's log-prob, (S,), from this library's objective."""
         order = self.group_order
         loss, slope = self.objective(logps[order], ref_logps[order], self.lengths[order], self.num_pairs)
         return loss, torch.empty_like(slope).index_copy_(0, order, slope)
 
 
 def make_batch(workload: Workload, device: torch.device) -> Batch:
-    """Seeded; rows range from certain of their target to surprised by it, as a model's do."""
+    """Create a seeded batch whose rows range from certain of their target to surprised, like a model's."""
     rng = torch.Generator().manual_seed(0)
     spans = _spans(workload, rng)
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), spans.cumsum(0)])
@@ -198,7 +198,7 @@ def make_batch(workload: Workload, device: torch.device) -> Batch:
 
 
 def _spans(workload: Workload, rng: torch.Generator) -> Tensor:
-    """Rows of each sequence, (S,), S a multiple of 4: equal for "dpo" (no padding for Liger), else ragged."""
+    """Return the rows of each sequence, (S,), S a multiple of 4: equal for "dpo" (Liger pads nothing), else ragged."""
     sequences = max(4, workload.rows // workload.sequence_length // 4 * 4)
     spans = torch.full((sequences,), workload.rows // sequences)
     spans[: workload.rows % sequences] += 1
@@ -210,7 +210,7 @@ def _spans(workload: Workload, rng: torch.Generator) -> Tensor:
 
 
 def _model(workload: Workload, likely: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (T, D), head (V, D) and reference hidden states (T, D).
+    """Create hidden states (T, D), head (V, D) and reference hidden states (T, D).
 
     Logits are noise of standard deviation 2, plus up to 1.6 times what the likely token needs to reach a
     probability of one half: from surprise to near certainty, evenly.

@@ -1,8 +1,8 @@
-"""Promptless worlds of K responses: labelled pairs, policies, and gradient descent on the exact objectives.
+"""Worlds without prompts and with K responses: labelled pairs, policies, and gradient descent on exact objectives.
 
-With no prompt and few responses every expectation is a sum, so nothing here is estimated: the gradient of the pairs'
-loss is taken over all pairs at once (stochastic gradients have it as their mean), that of the reverse KL over all
-responses. S worlds, one a seed, are trained side by side in float64: tensors are (S, K) where nothing else is said.
+Without prompts and with few responses every expectation is a sum, so nothing is estimated: the gradient of the
+preference loss is over all pairs (the mean of stochastic gradients), and that of the reverse KL over all responses. S
+worlds, one per seed, are trained together in float64; tensors are (S, K) unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Pairs(NamedTuple):
     shares: Tensor  # (S, n, n), each world's summing to 1
 
     def of_preferred(self, values: Tensor) -> Tensor:
-        """The mean (S,) of ``values`` over the pairs' preferred responses."""
+        """Return the mean (S,) of ``values`` over the pairs' preferred responses."""
         return (self.shares.sum(2) * values[:, : self.shares.shape[1]]).sum(1)
 
 
 @dataclass(frozen=True)
 class World:
-    """True rewards, the features of the responses, the reference, and the pairs, which are of the first responses."""
+    """True rewards, features of the responses, the reference, and the pairs, which consist of the first responses."""
 
     rewards: Tensor  # (S, K)
     features: Tensor  # (S, K, F)
@@ -39,7 +39,7 @@ class World:
 
     @property
     def best(self) -> Tensor:
-        """(S, 1) the response with the highest reward."""
+        """The index (S, 1) of the response with the highest reward."""
         return self.rewards.argmax(1, keepdim=True)
 
     @property
@@ -48,11 +48,11 @@ class World:
 
 
 def linear_world(seeds: Sequence[int], *, responses: int = 100, features: int = 16, pairs: int = 10_000) -> World:
-    """Rewards linear in the features, the best response among those that no pair is about (section 6.1.1).
+    """Create a world with rewards linear in the features, whose best response is in no pair (section 6.1.1).
 
-    All but the last feature vectors are random, of unit length. The parameters θ* of the reward are Unif(−2, 2) but
-    the first, which is 2. The paper's text has lost the last vector: here it is θ*/‖θ*‖, so that the last response
-    is the best there can be.
+    All feature vectors but the last are random, of unit length. The parameters θ* of the reward are Unif(−2, 2), except
+    the first, which is 2. The paper's text omits the last vector; here it is θ*/‖θ*‖, so the last response is the best
+    possible one.
     """
     made = []
     for generator in _generators(seeds):
@@ -67,7 +67,7 @@ def linear_world(seeds: Sequence[int], *, responses: int = 100, features: int = 
 
 
 def independent_world(seeds: Sequence[int], *, responses: int = 100, pairs: int = 10_000) -> World:
-    """Rewards Unif(−10, 10), and nothing that one response tells about another (section 6.1.2)."""
+    """Create a world with independent rewards Unif(−10, 10) and no features (section 6.1.2)."""
     made = []
     for generator in _generators(seeds):
         rewards = torch.empty(responses, dtype=torch.float64).uniform_(-10, 10, generator=generator)
@@ -85,7 +85,7 @@ def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def _label(rewards: Tensor, count: int, generator: torch.Generator) -> Pairs:
-    """``count`` pairs of different responses of the first half, each as likely as another."""
+    """Draw and label ``count`` pairs of different responses of the first half, uniformly."""
     n = len(rewards) // 2
     first = torch.randint(n, (count,), generator=generator)
     second = (first + torch.randint(1, n, (count,), generator=generator)) % n
@@ -106,24 +106,24 @@ def _side_by_side(worlds: Sequence[World]) -> World:
 
 
 class Policy(ABC):
-    """π over K responses, by ``parameters``; uniform to begin with."""
+    """A policy π over K responses with ``parameters``; it starts uniform."""
 
     parameters: Tensor
 
     @abstractmethod
     def log_probs(self) -> Tensor:
-        """(S, K) log π."""
+        """Return log π, (S, K)."""
 
     @abstractmethod
     def gradient(self, by_logits: Tensor) -> Tensor:
-        """The derivative by the parameters of a loss with the derivative ``by_logits`` (S, K) by log π + const."""
+        """Return the gradient for the parameters of a loss whose gradient for log π + const is ``by_logits`` (S, K)."""
 
     def descend(self, by_logits: Tensor, learning_rate: float) -> None:
         self.parameters -= learning_rate * self.gradient(by_logits)
 
 
 class Linear(Policy):
-    """log π(y) = ⟨θ, φ(y)⟩ + const. With one feature a response: a softmax over a table of logits."""
+    """A log-linear policy: log π(y) = ⟨θ, φ(y)⟩ + const. With one feature per response it is a softmax over logits."""
 
     def __init__(self, features: Tensor) -> None:
         self.features = features  # (S, K, F)
@@ -137,7 +137,7 @@ class Linear(Policy):
 
 
 class Weights(Policy):
-    """π(y) = w(y) / Σ w, the weights themselves being what is learned."""
+    """A policy π(y) = w(y) / Σ w whose weights w are the parameters."""
 
     lowest = 1e-3  # of the mean weight: they have to stay above 0
 
@@ -159,7 +159,7 @@ Gradient = Callable[[Tensor], Tensor]  # log π (S, K) -> the derivative of a lo
 
 
 def preference(world: World, *, beta: float, loss: str = "sigmoid") -> Gradient:
-    """Of DPO's loss (Eq. 4) or, with ``loss="ipo"``, of IPO's: the library's own, weighted by the pairs' shares."""
+    """Return the gradient of DPO's loss (Eq. 4) or of IPO's (``loss="ipo"``), weighted by the pairs' shares."""
     objective = Objective(
         beta=beta, kl_coef=0.0, length_penalty=0.0, preference=loss, label_smoothing=0.0, num_pairs=1,
         num_generations=2, num_prompts=1,
@@ -178,7 +178,7 @@ def preference(world: World, *, beta: float, loss: str = "sigmoid") -> Gradient:
 
 
 def expected(cost: Callable[[Tensor], Tensor]) -> Gradient:
-    """Of E_π[cost], the cost (S, K) held fixed, as ``cost`` gives it for log π."""
+    """Return the gradient of E_π[cost] with the cost (S, K), which ``cost`` computes from log π, held fixed."""
 
     def gradient(log_pi: Tensor) -> Tensor:
         pi, of_response = log_pi.exp(), cost(log_pi)
@@ -188,19 +188,19 @@ def expected(cost: Callable[[Tensor], Tensor]) -> Gradient:
 
 
 def hypo(world: World, *, beta: float, kl_coef: float) -> Gradient:
-    """Of HyPO's loss (Eq. 7): DPO's, and λ KL(π‖π_ref), whose derivative is that of E_π[sg(log π − log π_ref)]."""
+    """Return the gradient of HyPO's loss (Eq. 7): DPO's plus that of λ KL(π‖π_ref)."""
     dpo, log_ref = preference(world, beta=beta), world.log_ref
     kl = expected(lambda log_pi: log_pi - log_ref)
     return lambda log_pi: dpo(log_pi) + kl_coef * kl(log_pi)
 
 
 def online_rl(rewards: Tensor, log_ref: Tensor, *, beta: float) -> Gradient:
-    """Of −E_π[r] + β KL(π‖π_ref): what RLHF does with a (learned) reward (S, K)."""
+    """Return the gradient of −E_π[r] + β KL(π‖π_ref), the RLHF objective with a (learned) reward (S, K)."""
     return expected(lambda log_pi: beta * (log_pi - log_ref) - rewards)
 
 
 def learned_rewards(world: World, *, steps: int, learning_rate: float) -> Tensor:
-    """(S, K) rewards linear in the features, by maximum likelihood of the pairs.
+    """Return (S, K) rewards linear in the features, fitted to the pairs by maximum likelihood.
 
     A Bradley–Terry reward model is a DPO policy with β = 1 whose log-ratio is read as the reward, up to a constant.
     """
@@ -211,7 +211,7 @@ def learned_rewards(world: World, *, steps: int, learning_rate: float) -> Tensor
 
 
 def reverse_kl(log_pi: Tensor, log_ref: Tensor) -> Tensor:
-    """(S,) KL(π‖π_ref) in nats."""
+    """Return the reverse KL(π‖π_ref), (S,), in nats."""
     return (log_pi.exp() * (log_pi - log_ref)).sum(1)
 
 
@@ -224,7 +224,7 @@ def train(
     learning_rate: float,
     points: int = 100,
 ) -> dict[str, Tensor]:
-    """Descend, and return each of ``watched(log π)``'s figures as a curve (points + 1, S), the start being its first.
+    """Run gradient descent and return each value of ``watched(log π)`` as a curve (points + 1, S), the start included.
 
     ``points`` divides ``steps``.
     """

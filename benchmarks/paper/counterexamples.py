@@ -1,10 +1,9 @@
-"""The paper's counterexamples in numbers: three responses, of which the data covers two.
+"""Compute the paper's counterexamples: three responses, of which the data covers two.
 
-Whatever the data can say about a policy is how likely it makes the two covered responses against each other. So a
-policy may put any mass on the third and have the least DPO or IPO loss there is, while its reverse KL to the
-reference grows without bound as the reference's own mass ε on the third goes to 0 (Propositions 4.1 and B.1). And a
-reward that is right but on a vanishing share of the data may still have a forward KL that grows without bound
-(Proposition B.2). Everything is exact, in float64.
+The data only compares the two covered responses. So a policy may put any mass on the third response and still minimize
+DPO's or IPO's loss, while its reverse KL to the reference grows without bound as the reference's mass ε on the third
+response goes to 0 (Propositions 4.1 and B.1). A reward that is wrong only on a vanishing share of the data may still
+have a forward KL that grows without bound (Proposition B.2). Everything is exact, in float64.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ EPSILONS = (1e-1, 1e-2, 1e-4, 1e-8, 1e-16, 1e-32, 1e-64)
 
 @dataclass(frozen=True)
 class Uncovered:
-    """What minimises DPO's, IPO's and HyPO's loss, one entry an ε. Figures are (E,), losses and KLs in nats."""
+    """The minima of DPO's, IPO's and HyPO's loss, one entry per ε: tensors (E,), losses and KLs in nats."""
 
     epsilons: Tensor
     least_loss: dict[str, Tensor]  # of DPO and IPO, by a policy that leaves the third response alone
@@ -38,7 +37,7 @@ class Uncovered:
 
 
 def uncovered() -> Uncovered:
-    """Propositions 4.1 and B.1, and HyPO's minimum beside them."""
+    """Compute Propositions 4.1 and B.1, and HyPO's minimum beside them."""
     world = three_responses(torch.tensor(EPSILONS, dtype=torch.float64))
     # In a minimum of DPO's loss the log-ratios differ by the rewards' gap / β; in one of IPO's by (2p − 1) / 2β.
     p = world.pairs.shares[0, 0, 1]
@@ -61,7 +60,7 @@ def uncovered() -> Uncovered:
 
 
 def three_responses(epsilons: Tensor) -> World:
-    """A world for each ε: π_ref = ((1 − ε)/2, (1 − ε)/2, ε), and as many pairs as one likes of the first two."""
+    """Create a world per ε: π_ref = ((1 − ε)/2, (1 − ε)/2, ε), with infinitely many pairs of the first two."""
     count = len(epsilons)
     inside = torch.log1p(-epsilons) - math.log(2)
     rewards = torch.tensor([REWARD_GAP, 0.0, 0.0], dtype=torch.float64)
@@ -76,14 +75,14 @@ def three_responses(epsilons: Tensor) -> World:
 
 
 def _policy(world: World, gap: float, outside: float | None) -> Tensor:
-    """(E, 3) log π whose first two log-ratios differ by ``gap``, with the mass ``outside`` (None: ε) on the third."""
+    """Return log π (E, 3) whose first two log-ratios differ by ``gap``; the third has mass ``outside`` (None: ε)."""
     covered = torch.tensor([gap, 0.0], dtype=torch.float64).log_softmax(0)
     third = world.log_ref[:, 2:] if outside is None else torch.full_like(world.log_ref[:, 2:], outside).log()
     return torch.cat([covered + torch.log1p(-third.exp()), third], dim=1)
 
 
 def pair_loss(world: World, log_pi: Tensor, name: str) -> Tensor:
-    """(E,) DPO's or IPO's loss over all pairs there can be."""
+    """Return DPO's or IPO's loss (E,) over all possible pairs."""
     objective = Objective(
         beta=BETA, kl_coef=0.0, length_penalty=0.0, preference="ipo" if name == "ipo" else "sigmoid",
         label_smoothing=0.0, num_pairs=1, num_generations=2, num_prompts=1,
@@ -94,11 +93,11 @@ def pair_loss(world: World, log_pi: Tensor, name: str) -> Tensor:
 
 
 def _hypo_minimum(world: World) -> Tensor:
-    """(E, 3) log π of HyPO's minimum.
+    """Return log π (E, 3) at HyPO's minimum.
 
-    Of two covered responses whose log-ratios differ by δ, with A(δ) = KL to the reference's of the two, the KL is
-    least for a mass ε / (ε + (1 − ε) exp(−A)) on the third: then it is −log(ε + (1 − ε) exp(−A)). What is left is one
-    number, δ, between 0 and DPO's.
+    Let the log-ratios of the two covered responses differ by δ, and let A(δ) be their KL to the reference. The KL is
+    least for a mass ε / (ε + (1 − ε) exp(−A)) on the third response: then it is −log(ε + (1 − ε) exp(−A)). The only
+    unknown is δ, between 0 and DPO's value.
     """
     low, high = torch.zeros_like(world.log_ref[:, 0]), torch.full_like(world.log_ref[:, 0], REWARD_GAP / BETA)
     for _ in range(12):  # each narrows the bracket of the one minimum by 50
@@ -112,7 +111,7 @@ def _hypo_minimum(world: World) -> Tensor:
 
 
 def _hypo_objective(world: World, gaps: Tensor) -> Tensor:
-    """HyPO's loss of the best policy for each δ, (E, N)."""
+    """Return HyPO's loss (E, N) of the best policy for each δ."""
     p = world.pairs.shares[:, :1, 1]
     loss = -p * F.logsigmoid(BETA * gaps) - (1 - p) * F.logsigmoid(-BETA * gaps)
     log_inside, log_outside = torch.log1p(-world.log_ref[:, 2:].exp()), world.log_ref[:, 2:]
@@ -120,14 +119,14 @@ def _hypo_objective(world: World, gaps: Tensor) -> Tensor:
 
 
 def _apart(gaps: Tensor) -> Tensor:
-    """KL of (σ(δ), 1 − σ(δ)) to (½, ½), nats."""
+    """Return the KL of (σ(δ), 1 − σ(δ)) to (½, ½) in nats."""
     s = torch.sigmoid(gaps)
     return s * F.logsigmoid(gaps) + (1 - s) * F.logsigmoid(-gaps) + math.log(2)
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One line of Proposition B.2."""
+    """One row of Proposition B.2's table."""
 
     responses: float  # equally likely under the reference, the true reward of all of them 0
     error: float  # how wrong the DPO policy's reward is about one of them
@@ -136,7 +135,7 @@ class Forward:
 
 
 def forward_kl(responses: float, beta: float = 1.0) -> Forward:
-    """A DPO policy whose implicit reward is right but for n^(1/4) on one of n responses: error² / n → 0, KL → ∞."""
+    """Compute the forward KL of a DPO policy whose implicit reward is off by n^(1/4) on one of n responses."""
     error = responses**0.25
     # KL(π_ref‖π) = −E[r̂]/β + log E[exp(r̂/β)], both under the reference.
     wrong, right = error / beta - math.log(responses), math.log1p(-1 / responses)

@@ -1,8 +1,8 @@
-"""What the data covers: the paper's synthetic experiments and counterexamples, ``python -m benchmarks.paper.coverage``.
+"""Run the paper's synthetic experiments and counterexamples: ``python -m benchmarks.paper.coverage``.
 
-Figure 2 (section 6.1): with linear features, online RL and DPO make the best response likelier, which no pair is
-about, and the preferred responses less likely; without, what DPO does outside of its data is up to how the policy is
-parametrised, not to the data. Then Propositions 4.1, B.1 and B.2. HyPO is added to each. Everything is exact and
+Figure 2 (section 6.1): with linear features, online RL and DPO raise the probability of the best response, which is in
+no pair, and lower that of the preferred responses. Without features, DPO's probabilities outside the data depend on the
+parametrisation of the policy. Then Propositions 4.1, B.1 and B.2. HyPO is added to each. Everything is exact and
 seeded; ``make paper`` writes the tables and pictures to ``benchmarks/paper/results``.
 """
 
@@ -42,7 +42,7 @@ Curves = dict[str, Tensor]  # each (points + 1, S)
 
 
 def extrapolation(seeds: Sequence[int]) -> dict[str, Curves]:
-    """Online RL, DPO and HyPO with linear features: mean log-prob of the preferred responses, log-prob of the best."""
+    """Train online RL, DPO and HyPO with linear features; return log-probs of the preferred and the best responses."""
     world = linear_world(seeds)
     rewards = learned_rewards(world, steps=2000, learning_rate=20.0)
     methods = {
@@ -65,7 +65,7 @@ def extrapolation(seeds: Sequence[int]) -> dict[str, Curves]:
 
 
 def outside_the_data(seeds: Sequence[int]) -> dict[str, Curves]:
-    """DPO and HyPO without features: mean probability, over the reference's, of responses that no pair is about."""
+    """Train DPO and HyPO without features; return the mean probability ratio of the responses that are in no pair."""
     world = independent_world(seeds)
     n = world.num_paired
 
@@ -86,7 +86,7 @@ def outside_the_data(seeds: Sequence[int]) -> dict[str, Curves]:
 
 
 def figure_2_table(linear: dict[str, Curves], bandit: dict[str, Curves]) -> Iterator[str]:
-    """Markdown: where each method began and ended, mean ± standard error over the seeds."""
+    """Return a Markdown table of each method's start and end, mean ± standard error over the seeds."""
     yield "**With linear features** (left and middle of the picture): log-probabilities, nats"
     yield ""
     yield "| method | preferred: start | end | best: start | end | reverse KL | both claims hold |"
@@ -110,7 +110,7 @@ def figure_2_table(linear: dict[str, Curves], bandit: dict[str, Curves]) -> Iter
 
 
 def counterexamples_table(found: Uncovered) -> Iterator[str]:
-    """Markdown: Propositions 4.1 and B.1 over the reference's mass ε on the third response, then B.2."""
+    """Yield Markdown tables of Propositions 4.1 and B.1 (over the reference's mass ε on the third response) and B.2."""
     yield (
         f"**Propositions 4.1 and B.1**: a policy with {OUTSIDE:g} of its mass on the third response. Its loss is the "
         "least there is, whatever that mass"
@@ -153,7 +153,7 @@ def _mean(values: Tensor) -> str:
 
 
 def standard_error(values: Tensor) -> float:
-    """Of the mean over the last dimension's seeds."""
+    """Return the standard error of the mean over the seeds in the last dimension."""
     return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
 
 

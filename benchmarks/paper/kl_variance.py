@@ -1,11 +1,11 @@
-"""How noisy the two estimators of the reverse KL are on the same samples: ``python -m benchmarks.paper.kl_variance``.
+"""Measure the noise of the two estimators of the reverse KL: ``python -m benchmarks.paper.kl_variance``.
 
-The variance of a prompt's value, and the trace of the covariance of its gradient by the policy's parameters, for
-groups of k samples. Between the library's two estimators stands a third, "to come": log-ratios as in the sampled
-one, but a token is charged with its own and the later ones alone. It tells how much of the exact estimator's gain
-that explains. In a world of three tokens every group there is is listed, so that the figures are exact; on a
-recurrent model with 500 tokens they are estimated from independent groups, with the jackknife's standard error.
-Seeded, one core, no file but the table on standard output (``docs/exact_kl.md`` holds it).
+It prints the variance of a prompt's value, and the trace of the covariance of its gradient for the policy's parameters,
+for groups of k samples. Besides the library's two estimators there is a third, "to come": the sampled log-ratios, but
+each token's gradient is weighted with its own and later log-ratios only. It shows how much of the exact estimator's
+gain that explains. With three tokens all groups are enumerated, so the numbers are exact. For a recurrent model with
+500 tokens they are estimated from independent groups, with jackknife standard errors. It is seeded, uses one core, and
+writes only the table on standard output (``docs/exact_kl.md`` holds it).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Rows:
 
     @classmethod
     def of(cls, log_p: Tensor, log_q: Tensor, tokens: Tensor, lengths: Tensor) -> Rows:
-        """From the log-probs (n, V) that the ``tokens`` (n,) are drawn from, and the reference's."""
+        """Create rows from the log-probs (n, V) of the ``tokens`` (n,) and from the reference's."""
         logps, ref_logps = (x.gather(1, tokens[:, None]).squeeze(1) for x in (log_p, log_q))
         return cls(logps, ref_logps, (log_p.exp() * (log_p - log_q)).sum(-1), lengths)
 
     def estimate(self, estimator: str, k: int) -> tuple[Tensor, Tensor, float]:
-        """Each prompt's KL (G,), and its derivatives by ``logps`` (n,) and by ``divergences``."""
+        """Return each prompt's KL (G,), and its gradients for ``logps`` (n,) and ``divergences``."""
         # One prompt a loss: the library's own coefficients, unscaled.
         objective = Objective(
             beta=1.0, kl_coef=1.0, length_penalty=0.0, preference="sigmoid", label_smoothing=0.0, num_pairs=0,
@@ -59,7 +59,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Noise:
-    """Squared deviations (G,) of each prompt's value and gradient from their means, and the prompts' weights (G,)."""
+    """Squared deviations (G,) of each prompt's value and gradient from their means, with the prompts' weights (G,)."""
 
     value: Tensor
     gradient: Tensor
@@ -67,13 +67,13 @@ class Noise:
 
     @classmethod
     def of(cls, values: Tensor, gradients: Tensor, weights: Tensor) -> Noise:
-        """Of values (G,) and gradients (G, P) with the probabilities ``weights`` (G,)."""
+        """Compute the noise of values (G,) and gradients (G, P) with the probabilities ``weights`` (G,)."""
         mean_value, mean_gradient = weights @ values, weights @ gradients
         return cls((values - mean_value).square(), (gradients - mean_gradient).square().sum(1), weights)
 
 
 def enumerated(distance: float, k: int) -> tuple[float, dict[str, Noise]]:
-    """The KL, and every group of k of the sequences of up to four of three tokens, with its probability."""
+    """Return the KL, and every group of k sequences of up to four of three tokens, with its probability."""
     gen = torch.Generator().manual_seed(0)
     sequences = sorted({s[: s.index(EOS) + 1] if EOS in s else s for s in itertools.product(range(3), repeat=4)})
     prefixes = {p: i for i, p in enumerate(sorted({s[:t] for s in sequences for t in range(len(s))}))}
@@ -123,13 +123,13 @@ class Recurrent(nn.Module):
             self.head.bias.zero_()[EOS] = 4.0
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, V) log-probs of each token given those before it; the first is drawn after EOS."""
+        """Return log-probs (B, T, V) of each token given the earlier ones; the first follows EOS."""
         before = torch.cat([torch.full_like(tokens[:, :1], EOS), tokens[:, :-1]], dim=1)
         return self.head(self.gru(self.embedding(before))[0]).log_softmax(-1)
 
     @torch.no_grad()
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` responses (count, max_length) and their lengths, EOS included."""
+        """Draw ``count`` responses (count, max_length); return them and their lengths, EOS included."""
         token, state = torch.full((count, 1), EOS), torch.zeros(1, count, self.width)
         drawn = []
         for _ in range(self.max_length):
@@ -142,7 +142,7 @@ class Recurrent(nn.Module):
 
 
 def sampled(distance: float, k: int, groups: int = 200) -> tuple[float, dict[str, Noise]]:
-    """The KL, and independent groups of k responses of a random recurrent model."""
+    """Return the KL, and independent groups of k responses of a random recurrent model."""
     torch.manual_seed(0)
     policy, reference = Recurrent(), Recurrent()
     reference.load_state_dict(policy.state_dict())
@@ -170,14 +170,14 @@ def sampled(distance: float, k: int, groups: int = 200) -> tuple[float, dict[str
 
 
 def ratio(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Σa / Σb of paired a and b (G,), and its jackknife standard error."""
+    """Return Σa / Σb of paired a and b (G,), and its jackknife standard error."""
     without = (a.sum() - a) / (b.sum() - b)
     error = ((len(a) - 1) * without.var(correction=0)).sqrt()
     return float(a.sum() / b.sum()), float(error)
 
 
 def table() -> Iterator[str]:
-    """A Markdown table, line by line as it is measured."""
+    """Yield the lines of a Markdown table as they are measured."""
     yield "| policy | k | KL | value: sampled | exact | ratio | gradient: sampled | to come | exact | ratio |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     cases = [(enumerated, distance, 2) for distance in (0.1, 0.5, 1.0, 2.0)]

@@ -1,4 +1,4 @@
-"""The pictures of the synthetic experiments: curves over training as mean and standard error over the seeds."""
+"""Draw the pictures of the synthetic experiments: mean and standard error over the seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Curves = dict[str, Tensor]  # each (points + 1, S)
 
 
 def figure_2(linear: dict[str, Curves], bandit: dict[str, Curves], path: Path) -> Path:
-    """The paper's Figure 2, HyPO beside what it shows."""
+    """Draw the paper's Figure 2 with HyPO added."""
     with plt.rc_context({**STYLE, "font.size": 11, "axes.titlesize": 12}):
         figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2), constrained_layout=True)
         for axis, shown in zip(axes, (["online RL"], ["DPO", "HyPO"]), strict=False):
@@ -46,7 +46,7 @@ def figure_2(linear: dict[str, Curves], bandit: dict[str, Curves], path: Path) -
 
 
 def counterexamples(found: Uncovered, path: Path) -> Path:
-    """Reverse KL against the reference's mass on the response that the data does not cover."""
+    """Draw the reverse KL over the reference's mass on the response that the data does not cover."""
     with plt.rc_context({**STYLE, "font.size": 11, "axes.titlesize": 12}):
         figure, axis = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
         decades = (-found.epsilons.log() / math.log(10)).tolist()
@@ -67,7 +67,7 @@ def counterexamples(found: Uncovered, path: Path) -> Path:
 
 
 def _band(axis: Axes, curve: Tensor, colour: str | tuple[float, float, float], dashes: str, label: str) -> None:
-    """The mean over seeds of a curve (points, S), and one standard error on either side."""
+    """Draw the mean over seeds of a curve (points, S), and one standard error on both sides."""
     mean, error = curve.mean(1), curve.std(1) / math.sqrt(curve.shape[1])
     share = [i / (len(curve) - 1) for i in range(len(curve))]
     axis.plot(share, mean, color=colour, linestyle=dashes, linewidth=1.8, label=label)

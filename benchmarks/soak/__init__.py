@@ -1,1 +1,1 @@
-"""Soak: small runs of every kind, killed and stopped anywhere, must end as if nobody had touched them."""
+"""Soak test: small runs of every kind, killed and stopped at random moments, must equal uninterrupted ones."""

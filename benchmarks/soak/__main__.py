@@ -1,8 +1,8 @@
 """``python -m benchmarks.soak``: kill small runs at random moments, resume them, compare what they end with.
 
-Each run is killed a few times on its way, at moments drawn evenly over the kinds of moments that it has (every phase
-of a step, every operation of a save), some after a random delay, and stopped by SIGTERM in between; then it is left
-alone until it ends. Metrics, samples and final model must be those of the run that nobody touched, bit for bit.
+Each run is killed a few times: at moments drawn evenly from all kinds (every phase of a step, every file operation of a
+save), or after a random delay. SIGTERM stops it in between. Then it runs to its end. Metrics, samples and final model
+must equal those of an uninterrupted run, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def _positive(text: str) -> int:
+def _not_negative(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
@@ -24,18 +24,18 @@ def _positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 where anything differs."""
+    """Return exit status 1 if any run differs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=_positive, default=200, help="deaths by SIGKILL (default: 200)")
-    parser.add_argument("--stops", type=_positive, default=40, help="stops by SIGTERM (default: 40)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--keep", type=Path, help="folder that keeps runs with differences; made anew")
+    parser.add_argument("--kills", type=_not_negative, default=200, help="number of kills by SIGKILL (default: 200)")
+    parser.add_argument("--stops", type=_not_negative, default=40, help="number of stops by SIGTERM (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--keep", type=Path, help="new folder that keeps the runs with differences")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=arguments.keep is None)
-        # Read when libraries are imported. A fork has one thread: more would wait for those that it has not.
+        # Libraries read these when they are imported. A fork has one thread and would wait for others forever.
         os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
         from benchmarks.soak.soak import report, run

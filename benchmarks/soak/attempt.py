@@ -1,6 +1,6 @@
-"""One attempt to train, in a forked process, and how it ends: by itself, or by a signal at a chosen moment.
+"""Train in a forked process that a signal may end at a chosen moment.
 
-Importing takes seconds and a small run one: so the imports are done once, and each attempt is a fork of them.
+Imports take longer than a small run, so they are done once and each attempt is a fork of this process.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 from benchmarks.soak.moments import watch
 from hypo_train.cli import main
 
-TIME_LIMIT = 120.0  # seconds of an attempt; one that takes longer hangs
+STALL_LIMIT = 120.0  # seconds without a new moment; then the attempt hangs
 _LONGEST_NAME = 128
 
 
 @dataclass(frozen=True)
 class Death:
-    """A signal, at the ``nth`` time that a moment is reached, or after ``seconds``."""
+    """A signal to send when a moment is reached for the ``nth`` time, or after ``seconds``."""
 
     signal: signal.Signals = signal.SIGKILL
     moment: str = ""
@@ -36,35 +36,35 @@ class Death:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended: its exit status (minus the signal that ended it), the last moment it reached, its words."""
+    """How an attempt ended: exit status (minus the signal that ended it), last moment, output, duration."""
 
     status: int
     moment: str
-    words: str
+    output: str
     seconds: float
 
 
 def attempt(recipe: Path, death: Death | None = None, *, record: Path | None = None) -> Outcome:
-    """``python -m hypo_train --config recipe --resume`` in a fork of this process.
+    """Run ``python -m hypo_train --config recipe --resume`` in a fork of this process.
 
-    ``record``: a file for the number of times that each moment was reached.
+    ``record``: a file that gets the number of times that each moment was reached.
     """
-    last, words = mmap.mmap(-1, _LONGEST_NAME), recipe.with_suffix(".out")  # memory that both processes see
-    words.write_text("", encoding="utf-8")  # a child may die before it says a word
+    last, output = mmap.mmap(-1, _LONGEST_NAME), recipe.with_suffix(".out")  # memory that both processes share
+    output.write_text("", encoding="utf-8")  # the child may die before it prints anything
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _run(recipe, words, _note(last, death, record))
-    status = _wait(child, death, started)
+        _run(recipe, output, _note(last, death, record))
+    status = _wait(child, death, started, last)
     moment = last[:].rstrip(b"\0").decode()
-    return Outcome(status, moment, words.read_text(encoding="utf-8", errors="replace"), time.monotonic() - started)
+    return Outcome(status, moment, output.read_text(encoding="utf-8", errors="replace"), time.monotonic() - started)
 
 
-def _run(recipe: Path, words: Path, reached: Callable[..., None]) -> None:
-    """The child's life."""
+def _run(recipe: Path, output: Path, reached: Callable[..., None]) -> None:
+    """Train in the child process and exit."""
     status = 1
     try:
-        descriptor = os.open(words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, sys.stdout.fileno())
         os.dup2(descriptor, sys.stderr.fileno())
         watch(reached)
@@ -79,7 +79,7 @@ def _run(recipe: Path, words: Path, reached: Callable[..., None]) -> None:
 
 
 def _note(last: mmap.mmap, death: Death | None, record: Path | None) -> Callable[..., None]:
-    """What is done at every moment."""
+    """Return the function that is called at every moment."""
     counts: Counter[str] = Counter()
 
     def reached(moment: str, harm: Callable[[], None] | None = None) -> None:
@@ -95,9 +95,10 @@ def _note(last: mmap.mmap, death: Death | None, record: Path | None) -> Callable
     return reached
 
 
-def _wait(child: int, death: Death | None, started: float) -> int:
-    """The child's exit status; it is sent its signal in time, and killed where it hangs."""
+def _wait(child: int, death: Death | None, started: float, last: mmap.mmap) -> int:
+    """Return the child's exit status; send it its signal on time, and kill it if it hangs."""
     due = None if death is None else death.seconds
+    moment, reached_at = last[:], started
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
@@ -106,8 +107,10 @@ def _wait(child: int, death: Death | None, started: float) -> int:
         if death is not None and due is not None and elapsed >= due:
             os.kill(child, death.signal)
             due = None
-        if elapsed > TIME_LIMIT:
+        if last[:] != moment:
+            moment, reached_at = last[:], time.monotonic()
+        if time.monotonic() - reached_at > STALL_LIMIT:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            raise TimeoutError(f"an attempt with {death} has not ended after {TIME_LIMIT:g} seconds")
+            raise TimeoutError(f"an attempt with {death} has reached no new moment for {STALL_LIMIT:g} seconds")
         time.sleep(0.002)

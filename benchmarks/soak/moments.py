@@ -1,11 +1,11 @@
-"""Moments of a run at which it can be killed: inside every phase of a step and every operation on its files.
+"""Report the moments at which a run can be killed: in every phase of a step and every operation on its files.
 
-    step: backward                       a phase of a step begins (or goes on)
-    save: os.fsync, save: os.rename      an operation on files is about to be done, or is done, inside an area
-    save: half of model.safetensors      a file of tensors is written in part
+    step: backward                       a phase of a step begins (or continues)
+    save: os.fsync, save: os.rename      before or after an operation on files inside an area
+    save: half of model.safetensors      a file of tensors is partly written
     final model: begins, final model: ends
 
-Which area a moment belongs to is the innermost of ``AREAS`` that runs; outside of them, files are not looked at.
+A moment belongs to the innermost running function of ``AREAS``; files are not watched outside of them.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ AREAS = (
     (state, "prune", "prune"),
     (train, "save_model", "final model"),
 )
-# What comes before the first step and after the last one: a signal ends a run there at once.
+# Before the first step and after the last one, a signal ends a run at once.
 OUTSIDE_OF_THE_LOOP = ("preparing", "loading", "reference log-probs", "opening the log", "final model")
-_OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audited before they are done
+_OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audit events that come before the operation
 
-Reached = Callable[..., None]  # (name of the moment, what to do to the files first if the run dies there)
+Reached = Callable[..., None]  # (name of the moment, what to do to the files if the run is killed there)
 
 
 def watch(reached: Reached) -> None:
-    """Have ``reached`` called at every moment from now on. For a process of its own: it cannot be undone."""
+    """Call ``reached`` at every moment from now on. It cannot be undone, so use it in a forked process."""
     areas: list[str] = []
     for owner, name, area in AREAS:
         setattr(owner, name, _within(getattr(owner, name), area, areas, reached))
@@ -76,8 +76,8 @@ def _watch_phases(reached: Reached) -> None:
         if self._open:
             reached(f"step: {self._open[-1]}")
 
-    vars_of: Any = PhaseTimer
-    vars_of._enter, vars_of._leave = watched_enter, watched_leave
+    timer: Any = PhaseTimer
+    timer._enter, timer._leave = watched_enter, watched_leave
 
 
 def _watch_files(areas: list[str], reached: Reached) -> None:
@@ -97,8 +97,7 @@ def _watch_files(areas: list[str], reached: Reached) -> None:
         reached(f"save: half of {path.name}", lambda: os.truncate(path, path.stat().st_size // 2))
         reached(f"save: {path.name}")
 
-    of_os, of_checkpoint = vars(os), vars(files)
-    of_os["fsync"], of_checkpoint["save_file"] = watched_fsync, watched_save_file
+    vars(os)["fsync"], vars(files)["save_file"] = watched_fsync, watched_save_file
     sys.addaudithook(audited)
 
 

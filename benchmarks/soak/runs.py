@@ -1,4 +1,4 @@
-"""Small runs to be killed, in the demo's world, for each algorithm, way to train and state to bring back."""
+"""Small runs of the demo's world to be killed: each algorithm, way to train and kind of state to restore."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 from hypo_train.demo import stages, world
 
 NUM_ROWS = 28
-# Saves fall between two lines, whose means they have to hold, and between two draws of rollouts.
+# Checkpoints fall between two log lines, whose sums they must hold, and between two draws of samples.
 INTERVALS: dict[str, Any] = {
     "max_steps": 7,
     "save_steps": 2,
@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "hypo": {"precompute_ref_log_probs": True, "gradient_accumulation_steps": 2, "report_to": ["tensorboard"]},
     "hypo, LoRA": {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2, "lora_target_modules": "all-linear"},
     "hypo, last layers": {"num_layers_unfrozen": 2, "rollout_steps": 3},
-    "hypo, GPT-NeoX": {"model_name_or_path": "gpt-neox"},  # whose head has another name where it is saved
+    "hypo, GPT-NeoX": {"model_name_or_path": "gpt-neox"},  # its head has another name in the saved file
     "rloo": {"algorithm": "rloo", "rollout_steps": 3, "beta": 0.05},
     "dpo": {"algorithm": "dpo", "optim": "muon"},
     "sft": {"algorithm": "sft", "optim": "adafactor", "use_peft": True, "use_dora": True, "lora_r": 4},
@@ -48,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def make_world(folder: Path) -> None:
-    """The demo's model, untrained, another architecture's, and reviews of its world as preference pairs."""
+    """Save the demo's untrained model, one of another architecture, and reviews as preference pairs."""
     rng = random.Random(0)
     torch.manual_seed(0)
     world.save_new_model(folder / "model")
@@ -62,7 +62,7 @@ def make_world(folder: Path) -> None:
 
 
 def _save_gpt_neox(folder: Path, llama: Path) -> None:
-    """A small GPT-NeoX with the tokenizer of ``llama``."""
+    """Save a small GPT-NeoX with the tokenizer of ``llama``."""
     tokenizer = AutoTokenizer.from_pretrained(llama)
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer),
@@ -80,7 +80,7 @@ def _save_gpt_neox(folder: Path, llama: Path) -> None:
 
 
 def write_recipe(world_folder: Path, folder: Path, settings: dict[str, Any]) -> Path:
-    """A run of its own in ``folder``, all that it keeps for others included; its recipe."""
+    """Write the recipe of a run in ``folder``, with its own cache there, and return its path."""
     folder.mkdir(parents=True)
     own = dict(settings)
     model = own.pop("model_name_or_path", "model")

@@ -1,4 +1,4 @@
-"""Runs that die a few times each, at moments drawn evenly over the kinds that they have, and what they end with."""
+"""Kill and stop runs at random moments, resume them, and compare them with uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Imported late by a run: here once for all of its attempts.
+# A run imports these late; imported here once, for all attempts.
 import peft  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
@@ -23,37 +23,39 @@ from benchmarks.soak.moments import OUTSIDE_OF_THE_LOOP
 from benchmarks.soak.runs import RUNS, make_world, write_recipe
 
 KILLS_PER_RUN = 5
-SHARE_OF_DELAYS = 0.25  # the other kills come at a moment
+SHARE_OF_DELAYS = 0.25  # of the kills; the others come at a moment
 
 
 @dataclass
 class Soak:
-    """What has happened so far."""
+    """Counts of kills, stops and resumes, and the differences so far."""
 
     kills: Counter[str] = field(default_factory=Counter)  # by moment
-    stops: Counter[str] = field(default_factory=Counter)  # SIGTERM, by what came of it
+    stops: Counter[str] = field(default_factory=Counter)  # by SIGTERM, by outcome
     resumes: int = 0
     runs: int = 0
     different: list[str] = field(default_factory=list)
 
 
 class Victim:
-    """One kind of run: what it ends with if it is left alone, and the moments it has."""
+    """One kind of run: its uninterrupted result, and the moments at which it can be killed."""
 
     def __init__(self, name: str, settings: dict[str, Any], folder: Path, rng: random.Random) -> None:
         self.name, self.settings, self.folder, self.rng = name, settings, folder / name.replace(", ", "-"), rng
-        recipe = write_recipe(folder, self.folder / "untouched", settings)
+        recipe = write_recipe(folder, self.folder / "uninterrupted", settings)
         counts = self.folder / "moments.json"
-        untouched = attempt(recipe, record=counts)
-        if untouched.status != 0:
-            raise SystemExit(f"{name}: an untouched run fails with status {untouched.status}:\n{untouched.words}")
-        self.expected, self.seconds = recipe.parent / "run", untouched.seconds
+        uninterrupted = attempt(recipe, record=counts)
+        if uninterrupted.status != 0:
+            raise SystemExit(
+                f"{name}: an uninterrupted run fails with status {uninterrupted.status}:\n{uninterrupted.output}"
+            )
+        self.expected, self.seconds = recipe.parent / "run", uninterrupted.seconds
         self.moments: dict[str, int] = json.loads(counts.read_text(encoding="utf-8"))
         del self.moments["end"]
         self._names: dict[signal.Signals, list[str]] = {}
 
     def death(self, number: signal.Signals) -> Death:
-        """At the next kind of moment, in an order of its own for each signal, or after a random delay."""
+        """Return a death at the next kind of moment, in a random order for each signal, or after a random delay."""
         if number == signal.SIGKILL and self.rng.random() < SHARE_OF_DELAYS:
             return Death(seconds=self.rng.uniform(0, self.seconds))
         names = self._names.setdefault(number, [])
@@ -63,7 +65,7 @@ class Victim:
         return Death(number, moment, self.rng.randint(1, self.moments[moment]))
 
     def live(self, soak: Soak, kills: int, stops: int) -> None:
-        """A run that dies so many times, and is compared in the end."""
+        """Kill and stop a run so many times, let it end, and compare it."""
         soak.runs += 1
         folder = self.folder / str(soak.runs)
         recipe = write_recipe(self.folder.parent, folder, self.settings)
@@ -75,9 +77,9 @@ class Victim:
             soak.resumes += number > 0
             problem = _judge(soak, outcome, death)
             if problem is not None:
-                soak.different.append(f"{self.name}, run {soak.runs}: {problem}\n{outcome.words}")
+                soak.different.append(f"{self.name}, run {soak.runs}: {problem}\n{outcome.output}")
                 return
-            if outcome.status == 0:  # done before its death came
+            if outcome.status == 0:  # it ended before its death
                 break
         found = differences(folder / "run", self.expected)
         soak.different += [f"{self.name}, run {soak.runs}: {line}" for line in found]
@@ -86,7 +88,7 @@ class Victim:
 
 
 def _judge(soak: Soak, outcome: Outcome, death: Death | None) -> str | None:
-    """Count how an attempt ended; what is wrong with it."""
+    """Count how an attempt ended, and return the problem if it did not end as its death asked for."""
     if outcome.status == 0:
         return None
     killed = death is not None and death.signal == signal.SIGKILL
@@ -94,7 +96,7 @@ def _judge(soak: Soak, outcome: Outcome, death: Death | None) -> str | None:
         soak.kills[outcome.moment] += 1
         return None
     stopped = death is not None and death.signal == signal.SIGTERM
-    if stopped and outcome.status == 128 + signal.SIGTERM and "stopped by SIGTERM, saved in" in outcome.words:
+    if stopped and outcome.status == 128 + signal.SIGTERM and "stopped by SIGTERM, saved in" in outcome.output:
         soak.stops["saved, then left with status 143"] += 1
         return None
     if stopped and outcome.status == -signal.SIGTERM and outcome.moment.startswith(OUTSIDE_OF_THE_LOOP):
@@ -104,11 +106,11 @@ def _judge(soak: Soak, outcome: Outcome, death: Death | None) -> str | None:
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> Soak:
-    """Runs of all kinds in turn, until there were as many kills and stops as asked for."""
+    """Run all kinds in turn until the requested numbers of kills and stops are reached."""
     rng, soak = random.Random(arguments.seed), Soak()
     make_world(folder)
     victims = [Victim(name, settings, folder, rng) for name, settings in RUNS.items()]
-    print(f"{len(victims)} kinds of runs, {victims[0].seconds:.1f} s each untouched", flush=True)
+    print(f"{len(victims)} kinds of runs, {victims[0].seconds:.1f} s each without kills", flush=True)
     while not soak.different:
         kills, stops = arguments.kills - soak.kills.total(), arguments.stops - soak.stops.total()
         if kills <= 0 and stops <= 0:

@@ -1,1 +1,1 @@
-"""One optimizer step: what is measured, by whom, and how it is told."""
+"""Measure one optimizer step, this project's beside TRL's."""

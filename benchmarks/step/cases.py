@@ -1,4 +1,4 @@
-"""What a step is measured on: a model, what of it is trained, and the lengths of prompts and responses."""
+"""The measured cases: a model, its trained part, and the lengths of prompts and responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TUNINGS = ("full", "LoRA", "last-k")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a prompt or response: a normal distribution, cut off at both ends."""
+    """A truncated normal distribution of the tokens of a prompt or response."""
 
     mean: int
     spread: int
@@ -23,10 +23,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Case:
-    """``pairs`` pairs an optimizer step, ``micro_pairs`` at a time, two samples of ``new_tokens`` tokens a prompt.
+    """A case: ``pairs`` pairs per step, ``micro_pairs`` per micro-batch, samples of ``new_tokens`` tokens.
 
-    Every sample has exactly ``new_tokens`` tokens, because no token ends one: the same work for everyone, and the
-    most for an engine that stops early or drops rows that ended.
+    Every sample has exactly ``new_tokens`` tokens, because no token ends one, so every variant does the same work. An
+    engine that drops ended rows gains nothing.
     """
 
     model: str
@@ -36,8 +36,8 @@ class Case:
     prompt: Lengths
     response: Lengths
     new_tokens: int
-    autocast: bool  # compute in bf16; what is trained is held in fp32 either way
-    frozen_dtype: str = "float32"  # of the weights that are not trained
+    autocast: bool  # compute in bf16; trained weights are fp32 either way
+    frozen_dtype: str = "float32"  # dtype of the frozen weights
     last_layers: int = 4
     num_generations: int = 2
 
@@ -151,7 +151,7 @@ _ULTRAFEEDBACK = Case(
 
 
 def cases(device: torch.device, *, quick: bool) -> list[Case]:
-    """The cases of a device, the most telling first."""
+    """Return the cases of a device, most important first."""
     if quick:
         return [replace(_QUICK, tuning=tuning) for tuning in TUNINGS]
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What every trainer under test can be asked to do, whichever side it is from."""
+"""The interface of every measured trainer, TRL's or this project's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEARNING_RATE = 1e-12
 
 
 class Tap:
-    """Between a trainer and its engine: counts what is drawn, or answers with completions given beforehand."""
+    """Stands between a trainer and its sampler: counts the drawn tokens, or returns given completions."""
 
     def __init__(self, material: Material) -> None:
         self.given: dict[Ids, list[list[int]]] | None = None
@@ -29,7 +29,7 @@ class Tap:
         self.material = material
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """One given completion for each prompt, in order where a prompt comes several times."""
+        """Return one given completion for each prompt, in order if a prompt is repeated."""
         assert self.given is not None
         left = {prompt: iter(completions) for prompt, completions in self.given.items()}
         return [next(left[tuple(prompt)]) for prompt in prompts]
@@ -40,7 +40,7 @@ class Tap:
 
 
 class Contender(ABC):
-    """A trainer with its model, optimizer and batch, ready for its next optimizer step."""
+    """A trainer with its model, optimizer and batch, ready for an optimizer step."""
 
     optimizer: Any
 
@@ -49,29 +49,29 @@ class Contender(ABC):
 
     @abstractmethod
     def step(self) -> float | None:
-        """One optimizer step, sampling included; everything but loading and tokenising. DPO: its loss."""
+        """Run one optimizer step with its sampling, without loading and tokenizing. Return DPO's loss."""
 
     @abstractmethod
     def timed_step(self) -> dict[str, float]:
-        """The same: seconds of its phases, which add up to the step's. The device has finished it."""
+        """Run one step and wait for the device. Return the seconds of each phase; they add up to the step's."""
 
     @abstractmethod
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The policy's, named as in the transformers model; trained or frozen."""
+        """Return the policy's parameters, trained and frozen, by their names in the transformers model."""
 
     @abstractmethod
     def references(self) -> dict[str, Tensor]:
-        """The reference's own weights, by the same names; empty where it has none."""
+        """Return the weights that only the reference has, by the same names."""
 
     @abstractmethod
     def seen_pairs(self) -> set[tuple[Ids, Ids, Ids]]:
-        """(prompt, chosen, rejected) ids as they go into the model."""
+        """Return the (prompt, chosen, rejected) ids that enter the model."""
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.parameters().items() if p.requires_grad}
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state, after a first step."""
+        """Return AdamW's state after the first step."""
         state = getattr(self.optimizer, "optimizer", self.optimizer).state  # accelerate wraps it
         return {
             f"{name}/{key}": value
@@ -81,16 +81,15 @@ class Contender(ABC):
         }
 
     def held_bytes(self) -> int:
-        """Policy, reference and AdamW's state: what lies in memory between two steps."""
+        """Return the bytes of policy, reference and AdamW's state, which stay in memory between steps."""
         tensors = [*self.parameters().values(), *self.references().values(), *self.moments().values()]
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def move_from_reference(contender: Contender) -> None:
-    """The same noise on the trained weights of every contender, drawn by name.
+    """Add the same noise, seeded by the parameter's name, to the trained weights of every contender.
 
-    Where policy and reference are equal every log-ratio is 0, so that DPO's loss is log 2 and the KL's gradient 0
-    whatever the code does.
+    If policy and reference are equal, every log-ratio is 0, and a wrong loss or gradient would not show.
     """
     with torch.no_grad():
         for name, parameter in contender.trained().items():
@@ -103,10 +102,10 @@ def move_from_reference(contender: Contender) -> None:
 
 
 class Pool:
-    """One copy of what all contenders hold alike, so that they fit into memory together.
+    """Keeps one copy of the tensors that are equal in all contenders, so that they fit into memory together.
 
-    Weights do not move (see LEARNING_RATE), so that any contender's are everyone's. AdamW's moments do, but what
-    they are makes no difference to a step's work.
+    Weights do not move (see LEARNING_RATE), so all contenders can share them. AdamW's moments move, but their values do
+    not change a step's work.
     """
 
     def __init__(self) -> None:
@@ -124,7 +123,7 @@ class Pool:
 
 @contextmanager
 def caught_gradients(contender: Contender) -> Iterator[dict[str, Tensor]]:
-    """The gradients, after clipping, that the optimizer steps with inside the block, on the host in fp32."""
+    """Yield a dict that gets the clipped gradients of the step inside the block, on the host in fp32."""
     found: dict[str, Tensor] = {}
     optimizer = contender.optimizer
     step = optimizer.step
@@ -144,7 +143,7 @@ def caught_gradients(contender: Contender) -> Iterator[dict[str, Tensor]]:
 
 
 def distance(gradients: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """|g - truth| / |truth| over all parameters; infinite where one of them is missing or is not a number."""
+    """Return |g - truth| / |truth| over all parameters; infinity if a gradient is missing or NaN."""
     if gradients.keys() != truth.keys():
         return float("inf")
     error = sum(float((gradients[name] - truth[name]).double().square().sum()) for name in truth)

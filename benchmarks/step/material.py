@@ -1,7 +1,7 @@
 """The model folder, the tokenizer and the pairs that both sides load.
 
-TRL takes text, so the tokenizer's words are the ids: id 17 is written ``t17``, and a text of such words comes
-back as the very ids it was written from, on either side.
+TRL takes text, so the tokenizer's words are the ids: id 17 is the word ``t17``, and both sides tokenize a text of such
+words to exactly these ids.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class IdPair:
 
 @dataclass(frozen=True)
 class Material:
-    """What a case's trainers load, on the disk, and the ids that must reach their models."""
+    """The files that a case's trainers load, and the ids that must reach their models."""
 
     case: Case
     folder: Path  # model and tokenizer
@@ -54,7 +54,7 @@ class Material:
         return [json.loads(line) for line in self.data.read_text().splitlines()]
 
     def given_samples(self) -> dict[Ids, list[list[int]]]:
-        """Completions of each prompt, for steps that are compared with each other."""
+        """Return fixed completions of each prompt, for the steps whose gradients are compared."""
         rng, case = random.Random(SEED + 1), self.case
         words = range(FIRST_WORD, self.vocab_size)
         return {
@@ -68,7 +68,7 @@ class Material:
 
 
 def prepare_material(case: Case, folder: Path, device: torch.device) -> Material:
-    """Write everything below ``folder``. Raises Missing where the real weights are not there."""
+    """Write model, tokenizer and pairs below ``folder``. Raises Missing if the real weights are not installed."""
     model = folder / "model"
     config = _write_smollm(model) if case.model == SMOLLM else _write_random(case, model, device)
     id_tokenizer(config.vocab_size).save_pretrained(model)
@@ -79,7 +79,7 @@ def prepare_material(case: Case, folder: Path, device: torch.device) -> Material
 
 
 def id_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Reads ``t17 t4`` as [17, 4], and ``<eos>`` and ``<pad>`` as themselves."""
+    """Return a tokenizer that reads ``t17 t4`` as [17, 4], and knows ``<eos>`` and ``<pad>``."""
     special = {PAD: "<pad>", EOS: "<eos>"}
     words = {special.get(i, f"t{i}"): i for i in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -91,7 +91,7 @@ def id_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def draw_pairs(case: Case, vocab_size: int) -> list[IdPair]:
-    """Uniform ids: what a step costs depends on lengths alone."""
+    """Draw pairs of uniform ids: the cost of a step depends on lengths alone."""
     rng = random.Random(SEED)
     words = range(FIRST_WORD, vocab_size)
 

@@ -1,4 +1,4 @@
-"""This project's trainer, as ``hypo-train`` builds it from a configuration."""
+"""This project's trainer, built from a configuration as ``hypo-train`` does."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Ours(Contender):
 
 
 def config(variant: Variant, material: Material, output_dir: Path) -> Config:
-    """A user's configuration for the case, with the variant's settings on top."""
+    """Return the configuration of a case, with the variant's settings on top."""
     case = material.case
     settings: dict[str, Any] = {
         "algorithm": variant.algorithm,
@@ -103,7 +103,7 @@ def config(variant: Variant, material: Material, output_dir: Path) -> Config:
 
 
 def tuning_settings(case: Case) -> dict[str, Any]:
-    """The Config fields that say what is trained."""
+    """Return the Config fields that select the trained weights."""
     settings: dict[str, dict[str, Any]] = {
         "full": {},
         "LoRA": {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear"},

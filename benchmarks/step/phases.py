@@ -1,4 +1,4 @@
-"""Where a step's time goes: the seconds spent inside named functions, by hooks around them."""
+"""Measure the seconds that a step spends in named functions, with hooks around them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REST = "rest"  # what no hook covers
 
 
 class Hook(NamedTuple):
-    """Time inside ``owner.attribute(...)`` counts as ``phase``."""
+    """A hook: time inside ``owner.attribute(...)`` counts as ``phase``."""
 
     phase: str
     owner: Any
@@ -26,10 +26,10 @@ Clock = Callable[[], float]
 
 @contextmanager
 def timed_phases(hooks: Sequence[Hook], device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds of each phase of what runs inside, ``REST`` included, complete when the block has ended.
+    """Yield the seconds of each phase of the block, and of ``REST``; complete when the block has ended.
 
-    A phase inside another one counts as the outer one. On CUDA the boundaries are events on the stream, which the
-    host does not wait for before the end.
+    A phase inside another one counts as the outer one. On CUDA the boundaries are events on the stream; the host waits
+    for them only at the end.
     """
     marks: list[tuple[str, Any, Any]] = []
     active = False
@@ -68,7 +68,7 @@ def timed_phases(hooks: Sequence[Hook], device: torch.device) -> Iterator[dict[s
 
 
 def _replace(owner: Any, attribute: str, function: Callable[..., Any]) -> Callable[[], None]:
-    """Set an instance attribute; the result puts back what the instance had of its own, if anything."""
+    """Set an instance attribute and return a function that restores the instance."""
     own = vars(owner).get(attribute)
     setattr(owner, attribute, function)
     return (lambda: delattr(owner, attribute)) if own is None else (lambda: setattr(owner, attribute, own))

@@ -1,4 +1,4 @@
-"""What a session of steps found, as tables."""
+"""Format the results of measured steps as tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tables(measured: Iterable[MeasuredCase], device: torch.device) -> str:
 
 
 def table(measured: MeasuredCase, device: torch.device) -> list[str]:
-    """Title, rows in the order of the variants, what failed, and what became of the targets."""
+    """Return the title, a row per variant, the failures, and the targets that were met or missed."""
     done = [result for result in measured.results.values() if result.samples]
     lines = [measured.case.title, *aligned([COLUMNS, *(_cells(measured, result) for result in done)])]
     lines += [f"  WRONG    {r.variant.name}: {r.wrong}" for r in done if r.wrong]
@@ -52,7 +52,7 @@ def legend(device: torch.device) -> list[str]:
 
 
 def target_lines(measured: MeasuredCase) -> list[str]:
-    """Each bound of the case, and whether it was met; memory is to stay within TRL's DPO step in every case."""
+    """Return each target of the case and whether it was met; memory must not exceed TRL's DPO step in any case."""
     lines = []
     for name, other, bound in TARGETS.get(str(measured.case), ()):
         ours, theirs = measured.seconds(name), measured.seconds(other)

@@ -1,4 +1,4 @@
-"""One case: every variant checked, its memory read, and then all of them timed in turns."""
+"""Check every variant of a case, measure its memory, and time all of them in turns."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ TRUTH = {"dpo": TRL_DPO, "hypo": TRL_HYPO}
 
 @dataclass
 class StepResult:
-    """One variant in one case. Without samples, ``failed`` says why."""
+    """The result of one variant in one case; ``failed`` says why it has no samples."""
 
     variant: Variant
     failed: str = ""
     wrong: str = ""
-    loss: float | None = None  # DPO's, of the step that is compared with TRL's
+    loss: float | None = None  # DPO's loss in the step that is compared with TRL's
     loss_error: float | None = None  # |loss - TRL's|
     gradient_error: float | None = None  # |gradient - TRL's| / |TRL's|, over all trained weights
     held_bytes: int = 0  # policy, reference and AdamW's state
-    extra_bytes: int = 0  # the most that a step holds beyond these
+    extra_bytes: int = 0  # peak of a step beyond these
     samples: list[float] = field(default_factory=list)  # seconds of a step
     phases: list[dict[str, float]] = field(default_factory=list)  # seconds, one entry a sample
 
@@ -63,30 +63,30 @@ class StepResult:
         return self.held_bytes + self.extra_bytes
 
     def phase(self, name: str) -> float:
-        """Median seconds of a phase; 0 where it never ran."""
+        """Return the median seconds of a phase; 0 if it never ran."""
         return median([phases.get(name, 0.0) for phases in self.phases]) if self.phases else 0.0
 
 
 @dataclass
 class MeasuredCase:
-    """A case's results, by the variant's name."""
+    """The results of a case by the variant's name."""
 
     case: Case
     results: dict[str, StepResult]
 
     def seconds(self, name: str) -> float | None:
-        """Median seconds of a variant that ran and was right."""
+        """Return the median seconds of a variant, or None if it did not run or was wrong."""
         result = self.results.get(name)
         return result.median if result is not None and result.samples and not result.wrong else None
 
     def times(self, result: StepResult, name: str) -> float | None:
-        """How many times as long as variant ``name``, if that one ran."""
+        """Return the ratio of the median time to that of variant ``name``, or None if that one did not run."""
         other = self.seconds(name)
         return None if other is None or not result.samples else result.median / other
 
 
 class StepSession:
-    """Measures each case once. ``on_measured`` gets it as soon as it is done, with the seconds that it took."""
+    """Measures each case once. ``on_measured`` is called with every measured case and the seconds that it took."""
 
     def __init__(
         self, device: torch.device, *, rounds: int, on_measured: Callable[[MeasuredCase, float], None]
@@ -97,7 +97,7 @@ class StepSession:
         self.measured: dict[Case, MeasuredCase] = {}
 
     def measure(self, case: Case, names: Iterable[str]) -> MeasuredCase:
-        """The results of ``names`` and of what they are compared with. Raises Missing."""
+        """Measure ``names`` and the variants that they are compared with. Raises Missing."""
         if case not in self.measured:
             wanted = {*names, *TRUTH.values()}
             start = time.perf_counter()
@@ -138,7 +138,7 @@ class StepSession:
         material: Material,
         truths: dict[str, tuple[float | None, dict[str, Tensor]]],
     ) -> None:
-        """A step on given samples, from weights away from the reference's, against TRL's."""
+        """Compare a step on given samples, from weights away from the reference's, with TRL's step."""
         move_from_reference(contender)
         contender.tap.given = material.given_samples()
         with caught_gradients(contender) as gradients:
@@ -153,7 +153,7 @@ class StepSession:
         result.wrong = _wrong(result, contender, material)
 
     def _take_turns(self, contenders: dict[str, Contender], results: dict[str, StepResult]) -> None:
-        """One step of each a round; each round starts with another, and every other one runs backwards."""
+        """Time one step of each per round. Each round starts with another one; every second round runs backwards."""
         names = list(contenders)
         for turn in range(self.rounds):
             first = turn % max(1, len(names))
@@ -175,14 +175,14 @@ class StepSession:
 
 
 def build(variant: Variant, material: Material, output_dir: Path) -> Contender:
-    """The variant's trainer on the case's material."""
+    """Return the variant's trainer on the case's material."""
     if variant.side == "ours":
         return Ours(variant, material, output_dir)
     return (TrlDPO if variant.algorithm == "dpo" else TrlHyPO)(variant, material, output_dir)
 
 
 def _wrong(result: StepResult, contender: Contender, material: Material) -> str:
-    """Why the checked step was not the one that was asked for; empty if it was."""
+    """Return why the checked step is wrong, or an empty text."""
     tolerance = TOLERANCE[material.case.autocast]
     if contender.seen_pairs() != {(pair.prompt, pair.chosen, pair.rejected) for pair in material.pairs}:
         return "other token ids than it was given"
@@ -209,7 +209,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _clear(device: torch.device) -> None:
-    """Give back what nobody holds: the next step starts as the others do, and a dozen of them fit into memory."""
+    """Free unused memory, so that every step starts alike and a dozen contenders fit into memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""TRL's trainers: DPO, and HyPO put together from RLOO and DPO with the least glue.
+"""TRL's trainers: DPO, and HyPO built from RLOO and DPO with little glue.
 
 HyPO's KL term is RLOO with no reward and ``beta`` = ``kl_coef``: RLOO takes ``beta`` times the summed log-ratio off
 the reward and compares a prompt's samples with each other. The preference term is DPO's own trainer, on the same
@@ -29,7 +29,7 @@ from hypo_train.model.load import load_policy
 
 
 class HyPOTrainer(RLOOTrainer):
-    """The whole of the glue: RLOO's step on the samples, then DPO's on the pairs, before the optimizer's."""
+    """HyPO on TRL: RLOO's backward pass on the samples, then DPO's on the pairs, then one optimizer step."""
 
     def pair_with(self, dpo: DPOTrainer) -> None:
         self.dpo = dpo
@@ -42,7 +42,7 @@ class HyPOTrainer(RLOOTrainer):
 
 
 class _Trl(Contender):
-    """Drives a trainer of TRL as its own ``train`` does, without callbacks and logs."""
+    """Runs a TRL trainer as its ``train`` does, without callbacks and logs."""
 
     trainer: Any
     hooks: list[Hook]
@@ -164,7 +164,7 @@ def _no_reward(completions: list[str], **_: Any) -> list[float | None]:
 
 
 def _policy(variant: Variant, material: Material, output_dir: Path) -> Any:
-    """The model as this project trains it: the same dtypes and the same weights frozen; TRL adds the rest."""
+    """Return the model with the dtypes and frozen weights that this project uses; TRL adds the rest."""
     ours = config(Variant(variant.name, "ours", variant.algorithm), material, output_dir)
     plain = ours.model_copy(update={"use_peft": False, "gradient_checkpointing": False})
     return load_policy(plain, autocast=material.case.autocast).model

@@ -1,4 +1,4 @@
-"""Who takes part: TRL's trainers, this project's, and this project's with each saving switched off."""
+"""The measured variants: TRL's trainers, this project's, and this project's with each saving switched off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DPO, HYPO, HYPO_PLAIN = "DPO", "HyPO", "HyPO, all off"
 
 @dataclass(frozen=True)
 class Variant:
-    """``settings`` go to TRL's DPOConfig and RLOOConfig, or to this project's Config."""
+    """A measured trainer; ``settings`` go to TRL's DPOConfig and RLOOConfig, or to this project's Config."""
 
     name: str
     side: str  # "TRL" or "ours"
@@ -30,7 +30,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Saving:
-    """One of the loop's savings, and the Config fields that switch it off."""
+    """A saving of the training loop, and the Config fields that switch it off."""
 
     name: str
     off: Mapping[str, Any] | None  # None: the loop has no such switch (yet), so it is not measured
@@ -58,7 +58,7 @@ _KEPT = Variant("HyPO, activations kept", "ours", "hypo", {"gradient_checkpointi
 
 
 def variants(case: Case) -> list[Variant]:
-    """Everyone who takes part in a case."""
+    """Return the variants of a case."""
     off = {saving.name: saving.off for saving in savings(case) if saving.off is not None}
     found = [*_TRL, Variant(DPO, "ours", "dpo"), Variant(HYPO, "ours", "hypo"), _KEPT]
     found += [Variant(without(name), "ours", "hypo", settings) for name, settings in off.items()]
@@ -73,5 +73,5 @@ def savings(case: Case) -> list[Saving]:
 
 
 def without(saving: str) -> str:
-    """The name of the variant with one saving switched off."""
+    """Return the name of the variant with one saving switched off."""
     return f"HyPO without {saving}"

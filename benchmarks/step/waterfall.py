@@ -1,4 +1,4 @@
-"""From HyPO put together on TRL to this project's step, one saving a bar."""
+"""Draw the times from HyPO on TRL to this project's step as a waterfall, one bar per saving."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN_LOOP, TOGETHER = "plain loop\n(all off)", "overlap of\nsavings"
 
 
 class Bar(NamedTuple):
-    """From ``start`` to ``end`` seconds; a total starts at 0."""
+    """A bar from ``start`` to ``end`` seconds; a total starts at 0."""
 
     label: str
     start: float
@@ -32,10 +32,10 @@ class Bar(NamedTuple):
 
 
 def bars(measured: MeasuredCase) -> list[Bar]:
-    """The waterfall of a case; empty without both of its ends.
+    """Return the bars of a case; none if TRL's or our time is missing.
 
-    A saving's bar is the time that the step takes longer without it, all others on. Savings overlap, so that these
-    do not add up to what all of them save together; one more bar is the difference.
+    A saving's bar is the extra time of a step without it while all others are on. Savings overlap, so the bars do not
+    add up to the total saving; one more bar shows the difference.
     """
     first, last = measured.seconds(TRL_HYPO), measured.seconds(HYPO)
     if first is None or last is None:
@@ -58,7 +58,7 @@ def bars(measured: MeasuredCase) -> list[Bar]:
 
 
 def draw(measured: MeasuredCase, where: str, path: Path) -> Path | None:
-    """The picture at ``path``; None where there is nothing to draw."""
+    """Draw the picture at ``path`` and return it; None if there are no bars."""
     found = bars(measured)
     if not found:
         return None
@@ -98,5 +98,5 @@ def _signed(seconds: float) -> str:
 
 
 def _colour(change: float) -> str:
-    """Light blue where time is saved, yellow where it is added: distinct to colour-blind readers, and in grey."""
+    """Return light blue for saved and yellow for added time: colour-blind readers and grey print tell them apart."""
     return "#56b4e9" if change <= 0 else "#e69f00"

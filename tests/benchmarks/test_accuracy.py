@@ -1,4 +1,4 @@
-"""The truth that errors are measured against, and the error that 16-bit d-logits cannot avoid."""
+"""The float64 truth, and the error of rounding the gradients of logits to 16 bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("rounded", [torch.float64, torch.bfloat16])
-def test_the_true_gradients_are_autograds_on_d_logits_rounded_once(
+def test_true_gradients_are_autograds_with_rounded_logit_grads(
     rounded: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(float64, "CHUNK_BYTES", 8 * 50 * 3)  # three rows a chunk, the last one smaller
@@ -31,7 +31,7 @@ def test_the_true_gradients_are_autograds_on_d_logits_rounded_once(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_16_bit_inputs_have_an_error_of_rounded_d_logits(dtype: torch.dtype) -> None:
+def test_only_16_bit_inputs_round_the_gradients_of_logits(dtype: torch.dtype) -> None:
     batch = make_batch(Workload("hypo", 32, 100, 16, dtype, 4), CPU)
     rounded = truth(batch, gradients=True).rounded
     if dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""The step benchmark compares like with like: the same ids, weights, samples and gradients on either side."""
+"""The step benchmark compares like with like: the same ids, weights, samples and gradients on both sides."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BY_NAME = {variant.name: variant for variant in variants.variants(FULL)}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nothing is fetched, told or left in the user's cache of data sets, and accelerate's precision is a test's own."""
+    """Prevent downloads, telemetry and files in the user's cache; reset accelerate's precision after each test."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     yield
@@ -45,7 +45,7 @@ def prepared(tmp_path: Path):
 
 
 def gradients(variant: Variant, material: Material, folder: Path) -> dict[str, torch.Tensor]:
-    """Of a step on given samples, from weights away from the reference's."""
+    """Return the gradients of a step on given samples, from weights away from the reference's."""
     contender = build(variant, material, folder / variant.name)
     move_from_reference(contender)
     contender.tap.given = material.given_samples()
@@ -54,7 +54,7 @@ def gradients(variant: Variant, material: Material, folder: Path) -> dict[str, t
     return found
 
 
-def test_a_text_of_id_words_comes_back_as_the_ids_it_was_written_from() -> None:
+def test_words_of_ids_are_tokenized_to_these_ids() -> None:
     tokenizer = id_tokenizer(100)
     assert tokenizer("t17 t4").input_ids == [17, 4]
     assert tokenizer("t17 t99 <eos>").input_ids == [17, 99, EOS]
@@ -70,9 +70,7 @@ def test_the_ids_of_every_pair_reach_the_model_unchanged(name: str, prepared, tm
 
 
 @pytest.mark.parametrize("name", [TRL_HYPO, HYPO])
-def test_a_step_draws_every_token_it_is_asked_for_from_the_prompts_it_was_given(
-    name: str, prepared, tmp_path: Path
-) -> None:
+def test_a_step_draws_all_tokens_from_the_given_prompts(name: str, prepared, tmp_path: Path) -> None:
     material = prepared()
     contender = build(BY_NAME[name], material, tmp_path)
     contender.step()
@@ -81,15 +79,15 @@ def test_a_step_draws_every_token_it_is_asked_for_from_the_prompts_it_was_given(
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_hypo_put_together_on_trl_has_the_gradient_of_this_projects_hypo(tuning: str, prepared, tmp_path: Path) -> None:
+def test_hypo_on_trl_has_the_gradient_of_our_hypo(tuning: str, prepared, tmp_path: Path) -> None:
     material = prepared(BY_TUNING[tuning])
     theirs = gradients(BY_NAME[TRL_HYPO], material, tmp_path)
     assert distance(gradients(BY_NAME[HYPO], material, tmp_path), theirs) < session.TOLERANCE[False].gradient
     without_kl = gradients(BY_NAME[TRL_DPO], material, tmp_path)
-    assert distance(without_kl, theirs) > 0.1  # the KL term is a part of it that shows
+    assert distance(without_kl, theirs) > 0.1  # the KL term changes the gradient visibly
 
 
-def test_trls_default_recomputes_activations_and_the_variant_without_does_not(prepared, tmp_path: Path) -> None:
+def test_only_trls_default_recomputes_activations(prepared, tmp_path: Path) -> None:
     material = prepared()
     default = build(BY_NAME[TRL_DPO], material, tmp_path / "default")
     other = build(BY_NAME["TRL DPO, no checkpointing"], material, tmp_path / "other")
@@ -97,7 +95,7 @@ def test_trls_default_recomputes_activations_and_the_variant_without_does_not(pr
 
 
 def layer_forwards(contender: Contender) -> int:
-    """Calls into the policy's first layer in a step; a recomputation leaves it before its end."""
+    """Count the calls of the policy's first layer in a step, recomputations included."""
     calls: list[int] = []
     layer = contender.trainer.model.model.layers[0].self_attn  # type: ignore[attr-defined]
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -105,7 +103,7 @@ def layer_forwards(contender: Contender) -> int:
     return len(calls)
 
 
-def test_a_step_leaves_the_weights_where_they_are_and_contenders_can_share_them(prepared, tmp_path: Path) -> None:
+def test_a_step_moves_no_weight_so_contenders_share_them(prepared, tmp_path: Path) -> None:
     material, pool = prepared(), Pool()
     contenders = [build(BY_NAME[name], material, tmp_path / name) for name in (TRL_HYPO, HYPO, DPO)]
     for contender in contenders:
@@ -129,7 +127,7 @@ def test_a_step_leaves_the_weights_where_they_are_and_contenders_can_share_them(
             }
 
 
-def test_a_right_variant_is_timed_and_one_with_another_gradient_or_fewer_tokens_is_named_wrong(
+def test_right_variants_are_timed_and_wrong_ones_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wrong = Variant("HyPO with another KL", "ours", "hypo", {"kl_coef": 0.5})
@@ -154,7 +152,7 @@ def test_a_right_variant_is_timed_and_one_with_another_gradient_or_fewer_tokens_
     assert f"FAILED   {broken.name}" in text
 
 
-def test_real_weights_that_are_not_there_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_real_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(material_module, "SMOLLM_FOLDER", tmp_path / "nowhere")
     real = cases(CPU, quick=False)[0]
     with pytest.raises(Missing, match="models/SmolLM2-135M-Instruct"):
@@ -170,7 +168,7 @@ class Clocked:
         time.sleep(0.03)
 
 
-def test_a_phase_inside_another_counts_once_and_all_phases_add_up_to_the_whole() -> None:
+def test_nested_phases_count_once_and_add_up_to_the_step() -> None:
     work = Clocked()
     hooks = [Hook("outer", work, "outer"), Hook("inner", work, "inner")]
     before = time.perf_counter()
@@ -184,7 +182,7 @@ def test_a_phase_inside_another_counts_once_and_all_phases_add_up_to_the_whole()
     assert seconds["outer"] >= 0.05
     assert 0.03 <= seconds["inner"] < seconds["outer"]
     assert seconds[REST] >= 0.01
-    assert not vars(work)  # the hooks are gone
+    assert not vars(work)  # the hooks are removed
 
 
 def results(case: Case = FULL, **seconds: float) -> MeasuredCase:
@@ -199,7 +197,7 @@ def results(case: Case = FULL, **seconds: float) -> MeasuredCase:
     )
 
 
-def test_the_waterfall_falls_from_trl_to_ours_and_says_what_savings_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_waterfall_shows_savings_and_their_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, shared = Saving("rows", off={}), Saving("trunk", off={}, tunings=("last-k",))
     monkeypatch.setattr(variants, "SAVINGS", (rows, shared))
     measured = results(trl_hypo=100.0, plain=80.0, rows=45.0, trunk=70.0, hypo=30.0)
@@ -211,7 +209,7 @@ def test_the_waterfall_falls_from_trl_to_ours_and_says_what_savings_share(monkey
     assert all(before.end == after.start for before, after in pairwise(last_k[:-1]))
 
 
-def test_without_a_switched_off_variant_the_waterfall_is_one_fall(tmp_path: Path) -> None:
+def test_without_savings_the_waterfall_has_one_bar(tmp_path: Path) -> None:
     measured = results(trl_dpo=60.0, trl_hypo=100.0, hypo=30.0)
     assert [(bar.start, bar.end) for bar in waterfall.bars(measured)] == [(0, 100), (100, 30), (0, 30)]
     assert waterfall.draw(measured, "here", tmp_path / "plots" / "picture.png") == tmp_path / "plots" / "picture.png"
@@ -219,7 +217,7 @@ def test_without_a_switched_off_variant_the_waterfall_is_one_fall(tmp_path: Path
     assert waterfall.draw(results(hypo=30.0), "here", tmp_path / "none.png") is None
 
 
-def test_every_saving_with_a_switch_takes_part_alone_and_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_savings_are_switched_off_alone_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
     table = (Saving("rows", off={"a": 1}), Saving("trunk", off={"b": 2}, tunings=("last-k",)), Saving("later", None))
     monkeypatch.setattr(variants, "SAVINGS", table)
     settings = {v.name: dict(v.settings) for v in variants.variants(BY_TUNING["last-k"])}

@@ -1,15 +1,13 @@
-"""The byte-and-FLOP model against the operations that torch issues.
+"""Compare the model of FLOP and bytes with the operations that torch issues.
 
-The torch row step, with fp32 operands and with bf16 ones as CUDA takes them. V is much larger than D and than a
-row's bookkeeping, so that the passes over the logits dominate what is not a GEMM, as they do in a real head.
+The tests use the torch row step, with fp32 operands and with bf16 operands as on CUDA. V is much larger than D, so
+the passes over the logits dominate the work that is not a GEMM, as in a real LM head.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,11 +26,11 @@ from hypo_kernels.head import LMHead
 
 ROWS, VOCAB, WIDTH = 192, 1531, 24
 SEQUENCE = 16  # rows, on average: a pair and a group have twice as many
-# Operations over logits or features also read and write a few numbers a row: index, target, top, total, coefficient.
-# In a whole call that is less than any one pass over a row, of 1531 logits or of 24 bf16 features: 48 bytes.
+# Operations over logits or hidden states also read and write a few numbers per row: index, target, maximum, sum,
+# coefficient. In a call these are fewer bytes than one pass over a row: 1531 logits, or 24 bf16 values (48 bytes).
 BYTES_PER_ROW_OF_LOGITS, BYTES_PER_ROW_OF_FEATURES = 100, 44
 
-# ``max_chunk_bytes`` that hold all rows, or about a third of them: logits and four copies while they are reduced.
+# ``max_chunk_bytes`` for all rows or for about a third of them: logits and four copies during the reduction.
 BUDGETS = {"one chunk": 2**30, "several chunks": ROWS // 3 * VOCAB * 4 * 5}
 
 
@@ -42,7 +40,7 @@ def budget(request: pytest.FixtureRequest) -> int:
 
 
 class SixteenBitProducts(TorchDispatchMode):
-    """GEMMs of 16-bit operands into fp32, which torch has on CUDA alone. Meters inside of it see the GEMM itself."""
+    """Emulate GEMMs of 16-bit operands into fp32, which torch has on CUDA only. Meters inside see the GEMM itself."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out):
@@ -54,7 +52,7 @@ class SixteenBitProducts(TorchDispatchMode):
 
 @pytest.fixture(params=["float32", "bfloat16"])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
-    """Of hidden states, weight and operands."""
+    """The dtype of hidden states, weight and operands."""
     dtype: torch.dtype = getattr(torch, request.param)
     monkeypatch.setattr(gemm, "operand_dtype", lambda device, compute_dtype: compute_dtype)
     with SixteenBitProducts():
@@ -93,7 +91,7 @@ def loss(batch: Batch, budget: int, **options: Any) -> Tensor:
 
 
 def exact_kl(batch: Batch, *, own_reference: bool) -> dict[str, Any]:
-    """Options of :func:`loss`, of samples alone."""
+    """Return options of :func:`loss` for samples alone."""
     return {
         "num_pairs": 0,
         "kl_estimator": "exact",
@@ -110,7 +108,7 @@ def issued(call: Callable[[], Any]) -> OperationMeter:
 
 
 def assert_modelled(meter: OperationMeter, batch: Batch, model: Callable[[Work], Sequence[Operation]]) -> None:
-    """How many chunks there were is taken from the GEMMs: the plan is not the model's."""
+    """Compare with the model; the number of chunks is derived from the GEMMs, because the model does not plan."""
 
     def modelled(chunks: int) -> Sequence[Operation]:
         rows = len(batch.counted_rows)
@@ -118,14 +116,14 @@ def assert_modelled(meter: OperationMeter, batch: Batch, model: Callable[[Work],
 
     needed = sum(operation.is_gemm for operation in modelled(1))
     chunks, rest = divmod(len(meter.gemms), needed)
-    assert (chunks > 0, rest) == (True, 0), "every chunk takes the model's GEMMs"
+    assert (chunks > 0, rest) == (True, 0), "every chunk has the model's GEMMs"
     assert_equal(meter, modelled(chunks), ignored_rows=ROWS - len(batch.counted_rows))
 
 
 def assert_equal(meter: OperationMeter, modelled: Sequence[Operation], ignored_rows: int = 0) -> None:
-    """GEMMs exactly; passes over logits, and over hidden states and weight, but for a few numbers a row.
+    """Compare GEMMs exactly, and the other passes up to a few numbers per row.
 
-    A gradient of an ignored row is set to zero and scaled, which the model leaves out.
+    The gradient of an ignored row is set to zero and scaled; the model omits that.
     """
     assert sum(gemm.flop for gemm in meter.gemms) == sum(operation.flop for operation in modelled)
     over_logits = [x for x in meter.rest if x.touches(VOCAB)]
@@ -145,7 +143,7 @@ def assert_equal(meter: OperationMeter, modelled: Sequence[Operation], ignored_r
 
 @pytest.mark.parametrize(("hidden", "weight"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("counted", [1.0, 0.5])
-def test_a_loss_on_whole_groups_does_what_the_model_says(
+def test_a_loss_on_complete_groups_matches_the_model(
     hidden: bool, weight: bool, counted: float, budget: int, dtype: torch.dtype
 ) -> None:
     batch = batch_of("hypo", dtype, hidden=hidden, weight=weight, counted=counted)
@@ -159,13 +157,13 @@ def test_the_smaller_budget_takes_several_chunks(dtype: torch.dtype) -> None:
     assert len(issued(lambda: loss(batch, BUDGETS["several chunks"])).gemms) > 3
 
 
-def test_a_reference_from_its_hidden_states_adds_log_probs(budget: int, dtype: torch.dtype) -> None:
+def test_a_reference_with_its_own_weight_adds_log_probs(budget: int, dtype: torch.dtype) -> None:
     batch = batch_of("dpo", dtype, weight=True)
     meter = issued(lambda: loss(batch, budget).backward())
     assert_modelled(meter, batch, lambda work: cost.log_probs(work) + cost.group_closed(work, hidden=True, weight=True))
 
 
-def test_a_reference_by_the_same_weight_is_one_gemm_with_the_policy_where_the_budget_allows() -> None:
+def test_a_reference_with_the_same_weight_shares_a_gemm() -> None:
     batch = batch_of("dpo", torch.float32, weight=False, rows=128)
     batch.cu_seqlens, batch.num_pairs = torch.tensor([0, 48, 64, 112, 128]), 2  # pairs of 96 rows and of 32
     together = issued(lambda: loss(batch, 2**30, ref_lm_head_weight=None).backward())
@@ -178,16 +176,14 @@ def test_a_reference_by_the_same_weight_is_one_gemm_with_the_policy_where_the_bu
 
 
 @pytest.mark.parametrize("own_reference", [True, False])
-def test_an_exact_kl_with_a_frozen_head_does_what_the_model_says(
-    own_reference: bool, budget: int, dtype: torch.dtype
-) -> None:
+def test_an_exact_kl_with_a_frozen_head_matches_the_model(own_reference: bool, budget: int, dtype: torch.dtype) -> None:
     batch = batch_of("hypo", dtype, weight=False)
     options = exact_kl(batch, own_reference=own_reference)
     meter = issued(lambda: loss(batch, budget, **options).backward())
     assert_modelled(meter, batch, lambda work: cost.exact(work, weight=False, own_reference=own_reference))
 
 
-def test_an_exact_kl_with_a_trained_head_does_what_the_model_says(budget: int, dtype: torch.dtype) -> None:
+def test_an_exact_kl_with_a_trained_head_matches_the_model(budget: int, dtype: torch.dtype) -> None:
     batch = batch_of("hypo", dtype, weight=True)
     options = exact_kl(batch, own_reference=False)
     meter = issued(lambda: loss(batch, budget, **options).backward())
@@ -204,7 +200,7 @@ def test_groups_larger_than_a_chunk_are_computed_twice(weight: bool, dtype: torc
     assert_modelled(meter, batch, lambda work: cost.recomputed(work, hidden=True, weight=weight))
 
 
-def test_log_probs_without_gradients_do_what_the_model_says(budget: int, dtype: torch.dtype) -> None:
+def test_log_probs_without_gradients_match_the_model(budget: int, dtype: torch.dtype) -> None:
     batch = batch_of("hypo", dtype, weight=True)
 
     def forward() -> None:
@@ -218,7 +214,7 @@ def test_log_probs_without_gradients_do_what_the_model_says(budget: int, dtype: 
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("weight", [True, False])
-def test_token_log_probs_do_what_the_model_says(entropy: bool, weight: bool, budget: int, dtype: torch.dtype) -> None:
+def test_token_log_probs_match_the_model(entropy: bool, weight: bool, budget: int, dtype: torch.dtype) -> None:
     batch = batch_of("hypo", dtype, weight=weight)
     inputs = (batch.hidden, batch.weight, batch.host_targets)
     with OperationMeter() as forward:
@@ -232,7 +228,7 @@ def test_token_log_probs_do_what_the_model_says(entropy: bool, weight: bool, bud
 
 
 @pytest.mark.parametrize("in_one_product", [True, False])
-def test_on_cuda_a_wide_sum_is_scaled_and_narrowed_in_one_pass(in_one_product: bool) -> None:
+def test_on_cuda_an_fp32_sum_is_scaled_and_cast_in_one_pass(in_one_product: bool) -> None:
     work = Work(ROWS, VOCAB, WIDTH, 1 if in_one_product else 2, row_step=TORCH)
     with FakeTensorMode():
         hidden, weight = (
@@ -252,7 +248,7 @@ def test_on_cuda_a_wide_sum_is_scaled_and_narrowed_in_one_pass(in_one_product: b
     assert [x.read for x in meter.operations] == [x.read + upstream.element_size() for x in modelled]
 
 
-def test_only_the_triton_row_step_leaves_gradients_as_they_are_where_upstream_is_1() -> None:
+def test_only_triton_skips_scaling_by_an_upstream_of_1() -> None:
     def passes(**options: Any) -> list[str]:
         operations = cost.group_closed(Work(ROWS, VOCAB, WIDTH, **options), hidden=True, weight=True)
         return [operation.name for operation in operations if "upstream" in operation.name]
@@ -264,7 +260,7 @@ def test_only_the_triton_row_step_leaves_gradients_as_they_are_where_upstream_is
     assert passes(row_step=TRITON, chunks=2) == ["dW times upstream, narrowed"]
 
 
-def test_exponentials_take_the_passes_over_logits_away() -> None:
+def test_exponentials_remove_the_passes_over_logits() -> None:
     def step(row_step: cost.RowStep) -> int:
         work = Work(ROWS, VOCAB, WIDTH, row_step=row_step)
         operations = list(work.reduced("statistics and gradients", row_step.gradients))
@@ -280,7 +276,7 @@ def test_exponentials_take_the_passes_over_logits_away() -> None:
 
 @pytest.mark.parametrize("buffers", [1, 2])
 @pytest.mark.parametrize("rows", [1024, 8192])
-def test_the_models_chunks_are_the_plans(rows: int, buffers: int) -> None:
+def test_the_models_chunks_equal_the_planned_ones(rows: int, buffers: int) -> None:
     with FakeTensorMode():
         head = LMHead(torch.empty(50257, 768, dtype=torch.bfloat16, device="cuda"))  # a vocabulary that is padded
     planned = workspace.max_rows(
@@ -299,7 +295,7 @@ def test_the_models_chunks_are_the_plans(rows: int, buffers: int) -> None:
     assert cost.max_rows(Work(rows, 50257, 768), 2**30, buffers) == planned
 
 
-def test_an_operation_takes_the_longer_of_its_flop_and_its_bytes() -> None:
+def test_an_operation_takes_the_longer_of_flop_and_bytes() -> None:
     compute = Operation("a GEMM", read=5, written=5, flop=1000)
     memory = Operation("a pass", read=50, written=50)
     assert cost.floor([compute, memory], rate=100.0, bandwidth=10.0) == 10.0 + 10.0
@@ -318,7 +314,7 @@ def test_an_operation_takes_the_longer_of_its_flop_and_its_bytes() -> None:
         (lambda x, y: y[:1].expand(4, 3) * 2.0, 12, 48),  # an expanded row is in memory once
     ],
 )
-def test_the_meter_counts_what_moves(call: Callable[[Tensor, Tensor], Any], read: int, written: int) -> None:
+def test_the_meter_counts_moved_bytes(call: Callable[[Tensor, Tensor], Any], read: int, written: int) -> None:
     x, y = torch.ones(2, 3), torch.ones(2, 3)
     with OperationMeter() as meter:
         call(x, y)
@@ -327,27 +323,12 @@ def test_the_meter_counts_what_moves(call: Callable[[Tensor, Tensor], Any], read
 
 
 @pytest.mark.parametrize("row_step", cost.ROW_STEPS)
-def test_the_table_is_a_command(row_step: str) -> None:
-    arguments = [
-        "--row-step",
-        row_step,
-        "--rows",
-        "8192",
-        "--vocab",
-        "128256",
-        "--width",
-        "4096",
-        "--tflops",
-        "790",
-        "--bandwidth",
-        "4.3",
-    ]
-    printed = subprocess.run(
-        [sys.executable, "-m", "benchmarks.cost", *arguments, "--operations"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+def test_the_command_prints_a_table(
+    row_step: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = f"--row-step {row_step} --rows 8192 --vocab 128256 --width 4096 --tflops 790 --bandwidth 4.3".split()
+    monkeypatch.setattr(sys, "argv", ["cost", *arguments, "--operations"])
+    cost.main()
+    printed = capsys.readouterr().out
     assert all(name in printed for name in cost.SCHEDULES)
     assert max(map(len, printed.splitlines())) <= 120

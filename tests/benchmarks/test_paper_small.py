@@ -1,4 +1,4 @@
-"""The paper's Table 1 and Figure 1 in small: what its tables say, and the whole of it in miniature."""
+"""The paper's Table 1 and Figure 1 in small: their tables, and a miniature of the experiment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypo_train.demo import world
 
 @pytest.fixture
 def few_arms(monkeypatch):
-    """One of each algorithm."""
+    """Reduce the experiment to one arm per algorithm."""
     monkeypatch.setitem(arms.FRONTIERS, "DPO", {"β 0.1": arms.METHODS["DPO"]})
     monkeypatch.setitem(arms.FRONTIERS, "IPO", {"β 0.1": arms.METHODS["IPO"]})
     monkeypatch.setitem(arms.FRONTIERS, "HyPO", {"λ 0.003": arms.METHODS["HyPO"]})
@@ -28,15 +28,15 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_every_arm_is_trained_once_and_all_start_alike():
+def test_every_arm_is_trained_once_from_the_same_start():
     names = [arm.name for arm in arms.arms()]
     assert len(set(names)) == len(names)
     assert {arm.algorithm for arm in arms.arms()} == {"dpo", "ipo", "rloo", "hypo"}
     shared = {"per_device_train_batch_size", "num_train_epochs", "learning_rate", "seed"}
-    assert not any(shared & set(arm.settings) for arm in arms.arms()), "no arm has steps or a rate of its own"
+    assert not any(shared & set(arm.settings) for arm in arms.arms()), "all arms have the same steps and learning rate"
 
 
-def test_the_tables_are_means_and_standard_errors_over_the_seeds(few_arms):
+def test_tables_hold_means_and_standard_errors_over_seeds(few_arms):
     def outcome(shift):
         start = Evaluation(epoch=0.0, kl=0.0, reward=0.0, win_rate=0.5)
         end = Evaluation(epoch=5.0, kl=10.0 + shift, reward=2.0 + shift, win_rate=0.75)
@@ -58,7 +58,7 @@ def test_the_tables_are_means_and_standard_errors_over_the_seeds(few_arms):
 
 
 @pytest.mark.slow
-def test_the_experiment_in_miniature_ends_in_tables_and_goes_on_after_a_kill(few_arms, tmp_path, capsys):
+def test_a_miniature_writes_tables_and_resumes(few_arms, tmp_path, capsys):
     options = ["--quick", "--seeds", "1", "--workers", "2"]
     options += ["--runs_dir", str(tmp_path / "runs"), "--results_dir", str(tmp_path / "results")]
     assert main(options) == 0
@@ -85,7 +85,7 @@ def test_the_experiment_in_miniature_ends_in_tables_and_goes_on_after_a_kill(few
     assert len(references) == stages.QUICK.sizes.num_held_out
     assert all(row["reward"] == world.reward(row["prompt"], row["completion"]) for row in references)
 
-    # Killed between the last checkpoint of one arm and its final model: nothing else is trained again.
+    # An arm killed between its last checkpoint and its final model is resumed; no other arm is trained again.
     arm = arms.METHODS["HyPO"].name
     (seed / arm / "final").rename(tmp_path / "gone")
     assert main(options) == 0
@@ -102,7 +102,7 @@ def test_the_experiment_in_miniature_ends_in_tables_and_goes_on_after_a_kill(few
         (["--quick"], "--quick needs a --results_dir of its own"),
     ],
 )
-def test_what_it_cannot_do_is_refused_before_it_starts(options, why, capsys):
+def test_wrong_options_are_refused(options, why, capsys):
     with pytest.raises(SystemExit) as caught:
         main(options)
     assert caught.value.code == 2

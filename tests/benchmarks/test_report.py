@@ -1,4 +1,4 @@
-"""What is made of measurements: tables, targets, and the two caches' samples."""
+"""Tables, targets, and samples with a cold and a hot cache."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def measured(group: Group, *results: Result) -> Measured:
 
 
 def line(text: str, *found: Measured) -> str:
-    """The one line about a target whose text has ``text``."""
+    """Return the only target line that contains ``text``."""
     [only] = [line for line in targets.lines(found, CUDA) if text in line]
     return only
 
 
-def test_a_target_is_met_or_missed_and_says_by_how_much() -> None:
+def test_a_target_line_says_by_how_much_it_is_met() -> None:
     group = Group(LLAMA, "trained")
     met = measured(group, result(GEMMS, 100), result(OURS["cuda"], 115), result(TRL, 160))
     missed = measured(group, result(GEMMS, 100), result(OURS["cuda"], 130), result(TRL, 160))
@@ -47,7 +47,7 @@ def test_a_target_is_met_or_missed_and_says_by_how_much() -> None:
     assert line(f"{group}: gradient error", met).endswith("measured 0.94: met")
 
 
-def test_a_target_is_not_met_by_a_wrong_result_nor_against_a_wrong_peer() -> None:
+def test_wrong_results_meet_no_target() -> None:
     group = Group(LLAMA, "frozen")
     wrong_peer = result(TRL, 1, wrong="far off")
     found = measured(group, result(GEMMS, 100), result(OURS["cuda"], 110), wrong_peer, result("Liger scaled CE", 220))
@@ -56,14 +56,14 @@ def test_a_target_is_not_met_by_a_wrong_result_nor_against_a_wrong_peer() -> Non
     assert line(f"{group}: <= 1.15 x", ours_wrong).endswith("not measured")
 
 
-def test_half_of_the_rows_is_compared_with_all_of_them() -> None:
+def test_half_of_the_rows_is_compared_with_all_rows() -> None:
     every = measured(Group(LLAMA, "frozen"), result(OURS["cuda"], 100))
     half = measured(Group(LLAMA_HALF, "frozen"), result(OURS["cuda"], 52))
     assert line(f"{half.group}: <= 0.55", every, half).endswith("measured 0.52: met")
     assert line(f"{half.group}: <= 0.55", half).endswith("not measured")
 
 
-def test_the_grid_measures_what_every_target_asks_for() -> None:
+def test_the_grid_has_the_groups_of_every_target() -> None:
     for quick in (True, False):
         assert {target.group for target in targets.TARGETS} <= set(groups(CUDA, quick=quick))
 
@@ -74,8 +74,8 @@ def test_targets_are_for_cuda_alone() -> None:
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_table_of_every_provider_fits_in_120_columns(mode: str, device: torch.device) -> None:
-    """Times up to ten seconds and peaks up to 99 GiB: more would be cut off at the errors."""
+def test_a_table_of_all_providers_fits_in_120_columns(mode: str, device: torch.device) -> None:
+    """Holds for times up to ten seconds and peaks up to 99 GiB."""
     results = [
         result(provider.name, 9999.4, device=device, peak_bytes=99 * 2**30, gradient_bytes=2**33)
         for provider in PROVIDERS
@@ -88,7 +88,7 @@ def test_a_table_of_every_provider_fits_in_120_columns(mode: str, device: torch.
     assert max(map(len, tables)) <= 120
 
 
-def test_a_step_has_one_list_of_samples_for_each_state_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_has_samples_with_a_cold_and_a_hot_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def timer(cache: str):

@@ -82,7 +82,7 @@ def gradients(module, value):
 
 @examples(15, share=0.05)
 @given(batch=batches(), architecture=st.sampled_from(ARCHITECTURES), seed=st.integers(0, 2**31))
-def test_any_tree_has_the_log_probs_and_gradients_of_separate_rows(policies, batch, architecture, seed):
+def test_any_tree_equals_separate_rows(policies, batch, architecture, seed):
     policy, plain = policies(architecture)
     sequences = sequences_of(*batch)
     weights = torch.randn(len(sequences), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -63,7 +63,7 @@ mappings = st.dictionaries(st.one_of(names, numbers, st.none(), st.booleans()), 
 
 @examples(150, share=0.2)
 @given(mapping=mappings, with_required=st.booleans())
-def test_any_mapping_is_a_config_or_a_list_of_its_problems(recipe, mapping, with_required):
+def test_any_mapping_is_a_config_or_a_list_of_problems(recipe, mapping, with_required):
     mapping = {**(REQUIRED if with_required else {}), **mapping}
     config = outcome(["--config", recipe(yaml.dump(mapping, allow_unicode=True))])
     if config is not None:
@@ -80,7 +80,7 @@ _ALMOST = {  # values of about the right kind, so that most recipes pass
 
 @examples(150, share=0.2)
 @given(data=st.data())
-def test_values_of_about_the_right_kind_too(recipe, data):
+def test_any_typed_values_are_a_config_or_problems(recipe, data):
     mapping = dict(REQUIRED)
     for name in data.draw(st.lists(st.sampled_from(FIELDS), max_size=5, unique=True)):
         annotation = str(Config.model_fields[name].annotation)
@@ -137,7 +137,7 @@ _PIECES += [
 @example("? [1]\n: 2\n")
 @example("seed: 99999-99-99\n")
 @example("!!python/object/apply:os.system ['false']\n")
-def test_any_text_is_a_recipe_or_one_line_that_says_why_not(recipe, content):
+def test_any_text_is_a_recipe_or_one_line_of_error(recipe, content):
     outcome(["--config", recipe(content)])
 
 
@@ -152,7 +152,7 @@ tokens = st.one_of(
 
 @examples(150, share=0.15)
 @given(argv=st.lists(tokens, max_size=8), with_required=st.booleans())
-def test_any_flags_are_a_config_or_a_list_of_their_problems(recipe, argv, with_required):
+def test_any_flags_are_a_config_or_a_list_of_problems(recipe, argv, with_required):
     required = [part for name, value in REQUIRED.items() for part in (f"--{name}", value)] if with_required else []
     config = outcome([*required, *argv])
     if config is not None:
@@ -161,7 +161,7 @@ def test_any_flags_are_a_config_or_a_list_of_their_problems(recipe, argv, with_r
 
 @examples(40, share=0.02)
 @given(argv=st.lists(st.one_of(st.just("--dry-run"), st.just("--dry_run_device"), tokens), min_size=1, max_size=4))
-def test_the_program_itself_ends_with_status_2(argv):
+def test_the_program_exits_with_status_2(argv):
     argv = ["--no_such_field", *argv]
     if {"-h", "--help"} & set(argv):
         return

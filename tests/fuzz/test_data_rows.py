@@ -85,7 +85,7 @@ def check_message(error):
 @given(rows=rows_of_any_kind, kind=kinds, form=formats, template=st.booleans())
 @example(rows=[row("a", [{"role": "\ud800", "content": "x"}], "b")], kind=Pair, form="preferences", template=True)
 @example(rows=[row("a", "\ud800 b", "c")], kind=Pair, form="preferences", template=False)
-def test_any_rows_keep_to_the_rules_or_are_a_data_error(tokenizer, without_template, rows, kind, form, template):
+def test_any_rows_follow_the_rules_or_are_a_data_error(tokenizer, without_template, rows, kind, form, template):
     chosen = tokenizer if template else without_template
     try:
         found, report = tokenize(kind, rows, chosen, **LIMITS, eos_token_ids=[chosen.eos_token_id], dataset_format=form)

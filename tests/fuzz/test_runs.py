@@ -96,7 +96,7 @@ def place(tmp_path, tmp_path_factory, monkeypatch):
 
 @examples(15, share=0.05)
 @given(data=rows, settings=recipes())
-def test_a_run_trains_or_is_refused_in_a_line(place, data, settings):
+def test_a_run_trains_or_is_refused_in_one_line(place, data, settings):
     shutil.rmtree(place / "run", ignore_errors=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     path = place / "pairs.jsonl"

@@ -1,1 +1,1 @@
-"""Table 1 and Figure 1 of the paper in small, trained for real: ``python -m benchmarks.paper.small``."""
+"""Small versions of the paper's Table 1 and Figure 1 from real training runs: ``python -m benchmarks.paper.small``."""

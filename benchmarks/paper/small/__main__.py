@@ -1,7 +1,6 @@
 """``python -m benchmarks.paper.small``: train every arm with every seed, then write the tables and pictures.
 
-A run that was killed is continued by the same command, and what is finished is left alone; with more ``--seeds``, only
-the new ones are trained.
+The same command resumes killed runs and skips finished ones; with more ``--seeds``, it trains only the new ones.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.small", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs/paper"), help="default: %(default)s")
     parser.add_argument("--results_dir", type=Path, default=RESULTS, help="for the tables and pictures")
-    parser.add_argument("--quick", action="store_true", help="in miniature: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, only to test that it runs")
     options = parser.parse_args(argv)
     for name in ("seeds", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: at least 1")
     if options.quick and options.results_dir == RESULTS:
-        parser.error("--quick needs a --results_dir of its own: its numbers say nothing")
+        parser.error("--quick needs a --results_dir of its own: its numbers mean nothing")
     started = time.perf_counter()
     scale, runs = QUICK if options.quick else Scale(), options.runs_dir
     folders = {seed: runs / f"seed-{seed}" for seed in range(options.seeds)}
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return 1
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
-                print("stopped: the same command goes on from here", file=sys.stderr)
+                print("stopped: the same command continues from here", file=sys.stderr)
                 return 130
     lines = report.write(folders, scale, options.results_dir)
     print("\n".join(lines))
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stages(folders: dict[int, Path], scale: Scale, logs: Path) -> list[list[Task]]:
-    """What is left to do; a stage needs the ones before it."""
+    """Return the unfinished tasks; each stage needs the stages before it."""
 
     def task(seed: int, name: str, function: Callable[..., None], *more: Any) -> Task:
         arguments = (folders[seed], seed, scale, *more)

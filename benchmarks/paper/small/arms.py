@@ -1,4 +1,4 @@
-"""What is compared: every arm starts from a seed's language model and learns from its pairs, for the same steps."""
+"""The compared arms: each starts from a seed's language model and trains on its pairs for the same number of steps."""
 
 from __future__ import annotations
 
@@ -61,6 +61,6 @@ ESTIMATES = {
 
 
 def arms() -> list[Arm]:
-    """Each arm once, the table's first."""
+    """Return each arm once, those of the table first."""
     groups = (METHODS, *FRONTIERS.values(), ESTIMATES)
     return list({arm.name: arm for group in groups for arm in group.values()}.values())

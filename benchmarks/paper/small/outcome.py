@@ -1,4 +1,4 @@
-"""What a trained arm is worth: what its run wrote, judged by the world's true reward and by the learned one."""
+"""Evaluate a trained arm: its samples, judged by the world's true reward and by the learned one."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ TRUE_REWARD = "hypo_train.demo.world:reward"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out prompts after so many epochs."""
+    """The evaluation on held-out prompts after ``epoch`` epochs."""
 
     epoch: float
     kl: float  # reverse, to the language model, nats a response
     reward: float  # the true one
-    win_rate: float  # against what a reviewer wrote, by the true reward; a tie is half a win
+    win_rate: float  # against a reviewer's text, by the true reward; a tie is half a win
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm, one seed."""
+    """The outcome of one arm and one seed."""
 
     evaluations: list[Evaluation]  # the first is the language model's own
-    learned: tuple[float, float]  # the learned reward at the start and the end, less its mean on what reviewers wrote
+    learned: tuple[float, float]  # at the start and the end, minus the mean of the reviewers' texts
     flops: float  # model FLOPs of a training step
 
     @property
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def read_outcomes(folder: Path, names: Sequence[str]) -> list[Outcome]:
-    """Of the finished runs called ``names`` in a seed's ``folder``."""
+    """Read the outcomes of the finished runs ``names`` in a seed's ``folder``."""
     samples = {name: _comparisons(folder, name) for name in names}
     ends = [comparisons[place] for comparisons in samples.values() for place in (0, -1)]
     learned = _learned_rewards(folder, ends)
@@ -55,7 +55,7 @@ def read_outcomes(folder: Path, names: Sequence[str]) -> list[Outcome]:
 
 
 def _comparisons(folder: Path, name: str) -> list[list[Comparison]]:
-    """The samples of each of a run's evaluations, beside what reviewers wrote."""
+    """Return the samples of each evaluation of a run, paired with the reviewers' texts."""
     steps = [line["step"] for line in read_metrics(folder / name / "metrics.jsonl") if "eval_kl" in line]
     paths = [folder / name / "samples" / f"step-{step}.jsonl" for step in steps]
     return [read_comparisons(path, folder / REFERENCES, limit=None) for path in paths]
@@ -75,7 +75,7 @@ def _evaluations(run: Path, samples: Sequence[Sequence[Comparison]]) -> list[Eva
 
 
 def _learned_rewards(folder: Path, samples: Sequence[Sequence[Comparison]]) -> list[float]:
-    """Of each of ``samples``, the mean."""
+    """Return the mean learned reward of each of ``samples``, minus that of the reviewers' texts."""
     judge = RewardModelJudge(str(folder / REWARD_MODEL / "final"), batch_size=128)
     verdicts = iter(judge.judge([comparison for comparisons in samples for comparison in comparisons]))
     means = []
@@ -86,6 +86,6 @@ def _learned_rewards(folder: Path, samples: Sequence[Sequence[Comparison]]) -> l
 
 
 def _flops(run: Path) -> float:
-    """Of a training step, the mean over the run."""
+    """Return the mean FLOPs of a training step."""
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "epoch" in line]
     return statistics.fmean(sum(value for name, value in line.items() if name.startswith("flops/")) for line in lines)

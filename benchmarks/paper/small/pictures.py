@@ -1,4 +1,4 @@
-"""The pictures of the small experiments."""
+"""Draw the pictures of the small experiments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARKERS = {"DPO": "o", "IPO": "s", "RLOO": "^", "HyPO": "D"}
 
 
 def figure_1(found: Outcomes, path: Path) -> Path:
-    """Reverse KL and true reward over the epochs: the mean over seeds, its standard error, a thin line a seed."""
+    """Draw reverse KL and true reward over the epochs: mean and standard error over seeds, a thin line per seed."""
     with plt.rc_context({**STYLE, "font.size": 11, "axes.titlesize": 12}):
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
         for label, arm in METHODS.items():
@@ -47,7 +47,7 @@ def _curve(axis: Axes, seeds: Sequence[Outcome], attribute: str, label: str) -> 
 
 
 def frontier(found: Outcomes, path: Path) -> Path:
-    """True reward against reverse KL at the end of training: a line a method, a point for each weight of the KL."""
+    """Draw true reward over reverse KL at the end of training: a line per method, a point per weight of the KL."""
     with plt.rc_context({**STYLE, "font.size": 11, "axes.titlesize": 12}):
         figure, axis = plt.subplots(figsize=(7, 4.8), constrained_layout=True)
         for method, points in FRONTIERS.items():

@@ -1,4 +1,4 @@
-"""Tasks in processes of one thread each."""
+"""Run tasks in processes of one thread each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Task:
     arguments: tuple[Any, ...]
 
     def __call__(self) -> float:
-        """Seconds it took."""
+        """Run the task and return the seconds that it took."""
         started = time.perf_counter()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         log = self.log.open("a", encoding="utf-8")
@@ -39,12 +39,12 @@ def workers(count: int) -> ProcessPoolExecutor:
 
 
 def _one_thread() -> None:
-    """The models are so small that threads would only wait for each other."""
+    """Use one thread: the models are so small that threads would only wait for each other."""
     torch.set_num_threads(1)
 
 
 def run_all(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> bool:
-    """All tasks; False if one failed, when the others are done."""
+    """Run all tasks; return False if one failed, after the others are done."""
     futures: dict[Future[float], Task] = {pool.submit(task): task for task in tasks}
     failed = 0
     for done, future in enumerate(as_completed(futures), start=1):

@@ -1,4 +1,4 @@
-"""The tables of the small experiments, mean ± standard error over the seeds, and everything they are made of."""
+"""Write the tables of the small experiments (mean ± standard error over the seeds) and their data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Outcomes = dict[str, list[Outcome]]
 
 
 def write(folders: dict[int, Path], scale: Scale, results_dir: Path) -> list[str]:
-    """``small.md``, ``small.json`` and the pictures, of finished runs; the lines of ``small.md``."""
+    """Write ``small.md``, ``small.json`` and the pictures of finished runs; return the lines of ``small.md``."""
     found = read(folders)
     results_dir.mkdir(parents=True, exist_ok=True)
     figure_1 = pictures.figure_1(found, results_dir / "figure1.png")
@@ -59,7 +59,7 @@ def read(folders: dict[int, Path]) -> Outcomes:
 
 
 def table_1(found: Outcomes) -> Iterator[str]:
-    """Markdown: a row a method, at the end of its training."""
+    """Return a Markdown table with a row per method, at the end of its training."""
     yield "| | win-rate against written reviews | learned reward | true reward | reverse KL to SFT |"
     yield "|---|---|---|---|---|"
     start = found[METHODS["DPO"].name]
@@ -112,5 +112,5 @@ def _mean(values: Sequence[float], digits: int) -> str:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean."""
+    """Return the standard error of the mean."""
     return statistics.stdev(values) / len(values) ** 0.5

@@ -1,10 +1,9 @@
-"""A seed's runs, each a function that leaves what is finished alone and continues what was killed."""
+"""The runs of a seed: each function skips a finished run and resumes a killed one."""
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,18 @@ from benchmarks.paper.small.arms import BATCH_SIZE, EPOCHS, LEARNING_RATE, Arm
 from hypo_train.demo import world
 from hypo_train.demo.stages import Sizes, configure, train_language_model, write_pairs, write_rows
 from hypo_train.train import train
+from hypo_train.utils.atomic import write_folder
 
 REWARD_MODEL = "reward-model"  # its run's folder
-REFERENCES = "references.jsonl"  # what reviewers wrote for the held-out prompts
+REFERENCES = "references.jsonl"  # the reviewers' texts for the held-out prompts
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much there is of everything; the defaults are the experiment's."""
+    """The sizes of the experiment; the defaults are those of the published tables."""
 
     sizes: Sizes = field(default_factory=Sizes)
-    reward_model_steps: int = 300  # in the first 150 it hardly learns
+    reward_model_steps: int = 300  # it hardly learns in the first 150
     epochs: int = EPOCHS
 
 
@@ -31,12 +31,13 @@ QUICK = Scale(Sizes(num_reviews=456, num_pairs=2 * BATCH_SIZE, num_held_out=8), 
 
 
 def make_material(folder: Path, seed: int, scale: Scale) -> None:
-    """The language model, its pairs and, for the held-out ones, what a reviewer wrote: all of them or none."""
+    """Create the language model, its pairs and the reviewers' texts for the held-out pairs, atomically."""
     if folder.exists():
         return
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    write_folder(folder, lambda unfinished: _fill(unfinished, seed, scale))
+
+
+def _fill(unfinished: Path, seed: int, scale: Scale) -> None:
     rng = random.Random(seed)
     sft = train_language_model(unfinished, rng, seed, scale.sizes)
     pairs = unfinished / "pairs.jsonl"
@@ -49,17 +50,16 @@ def make_material(folder: Path, seed: int, scale: Scale) -> None:
         reward = world.reward(row["prompt"], review)
         rows.append({"row": i, "prompt": row["prompt"], "completion": review, "reward": reward})
     write_rows(unfinished / REFERENCES, rows)
-    unfinished.rename(folder)
 
 
 def train_reward_model(folder: Path, seed: int, scale: Scale) -> None:
-    """From the language model, on the pairs."""
+    """Train the reward model from the language model, on the pairs."""
     settings = {"learning_rate": 3e-4, "warmup_ratio": 0.1, "max_steps": scale.reward_model_steps}
     _train(folder, REWARD_MODEL, seed, scale, {"algorithm": "reward", "reward": None, **settings})
 
 
 def train_arm(folder: Path, seed: int, scale: Scale, arm: Arm) -> None:
-    """From the language model, on the pairs; RLOO on their prompts, with the reward model."""
+    """Train an arm from the language model, on the pairs; RLOO uses their prompts and the reward model."""
     settings = {"learning_rate": LEARNING_RATE, "num_train_epochs": scale.epochs, **arm.settings}
     if arm.algorithm == "rloo":
         settings |= {"reward": None, "reward_model_path": str(folder / REWARD_MODEL / "final")}
