@@ -24,7 +24,7 @@ class Truth:
     logps: Tensor
     hidden: Tensor | None
     weight: Tensor | None
-    rounded: dict[str, float]  # errors of a scheme that rounds exact d-logits to 16 bits, and its results
+    rounded: dict[str, float]  # errors of rounding the exact gradients of logits to 16 bits
     peak_bytes: int
 
 
@@ -51,7 +51,7 @@ def truth(batch: Batch, *, gradients: bool) -> Truth:
 
     with torch.no_grad():
         (logps, hidden, weight, rounded), peak = peak_extra_bytes(compute, batch.hidden.device)
-    # The exact ones, and beside them the rounded ones and what their difference takes.
+    # The exact gradients, the rounded ones, and the memory of their difference.
     held = 0 if not gradients else 1 if dtype.itemsize > 2 else 5
     allowed = float64.bound(len(rows), *batch.weight.shape, gradients=held)
     if peak > allowed:

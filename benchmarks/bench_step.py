@@ -29,7 +29,7 @@ from benchmarks.step.variants import TRL_DPO, TRL_HYPO, Variant, variants
 
 HOURS = 3600
 PLOTS = Path(__file__).parent / "plots"
-QUICK_PLOTS = Path(__file__).parents[1] / ".benchmarks" / "plots"  # a quick run's picture takes no real one's place
+QUICK_PLOTS = Path(__file__).parents[1] / ".benchmarks" / "plots"  # a quick run must not replace a real picture
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -83,7 +83,7 @@ def _picture_path(case: Case, device: torch.device, results: Path | None, quick:
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.timeout(6 * HOURS)  # the first test of a case measures all of it
+@pytest.mark.timeout(6 * HOURS)  # the first test of a case measures the entire case
 def bench_step(
     case: Case, variant: Variant, step_session: StepSession, request: pytest.FixtureRequest, benchmark: Any
 ) -> None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Triton 3.9 fuses by default and 3.10 does not: said, so that both compile the same kernel.
+# Triton 3.9 fuses by default and 3.10 does not; set it, so that both compile the same kernel.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
@@ -45,7 +45,7 @@ from hypo_kernels.kernels.tiles import (
 
 TABLE = Path(__file__).with_name("COMPILED.md")
 CAPABILITIES = [10 * major + minor for major, minor in ROW_TILES]
-WIDEST, NARROWEST = 128_256, 7  # vocabularies that take the row kernel's widest tile and its narrowest
+WIDEST, NARROWEST = 128_256, 7  # vocabularies for the row kernel's widest and narrowest tile
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 HEADER = """# What the kernels compile to
 
@@ -62,7 +62,7 @@ class Variant:
 
     kernel: Any
     name: str
-    dtype: str  # of the operands, and of the result if it is no statistic
+    dtype: str  # dtype of the operands, and of the result if it is no statistic
     constants: dict[str, Any]
     num_warps: int
     num_stages: int = 1
@@ -80,7 +80,7 @@ class Compiled:
     stack: int
     local: int
     shared: int
-    tensor_cores: str  # the instruction of the products, or nothing
+    tensor_cores: str  # the matrix instruction, or nothing
     tma: bool
     target: str
 

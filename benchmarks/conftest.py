@@ -14,15 +14,17 @@ from benchmarks.session import Measured, Session
 
 SESSION = pytest.StashKey[Session]()
 OPENED = pytest.StashKey[bool]()
-SECTIONS = pytest.StashKey[list[tuple[str, str]]]()  # title and text of what else the terminal shows at the end
+SECTIONS = pytest.StashKey[list[tuple[str, str]]]()  # title and text of further sections at the end
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hypo-kernels benchmarks")
-    group.addoption("--quick", action="store_true", help="small shapes, few rounds, nothing that compiles")
+    group.addoption("--quick", action="store_true", help="small shapes, few rounds, without torch.compile")
     group.addoption("--results", type=Path, metavar="PATH", help="append the tables to PATH as a dated section")
-    group.addoption("--rounds", type=int, metavar="N", help="of optimizer steps (default: 5, --quick: 2)")
-    group.addoption("--same-section", action="store_true", help="the section of --results is open already")
+    group.addoption("--rounds", type=int, metavar="N", help="rounds of optimizer steps (default: 3, --quick: 1)")
+    group.addoption(
+        "--same-section", action="store_true", help="the head of the section of --results is already written"
+    )
 
 
 def results_file(config: pytest.Config, device: torch.device) -> Path | None:

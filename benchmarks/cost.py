@@ -60,7 +60,7 @@ class Passes:
     logits_read: int = 0
     logits_written: int = 0
     gradients_written: int = 0  # in the dtype of GEMM operands
-    narrowed: bool = False  # gradients in the place of the logits: 16-bit operands are a copy of them
+    narrowed: bool = False  # gradients overwrite the logits; 16-bit operands are a copy
     partials: int = 0
 
 
@@ -70,17 +70,17 @@ class RowStep:
 
     statistics: Passes
     gradients: Passes  # and statistics
-    known_norms: Passes  # gradients from norms of an earlier pass
+    known_norms: Passes  # gradients from the norms of an earlier pass
     entropy: Passes  # statistics with the moment
     entropy_gradients: Passes
     divergence: Passes  # statistics of the policy's and the reference's logits
     divergence_gradients: Passes
-    leaves_upstream_one: bool  # a gradient to be multiplied by 1 is not read
+    leaves_upstream_one: bool  # a gradient times 1 is not read
 
 
-# Statistics alone come straight from hidden states, at what is here the rate of any GEMM. Gradients read a row of
-# logits twice, whether an earlier pass has left its norms or not; the second time it comes from L2 where the
-# resident rows fit in it: counted as memory here.
+# Statistics alone are computed from hidden states without stored logits, at the GEMM rate. Gradients read a row of
+# logits twice, with or without the norms of an earlier pass. The second read may come from L2; it is counted as memory
+# traffic here.
 TRITON = RowStep(
     statistics=Passes(partials=2),
     gradients=Passes(2, gradients_written=1),
@@ -91,7 +91,7 @@ TRITON = RowStep(
     divergence_gradients=Passes(2, gradients_written=1),
     leaves_upstream_one=True,
 )
-# One operator after another. A block of rows and its scratch stay in a CPU's cache.
+# One operator after another. A block of rows and its scratch memory stay in a CPU's cache.
 TORCH = RowStep(
     statistics=Passes(5, 2),  # copy, amax, softmax, sum, amax
     gradients=Passes(4, 1, narrowed=True),  # amax, softmax, sum, amax
@@ -102,8 +102,8 @@ TORCH = RowStep(
     divergence_gradients=Passes(15, 13, narrowed=True),  # as for the entropy; copy, −, clamp, − of the reference's; −
     leaves_upstream_one=False,
 )
-# A GEMM with an epilogue of its own, again at the rate of any GEMM. bf16 exponentials are the operand of the
-# gradients' GEMMs but for a number a row; a gradient of entropy or divergence needs the logits.
+# A GEMM with an epilogue, also at the GEMM rate. bf16 exponentials are, up to a factor per row, the operand of the
+# gradients' GEMMs; the gradient of an entropy or divergence needs the logits.
 EXPONENTIALS = replace(
     TRITON,
     gradients=Passes(gradients_written=1, partials=1),
@@ -123,7 +123,7 @@ class Work:
     dtype: torch.dtype = torch.bfloat16  # of hidden, weight and GEMM operands
     row_step: RowStep = TRITON
     upstream: float = 1.0  # the gradient of the loss, which is 1 in ``loss.backward()``
-    cuda: bool = True  # there, a wide sum is scaled and narrowed in one pass
+    cuda: bool = True  # on CUDA an fp32 sum is scaled and cast in one pass
 
     @property
     def nvd(self) -> int:
@@ -173,12 +173,12 @@ class Work:
         yield from self._handed_out("dHidden", self._hidden, self._hidden, scaled=scaled)
 
     def weight_gradient(self, *, scaled: bool) -> Iterator[Operation]:
-        # What one product makes is rounded by its GEMM.
+        # The GEMM itself rounds the result of a single product.
         sums = self._weight if self.chunks == 1 else self.vocab * self.width * WIDE
         yield self._gathered()
         yield Operation("weigh hidden", self._hidden, self._features)
         yield from self._narrowed("weighed hidden", self._features, self._hidden)
-        read = self._gradients + self._hidden + (self.chunks - 1) * sums  # the first product is not added to anything
+        read = self._gradients + self._hidden + (self.chunks - 1) * sums  # the first product has nothing to be added to
         yield Operation("dW = U' . hidden", read, self.chunks * sums, self._product)
         yield from self._handed_out("dW", sums, self._weight, scaled=scaled)
 
@@ -300,8 +300,8 @@ def _gradients_again(work: Work, *, entropy: bool = False) -> Iterator[Operation
 @dataclass(frozen=True)
 class Schedule:
     operations: Callable[[Work], list[Operation]]
-    needed: int  # GEMMs that the work cannot do without
-    buffers: int = 1  # rows of the buffer that one of the call's rows takes
+    needed: int  # necessary GEMMs
+    buffers: int = 1  # buffer rows per row of the call
 
 
 SCHEDULES = {
@@ -327,8 +327,8 @@ def max_rows(work: Work, max_chunk_bytes: int, buffers: int) -> int:
     """
     pitch = _ceil(work.vocab, ALIGNED_COLUMNS) * ALIGNED_COLUMNS
     features = work.width * (2 * work.dtype.itemsize + 3 * WIDE)
-    kept = 64 * work.rows  # bytes, of every row of the call
-    partials = 3 * WIDE * _ceil(work.vocab, 64)  # the most that a tile's width makes of a row
+    kept = 64 * work.rows  # bytes per row of the call
+    partials = 3 * WIDE * _ceil(work.vocab, 64)  # the most tiles per row
     return min(work.rows, max(1, (max_chunk_bytes - kept) // (buffers * (pitch * WIDE + features) + partials)))
 
 

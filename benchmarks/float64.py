@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2**28  # of float64 logits
-CHUNKS_ALIVE = 3  # logits, their exponentials and what a library makes of them on the way
+CHUNKS_ALIVE = 3  # logits, their exponentials, and temporaries of the library
 
 
 def bound(rows: int, vocab: int, width: int, *, gradients: int) -> int:

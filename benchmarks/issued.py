@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 GEMMS = {aten.mm, aten.addmm}
 NOT_COUNTED = {aten.bmm, aten.baddbmm, aten.matmul, aten.linear}
-# Allocate without touching.
+# These allocate without writing.
 FREE = {
     aten.empty,
     aten.empty_like,
@@ -24,9 +24,9 @@ FREE = {
     aten._local_scalar_dense,
     torch.ops.prim.device,
 }
-# Their first argument is written whole, or lends its shape: it is not read.
+# These overwrite their first argument or use only its shape; they do not read it.
 OVERWRITE = {aten.copy_, aten.zero_, aten.fill_, aten.zeros_like, aten.ones_like, aten.new_zeros, aten.new_ones}
-# Of their first argument they touch as many elements as they pick or place, not all.
+# These touch only the selected elements of their first argument.
 PICK = {aten.index, aten.gather, aten.index_select}
 PLACE = {aten.index_copy_, aten.index_add_, aten.scatter_add_, aten.scatter_, aten.index_put_}
 
@@ -92,7 +92,7 @@ def _issued(func: Any, packet: Any, args: Any, kwargs: Any, result: Any) -> Issu
         read = sum(map(_bytes, inputs[1:])) + sum(map(_bytes, results))
         written = sum(map(_bytes, results))
     elif packet in PLACE:
-        read = written = _bytes(inputs[-1])  # the source, and as much of the target
+        read = written = _bytes(inputs[-1])  # the source, and an equal part of the target
         read += sum(map(_bytes, inputs[1:-1])) + (written if packet in (aten.scatter_add_, aten.index_add_) else 0)
     else:
         kept = inputs[1:] if packet in OVERWRITE else inputs

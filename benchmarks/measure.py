@@ -16,7 +16,7 @@ import torch
 R = TypeVar("R")
 Step = Callable[[], Any]
 FLUSH_BYTES = 2**28  # several times the L2 cache of any GPU
-BUSY_CYCLES = 200_000  # about 0.1 ms of a GPU's clock
+BUSY_CYCLES = 200_000  # about 0.1 ms of GPU time
 
 
 def interleaved(

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from benchmarks.providers import GEMMS
 
 OURS_COLOUR, GEMMS_COLOUR = "#0b3d91", "#9a9a9a"
-# Distinct to colour-blind readers, in the order of the peers (Okabe and Ito's palette).
+# Okabe and Ito's palette, which colour-blind readers can tell apart, in the order of the peers.
 PEER_COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 PEER_MARKERS = ("s", "^", "D", "v", "P", "X")
 STYLE: dict[Any, Any] = {

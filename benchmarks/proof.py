@@ -31,9 +31,9 @@ import torch
 from benchmarks import report
 
 ROOT = Path(__file__).parents[1]
-# Without these, nothing that touches hypo_train can be imported, and its tests are left out.
+# hypo_train cannot be imported without these; its tests are left out then.
 TRAINING = ("accelerate", "datasets", "peft", "pydantic", "transformers", "yaml")
-GRACE = 10  # seconds for a step at its limit to write what it has
+GRACE = 10  # seconds that a step has at its limit to write its results
 ROW_KERNEL = "_row_kernel"  # of hypo_kernels.kernels.rows: the kernel whose programs share memory
 
 
@@ -77,7 +77,7 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
     pytest = (sys.executable, "-m", "pytest")
     small = (sys.executable, "-m", "benchmarks.small_shapes")
     quickly = ("--quick",) if quick else ()
-    # Of torch's caching allocator the sanitizer sees one large block: overruns from tensor to tensor would pass.
+    # torch's caching allocator is one large block to the sanitizer, which would miss overruns between tensors.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     everything = [
         Step(
@@ -196,7 +196,7 @@ def _passed_on(step: Step) -> tuple[int | None, list[str]]:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # a group of its own, to be ended as one
+            start_new_session=True,  # its own process group, to be killed as one
         )
     stopped = threading.Event()
 
@@ -237,7 +237,7 @@ def _heard_interrupts() -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
         os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -37,10 +37,10 @@ class Provider:
     make_step: Callable[[Batch, str], Callable[[], Tensor]]
     package: str = "torch"
     tasks: tuple[str, ...] = ("hypo", "dpo")
-    has_forward: bool = True  # has something of its own to show under ``no_grad``
-    only_ignored: bool = False  # of interest only where some rows are ignored
-    compiles: bool = False  # through torch.compile: seconds before the first result
-    is_fused_head: bool = False  # a per-token loss that keeps no full logits: what the targets compare with
+    has_forward: bool = True  # does other work under ``no_grad``
+    only_ignored: bool = False  # measured only if some rows are ignored
+    compiles: bool = False  # uses torch.compile: seconds before the first result
+    is_fused_head: bool = False  # a per-token loss without full logits, which the targets compare with
     is_ours: bool = False
 
     def serves(self, group: Group) -> bool:
@@ -78,7 +78,7 @@ def full_logits_compiled(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)")
-    options = torch.nn.LinearCrossEntropyOptions()  # with none, it is full logits
+    options = torch.nn.LinearCrossEntropyOptions()  # without chunks it is full logits
     return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options).float()
 
 
@@ -87,7 +87,7 @@ def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     vocabulary_chunk, outputs = 32768, ("log_probs",)
-    if hidden.is_cuda:  # TRL drops ignored rows on devices with Triton alone
+    if hidden.is_cuda:  # TRL drops ignored rows only on devices with Triton
         mask = targets != IGNORE_INDEX
         picked = ChunkedLogProbFunction.apply(
             hidden[mask], weight, None, targets[mask], 1.0, vocabulary_chunk, None, 1.0, outputs
@@ -100,7 +100,7 @@ def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, filtered: bool = True) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    if not hidden.is_cuda:  # its own answer to a machine without CUDA
+    if not hidden.is_cuda:  # its own error without CUDA
         return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="torch_compile")
     filter_eps = "high" if filtered else None
     return -linear_cross_entropy(hidden, weight, targets, reduction="none", filter_eps=filter_eps, impl="cce").float()

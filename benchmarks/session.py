@@ -14,8 +14,8 @@ from benchmarks.measure import Step, interleaved, median, peak_extra_bytes, spre
 from benchmarks.providers import BY_NAME, EAGER, GEMMS, OURS, Provider, Unavailable
 from benchmarks.workloads import Batch, Group, Workload, make_batch
 
-# A run this long, in seconds, and this many times ours is stated, not repeated. The ratio keeps a busy machine
-# from dropping peers that are merely slower.
+# A run that takes this many seconds and this many times our time is reported without repeats. The ratio keeps a busy
+# machine from dropping peers that are only slower.
 LONG_RUN = {"cuda": 2.0, "cpu": 4.0}
 LONG_TIMES_OURS = 5
 
@@ -31,9 +31,9 @@ class Result:
     errors: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0  # beyond the inputs, gradients included
     gradient_bytes: int = 0
-    run_seconds: float = 0.0  # of the run that showed the peak
+    run_seconds: float = 0.0  # of the run that measured the peak
     samples: list[float] = field(default_factory=list)  # seconds, on CUDA with a cold cache
-    hot_samples: list[float] = field(default_factory=list)  # seconds with a hot cache, on CUDA alone
+    hot_samples: list[float] = field(default_factory=list)  # seconds with a hot cache, only on CUDA
 
     @property
     def median(self) -> float:
@@ -55,7 +55,7 @@ class Measured:
     group: Group
     counted_rows: int
     results: dict[str, Result]
-    rounded: dict[str, float]  # gradient errors of d-logits that are exact but for their rounding to 16 bits
+    rounded: dict[str, float]  # gradient errors if exact gradients of logits are rounded to 16 bits
 
     @property
     def flop(self) -> float:
@@ -119,7 +119,7 @@ class Session:
             seconds=1.0 if self.quick else 6.0,
             min_rounds=3 if self.quick else 5,
             max_rounds=50 if cuda else 15,
-            warm_up_rounds=1 if cuda else 0,  # a GPU's clocks take a while
+            warm_up_rounds=1 if cuda else 0,  # a GPU's clocks need time to rise
         )
         for name, (seconds, *hot) in samples.items():
             results[name].samples = seconds
@@ -161,7 +161,7 @@ class Session:
                 torch.cuda.empty_cache()
             last, self._workload = self._workload, workload
             if last is None or (last.vocab, last.width, last.dtype) != (workload.vocab, workload.width, workload.dtype):
-                torch.compiler.reset()  # compilers then specialise for these shapes and never meet their limit
+                torch.compiler.reset()  # compilers then specialize for these shapes and never reach their limit
             self._batch = make_batch(workload, self.device)
         return self._batch
 

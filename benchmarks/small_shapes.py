@@ -13,11 +13,11 @@ import torch
 
 from hypo_kernels import fused_hypo_loss, sequence_logprobs, token_logprobs
 
-# Less than any tile; a tail of one column after a power of two; several of the widest tile and a tail.
+# Smaller than any tile; a power of two and one column more; several of the widest tile and a tail.
 VOCABULARIES = (7, 1025, 9001)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS: tuple[dict[str, float], ...] = ({}, {"logit_softcap": 30.0, "logit_scale": 0.5})
-WIDTH = 24  # not a power of two, and divisible by 8, as 16-bit GEMMs want it
+WIDTH = 24  # no power of two, but divisible by 8, as 16-bit GEMMs require
 LENGTHS = (3, 1, 4, 2, 5, 1, 2, 3)  # two pairs and two groups of two
 
 
@@ -44,7 +44,7 @@ def calls(device: torch.device) -> Iterator[str]:
             )
             if ref_hidden is not None and full:
                 reference["ref_bias"] = full["bias"].detach()
-            # Every estimator and schedule that serves the call.
+            # Every estimator and schedule that supports the call.
             options: list[dict[str, Any]] = [{"impl": "triton"}]
             options += [{"impl": "triton-epilogue"}] * (dtype == torch.bfloat16)
             options += [{"impl": "triton", "kl_estimator": "exact"}] * (ref_hidden is not None)

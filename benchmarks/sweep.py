@@ -27,12 +27,12 @@ from benchmarks.workloads import LLAMA, Group, Workload
 
 MODE = "trained"
 NUMBERS = "sweep.json"
-# The peers that people meet first; the grid has the others.
+# The best-known peers; the grid has the others.
 PEERS = {
     "cuda": ("full logits", "TRL ChunkedLogProb", "Cut Cross-Entropy", "Liger scaled CE", "Liger FLCE"),
     "cpu": ("full logits", "TRL ChunkedLogProb", "Liger scaled CE"),
 }
-AXES = {"tokens": "rows", "vocabulary": "vocab"}  # axis -> the field of a workload that it moves along
+AXES = {"tokens": "rows", "vocabulary": "vocab"}  # axis -> the field of a workload that varies
 
 
 def workloads(device: torch.device, *, quick: bool) -> dict[str, list[Workload]]:
@@ -73,7 +73,7 @@ def measure(device: torch.device, folder: Path, *, quick: bool) -> Path:
         "ours": OURS[device.type],
         "axes": {},
     }
-    # A CPU's sweep has to end within minutes: few rounds are enough for a picture.
+    # A sweep on a CPU must end within minutes; a few rounds are enough for a picture.
     session = Session(device, quick=quick or device.type == "cpu", on_measured=_say)
     names = [name for name in PEERS[device.type] if not (BY_NAME[name].compiles and device.type == "cpu")]
     for axis, points in workloads(device, quick=quick).items():
@@ -131,7 +131,7 @@ def main() -> None:
     numbers.unlink(missing_ok=True)
     try:
         measure(device, folder, quick=args.quick)
-    finally:  # whatever stopped it, what there is is worth a look
+    finally:  # draw the measured points even after an error
         if numbers.exists():
             publish(numbers, args.results)
     print(f"{len(AXES)} axes in {time.perf_counter() - start:.0f} s: {numbers.relative_to(args.results.parent)}")

@@ -20,7 +20,7 @@ class Target:
     """A bound for ``quantity``, a function of a group and of all groups of the run; None if it was not measured."""
 
     group: Group
-    what: str  # with the bound in words
+    what: str  # the target and its bound in words
     quantity: Callable[[Measured, Mapping[Group, Measured]], float | None]
     bound: float
     at_least: bool = False

@@ -27,7 +27,7 @@ from hypo_kernels.kernels.tiles import GemmTile, gemm_candidates
 
 SHAPES = ["8192x128256x4096", "4096x50304x2048", "1024x50304x2048"]  # rows x vocabulary x features
 CHECKED_ROWS = 32
-# A sum of fp32 products may be ordered in many ways; this many times the median candidate's error is no order.
+# Sums in another order have other errors; this many times the median candidate's error means a wrong result.
 SUSPICIOUS = 10
 GEMM = "bare GEMM"
 
@@ -39,7 +39,7 @@ class Timed:
     kernel: str
     tile: GemmTile
     shape: str
-    error: float = float("nan")  # of log-sum-exps, the largest
+    error: float = float("nan")  # the largest error of log-sum-exps
     seconds: float = float("nan")  # median
     times_gemm: float = float("nan")
     failed: str = ""
@@ -69,7 +69,7 @@ def time_shape(kernel: str, shape: str, dtype: torch.dtype, device: torch.device
         try:
             norms = run(one.tile)[:CHECKED_ROWS].double()
             one.error = float((norms[:, 0] + norms[:, 1].log() - exact).abs().max())
-        except Exception as error:  # a compiler may refuse a tile in many ways
+        except Exception as error:  # a compiler may fail on a tile in many ways
             one.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     ran = [one for one in timed if not one.failed]
     usual = median([one.error for one in ran])

@@ -28,10 +28,10 @@ class Workload:
     vocab: int  # V
     width: int  # D
     dtype: torch.dtype
-    sequence_length: int  # mean rows of a sequence
-    counted: float = 1.0  # share of each sequence's rows that count; the rest, its prompt, is ignored
+    sequence_length: int  # mean rows per sequence
+    counted: float = 1.0  # fraction of each sequence's rows that count; the rest, the prompt, is ignored
     modes: tuple[str, ...] = MODES
-    against: tuple[str, ...] = ()  # the peers to measure; none named: all
+    against: tuple[str, ...] = ()  # the peers to measure; empty: all
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -85,7 +85,7 @@ def groups(device: torch.device, *, quick: bool) -> list[Group]:
         ]
     else:
         small = Workload("hypo", 1024, 8192, 256, f32, sequence_length=64)
-        # Long responses, four pairs of them: a pair is Liger's smallest chunk, and the smallest that ours keeps whole.
+        # Four pairs of long responses: a pair is the smallest chunk of Liger and of ours.
         long_pairs = replace(small, task="dpo", rows=8192, sequence_length=1024, against=FULL_LOGITS_AND_LIGER)
         smollm = Workload("hypo", 512, 49152, 576, f32, sequence_length=64)  # SmolLM2-135M's head
         grid = [
@@ -183,7 +183,7 @@ def make_batch(workload: Workload, device: torch.device) -> Batch:
         num_pairs=(len(spans) - samples) // 2,
         objective=Objective(
             beta=0.1,
-            kl_coef=0.05,  # large, so that the samples' gradients are not lost beside the pairs'
+            kl_coef=0.05,  # large, so that the samples' gradients are as large as the pairs'
             length_penalty=0.0,
             preference="sigmoid",
             label_smoothing=0.0,

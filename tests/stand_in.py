@@ -1,4 +1,4 @@
-"""A workplace in which the commands of README.md can run: its paths are there, and its model is a small one."""
+"""A folder in which the commands of README.md can run: with its paths, and a small model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHATML = (
 
 
 def make_workplace(folder: Path) -> Path:
-    """``folder`` with the package's files and the model that README names, under the same paths."""
+    """Put the package and a small model into ``folder``, under the paths that README uses."""
     (folder / "hypo_train").symlink_to(ROOT / "hypo_train")
     _save_model(folder / MODEL)
     return folder
 
 
 def _save_model(folder: Path) -> None:
-    """A Llama of 16 dimensions over the words of the data."""
+    """Save a Llama of 16 dimensions with the words of the data."""
     text = (ROOT / DATA).read_text(encoding="utf-8")
     words = {word for line in text.splitlines() for turn in json.loads(line).values() for word in _words(turn)}
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *sorted(words)[:2000]])}

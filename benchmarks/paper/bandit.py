@@ -139,7 +139,7 @@ class Linear(Policy):
 class Weights(Policy):
     """A policy π(y) = w(y) / Σ w whose weights w are the parameters."""
 
-    lowest = 1e-3  # of the mean weight: they have to stay above 0
+    lowest = 1e-3  # relative to the mean weight; weights must stay above 0
 
     def __init__(self, like: Tensor) -> None:
         self.parameters = torch.ones_like(like)  # (S, K)
@@ -155,7 +155,7 @@ class Weights(Policy):
         self.parameters.clamp_(min=self.lowest)
 
 
-Gradient = Callable[[Tensor], Tensor]  # log π (S, K) -> the derivative of a loss by log π + const (S, K)
+Gradient = Callable[[Tensor], Tensor]  # log π (S, K) -> the gradient of a loss for log π + const (S, K)
 
 
 def preference(world: World, *, beta: float, loss: str = "sigmoid") -> Gradient:
@@ -170,7 +170,7 @@ def preference(world: World, *, beta: float, loss: str = "sigmoid") -> Gradient:
         ratio = (log_pi - log_ref)[:, :n]
         _, slope = objective.pairs(ratio[:, :, None], ratio[:, None, :])  # (S, n, n)
         slope = slope * shares
-        # A pair moves its two responses by as much against each other: the sum is 0, log π's constant drops out.
+        # A pair moves its two responses by opposite amounts: the sum is 0, and log π's constant drops out.
         by_paired = slope.sum(2) - slope.sum(1)
         return torch.cat([by_paired, log_pi.new_zeros(len(log_pi), log_pi.shape[1] - n)], dim=1)
 

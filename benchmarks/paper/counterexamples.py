@@ -29,8 +29,8 @@ class Uncovered:
     """The minima of DPO's, IPO's and HyPO's loss, one entry per ε: tensors (E,), losses and KLs in nats."""
 
     epsilons: Tensor
-    least_loss: dict[str, Tensor]  # of DPO and IPO, by a policy that leaves the third response alone
-    loss: dict[str, Tensor]  # the same of the counterexample
+    least_loss: dict[str, Tensor]  # of DPO and IPO, for a policy that does not change the third response
+    loss: dict[str, Tensor]  # the losses of the counterexample
     kl: dict[str, Tensor]  # reverse KL of the counterexamples and of HyPO's minimum
     hypo_log_probs: Tensor  # (E, 3) of HyPO's minimum
     kl_bound: Tensor  # of any minimum of HyPO's loss
@@ -54,7 +54,7 @@ def uncovered() -> Uncovered:
             "hypo": reverse_kl(log_pi, world.log_ref),
         },
         hypo_log_probs=log_pi,
-        # A minimum of ℓ + λ KL has no more of it than the least ℓ with the reference's mass on the third response.
+        # The KL at a minimum of ℓ + λ KL is at most that of the least ℓ with the reference's mass on the third response.
         kl_bound=reverse_kl(kept["dpo"], world.log_ref),
     )
 
@@ -100,7 +100,7 @@ def _hypo_minimum(world: World) -> Tensor:
     unknown is δ, between 0 and DPO's value.
     """
     low, high = torch.zeros_like(world.log_ref[:, 0]), torch.full_like(world.log_ref[:, 0], REWARD_GAP / BETA)
-    for _ in range(12):  # each narrows the bracket of the one minimum by 50
+    for _ in range(12):  # each round narrows the bracket of the minimum by 50
         gaps = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, 101, dtype=low.dtype)  # (E, 101)
         best = _hypo_objective(world, gaps).argmin(1, keepdim=True)
         low, high = (gaps.gather(1, (best + step).clamp(0, 100)).squeeze(1) for step in (-1, 1))
@@ -128,8 +128,8 @@ def _apart(gaps: Tensor) -> Tensor:
 class Forward:
     """One row of Proposition B.2's table."""
 
-    responses: float  # equally likely under the reference, the true reward of all of them 0
-    error: float  # how wrong the DPO policy's reward is about one of them
+    responses: float  # equally likely under the reference, all with true reward 0
+    error: float  # error of the DPO policy's reward on one of them
     mean_squared_error: float  # over the reference's responses
     forward_kl: float  # KL(π_ref‖π) in nats
 

@@ -35,7 +35,7 @@ from benchmarks.paper.bandit import (
 from benchmarks.paper.counterexamples import OUTSIDE, Uncovered, forward_kl, uncovered
 
 RESULTS = Path(__file__).parent / "results"
-# The paper names neither; β is as small as rewards of this size allow: log-ratios are rewards / β.
+# The paper gives neither; β is as small as rewards of this size allow, because log-ratios are rewards / β.
 BETA, KL_COEF = 0.5, 0.02
 BANDIT_BETA, BANDIT_KL_COEF = 5.0, 0.1
 Curves = dict[str, Tensor]  # each (points + 1, S)

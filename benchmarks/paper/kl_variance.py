@@ -40,7 +40,7 @@ class Rows:
 
     def estimate(self, estimator: str, k: int) -> tuple[Tensor, Tensor, float]:
         """Return each prompt's KL (G,), and its gradients for ``logps`` (n,) and ``divergences``."""
-        # One prompt a loss: the library's own coefficients, unscaled.
+        # One prompt per loss: the library's coefficients, unscaled.
         objective = Objective(
             beta=1.0, kl_coef=1.0, length_penalty=0.0, preference="sigmoid", label_smoothing=0.0, num_pairs=0,
             num_generations=k, num_prompts=1,
@@ -102,7 +102,7 @@ def enumerated(distance: float, k: int) -> tuple[float, dict[str, Noise]]:
         gradients = gradients.view(len(groups), -1)
         noises[estimator] = Noise.of(values, gradients, weights)
         means.append(torch.cat([(weights @ values)[None], weights @ gradients]))
-    for mean in means:  # all are unbiased: the figures compare like with like
+    for mean in means:  # all estimators are unbiased, so their noise is comparable
         torch.testing.assert_close(mean, means[0], rtol=0, atol=1e-12)
     return float(means[0][0]), noises
 
@@ -119,7 +119,7 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(self.width, self.vocab)
         with torch.no_grad():
             self.gru.get_parameter("weight_hh_l0").mul_(2)
-            self.head.weight.mul_(24)  # an entropy of 2 nats a token, as language models have
+            self.head.weight.mul_(24)  # an entropy of 2 nats per token, as in language models
             self.head.bias.zero_()[EOS] = 4.0
 
     def forward(self, tokens: Tensor) -> Tensor:

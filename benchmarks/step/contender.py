@@ -14,8 +14,7 @@ from torch import Tensor
 
 from benchmarks.step.material import Ids, Material
 
-# Small enough to leave every weight where it is, to fp32's precision, while AdamW does all of its work:
-# each step of each round then starts from the same weights.
+# So small that no fp32 weight changes while AdamW does all of its work: every step starts from the same weights.
 LEARNING_RATE = 1e-12
 
 
@@ -95,7 +94,7 @@ def move_from_reference(contender: Contender) -> None:
         for name, parameter in contender.trained().items():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            if "lora_" in name:  # A comes random from each library, and B is zero
+            if "lora_" in name:  # each library initializes A randomly, and B to zero
                 parameter.copy_(0.02 * noise)
             else:
                 parameter.add_(0.02 * parameter.square().mean().sqrt() * noise)
@@ -128,7 +127,7 @@ def caught_gradients(contender: Contender) -> Iterator[dict[str, Tensor]]:
     optimizer = contender.optimizer
     step = optimizer.step
 
-    @wraps(step)  # a scheduler looks for its mark on the method
+    @wraps(step)  # a scheduler looks for a marker on the method
     def catch(*args: Any, **kwargs: Any) -> Any:
         for name, parameter in contender.trained().items():
             if parameter.grad is not None:

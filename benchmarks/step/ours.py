@@ -20,7 +20,7 @@ from hypo_train.metrics.timing import OTHER
 from hypo_train.sampling import Samples
 from hypo_train.step import train_step
 
-BETA, KL_COEF = 0.1, 1.0  # so that both terms weigh in the gradients that are compared
+BETA, KL_COEF = 0.1, 1.0  # so that both terms matter in the compared gradients
 
 
 class Ours(Contender):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-REST = "rest"  # what no hook covers
+REST = "rest"  # time outside of all hooks
 
 
 class Hook(NamedTuple):

@@ -14,7 +14,7 @@ from benchmarks.step.variants import DPO, HYPO, TRL_DPO, TRL_HYPO
 PHASES = ("sample", "reference", "forward", "loss", "backward", "optimizer", REST)
 COLUMNS = ("step", "s", "IQR", "x TRL DPO", "x TRL HyPO", *PHASES, "held", "peak", "err loss", "err grad")
 
-# What the steps are meant to reach, as ratios to a step of TRL: (variant, of which, at most).
+# Targets as ratios of times: (variant, compared variant, largest ratio).
 SMALL = "SmolLM2-135M"
 TARGETS: dict[str, tuple[tuple[str, str, float], ...]] = {
     f"{SMALL}-full": ((HYPO, TRL_DPO, 0.6), (HYPO, TRL_HYPO, 0.3), (DPO, TRL_DPO, 0.4)),

@@ -46,12 +46,12 @@ class _Trl(Contender):
 
     trainer: Any
     hooks: list[Hook]
-    dpo: DPOTrainer  # the trainer that sees the pairs
-    num_batches: int  # micro-batches in an optimizer step
+    dpo: DPOTrainer  # the trainer of the pairs
+    num_batches: int  # micro-batches per optimizer step
 
     def start(self) -> None:
         args = self.trainer.args
-        if args.gradient_checkpointing:  # ``train`` switches it on, not the constructor
+        if args.gradient_checkpointing:  # ``train`` enables it, not the constructor
             self.trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         loader = self.trainer.get_train_dataloader()
         self.model, loader = self.trainer._prepare_for_training(1_000_000, loader, None)
@@ -141,7 +141,7 @@ class TrlHyPO(_Trl):
             train_dataset=rows,
             processing_class=_tokenizer(material),
         )
-        if case.tuning == "LoRA":  # DPOTrainer takes the new adapter for an old one and keeps a copy as reference
+        if case.tuning == "LoRA":  # DPOTrainer mistakes the new adapter for a trained one and keeps a copy as reference
             model.delete_adapter("ref")
         self.trainer.pair_with(self.dpo)
         self.trainer.eos_token_ids = [-1]  # no token ends a sample
@@ -189,7 +189,7 @@ def _dpo_config(case: Case, output_dir: Path, settings: Any) -> DPOConfig:
         **_arguments(case, output_dir),
         "per_device_train_batch_size": case.micro_pairs,
         "beta": BETA,
-        "max_length": None,  # nothing is cut
+        "max_length": None,  # nothing is truncated
     }
     return DPOConfig(**{**arguments, **settings})
 

@@ -33,8 +33,8 @@ class Saving:
     """A saving of the training loop, and the Config fields that switch it off."""
 
     name: str
-    off: Mapping[str, Any] | None  # None: the loop has no such switch (yet), so it is not measured
-    tunings: tuple[str, ...] = ("full", "LoRA", "last-k")  # where it plays a part
+    off: Mapping[str, Any] | None  # None: the loop has no such switch, so it is not measured
+    tunings: tuple[str, ...] = ("full", "LoRA", "last-k")  # where it applies
 
 
 # The table to edit: a field of Config here makes a variant, a row of the table and a bar of the waterfall.

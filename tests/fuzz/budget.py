@@ -1,4 +1,4 @@
-"""How many examples a fuzz test draws: a few, the same in every run; or a share of FUZZ_EXAMPLES, ever new ones."""
+"""Set the number of examples of a fuzz test: a few fixed ones, or a share of FUZZ_EXAMPLES new random ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthChec
 
 
 def examples(few: int, *, share: float) -> settings:
-    """``few`` examples; ``share`` of FUZZ_EXAMPLES where that is set."""
+    """Return settings for ``few`` fixed examples, or for ``share`` of FUZZ_EXAMPLES if that is set."""
     return settings(
         max_examples=max(few, round(share * FULL)) if FULL else few,
         derandomize=not FULL,

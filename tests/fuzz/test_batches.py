@@ -1,4 +1,4 @@
-"""Trees of any shape through a tiny model: finite, and what separate rows give in float64."""
+"""Trees of any shape through a tiny model: results are finite and equal to separate rows in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokens(length):
 
 @st.composite
 def batches(draw):
-    """(pairs, completions): 1 to 5 pairs, 0 to 3 samples of each prompt, of any lengths."""
+    """Draw (pairs, completions): 1 to 5 pairs, 0 to 3 samples per prompt, of any lengths."""
     sequence = lengths.flatmap(tokens)
     pairs = [Pair(i, *(tuple(draw(sequence)) for _ in range(3))) for i in range(draw(st.integers(1, 5)))]
     count = draw(st.integers(0, 3)) * len(pairs)
@@ -41,7 +41,7 @@ def batches(draw):
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory):
-    """``policies(architecture)``: the fp32 policy, and the plain model in float64."""
+    """``policies(architecture)`` returns the fp32 policy, and the plain model in float64."""
 
     @functools.cache
     def make(architecture):
@@ -58,14 +58,14 @@ def policies(tmp_path_factory):
 
 
 def sequences_of(pairs, completions):
-    """(prompt, completion) in the order of the loss."""
+    """Return (prompt, completion) in the order of the loss."""
     each = len(completions) // len(pairs)
     found = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
     return found + [(pairs[i // each].prompt, completion) for i, completion in enumerate(completions)]
 
 
 def plain_logps(model, sequences):
-    """(S,) by the model's own forward, a row at a time, with gradients."""
+    """Return log-probs (S,) from the model's own forward, row by row, with gradients."""
     found = []
     for prompt, completion in sequences:
         row = torch.tensor([[*prompt, *completion]])
@@ -107,7 +107,7 @@ def test_any_tree_equals_separate_rows(policies, batch, architecture, seed):
     far=st.floats(-1000, 1000),
 )
 def test_any_batch_has_a_finite_loss_and_gradient(policies, batch, algorithm, beta, far):
-    """However far the reference is away."""
+    """This holds however far the reference is."""
     policy, _ = policies("llama")
     pairs, completions = batch
     completions = [] if algorithm != "hypo" or len(completions) < 2 * len(pairs) else completions

@@ -1,4 +1,4 @@
-"""Whatever a user writes as a recipe or as flags: a Config, or a ConfigError with one line for each problem."""
+"""Any recipe and any flags give a Config, or a ConfigError with one line per problem."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe(tmp_path):
 
 
 def outcome(argv):
-    """The Config, or None after a look at the message."""
+    """Return the Config, or None after checking the error message."""
     try:
         config = load_config(argv)
     except ConfigError as error:
@@ -41,7 +41,7 @@ def outcome(argv):
 
 
 def check_message(message):
-    """One line, or a count and a line for each problem."""
+    """Check for one line, or a count and one line per problem."""
     first, *rest = message.split("\n")
     assert first
     assert "Traceback" not in message
@@ -50,7 +50,7 @@ def check_message(message):
         assert all(line.startswith("  ") and line.strip() for line in rest)
     else:
         assert not rest
-    assert all(len(line) < 1000 for line in [first, *rest]), "a line is for reading"
+    assert all(len(line) < 1000 for line in [first, *rest]), "lines must be short enough to read"
 
 
 def survives_its_own_yaml(config, recipe):
@@ -70,7 +70,7 @@ def test_any_mapping_is_a_config_or_a_list_of_problems(recipe, mapping, with_req
         survives_its_own_yaml(config, recipe)
 
 
-_ALMOST = {  # values of about the right kind, so that most recipes pass
+_ALMOST = {  # values of the right type, so that most recipes pass
     bool: st.booleans(),
     int: st.integers(-1, 2**40),
     float: st.one_of(st.floats(0, 2), numbers),

@@ -1,4 +1,4 @@
-"""Whatever lies in a data file: rows that keep to the rules, or a DataError of one line."""
+"""Any data file gives rows that follow the rules, or a DataError of one line."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def write_parquet(path: Path, rows: list) -> None:
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, path)
     except (pyarrow.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
-        path.write_bytes(b"PAR1" + repr(rows).encode("utf-8", "replace"))  # no such table can be: a broken file
+        path.write_bytes(
+            b"PAR1" + repr(rows).encode("utf-8", "replace")
+        )  # parquet cannot hold these rows: write a broken file
 
 
 WRITERS = {"jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet": write_parquet}
@@ -142,7 +144,7 @@ def test_any_file_is_rows_or_a_data_error(own_cache, tokenizer, tmp_path, rows, 
     try:
         WRITERS[suffix](path, rows)
     except (ValueError, csv.Error):
-        return  # not even the writer takes it
+        return  # the writer refuses these rows
     changes = {"reward": "m:f"} if algorithm == "rloo" else {}
     config = config_for(path, algorithm=algorithm, dataset_format=form, num_eval_rows=held_out, **LIMITS, **changes)
     kind = {"sft": Example, "rloo": Prompt}.get(algorithm, Pair)

@@ -1,4 +1,4 @@
-"""Random small recipes on random rows: a run trains its steps, or is refused with one of the documented errors."""
+"""Random small recipes on random rows: a run trains all steps, or is refused with a documented error."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ CHANGES = {
 
 @st.composite
 def recipes(draw):
-    """An algorithm and up to six other settings: with more, few recipes would run."""
+    """Draw an algorithm and up to six other settings; with more, few recipes would run."""
     names = draw(st.lists(st.sampled_from([*CHANGES]), unique=True, max_size=6))
     return {"algorithm": draw(st.sampled_from(ALGORITHMS)), **{name: draw(CHANGES[name]) for name in names}}
 
 
 @pytest.fixture
 def place(tmp_path, tmp_path_factory, monkeypatch):
-    """A folder with a tiny model, and no cache of the user's."""
+    """Return a folder with a tiny model, and use no cache of the user."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     tiny.save(tiny.new_model("llama"), tmp_path / "model")
@@ -118,7 +118,7 @@ def test_a_run_trains_or_is_refused_in_one_line(place, data, settings):
                 **settings,
             }
         )
-    except ValueError:  # what load_config says of it, test_configs looks at
+    except ValueError:  # test_configs checks the message
         return
     try:
         result = train(config, progress=False)

@@ -1,4 +1,4 @@
-"""What users write where they should not: strategies for texts and values that tools choke on."""
+"""Strategies for texts and values that break careless code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ AWKWARD = [
     "\ud800",  # half of a surrogate pair
     "\udfff\ud800",
     "\ufeff",  # byte order mark
-    "\u200b\u200d",  # no width at all
+    "\u200b\u200d",  # zero width
     "\u2028\u2029\x85\x0b\x0c",  # line breaks of other kinds
     "שלום עולם",
-    "\u202eabc\u202c",  # from right to left, by command
+    "\u202eabc\u202c",  # right-to-left override
     "日本語のテキスト",
     "👩‍👩‍👧‍👦🏳️‍🌈",
     "e\u0301\u0301\u0301",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# The paper trains its overfitting figure for 5 epochs. The rest suits the model's size; β and λ are swept below.
+# The paper trains 5 epochs for its overfitting figure. The rest fits the model's size; β and λ are swept below.
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 5, 32, 5e-4
 BETA, KL_COEF = 0.1, 3e-3
 RLOO_BETA, RLOO_GENERATIONS = 0.05, 4
@@ -46,7 +46,7 @@ def rloo() -> Arm:
     return Arm(f"rloo-beta-{RLOO_BETA:g}-k-{RLOO_GENERATIONS}", settings)
 
 
-# The table's rows, by the paper's names.
+# The rows of the table, by the paper's names.
 METHODS = {"DPO": dpo(BETA), "IPO": ipo(BETA), "RLOO": rloo(), "HyPO": hypo()}
 FRONTIERS = {
     "DPO": {f"β {beta:g}": dpo(beta) for beta in BETAS},

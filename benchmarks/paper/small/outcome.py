@@ -21,8 +21,8 @@ class Evaluation:
     """The evaluation on held-out prompts after ``epoch`` epochs."""
 
     epoch: float
-    kl: float  # reverse, to the language model, nats a response
-    reward: float  # the true one
+    kl: float  # reverse KL to the language model, in nats per response
+    reward: float  # the true reward
     win_rate: float  # against a reviewer's text, by the true reward; a tie is half a win
 
 
@@ -30,7 +30,7 @@ class Evaluation:
 class Outcome:
     """The outcome of one arm and one seed."""
 
-    evaluations: list[Evaluation]  # the first is the language model's own
+    evaluations: list[Evaluation]  # the first one is the language model's
     learned: tuple[float, float]  # at the start and the end, minus the mean of the reviewers' texts
     flops: float  # model FLOPs of a training step
 
