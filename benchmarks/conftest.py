@@ -22,9 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="small shapes, few rounds, without torch.compile")
     group.addoption("--results", type=Path, metavar="PATH", help="append the tables to PATH as a dated section")
     group.addoption("--rounds", type=int, metavar="N", help="rounds of optimizer steps (default: 3, --quick: 1)")
-    group.addoption(
-        "--same-section", action="store_true", help="the head of the section of --results is already written"
-    )
+    group.addoption("--same-section", action="store_true", help="the section in --results has a head already")
 
 
 def results_file(config: pytest.Config, device: torch.device) -> Path | None:

@@ -54,7 +54,7 @@ def uncovered() -> Uncovered:
             "hypo": reverse_kl(log_pi, world.log_ref),
         },
         hypo_log_probs=log_pi,
-        # The KL at a minimum of ℓ + λ KL is at most that of the least ℓ with the reference's mass on the third response.
+        # A minimum of ℓ + λ KL has at most the KL of the least ℓ with the reference's mass on the third response.
         kl_bound=reverse_kl(kept["dpo"], world.log_ref),
     )
 

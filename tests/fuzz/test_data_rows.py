@@ -116,9 +116,7 @@ def write_parquet(path: Path, rows: list) -> None:
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, path)
     except (pyarrow.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
-        path.write_bytes(
-            b"PAR1" + repr(rows).encode("utf-8", "replace")
-        )  # parquet cannot hold these rows: write a broken file
+        path.write_bytes(b"PAR1" + repr(rows).encode("utf-8", "replace"))  # no parquet can hold these rows
 
 
 WRITERS = {"jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet": write_parquet}
