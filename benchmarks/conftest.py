@@ -71,9 +71,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(f"{report.hardware(done.device)}; {report.state(done.device)}")
     terminalreporter.write_line(report.versions())
     if done.device.type == "cuda":
-        terminalreporter.write_line("ms: with a cold L2 cache; hot ms: with a hot one")
+        terminalreporter.write_line("ms: with a cold L2 cache; hot ms: with a hot cache")
     terminalreporter.write_line(
-        "x: times as long; rate: of the bare GEMMs' FLOP; peak: beyond the inputs, with gradients"
+        "x: ratio of times; rate: FLOP of the bare GEMMs per second; peak: memory beyond the inputs, gradients included"
     )
     terminalreporter.write_line("err: max |result - float64| / max |float64|")
     terminalreporter.write_line("")

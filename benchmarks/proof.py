@@ -82,15 +82,15 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
     everything = [
         Step(
             "tests",
-            "kernels and losses against float64, on real Triton",
-            (*pytest, "tests", "-k", "kernel or loss", *(("-m", "not slow") if quick else ()), *_without_training(),
-             *_in_parallel()),
+            "kernels and losses compared with float64, on real Triton",
+            (*pytest, "tests/kernels" if _missing(TRAINING) else "tests", "-k", "kernel or loss",
+             *(("-m", "not slow") if quick else ()), *_in_parallel()),
             limit=250 if quick else 1500,
             needs=("pytest",),
         ),
         Step(
             "training",
-            "packed trees, samplers, steps and everything else of the loop, on the device",
+            "the training loop on the device: packed trees, samplers, steps",
             (*pytest, "tests/train", *_in_parallel()),
             limit=1800,
             needs=("pytest", *TRAINING),
@@ -114,7 +114,7 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
         ),
         Step(
             "grid",
-            "the loss against every peer that is installed: time with a cold and a hot cache, memory, error",
+            "the loss beside every installed peer: time with a cold and a hot cache, memory, error",
             (*pytest, "benchmarks/bench_loss.py", "--benchmark-only", *quickly,
              "--results", str(results), "--same-section"),
             limit=160 if quick else 3600,
@@ -131,7 +131,7 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
         ),
         Step(
             "step",
-            "an optimizer step against TRL's: time by phase, memory, loss and gradients, each saving switched off",
+            "an optimizer step beside TRL's: time by phase, memory, loss and gradients, each saving switched off",
             (*pytest, "benchmarks/bench_step.py", "--benchmark-only", "--results", str(results), "--same-section"),
             limit=3600,
             needs=("pytest", "pytest_benchmark", "trl", *TRAINING),
@@ -148,10 +148,6 @@ def _missing(modules: Sequence[str]) -> list[str]:
 def _in_parallel() -> tuple[str, ...]:
     """Return flags for a few processes, if pytest-xdist is installed: most of the time is spent compiling kernels."""
     return ("-n", "4", "--dist", "loadscope") if importlib.util.find_spec("xdist") else ()
-
-
-def _without_training() -> tuple[str, ...]:
-    return ("--ignore=tests/train", "--ignore=tests/test_docs.py") if _missing(TRAINING) else ()
 
 
 def run(step: Step, *, cuda: bool) -> Outcome:
@@ -243,16 +239,16 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def page(plan: Sequence[Step], results: Path) -> str:
     """Return what a CUDA machine would run."""
-    lines = ["No CUDA device here. On a machine that has one, this command runs:", ""]
+    lines = ["This machine has no CUDA device. With one, this command runs:", ""]
     for i, step in enumerate(plan, 1):
         lines += [f"{i}. {step.name}: {step.what}", f"     $ {step.shown}"]
         if step.tool:
-            lines += [f"     skipped where {step.tool} is not installed"]
+            lines += [f"     skipped if {step.tool} is not installed"]
         lines += [f"     stopped after {step.limit} s", ""]
-    here = " and ".join(step.name for step in plan if step.on_cpu)
+    cpu_steps = " and ".join(step.name for step in plan if step.on_cpu)
     lines += [
-        f"The others still run where one fails; {results} gets a dated section with the outcome of each.",
-        f"Here it runs {here or 'none of them'}, at sizes for a CPU.",
+        f"If a step fails, the others still run; {results} gets a dated section with all outcomes.",
+        f"This machine runs {cpu_steps or 'none of them'}, at sizes for a CPU.",
     ]
     return "\n".join(lines)
 
@@ -261,11 +257,11 @@ def main() -> int:
     names = [step.name for step in steps(Path(), quick=False)]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller, in less than 10 minutes")
-    parser.add_argument("--only", action="append", choices=names, help="this step alone; may be given several times")
+    parser.add_argument("--only", action="append", choices=names, help="run only this step; can be repeated")
     parser.add_argument(
         "--results",
         type=Path,
-        help="gets a dated section; plots/ is beside it (default: benchmarks/RESULTS.md on CUDA, else .benchmarks/)",
+        help="file for a dated section and plots/ (default: benchmarks/RESULTS.md on CUDA, else .benchmarks/)",
     )
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -278,7 +274,7 @@ def main() -> int:
         print(page(plan, results), flush=True)
     print(f"\n{report.hardware(device)}; {report.state(device)}\n{report.versions()}; commit {report.commit()}")
     if missing := _missing(TRAINING):
-        print(f"hypo_train's tests are left out: no {', '.join(missing)}")
+        print(f"hypo_train's tests are skipped: {', '.join(missing)} not installed")
     report.open_section(results, device, f"python -m benchmarks.proof {shlex.join(sys.argv[1:])}".strip())
     start = time.perf_counter()
     outcomes = []

@@ -75,15 +75,15 @@ def _cells(measured: Measured, result: Result, device: torch.device) -> tuple[st
         f"{result.median * 1e3:.4g}",
         f"{result.spread * 1e3:.2g}",
         *(() if result.hot_median is None else (f"{result.hot_median * 1e3:.4g}",)),
-        _ratio(measured.times(result, OURS[device.type])),
-        _ratio(measured.times(result, GEMMS)),
+        ratio(measured.times(result, OURS[device.type])),
+        ratio(measured.times(result, GEMMS)),
         f"{measured.flop / result.median / unit:.0f}",
         "-" if result.provider.name == GEMMS else f"{result.peak_bytes / MIB:.0f}",
         *("-" if error is None else f"{error:.1e}" for error in errors),
     )
 
 
-def _ratio(times: float | None) -> str:
+def ratio(times: float | None) -> str:
     return "-" if times is None else f"{times:.2f}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from benchmarks.report import MIB, aligned
+from benchmarks.report import MIB, aligned, ratio
 from benchmarks.step.phases import REST
 from benchmarks.step.session import MeasuredCase, StepResult
 from benchmarks.step.variants import DPO, HYPO, TRL_DPO, TRL_HYPO
@@ -40,14 +40,12 @@ def table(measured: MeasuredCase, device: torch.device) -> list[str]:
 
 
 def legend(device: torch.device) -> list[str]:
-    memory = (
-        "torch's peak on the device" if device.type == "cuda" else "what torch's CPU allocator handed out in a step"
-    )
+    memory = "torch's peak on the device" if device.type == "cuda" else "allocated by torch's CPU allocator in a step"
     return [
-        "s: median seconds of an optimizer step, sampling included, in turns; IQR: interquartile range; phases: their "
+        "s: median seconds of an optimizer step with its sampling, in turns; IQR: interquartile range; phases: "
         "medians (TRL's forward pass and loss are in its rest)",
-        f"held: MiB of policy, reference and AdamW's state; peak: with the most that a step adds ({memory})",
-        "err: of one step on given samples, against TRL's: |loss|, and |gradient| relative over all trained weights",
+        f"held: MiB of policy, reference and AdamW's state; peak: held and the peak of a step ({memory})",
+        "err: difference to TRL's step on given samples: of the loss, and the relative one of all gradients",
     ]
 
 
@@ -78,18 +76,14 @@ def _cells(measured: MeasuredCase, result: StepResult) -> tuple[str, ...]:
         result.variant.name,
         f"{result.median:.3g}",
         f"{result.spread:.2g}",
-        _ratio(measured.times(result, TRL_DPO)),
-        _ratio(measured.times(result, TRL_HYPO)),
+        ratio(measured.times(result, TRL_DPO)),
+        ratio(measured.times(result, TRL_HYPO)),
         *(_seconds(result.phase(phase)) for phase in PHASES),
         f"{result.held_bytes / MIB:.0f}",
         f"{result.peak_bytes / MIB:.0f}",
         _error(result.loss_error),
         _error(result.gradient_error),
     )
-
-
-def _ratio(times: float | None) -> str:
-    return "-" if times is None else f"{times:.2f}"
 
 
 def _seconds(seconds: float) -> str:
