@@ -25,7 +25,7 @@ from hypo_train.metrics.meter import Meter
 from hypo_train.metrics.throughput import combine_processes
 from hypo_train.metrics.trackers import Trackers
 from hypo_train.nan_guard import raise_not_finite, stop_if_not_finite
-from hypo_train.report.ending import report_at_the_end
+from hypo_train.report.page import report_at_the_end
 from hypo_train.report.runs import CONFIG_FILE
 from hypo_train.step import train_step
 from hypo_train.utils.atomic import write_file

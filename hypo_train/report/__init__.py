@@ -1,1 +1,1 @@
-"""What a run was and what came of it, as one HTML file that needs nothing else: see :mod:`hypo_train.report.page`."""
+"""Reports of runs: one HTML file that needs nothing else. :mod:`hypo_train.report.page` writes it."""

@@ -9,7 +9,7 @@ from hypo_train.report.settings import ReportSettings
 
 
 def run(settings: ReportSettings) -> int:
-    """Write the report and return the exit status 0. Raises ConfigError: a folder is no run, or no file can be made."""
+    """Write the report and return 0. Raises ConfigError if a folder is not a run or the file cannot be written."""
     folder = settings.run[0] if len(settings.run) == 1 else Path()
     path = settings.output or folder / REPORT_FILE
     write_report(settings.run, path)

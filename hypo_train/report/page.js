@@ -1,9 +1,7 @@
 "use strict";
-// Values under the pointer. Without this the page has all that it says, but for these.
-const curves = JSON.parse(document.getElementById("hover-data").textContent);
-
+// Show values under the pointer. The page can be read without this script.
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
-  const chart = curves[figure.dataset.chart];
+  const chart = JSON.parse(figure.dataset.chart);
   const svg = figure.querySelector("svg");
   const line = svg.querySelector(".pointer");
   const readout = figure.querySelector(".readout");

@@ -1,19 +1,18 @@
-"""What a curve is: the values of a metric by step, few enough to draw."""
+"""Series: the values of a metric over the steps, few enough to draw."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 MOST_POINTS = 150
-_LARGEST = 1e100  # whose sums and squares are finite too
+_LARGEST = 1e100  # sums and squares of smaller values are finite
 
 
-@dataclass(frozen=True)
-class Point:
-    """A value, and how far off it may be or how far what it stands for reached; ``low`` = ``high`` = value: neither."""
+class Point(NamedTuple):
+    """A value, and its bounds: one standard error, or the range of the values behind a mean; or the value itself."""
 
     step: float
     value: float
@@ -23,33 +22,41 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """A curve through the finite values of a metric."""
+    """The finite values of a metric."""
 
     label: str
     points: list[Point]
-    per_point: int  # logged values that a point is the mean of
+    per_point: int  # the number of logged values in a point, which is their mean
     has_errors: bool  # ``low`` and ``high`` are one standard error away
-    not_finite: list[int]  # steps
+    not_finite: list[int]  # steps whose value is left out
 
 
-def series(label: str, lines: Sequence[dict[str, Any]], metric: str, *, spread: bool = True) -> Series | None:
-    """The curve of ``metric``, with ``<metric>_se`` where the lines have it; ``spread``: else with the smallest and
-    largest of what a point is the mean of. None: no line has the metric."""
+def read_series(label: str, lines: Sequence[dict[str, Any]], metric: str, *, spread: bool = True) -> Series | None:
+    """Return the series of ``metric``, or None if no line holds it.
+
+    Its bounds are ``<metric>_se`` if the lines hold it. Otherwise ``spread`` makes them the smallest and the largest
+    of the values behind a point.
+    """
     logged = [line for line in lines if is_number(line.get(metric))]
     if not logged:
         return None
     finite = [line for line in logged if abs(line[metric]) < _LARGEST]
-    steps_left_out = [line["step"] for line in logged if not abs(line[metric]) < _LARGEST]
+    not_finite = [line["step"] for line in logged if not abs(line[metric]) < _LARGEST]
     per_point = max(1, math.ceil(len(finite) / MOST_POINTS))
     has_errors = any(f"{metric}_se" in line for line in finite)
     groups = [finite[i : i + per_point] for i in range(0, len(finite), per_point)]
     points = [_point(group, metric, has_errors=has_errors, spread=spread) for group in groups]
-    return Series(label, points, per_point, has_errors, steps_left_out)
+    return Series(label, points, per_point, has_errors, not_finite)
 
 
 def last(lines: Sequence[dict[str, Any]], metric: str) -> float | None:
-    """The newest value of a metric."""
+    """Return the newest value of a metric, or None."""
     return next((line[metric] for line in reversed(lines) if is_number(line.get(metric))), None)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether ``value`` is a number and not a bool, which is an int to Python."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _point(group: Sequence[dict[str, Any]], metric: str, *, has_errors: bool, spread: bool) -> Point:
@@ -64,8 +71,3 @@ def _point(group: Sequence[dict[str, Any]], metric: str, *, has_errors: bool, sp
 
 def _error(value: Any) -> float:
     return float(value) if is_number(value) and abs(value) < _LARGEST else 0.0
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Not a bool, which is an int to Python."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

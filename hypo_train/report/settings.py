@@ -1,4 +1,4 @@
-"""``python -m hypo_train report``: its flags."""
+"""The flags of ``python -m hypo_train report``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hypo_train.utils.flags import Settings, help_page, parse
 
 
 class ReportSettings(Settings):
-    """One HTML file about a run, or several side by side: curves, the last evaluation, samples, settings,
-    environment. A run that still trains, was killed or failed is shown as far as it got. The file loads
-    nothing from anywhere."""
+    """Write one HTML file about a run, or about several side by side: curves, the last evaluation, samples,
+    settings, environment. A run may be still running, killed or failed. The file loads nothing from the
+    network."""
 
     usage: ClassVar = "python -m hypo_train report RUN [RUN ...] [--output FILE]"
     positional: ClassVar = "run"

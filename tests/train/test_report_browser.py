@@ -1,17 +1,20 @@
-"""The report in a real browser: at a phone's width, with whatever data, settings and samples say."""
+"""The report in a real browser, on a phone and on a desktop, with hostile data, settings and samples."""
 
 import pytest
 import recorded
-from browser import MISSING, Browser
 
 from hypo_train.report.page import write_report
+
+pytest.importorskip("selenium")
+
+from browser import MISSING, Browser
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @pytest.fixture(scope="module")
 def hostile_report(tmp_path_factory):
-    """Of two runs, everything of which is hostile."""
+    """Return the report of two runs whose names, settings and samples are hostile."""
     folder = tmp_path_factory.mktemp("report")
     config = {f"{text[:40]}": text for text in recorded.HOSTILE} | {"model_name_or_path": recorded.HOSTILE[0]}
     names = ["<script>window.hostile = 6<\u2215script>", "b\"'><img src=x onerror=window.hostile=7>"]
@@ -24,21 +27,21 @@ def hostile_report(tmp_path_factory):
 
 
 @pytest.fixture(params=[390, 1280], ids=["phone", "desktop"], scope="module")
-def opened(request, hostile_report, tmp_path_factory):
-    with Browser(width=request.param, profile=tmp_path_factory.mktemp("profile")) as browser:
-        browser.open(hostile_report.as_uri())
+def opened(request, hostile_report):
+    with Browser(request.param) as browser:
+        browser.get(hostile_report.as_uri())
         assert browser.run("return innerWidth") == request.param
         yield browser, hostile_report.as_uri()
 
 
-def test_nothing_but_the_file_is_asked_for_and_the_console_stays_empty(opened):
+def test_the_page_loads_nothing_and_logs_no_error(opened):
     browser, address = opened
     assert browser.run("return document.querySelectorAll('figure svg').length") > 5
     assert {url for url in browser.requests() if not url.startswith("data:")} == {address}
     assert browser.console() == []
 
 
-def test_hostile_texts_run_no_script_and_stay_texts(opened):
+def test_hostile_texts_stay_text(opened):
     browser, _ = opened
     assert browser.run("return window.hostile ?? null") is None
     assert browser.run("return document.title").startswith("2 runs: ")
@@ -50,20 +53,21 @@ def test_hostile_texts_run_no_script_and_stay_texts(opened):
     assert any(text.startswith("U+202Eright to leftU+2066 never ended, U+0000") for text in texts)
 
 
-def test_even_a_script_that_came_into_the_page_would_not_run(opened):
+def test_an_injected_script_does_not_run(opened):
     browser, _ = opened
     browser.run(
         "const script = document.createElement('script'); script.textContent = 'window.hostile = 8';"
         "document.body.append(script); const image = document.createElement('img');"
-        "image.setAttribute('onerror', 'window.hostile = 9'); image.src = 'https://example.com/x.png';"
-        "document.body.append(image); return new Promise((done) => setTimeout(done, 300))"
+        "image.setAttribute('onerror', 'window.hostile = 9');"
+        "const failed = new Promise((done) => image.addEventListener('error', done));"
+        "image.src = 'https://example.com/x.png'; document.body.append(image); return failed.then(() => null)"
     )
     assert browser.run("return window.hostile ?? null") is None
     assert browser.requests() == {"https://example.com/x.png": "csp"}
     assert all("Content Security Policy" in line for line in browser.console())
 
 
-def test_the_page_does_not_scroll_sideways_and_wide_tables_scroll_inside_themselves(opened):
+def test_only_wide_tables_scroll_sideways(opened):
     browser, _ = opened
     browser.run("for (const details of document.querySelectorAll('details')) details.open = true")
     page, screen = browser.run("return [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
@@ -75,23 +79,24 @@ def test_the_page_does_not_scroll_sideways_and_wide_tables_scroll_inside_themsel
         assert browser.run("const t = document.querySelector('.scrolls'); return t.scrollWidth > t.clientWidth")
 
 
-def test_no_text_of_a_picture_is_cut_off(opened, tmp_path):
+def test_no_text_of_a_chart_is_cut_off(opened, tmp_path):
     browser, address = opened
     write_report([recorded.write_run(tmp_path / "long", steps=2000)], tmp_path / "report.html")
-    browser.open((tmp_path / "report.html").as_uri())
+    browser.get((tmp_path / "report.html").as_uri())
     cut = browser.run(
         "return [...document.querySelectorAll('svg text')].filter((text) => { const own = text.getBoundingClientRect(),"
         " all = text.closest('svg').getBoundingClientRect(); return own.left < all.left || own.right > all.right })"
         ".map((text) => text.textContent)"
     )
-    browser.open(address)
+    browser.get(address)
     assert cut == []
 
 
 def test_the_values_under_the_pointer_are_shown(opened):
     browser, _ = opened
     said = browser.run(
-        "const figure = [...document.querySelectorAll('figure[data-chart]')].find((f) => f.textContent.includes('KL'));"
+        "const figures = [...document.querySelectorAll('figure[data-chart]')];"
+        "const figure = figures.find((figure) => figure.textContent.includes('Reverse KL'));"
         "figure.scrollIntoView(); const box = figure.querySelector('svg').getBoundingClientRect();"
         "figure.querySelector('svg').dispatchEvent(new PointerEvent('pointermove',"
         " {clientX: box.right - 12, clientY: box.top + 50})); return figure.querySelector('.readout').innerText"
@@ -101,21 +106,22 @@ def test_the_values_under_the_pointer_are_shown(opened):
     assert "10 ± 0.21" in said
 
 
-def test_dark_is_dark_and_light_is_light(opened):
+def test_the_page_follows_the_colour_scheme(opened):
     browser, _ = opened
     colour = "return getComputedStyle(document.body).backgroundColor"
     brightness = {}
     for scheme in ("light", "dark"):
-        browser.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         brightness[scheme] = sum(int(part) for part in browser.run(colour)[4:-1].split(","))
     assert brightness["light"] > 700
     assert brightness["dark"] < 100
 
 
-def test_all_but_the_pointers_values_is_there_without_a_script(opened):
+def test_charts_and_samples_show_without_scripts(opened):
     browser, address = opened
-    browser.devtools("Emulation.setScriptExecutionDisabled", value=True)
-    browser.open(address)
-    browser.devtools("Emulation.setScriptExecutionDisabled", value=False)
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    browser.get(address)
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
     assert browser.run("return document.querySelectorAll('figure svg polyline').length") > 5
     assert browser.run("return document.querySelector('.said').getBoundingClientRect().height") > 10

@@ -17,11 +17,10 @@ import recorded
 import hypo_train.train
 from hypo_train.cli import main
 from hypo_train.metrics.environment import Attempt
-from hypo_train.report.html import Html, data, element, text
-from hypo_train.report.numbers import duration, short, with_error
 from hypo_train.report.page import page, write_report
 from hypo_train.report.runs import read_runs
-from hypo_train.report.series import MOST_POINTS, series
+from hypo_train.report.series import MOST_POINTS, read_series
+from hypo_train.report.text import duration, short, visible, with_error
 from hypo_train.train import train
 from hypo_train.utils.errors import NotFiniteError, RecordError, Stopped
 from hypo_train.utils.redact import redacted
@@ -95,6 +94,25 @@ def test_runs_stand_side_by_side_and_what_sets_them_apart_comes_first(tmp_path):
     assert re.search(r"dpo 20 10.00 ± 0.21 .* hypo 20 10.00 ± 0.21", table)
 
 
+def test_a_policy_that_equals_its_reference_has_no_accuracy(tmp_path):
+    run = recorded.write_run(tmp_path / "one")
+    first = '{"step": 0, "eval_rewards/accuracies": 0.0, "eval_rewards/margins": 4e-8}\n'
+    (run / "metrics.jsonl").write_text(first + (run / "metrics.jsonl").read_text())
+    (read,) = read_runs([run])
+    assert [line["step"] for line in read.evaluated if "eval_rewards/accuracies" in line] == [10, 20]
+    assert read.evaluated[0]["eval_rewards/margins"] == 4e-8
+
+
+def test_losses_of_different_algorithms_share_no_chart(tmp_path):
+    runs = [recorded.write_run(tmp_path / name, algorithm=name) for name in ("hypo", "dpo")]
+    assert "Loss, KL term included" in shown(runs[0])
+    both = shown(*runs)
+    assert "Loss of HyPO, KL term included" in both
+    assert "Loss of DPO" in both
+    table = both[both.index("Last evaluation run step") : both.index("Curves")]
+    assert "loss" not in table
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = [recorded.write_run(tmp_path / seed / "hypo") for seed in ("seed-0", "seed-1")]
     assert [run.name for run in read_runs(runs)] == ["seed-0/hypo", "seed-1/hypo"]
@@ -127,7 +145,7 @@ def test_an_evaluation_made_afterwards_is_in_the_table(tmp_path):
     run = recorded.write_run(tmp_path / "one")
     (run / "evaluation").mkdir()
     (run / "evaluation" / "metrics.json").write_text(json.dumps({"metrics": {"eval_kl": 7.25, "eval_kl_se": 0.5}}))
-    assert "one , evaluate final 7.25 ± 0.50" in shown(run)
+    assert "one, evaluate final 7.25 ± 0.50" in shown(run)
     (run / "evaluation" / "metrics.json").write_text("{")
     assert "evaluation/metrics.json cannot be read" in shown(run)
 
@@ -167,7 +185,7 @@ def test_half_lines_are_ignored_and_broken_ones_named(tmp_path):
         file.write('["no sample"]\n{"row": 1}\n{"completion": 3}\n{"ro')
     said = shown(run)
     assert "metrics.jsonl: lines 3, 5 are left out" in said
-    assert "samples/step-20.jsonl: line 3 is no JSON object and is left out" in said
+    assert "samples/step-20.jsonl: line 3 is not a JSON object and is left out" in said
     assert "step 20 of 20" in said
 
 
@@ -234,19 +252,15 @@ def test_no_text_of_others_becomes_markup(tmp_path):
     pages = [page(read_runs([run])) for run in (calm, wild)]
     tags = [{(tag, frozenset(names)) for tag, names in Parsed(html).tags} for html in pages]
     assert tags[1] - tags[0] <= {("span", frozenset({"class"}))}, "code points"
-    assert [html.count("<script") for html in pages] == [2, 2]
+    assert [html.count("<script") for html in pages] == [1, 1]
     pages[1].encode("utf-8")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]", pages[1])
 
 
-def test_only_markup_of_our_own_is_markup():
-    assert element("p", "<b>", Html("<i>"), None, 3, title='"<', hidden=True, class_=None) == (
-        '<p title="&quot;&lt;" hidden>&lt;b&gt;<i>3</p>'
+def test_invisible_characters_show_their_code_points():
+    assert visible("a\u202e<b>\0\n👩‍👧") == (
+        "a<span class=code-point>U+202E</span>&lt;b&gt;<span class=code-point>U+0000</span>\n👩‍👧"
     )
-    assert text("a\u202eb\0\n👩‍👧") == (
-        'a<span class="code-point">U+202E</span>b<span class="code-point">U+0000</span>\n👩‍👧'
-    )
-    assert "</script>" not in data("x", {"</script>": "<!--"})[1:-10]
 
 
 def test_credentials_in_addresses_are_not_shown(tmp_path):
@@ -381,10 +395,10 @@ def test_the_report_goes_into_the_runs_folder_and_for_several_here(tmp_path, cap
     ("arguments", "said"),
     [
         ([], "run is missing: name a run's folder"),
-        (["missing"], "'missing' is no run: there is no such folder"),
-        (["."], "'.' is no run: it has neither config.yaml nor metrics.jsonl; name a run's output_dir"),
+        (["missing"], "'missing' is not a run: there is no such folder"),
+        (["."], "'.' is not a run: it has neither config.yaml nor metrics.jsonl; name a run's output_dir"),
         (["a", "./a"], "'a' is named twice"),
-        (["a", "--output", "a/config.yaml"], "'a/config.yaml' exists and is no report: name another file"),
+        (["a", "--output", "a/config.yaml"], "'a/config.yaml' exists and is not a report: name another file"),
         (["a", "--output", "a"], "'a' is a folder: name a file, such as 'a/report.html'"),
         (["a", "--output", "no/x.html"], "there is no folder 'no'"),
         (["a", "--outptu", "x"], "unknown flag --outptu: did you mean --output?"),
@@ -416,13 +430,13 @@ def test_a_report_needs_neither_torch_nor_long(tmp_path):
 
 def test_a_long_curve_is_thinned_to_means_with_their_own_errors():
     lines = [{"step": step, "kl": float(step % 2), "kl_se": 0.3} for step in range(1, 10 * MOST_POINTS + 1)]
-    found = series("kl", lines, "kl")
+    found = read_series("kl", lines, "kl")
     assert (len(found.points), found.per_point) == (MOST_POINTS, 10)
     assert {point.value for point in found.points} == {0.5}
     assert found.points[0].high - 0.5 == pytest.approx(0.3 / 10**0.5)
-    spread = series("loss", [{"step": line["step"], "loss": line["kl"]} for line in lines], "loss")
+    spread = read_series("loss", [{"step": line["step"], "loss": line["kl"]} for line in lines], "loss")
     assert (spread.points[0].low, spread.points[0].high) == (0, 1)
-    assert series("kl", lines, "reward") is None
+    assert read_series("kl", lines, "reward") is None
 
 
 def test_numbers_are_short_and_errors_decide_their_digits():
