@@ -25,6 +25,7 @@ from stand_in import MODEL, ROOT, make_workplace
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 
+import hypo_kernels
 from hypo_kernels import sequence_logprobs
 from hypo_train.cli import help_text, main
 from hypo_train.config import Config, load_config
@@ -153,6 +154,11 @@ def test_every_logged_metric_is_documented():
     lines = Path("runs/hypo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     names = {name.removeprefix("eval_") for line in lines for name in json.loads(line)} - {"step"}
     assert {name for name in names if f"`{name}`" not in text_of("docs/metrics.md")} == set()
+
+
+def test_the_api_page_names_everything_public():
+    names = [*hypo_kernels.__all__, *hypo_kernels.HypoLoss._fields]
+    assert [name for name in names if not re.search(rf"[`.]{name}\b", text_of("docs/hypo_kernels.md"))] == []
 
 
 # Commands
