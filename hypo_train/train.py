@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hypo_train.build import Run, precompute_ref_logps, prepare
+from hypo_train.build import Run, precompute_ref_logps
 from hypo_train.checkpoint.files import checkpoint_folder
 from hypo_train.checkpoint.lock import locked
 from hypo_train.checkpoint.model_card import DATA_FILE, write_data_report
@@ -25,6 +25,7 @@ from hypo_train.metrics.meter import Meter
 from hypo_train.metrics.throughput import combine_processes
 from hypo_train.metrics.trackers import Trackers
 from hypo_train.nan_guard import raise_not_finite, stop_if_not_finite
+from hypo_train.prepare import prepare
 from hypo_train.report.page import report_at_the_end
 from hypo_train.report.runs import CONFIG_FILE
 from hypo_train.step import train_step

@@ -7,4 +7,4 @@ import pytest
 def no_memory_estimate(monkeypatch):
     """A run's first page is without its memory, which takes longer to rehearse than a tiny model to train. Modules that
     are about it have a fixture of this name, and it."""
-    monkeypatch.setattr("hypo_train.preflight.stages._check_memory", lambda *_, **__: None)
+    monkeypatch.setattr("hypo_train.preflight.checks._check_memory", lambda *_, **__: None)

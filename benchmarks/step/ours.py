@@ -13,10 +13,11 @@ from benchmarks.step.contender import LEARNING_RATE, Contender
 from benchmarks.step.material import SEED, Ids, Material
 from benchmarks.step.phases import REST
 from benchmarks.step.variants import Variant
-from hypo_train.build import precompute_ref_logps, prepare
+from hypo_train.build import precompute_ref_logps
 from hypo_train.config import Config
 from hypo_train.metrics.meter import Meter
 from hypo_train.metrics.timing import OTHER
+from hypo_train.prepare import prepare
 from hypo_train.sampling import Samples
 from hypo_train.step import train_step
 

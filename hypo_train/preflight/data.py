@@ -1,37 +1,17 @@
-"""The rows of a run, and the steps that it makes of them."""
+"""The page's lines on the steps of a run, and a check that the model knows the tokens of its rows."""
 
 from __future__ import annotations
 
 from hypo_train.config import Config
-from hypo_train.data.load import ROW_TYPES, check_texts
-from hypo_train.data.plan import Plan, Rows, load_plan
-from hypo_train.data.rows import Example, Pair, Prompt
+from hypo_train.data.plan import Plan
+from hypo_train.inputs import Source
 from hypo_train.model.reference_cache import splits_to_precompute
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.findings import Findings
-from hypo_train.preflight.source import Source
-from hypo_train.utils.rank_share import RankShare
 
 
-def check_data(config: Config, source: Source | None, found: Findings, rank_share: RankShare) -> Plan:
-    """Rows as token ids; rows of the largest lengths where there is no tokenizer. Raises ``DataError``."""
-    if source is not None and source.tokenizer is not None:
-        plan, reports = load_plan(config, source.tokenizer, source.eos_token_ids, rank_share)
-        _check_vocabulary(source, plan)
-    else:
-        reports = check_texts(config)
-        counts = {name: report.used for name, report in reports.items()}
-        rows = [_longest_rows(config, counts.get(split, 0)) for split in ("train", "eval")]
-        plan = Plan(config, rows[0], rows[1], rank_share=rank_share)
-        found.unchecked.append("tokens of the data, their lengths and what is cut: there is no tokenizer")
-    for split, report in reports.items():
-        found.data[split] = report.lines()
-        found.warnings += [f"{split}: {line}" for line in report.warnings()]
-    return plan
-
-
-def _check_vocabulary(source: Source, plan: Plan) -> None:
-    """Raise ModelError for token ids of rows or padding that the model has no embedding of."""
+def check_vocabulary(source: Source, plan: Plan) -> None:
+    """Raise ModelError if the rows or the padding hold a token that the model has no embedding of."""
     tokenizer, size = source.tokenizer, getattr(source.architecture.get_text_config(), "vocab_size", None)
     if size is None or len(tokenizer) <= size:
         return
@@ -44,25 +24,6 @@ def _check_vocabulary(source: Source, plan: Plan) -> None:
             f"which {token!r} ({largest}) is needed: use the tokenizer that the model was trained with, or save the "
             "model after resize_token_embeddings"
         )
-
-
-def _longest_rows(config: Config, count: int) -> Rows:
-    """As many rows of the largest lengths."""
-    prompt, completion = (0,) * config.max_prompt_length, (0,) * config.max_completion_length
-    kind = ROW_TYPES[config.spec.row_type]
-    if kind is Pair:
-        return [Pair(0, prompt, completion, completion)] * count
-    if kind is Example:
-        return [Example(0, prompt, completion)] * count
-    return [Prompt(0, prompt)] * count
-
-
-def assumed_plan(config: Config, rank_share: RankShare) -> Plan:
-    """One step of the largest rows, where the data cannot be read."""
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * rank_share.world_size
-    return Plan(
-        config.model_copy(update={"max_steps": 1}), _longest_rows(config, batch_size), [], rank_share=rank_share
-    )
 
 
 def describe_steps(config: Config, plan: Plan, found: Findings) -> None:

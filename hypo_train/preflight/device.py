@@ -1,4 +1,4 @@
-"""Settings that only some devices, or packages that need not be here, can serve."""
+"""Settings that need a GPU or an optional package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypo_train.config import Config, ConfigError
 
 
 def check_kernels(config: Config, device_type: str) -> None:
-    """Raise ConfigError for kernels that do not run on the device."""
+    """Raise ConfigError if the configured kernels do not run on the device."""
     if device_type == "cuda":
         return
     if config.impl == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -19,14 +19,13 @@ def check_kernels(config: Config, device_type: str) -> None:
         raise ConfigError(f"use_liger_kernel=true on a {device_type}: Liger's kernels need a GPU, leave it out")
 
 
-def require_engine(config: Config) -> None:
-    """Raise ConfigError where the sampler's package is not installed."""
-    if config.draws_samples and config.sampler == "vllm" and not _is_there("vllm"):
+def require_vllm(config: Config) -> None:
+    """Raise ConfigError if the run samples with vLLM and that is not installed."""
+    if config.draws_samples and config.sampler == "vllm" and not _is_installed("vllm"):
         raise ConfigError("sampler=vllm needs vLLM: pip install 'hypo-kernels[vllm]' (or use sampler: auto)")
 
 
-def _is_there(package: str) -> bool:
-    """Whether it is imported already, or can be."""
+def _is_installed(package: str) -> bool:
     if package in sys.modules:
         return sys.modules[package] is not None
     return importlib.util.find_spec(package) is not None

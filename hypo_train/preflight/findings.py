@@ -1,4 +1,4 @@
-"""What is known of a run before it starts, and the page that says so."""
+"""What preflight found out about a run, and the page that shows it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from hypo_train.utils.errors import is_users_mistake
 
 
 class PreflightError(ValueError):
-    """Several reasons why a run cannot start, one a line."""
+    """Several reasons why a run cannot start, one on each line."""
 
 
 @dataclass
 class Findings:
-    """What the checks have found out."""
+    """Problems, warnings and facts about a run."""
 
     config: Config
-    problems: list[ValueError] = field(default_factory=list)  # a run is refused for them
+    problems: list[ValueError] = field(default_factory=list)  # a run with one of them is refused
     warnings: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     model: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
-    data: dict[str, list[str]] = field(default_factory=dict)  # of each split
+    data: dict[str, list[str]] = field(default_factory=dict)  # by split
     memory: list[str] = field(default_factory=list)
     time: list[str] = field(default_factory=list)
     disk: list[str] = field(default_factory=list)
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """A mistake of the user's becomes a problem, and the checks go on."""
+        """Collect a mistake of the user as a problem, so that the checks go on."""
         try:
             yield
         except ValueError as error:
@@ -40,14 +40,14 @@ class Findings:
             self.problems.append(error)
 
     def refuse(self) -> None:
-        """Raise the problem there is; PreflightError where there are several."""
+        """Raise the only problem, or a PreflightError with all of them."""
         if len(self.problems) == 1:
             raise self.problems[0]
         if self.problems:
             raise PreflightError("\n  ".join([f"{len(self.problems)} problems:", *map(str, self.problems)]))
 
     def page(self) -> list[str]:
-        """Its lines."""
+        """Return the lines of the page."""
         parts = {
             "warnings": [*self.warnings, *self.config.warnings()],
             "model": self.model,

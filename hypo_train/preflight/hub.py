@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached, asked once and not by every library."""
+"""Asks once whether the Hub can be reached."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from hypo_train.config import Config
 
 
 @contextmanager
-def offline_where_unreachable(config: Config) -> Iterator[None]:
-    """Without the Hub its cache serves at once; libraries would ask five times, for half a minute, to say so.
+def offline_if_unreachable(config: Config) -> Iterator[None]:
+    """Set the Hugging Face libraries offline while the Hub cannot be reached, so that they use their cache at once.
 
-    Nothing is asked where all that the configuration names is here.
+    Online, they would ask five times, for half a minute. The Hub is asked only if the configuration names something
+    that is not here.
     """
     settings: list[Any] = [huggingface_hub.constants, datasets.config]
     before = [module.HF_HUB_OFFLINE for module in settings]
     names = (config.model_name_or_path, config.dataset_name, config.reward_model_path)
-    is_here = all(Path(name).expanduser().exists() for name in names if name is not None)
-    unreachable = not is_here and _is_unreachable()
+    all_here = all(Path(name).expanduser().exists() for name in names if name is not None)
+    unreachable = not all_here and _is_unreachable()
     try:
         for module, was in zip(settings, before, strict=True):
             module.HF_HUB_OFFLINE = was or unreachable

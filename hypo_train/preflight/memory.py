@@ -1,4 +1,4 @@
-"""The memory that a run takes, beside what its device has."""
+"""Compares the estimated memory of a run with its device, and gives advice."""
 
 from __future__ import annotations
 
@@ -12,59 +12,60 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.metrics import devices
 from hypo_train.metrics.memory import GIB, readable
 from hypo_train.preflight.findings import Findings
-from hypo_train.preflight.memory_estimate import PUT_TOGETHER, DeviceType, Estimate
+from hypo_train.preflight.memory_estimate import GATHERED, Conditions, DeviceType, Estimate
 
-DEVICES = (24, 48, 80, 141)  # GiB, of common ones
+COMMON_SIZES = (24, 48, 80, 141)  # GiB, of common devices
 FREE = 0.9  # of a device: the rest is for CUDA's context, an allocator's slack and what is not estimated
 
 
 def check_memory(
     config: Config,
     numbers: Estimate,
-    device: DeviceType,
-    autocast: bool,
+    conditions: Conditions,
     found: Findings,
     *,
-    whole: bool,
-    name: str | None = None,
+    shows_table: bool,
+    device_name: str | None = None,
 ) -> None:
-    """What a step holds beside what the device has; ``whole``: with the table of its parts; ``name``: of a device that
-    is known by its data sheet.
+    """Compare the memory that a step needs with the memory of the device.
+
+    Args:
+        shows_table: put the table of all components on the page.
+        device_name: a device known by its data sheet; None: the device that is here.
 
     Raises:
-        ConfigError: weights, their copies, those whole for samples too, and the optimizer's state alone are more than
-            the device has.
+        ConfigError: what every step holds, whatever its rows, is more than the device has.
     """
     found.unchecked.append("memory of evaluations, of an allocator's slack, of CUDA's context and of libraries")
     if config.sampler == "vllm" and config.draws_samples:
         found.unchecked.append("memory of vLLM, which holds its own weights, keys and values")
-    if whole:
-        found.memory += _table(numbers, device, autocast)
-    known = devices.DEVICES.get(name or "")
-    needed, room = numbers.least, known.gib * GIB if known else device_room(device)
-    if room is None:
-        fitting = next((size for size in DEVICES if needed <= FREE * size * GIB), None)
-        fits = f"fits a device of {fitting} GiB" if fitting else f"fits no device of {DEVICES[-1]} GiB"
+    if shows_table:
+        found.memory += _table(numbers, conditions)
+    known = devices.DEVICES.get(device_name or "")
+    needed, available = numbers.least, known.gib * GIB if known else available_memory(conditions.device_type)
+    if available is None:
+        fitting = next((size for size in COMMON_SIZES if needed <= FREE * size * GIB), None)
+        fits = f"fits a device of {fitting} GiB" if fitting else f"fits no device of {COMMON_SIZES[-1]} GiB"
         found.memory.append(f"at least {readable(needed)}: {fits}, a tenth of it left free")
         if not fitting:
-            found.warnings.append(_too_much(config, numbers, needed, int(DEVICES[-1] * GIB)))
+            found.warnings.append(_too_much(config, numbers, needed, int(COMMON_SIZES[-1] * GIB)))
         return
-    where = f"{name} has" if known else "are there"
-    found.memory.append(f"at least {readable(needed)} of the {readable(room)} that {where}")
-    if (always := _states(numbers) + _whole_for_samples(numbers)) > room:
+    where = f"{device_name} has" if known else "are there"
+    found.memory.append(f"at least {readable(needed)} of the {readable(available)} that {where}")
+    if (always := _states(numbers) + _gathered_for_samples(numbers)) > available:
         advice = _advice_on_samples(numbers) + _advice_on_states(config, numbers)
         raise ConfigError(
             f"memory: weights, their copies and the optimizer's state alone take {readable(always)}, and the device "
-            f"has {readable(room)}: try {', '.join(advice) or 'a larger device'}"
+            f"has {readable(available)}: try {', '.join(advice) or 'a larger device'}"
         )
-    if needed > FREE * room:
-        found.warnings.append(_too_much(config, numbers, needed, room))
+    if needed > FREE * available:
+        found.warnings.append(_too_much(config, numbers, needed, available))
 
 
-def _table(numbers: Estimate, device: DeviceType, autocast: bool) -> list[str]:
-    """GiB of each part in each phase of a step."""
-    phases = numbers.phases
-    lines = [f"GiB on {device}, computing in {'bfloat16' if autocast else 'float32'}, when a step's parts hold most"]
+def _table(numbers: Estimate, conditions: Conditions) -> list[str]:
+    """Return lines with the GiB of each component in each phase of a step."""
+    phases, dtype = numbers.phases, "bfloat16" if conditions.autocast else "float32"
+    lines = [f"GiB on {conditions.device_type}, computing in {dtype}, when a step's parts hold most"]
     lines.append(f"{'':46}" + "".join(f"{name:>11}" for name in phases))
     for part in numbers.components:
         lines.append(f"{part.name:46}" + "".join(f"{_gib(getattr(part, name)):>11}" for name in phases))
@@ -72,26 +73,26 @@ def _table(numbers: Estimate, device: DeviceType, autocast: bool) -> list[str]:
     return lines
 
 
-def _too_much(config: Config, numbers: Estimate, needed: int, room: int) -> str:
-    return f"memory: {readable(needed)} are more than nine tenths of {readable(room)}: {_advice(config, numbers)}"
+def _too_much(config: Config, numbers: Estimate, needed: int, available: int) -> str:
+    return f"memory: {readable(needed)} are more than nine tenths of {readable(available)}: {_advice(config, numbers)}"
 
 
 def _states(numbers: Estimate) -> int:
-    """Bytes that a run holds in every part of a step, whatever its rows are."""
+    """Return the bytes that a run holds in all phases of a step, whatever its rows are."""
     return sum(min(part[1:]) for part in numbers.components)
 
 
-def _whole_for_samples(numbers: Estimate) -> int:
-    """Bytes of weights that lie in parts and are put together whenever samples are drawn."""
-    return sum(part.sampling for part in numbers.components if part.name == PUT_TOGETHER) * numbers.draws_samples
+def _gathered_for_samples(numbers: Estimate) -> int:
+    """Return the bytes of sharded weights that are gathered to draw samples."""
+    return sum(part.sampling for part in numbers.components if part.name == GATHERED) * numbers.draws_samples
 
 
 def _gib(number: int) -> str:
     return f"{number / GIB:.2f}" if number else "-"
 
 
-def device_room(device: DeviceType) -> int | None:
-    """Bytes of memory, free for the run; None: the device is not here. A CPU's holds this process as well."""
+def available_memory(device: DeviceType) -> int | None:
+    """Return the bytes of memory that are free for the run; None if the device is not here."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
@@ -100,7 +101,7 @@ def device_room(device: DeviceType) -> int | None:
 
 
 def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
-    """Bytes that this process's control group may take; None where nobody has set a limit."""
+    """Return the memory limit of this process's control group in bytes; None if there is none."""
     try:
         limit = path.read_text(encoding="ascii").strip()
     except OSError:
@@ -109,7 +110,7 @@ def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | No
 
 
 def _advice(config: Config, numbers: Estimate) -> str:
-    """What to change, by what takes most."""
+    """Return what to change, by what takes most memory."""
     advice = _advice_on_samples(numbers)
     if numbers.of("activations").training > numbers.peak / 4:
         if config.per_device_train_batch_size > 1:
@@ -126,7 +127,7 @@ def _advice(config: Config, numbers: Estimate) -> str:
 
 
 def _advice_on_samples(numbers: Estimate) -> list[str]:
-    if _whole_for_samples(numbers) <= numbers.peak / 2:
+    if _gathered_for_samples(numbers) <= numbers.peak / 2:
         return []
     return ["algorithm: dpo, as samples need all weights whole on each device and more devices do not help"]
 

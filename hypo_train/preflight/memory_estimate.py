@@ -32,7 +32,7 @@ from hypo_train.sampling.merged_weights import MergedWeights
 DeviceType = Literal["cuda", "cpu"]
 SamplerKind = Literal["decode", "generate", "vllm"]
 
-PUT_TOGETHER = "weights put together"
+GATHERED = "weights put together"
 _REWARD_MODEL = "the reward model"  # which every process has whole
 # Of one logit on its way to a token: as the head gives it, tempered, as a probability, and fp64 in their sum.
 _BYTES_PER_SAMPLED_LOGIT = 4 + 4 + 4 + 8
@@ -155,7 +155,7 @@ def estimate(
         Component("ZeRO's copy of its part of the weights", *[zero.weights if zero else 0] * 3),
         Component("gradients (float32)", in_buckets, gradients, changing),
         Component("ZeRO's bucket of gradients", 0, *[zero.bucket if zero else 0] * 2),
-        Component(PUT_TOGETHER, *whole, 0),
+        Component(GATHERED, *whole, 0),
         # What is sharded comes in the dtype that is computed in.
         Component("autocast's copies of weights (bfloat16)", 0, held.casts if count == 1 else 0, 0),
         Component("activations", draws.activations, held.activations + held.temporary, 0),

@@ -9,6 +9,7 @@ import huggingface_hub
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hypo_train.config import Config
+from hypo_train.inputs import Source, check_weights
 from hypo_train.model.load import model_on_meta
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
@@ -16,7 +17,7 @@ from hypo_train.model.source import check_source, why_not
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.memory_estimate import SamplerKind
-from hypo_train.preflight.source import Source, check_weights, is_missing
+from hypo_train.preflight.substitutes import is_missing
 from hypo_train.preflight.tiny_model import Structure
 
 
@@ -26,7 +27,7 @@ def describe_model(
     count = sum(p.numel() for p in trained.trained_parameters().values())
     everything = sum(p.numel() for p in trained.parameters()) - (count if config.use_peft else 0)
     layers = source.architecture.get_text_config().num_hidden_layers
-    found.model += source.line.split("\n")
+    found.model += source.description.split("\n")
     found.model.append(f"{type(trained.base).__name__}, {layers} layers, {everything:,} parameters")
     how = "all"
     if config.use_peft:

@@ -100,9 +100,10 @@ def main(folder: Path) -> None:
     for values in json.loads((folder / "configs.json").read_text(encoding="utf-8")):
         config = Config(**values)
         with ExitStack() as patches:
-            patches.enter_context(patch("hypo_train.preflight.stages._check_memory"))  # as in tests of one process
+            patches.enter_context(patch("hypo_train.preflight.checks._check_memory"))  # as in tests of one process
             if config.fsdp and os.environ["RANK"] != "0":  # it is given its part, and reads no weights
-                patches.enter_context(patch.multiple("hypo_train.build", load_policy=None, load_reward_model=None))
+                readers = {"load_policy": None, "load_reward_model": None}
+                patches.enter_context(patch.multiple("hypo_train.build", **readers))
             train(config, progress=False)
 
 

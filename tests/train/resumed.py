@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import weights
 
-from hypo_train.build import Run, prepare
+from hypo_train.build import Run
 from hypo_train.checkpoint.state import resume, save
 from hypo_train.config import Config
 from hypo_train.metrics.log import read_metrics, without_costs
 from hypo_train.metrics.meter import Meter
+from hypo_train.prepare import prepare
 from hypo_train.step import train_step
 from hypo_train.train import train
 

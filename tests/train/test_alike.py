@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from threading import Barrier, Thread
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -90,27 +91,27 @@ def test_another_package_or_another_kind_of_device_is_refused():
     assert "the device is cpu and not cuda" in refused(errors(on, ["cuda", "cpu"]))
 
     def with_versions(processes, versions):
-        consistency._require(processes, versions, "install the same packages on all machines")
+        consistency.require_equal(processes, versions, "install the same packages on all machines")
 
     said = refused(errors(with_versions, [{"torch": "2.12", "peft": "1"}, {"torch": "2.13"}]))
     assert "torch is 2.13 and not 2.12, peft is not there and not 1; install the same packages" in said
 
 
-def check_contents(processes, own):
+def check_inputs(processes, own):
     plan, model, function = own
-    consistency.require_same_contents(
-        processes, plan, model, tokens={"tokens that end": [1]}, reward=None, reward_function=function
-    )
+    source = SimpleNamespace(eos_token_ids=[1], tokenizer=SimpleNamespace(pad_token_id=0))
+    inputs = SimpleNamespace(config=plan.config, plan=plan, source=source, reward_function=function)
+    consistency.require_same_inputs(processes, inputs, SimpleNamespace(trained=model, reward=None))
 
 
 def test_other_rows_weights_model_settings_or_rewards_are_refused_by_name():
     config = Config(model_name_or_path="m", dataset_name="d")
     plan, model = Plan(config, ROWS, ROWS[:1]), Policy(new_model("llama"), is_peft=False)
     same = (plan, model, tiny.reward_of_length)
-    assert errors(check_contents, [same, same]) == [None, None]
+    assert errors(check_inputs, [same, same]) == [None, None]
 
     def said(other):
-        return refused(errors(check_contents, [same, other]))
+        return refused(errors(check_inputs, [same, other]))
 
     one_token = replace(ROWS[1], rejected=(7, 1))
     moved = replace(ROWS[1], prompt=(5, 9), chosen=(1,))  # the same numbers, cut elsewhere

@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from hypo_train import preflight
-from hypo_train.build import prepare
 from hypo_train.cli import main
 from hypo_train.config import ConfigError
 from hypo_train.dry_run import DryRun, take_dry_run
 from hypo_train.preflight import hub, memory
+from hypo_train.prepare import prepare
 
 RECIPES = Path(preflight.__file__).parents[1] / "recipes"
 PYTHIA = "EleutherAI/pythia-1.4b-deduped"
@@ -140,7 +140,7 @@ def test_memory_can_be_estimated_for_a_gpu_that_is_not_here(dry_run):
 
 
 def test_too_little_memory_is_a_warning_that_says_what_to_change(dry_run, monkeypatch):
-    monkeypatch.setattr(memory, "device_room", lambda device: 2**20)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2**20)
     status, page, _ = dry_run()
     assert status == 0
     (warning,) = lines_of(page, "warnings")

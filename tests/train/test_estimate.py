@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import peak_extra_bytes
-from hypo_train.build import precompute_ref_logps, prepare
+from hypo_train.build import precompute_ref_logps
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
 from hypo_train.data.rows import Pair
@@ -21,6 +21,7 @@ from hypo_train.preflight import memory
 from hypo_train.preflight.architectures import known_architecture
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.memory_estimate import Conditions, estimate
+from hypo_train.prepare import prepare
 from hypo_train.step import train_step
 from hypo_train.utils.rank_share import RankShare
 
@@ -247,9 +248,11 @@ def test_what_is_too_much_for_a_device_in_ddp_is_advised_fsdp():
 def test_whole_weights_for_samples_that_exceed_the_device_are_refused(monkeypatch):
     numbers, config = of_devices(64, algorithm="hypo")[0], config_of(fsdp=True)
     room = numbers.of("weights put together").sampling  # and the parts of everything else beside
-    monkeypatch.setattr(memory, "device_room", lambda device: room)
+    monkeypatch.setattr(memory, "available_memory", lambda device: room)
     with pytest.raises(ConfigError, match="try algorithm: dpo, as samples need"):
-        memory.check_memory(config, numbers, "cuda", True, Findings(config), whole=False)
+        memory.check_memory(
+            config, numbers, Conditions("cuda", True, True, "decode"), Findings(config), shows_table=False
+        )
 
 
 def test_where_sampling_has_all_weights_whole_the_advice_is_not_to_sample():

@@ -14,9 +14,9 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from hypo_train.build import prepare
 from hypo_train.evaluation.held_out import evaluate
 from hypo_train.metrics.meter import Meter
+from hypo_train.prepare import prepare
 from hypo_train.rewards import FunctionReward
 from hypo_train.sampling import Samples
 from hypo_train.train import train, train_step

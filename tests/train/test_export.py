@@ -16,11 +16,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import hypo_train.export.command as command
-from hypo_train.build import prepare
 from hypo_train.checkpoint.state import save, save_model
 from hypo_train.cli import main
 from hypo_train.export.source import Source
 from hypo_train.metrics.meter import Meter
+from hypo_train.prepare import prepare
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 LORA_HEAD = {**LORA, "lora_target_modules": ".*(q_proj|query_key_value|lm_head|embed_out)"}

@@ -11,9 +11,9 @@ import torch
 
 import hypo_train.step as one_step
 from hypo_train.algorithms import preference
-from hypo_train.build import prepare
 from hypo_train.cli import main
 from hypo_train.metrics.meter import FiniteWatch
+from hypo_train.prepare import prepare
 from hypo_train.train import train
 from hypo_train.utils.errors import NotFiniteError
 

@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hypo_train.build import precompute_ref_logps, prepare
+from hypo_train.build import precompute_ref_logps
 from hypo_train.metrics.meter import Meter
+from hypo_train.prepare import prepare
 from hypo_train.step import train_step
 from hypo_train.trees.tree import Tree
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from hypo_train import build
 from hypo_train.checkpoint.lock import LOCK_FILE, locked, require_unlocked
 from hypo_train.config import ConfigError
 from hypo_train.train import train
@@ -41,7 +40,7 @@ def other_run(folder):
 
 def test_a_second_run_is_refused_before_weights_are_read(settings, monkeypatch):
     config = settings(resume_from_checkpoint="auto")
-    monkeypatch.setattr(build, "load_policy", None)
+    monkeypatch.setattr("hypo_train.build.load_policy", None)
     with (
         other_run(Path(config.output_dir)),
         pytest.raises(ConfigError, match=r"output_dir='.*run': another run is using it: wait until that run has ended"),

@@ -11,12 +11,12 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from hypo_train import build, preflight
-from hypo_train.build import prepare
+from hypo_train import preflight
 from hypo_train.config import ConfigError
 from hypo_train.dry_run import DryRun
 from hypo_train.model.load import load_policy
 from hypo_train.model.tree_model import ModelError
+from hypo_train.prepare import prepare
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def said(settings, folder, monkeypatch):
     """``said(field=value)``: the one problem that a run on ``folder`` and its dry run name, without reading weights."""
 
     def find(*, dry=True, **changes):
-        monkeypatch.setattr(build, "load_policy", None)
+        monkeypatch.setattr("hypo_train.build.load_policy", None)
         config = settings(model=folder, **changes)
         with pytest.raises((ModelError, ConfigError)) as caught:
             prepare(config)

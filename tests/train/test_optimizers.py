@@ -11,13 +11,13 @@ from resumed import assert_resumes_exactly
 from torch import nn
 
 from benchmarks.measure import peak_extra_bytes
-from hypo_train.build import prepare
 from hypo_train.checkpoint.files import checkpoint_folder, load_checkpoint, save_checkpoint
 from hypo_train.config import Config, ConfigError
 from hypo_train.distributed.zero import require_deepspeed
 from hypo_train.model.load import build_on_meta
 from hypo_train.model.meta_pass import num_bytes
 from hypo_train.optim import build_optimizer, build_scheduler, footprint, parameter_roles
+from hypo_train.prepare import prepare
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "muon")
 

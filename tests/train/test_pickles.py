@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import hypo_train
-from hypo_train.build import prepare
 from hypo_train.checkpoint.files import load_checkpoint
 from hypo_train.checkpoint.state import resume, save, save_model
 from hypo_train.metrics.meter import Meter
 from hypo_train.model.load import load_policy
 from hypo_train.model.trained_weights import put_trained_weights
 from hypo_train.model.tree_model import ModelError
+from hypo_train.prepare import prepare
 from hypo_train.train import train
 
 

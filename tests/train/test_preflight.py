@@ -13,15 +13,16 @@ import pytest
 import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hypo_train import build, preflight
-from hypo_train.build import prepare
+from hypo_train import preflight
 from hypo_train.config import ConfigError
 from hypo_train.data import load
 from hypo_train.data.formats import DataError
+from hypo_train.dry_run import DryRun
 from hypo_train.model import load as model_load
 from hypo_train.model import source
 from hypo_train.model.tree_model import ModelError
-from hypo_train.preflight import PreflightError, disk, memory, stages
+from hypo_train.preflight import PreflightError, checks, disk, memory
+from hypo_train.prepare import prepare
 from hypo_train.train import train
 
 
@@ -50,7 +51,7 @@ def nothing_heavy(monkeypatch):
         raise AssertionError("read before the settings passed")
 
     monkeypatch.setattr(load, "load_rows", refuse)
-    monkeypatch.setattr(build, "load_policy", refuse)
+    monkeypatch.setattr("hypo_train.build.load_policy", refuse)
 
 
 def part(lines, title):
@@ -81,7 +82,7 @@ def test_the_page_comes_before_the_weights_and_warnings_come_first(settings, mon
         assert shown[0] == "warnings"
         raise ModelError("weights are read now")
 
-    monkeypatch.setattr(build, "load_policy", stop)
+    monkeypatch.setattr("hypo_train.build.load_policy", stop)
     with pytest.raises(ModelError, match="weights are read now"):
         prepare(settings(top_k=5), show=shown.extend)
 
@@ -166,8 +167,8 @@ def test_an_output_dir_below_a_file_is_named(settings, tmp_path, nothing_heavy):
 
 
 def test_states_that_alone_exceed_the_device_are_refused(settings, monkeypatch):
-    monkeypatch.setattr(memory, "device_room", lambda device: 100_000)
-    monkeypatch.setattr(build, "load_policy", None)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 100_000)
+    monkeypatch.setattr("hypo_train.build.load_policy", None)
     with pytest.raises(ConfigError) as caught:
         prepare(settings())
     message = str(caught.value)
@@ -178,7 +179,7 @@ def test_states_that_alone_exceed_the_device_are_refused(settings, monkeypatch):
 
 
 def test_more_than_nine_tenths_of_the_device_is_a_warning(page, monkeypatch):
-    monkeypatch.setattr(memory, "device_room", lambda device: 2**20)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2**20)
     [warning] = part(page(), "warnings")
     assert warning.startswith("memory: ")
     assert " are more than nine tenths of 1.00 MiB: try " in warning
@@ -188,7 +189,7 @@ def test_a_structure_that_cannot_be_rehearsed_is_a_warning_and_trains(page, monk
     def fail(*_, **__):
         raise RuntimeError("no such operation on meta tensors")
 
-    monkeypatch.setattr(stages, "estimate", fail)
+    monkeypatch.setattr(checks, "estimate", fail)
     assert part(page(), "warnings") == ["memory is not estimated: no such operation on meta tensors"]
 
 
@@ -196,7 +197,7 @@ def test_a_model_that_only_its_checkpoint_builds_is_a_warning_and_trains(page, m
     def fail(*_, **__):
         raise model_load.StructureError("cannot build a new model: no")
 
-    monkeypatch.setattr(stages, "build_on_meta", fail)
+    monkeypatch.setattr(checks, "build_on_meta", fail)
     [warning] = part(page(), "warnings")
     assert warning.startswith("cannot build a new model: no: memory and disk are not estimated")
 
@@ -226,7 +227,7 @@ def test_a_containers_limit_is_read(tmp_path, text, limit):
 def test_what_checkpoints_and_the_final_model_take_is_what_is_written(settings, changes, monkeypatch, tmp_path):
     expected = []
     monkeypatch.setattr(
-        stages, "check_disk", lambda c, p, t, f: expected.extend([disk.checkpoint_bytes(c, t), disk.final_bytes(t)])
+        checks, "check_disk", lambda c, p, t, f: expected.extend([disk.checkpoint_bytes(c, t), disk.final_bytes(t)])
     )
     train(settings(max_steps=1, **changes), progress=False)
 
@@ -239,7 +240,7 @@ def test_what_checkpoints_and_the_final_model_take_is_what_is_written(settings, 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused(settings, monkeypatch):
     with_free_disk(monkeypatch, 200_000)
-    monkeypatch.setattr(build, "load_policy", None)
+    monkeypatch.setattr("hypo_train.build.load_policy", None)
     with pytest.raises(ConfigError, match=r"a checkpoint takes 0\.20 MiB, and 0\.19 MiB are free: choose a folder"):
         prepare(settings())
 
@@ -273,9 +274,9 @@ def test_the_checkpoints_of_a_run_that_goes_on_make_room_for_its_new_ones(settin
 
 def test_a_dry_run_finds_them_all_the_same(settings, monkeypatch):
     with_free_disk(monkeypatch, 0)
-    monkeypatch.setattr(memory, "device_room", lambda device: 100_000)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 100_000)
     monkeypatch.setattr("hypo_train.preflight.hub._is_unreachable", lambda: True)
-    found = preflight.check(settings(), preflight.stages.DryRun())
+    found = preflight.check(settings(), DryRun())
     assert [str(problem).split(":")[0] for problem in found.problems] == [
         f"output_dir='{settings().output_dir}'",
         "memory",

@@ -21,9 +21,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
-from hypo_train.build import prepare
 from hypo_train.cli import main
 from hypo_train.config import Config, load_config
+from hypo_train.prepare import prepare
 from hypo_train.train import train
 
 ROOT = Path(__file__).parents[2]

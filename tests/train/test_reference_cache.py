@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import hypo_train.model.reference_cache as cache
 import hypo_train.train as loop
-from hypo_train.build import precompute_ref_logps, prepare
+from hypo_train.build import precompute_ref_logps
 from hypo_train.checkpoint.lock import LOCK_FILE
 from hypo_train.config import Config, ConfigError
 from hypo_train.data.plan import Plan
@@ -26,6 +26,7 @@ from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.policy import Policy
 from hypo_train.model.reference_cache import cache_key, pair_reference_logps, precompute_pays, splits_to_precompute
 from hypo_train.model.tree_model import ModelError
+from hypo_train.prepare import prepare
 from hypo_train.train import train
 from hypo_train.utils.hashing import tensor_digest
 

@@ -9,10 +9,10 @@ from test_train import trained
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from hypo_train.build import prepare
 from hypo_train.metrics.meter import Meter
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError
+from hypo_train.prepare import prepare
 from hypo_train.rewards import ClassifierReward, ModelReward
 from hypo_train.train import train_step
 from hypo_train.trees.pack import Batcher

@@ -11,12 +11,12 @@ from test_train import recorded, steps, trained
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from hypo_train.build import prepare
 from hypo_train.config import ConfigError
 from hypo_train.data.formats import DataError
 from hypo_train.data.rows import Prompt
 from hypo_train.data.tokens import tokenize
 from hypo_train.model.tree_model import ModelError
+from hypo_train.prepare import prepare
 from hypo_train.rewards import FunctionReward
 from hypo_train.train import train
 

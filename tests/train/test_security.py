@@ -13,13 +13,13 @@ import huggingface_hub
 import pytest
 import yaml
 
-from hypo_train.build import prepare
 from hypo_train.cli import main
 from hypo_train.config import ConfigError, load_config
 from hypo_train.data.formats import DataError
 from hypo_train.dry_run import DryRun
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight import check
+from hypo_train.prepare import prepare
 from hypo_train.train import train
 
 TOKEN = "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"

@@ -6,8 +6,9 @@ import torch
 from test_train import recorded
 from torch.testing import assert_close
 
-from hypo_train.build import precompute_ref_logps, prepare
+from hypo_train.build import precompute_ref_logps
 from hypo_train.metrics.meter import Meter
+from hypo_train.prepare import prepare
 from hypo_train.train import train_step
 
 OFF = {

@@ -4,7 +4,6 @@ import pytest
 import tiny
 from transformers import AutoConfig
 
-from hypo_train.build import prepare
 from hypo_train.config import ConfigError
 from hypo_train.data.plan import load_plan
 from hypo_train.dry_run import take_dry_run
@@ -16,6 +15,7 @@ from hypo_train.preflight.memory_estimate import Conditions
 from hypo_train.preflight.prediction.communication import Exchange, exchanges
 from hypo_train.preflight.prediction.step_time import Speeds, predict
 from hypo_train.preflight.prediction.work import work_of
+from hypo_train.prepare import prepare
 from hypo_train.utils.rank_share import RankShare
 
 COMPUTE, MEMORY, LINKS = 1e9, 1e8, 1e7

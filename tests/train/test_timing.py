@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from hypo_train.build import prepare
 from hypo_train.metrics.meter import Meter
 from hypo_train.metrics.timing import PHASES, PhaseTimer
+from hypo_train.prepare import prepare
 from hypo_train.train import train_step
 
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hypo_train.build import prepare
 from hypo_train.config import load_config
 from hypo_train.data.order import batch_indices
 from hypo_train.metrics.log import read_metrics, without_costs
 from hypo_train.metrics.meter import Meter
+from hypo_train.prepare import prepare
 from hypo_train.train import train, train_step
 from hypo_train.trees.pack import Batcher
 

@@ -18,13 +18,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from hypo_train.build import prepare
 from hypo_train.config import Config
 from hypo_train.distributed.fsdp import Sharding
 from hypo_train.distributed.vocab_parallel import ranks_without_a_shard
 from hypo_train.metrics.meter import Meter
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError
+from hypo_train.prepare import prepare
 from hypo_train.step import train_step
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,81 @@
+"""What a run reads before its weights: the model's config, the tokenizer, the rows and the reward function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hypo_train.config import Config
+from hypo_train.data.plan import Plan, load_plan
+from hypo_train.data.report import DataReport
+from hypo_train.model.source import check_source, eos_token_ids, generation_config, load_tokenizer, read_architecture
+from hypo_train.model.weight_files import check_weight_files
+from hypo_train.rewards import RewardFunction, load_function
+from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model's transformers config and its tokenizer."""
+
+    config: Config  # in a dry run, its model may be a substitute
+    architecture: Any
+    tokenizer: Any  # None in a dry run that cannot read one
+    description: str  # lines of the first page
+    is_of_run: bool = True  # False if a dry run was told to use another model's
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a completion."""
+        return eos_token_ids(generation_config(self.config), self.tokenizer)
+
+
+class Inputs:
+    """Loads what a run reads before its weights: each part when it is first used, and once."""
+
+    def __init__(self, config: Config, rank_share: RankShare = SINGLE_PROCESS) -> None:
+        self.config = config
+        self.rank_share = rank_share
+
+    @cached_property
+    def reward_function(self) -> RewardFunction | None:
+        """The function that the setting ``reward`` names. Raises ConfigError if it cannot be imported."""
+        return None if self.config.reward is None else load_function(self.config.reward)
+
+    @cached_property
+    def source(self) -> Source | None:
+        """The model's config and tokenizer; None only in a dry run. Raises ModelError if they cannot be read."""
+        name = self.config.model_name_or_path
+        check_source(name)
+        check_weights(name)
+        architecture = read_architecture(self.config)
+        description = f"config of {name}: {origin(name)}"
+        return Source(self.config, architecture, load_tokenizer(self.config, architecture), description)
+
+    @cached_property
+    def rows(self) -> tuple[Plan, dict[str, DataReport]]:
+        """The rows, planned into steps, and a report on each split. Raises DataError if they cannot be read."""
+        assert self.source is not None
+        return load_plan(self.config, self.source.tokenizer, self.source.eos_token_ids, self.rank_share)
+
+    @property
+    def plan(self) -> Plan:
+        return self.rows[0]
+
+    @property
+    def data_report(self) -> dict[str, list[str]]:
+        """Lines on the rows of each split: how many are used, how long they are, what was cut."""
+        return {split: report.lines() for split, report in self.rows[1].items()}
+
+
+def check_weights(name: str, field: str = "model_name_or_path") -> None:
+    """Raise ModelError if ``name`` is a local folder whose weight files are missing or incomplete."""
+    if (folder := Path(name).expanduser()).is_dir():
+        check_weight_files(folder, field)
+
+
+def origin(name: str) -> str:
+    """Return where a model called ``name`` is read from, in words."""
+    return "local folder" if Path(name).expanduser().is_dir() else "the Hub, or its cache"
