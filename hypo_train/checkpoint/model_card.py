@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from hypo_train.config import Config
 from hypo_train.metrics.log import METRICS_FILE, read_metrics
-from hypo_train.utils.atomic import write_file
+from hypo_train.utils.records import write_json
 from hypo_train.utils.redact import redacted
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _PACKAGES = ("hypo-kernels", "torch", "transformers", "peft", "datasets")
 
 def write_data_report(run: Path, report: dict[str, list[str]]) -> None:
     """Save, for the model cards of the run, how many rows of each split were used and dropped."""
-    write_file(run / DATA_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_json(run / DATA_FILE, report)
 
 
 def write_card(folder: Path, config: Config, run: Path, *, step: int | None = None) -> None:

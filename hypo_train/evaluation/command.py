@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -10,7 +9,7 @@ from hypo_train.evaluation.finished import FinishedRun, prepare_finished
 from hypo_train.evaluation.held_out import Evaluation, KLRule, evaluate
 from hypo_train.evaluation.settings import EvaluateSettings
 from hypo_train.utils.quiet import quiet_libraries
-from hypo_train.utils.records import make_folder, write_csv, write_json_lines
+from hypo_train.utils.records import make_folder, write_csv, write_json, write_json_lines
 
 
 def run(settings: EvaluateSettings) -> int:
@@ -30,8 +29,7 @@ def run(settings: EvaluateSettings) -> int:
         write_csv(folder / "samples.csv", evaluation.samples)
     metrics = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
     # Written last: a folder that has it holds a whole evaluation.
-    text = json.dumps({**conditions, "metrics": metrics}, indent=2, ensure_ascii=False)
-    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", {**conditions, "metrics": metrics})
     print(_page(settings, evaluation))
     return 0
 

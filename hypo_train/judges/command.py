@@ -12,7 +12,7 @@ from hypo_train.judges.samples import read_comparisons
 from hypo_train.judges.settings import JudgeSettings
 from hypo_train.judges.verdicts import Comparison, JudgeError, PairwiseJudge, Verdict, summary
 from hypo_train.utils.errors import ConfigError
-from hypo_train.utils.records import make_folder, write_csv, write_json_lines
+from hypo_train.utils.records import make_folder, write_csv, write_json, write_json_lines
 
 REASONS_SHOWN = 3
 
@@ -43,8 +43,7 @@ def run(settings: JudgeSettings) -> int:
     write_json_lines(folder / "verdicts.jsonl", records)
     write_csv(folder / "verdicts.csv", records)
     cost = judge.cost() if isinstance(judge, ChatJudge) else {}
-    text = json.dumps({**conditions, "comparisons": len(comparisons), **result, **cost}, indent=2, ensure_ascii=False)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", {**conditions, "comparisons": len(comparisons), **result, **cost})
     print(_page(settings, conditions, result, cost, verdicts))
     return 1 if result["failed"] else 0
 

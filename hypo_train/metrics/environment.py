@@ -18,9 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hypo_train.utils.atomic import write_file
 from hypo_train.utils.errors import NotFiniteError, Stopped
-from hypo_train.utils.records import record_errors
+from hypo_train.utils.records import record_errors, write_json
 from hypo_train.utils.safe_print import safe_print
 
 ENVIRONMENT_FILE = "environment.json"
@@ -75,8 +74,7 @@ class Attempt:
             safe_print(f"{self._path} does not say how the run ended: {failed}", sys.stderr)
 
     def _write(self) -> None:
-        text = json.dumps({"attempts": [*self._earlier, self._record]}, indent=2)
-        write_file(self._path, text + "\n")
+        write_json(self._path, {"attempts": [*self._earlier, self._record]})
 
 
 def read_attempts(output_dir: Path) -> tuple[list[dict[str, Any]], str | None]:

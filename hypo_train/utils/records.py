@@ -40,6 +40,11 @@ def record_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write an indented JSON object as UTF-8, atomically. A lone surrogate becomes a question mark."""
+    write_file(path, json.dumps(record, indent=2, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+
 def write_json_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write one JSON object per line as UTF-8, atomically. A lone surrogate becomes a question mark."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
