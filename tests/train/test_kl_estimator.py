@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_train import LAST_LAYER, LORA, LORA_HEAD, OF_PAIRS, OF_SAMPLES, OF_STEPS, metrics_of, recorded, steps
+from short_runs import LAST_LAYER, LORA, LORA_HEAD, OF_PAIRS, OF_SAMPLES, OF_STEPS, metrics_of, recorded, steps
 from transformers import AutoModelForCausalLM
 
 from hypo_train.metrics.log import without_costs

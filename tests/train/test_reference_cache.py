@@ -12,7 +12,7 @@ import tiny
 import torch
 from resumed import INTERVALS, Killed, assert_same_run, die, metrics_of
 from safetensors.torch import load_file, safe_open, save_file
-from test_train import LAST_LAYER, LORA, LORA_HEAD, recorded, steps
+from short_runs import LAST_LAYER, LORA, LORA_HEAD, recorded, slow_unless, steps
 from torch.testing import assert_close
 
 import hypo_train.model.reference_cache as cache
@@ -108,7 +108,7 @@ def test_on_one_batch_they_are_the_steps_own_bit_for_bit(cached, folder, bf16):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "hypo"])
+@pytest.mark.parametrize("algorithm", slow_unless(["hypo"], ["dpo", "ipo", "hypo"]))
 def test_a_step_has_the_same_loss_and_gradients_with_and_without_them(cached, algorithm, way):
     # With a small epsilon, AdamW would blow the rounding of gradients near zero up to whole updates.
     shape = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-2}
@@ -520,10 +520,16 @@ def resumed(config):
 
 @pytest.mark.parametrize(
     ("owner", "name", "nth"),
-    [(Policy, "reference", 3), (os, "fsync", 1), (os, "replace", 1), (Policy, "reference", 6), (os, "replace", 2)],
+    [
+        (Policy, "reference", 3),
+        (os, "fsync", 1),
+        pytest.param(os, "replace", 1, marks=pytest.mark.slow),
+        pytest.param(Policy, "reference", 6, marks=pytest.mark.slow),
+        (os, "replace", 2),
+    ],
     ids=["in the pass", "in the write", "before the rename", "in the second pass", "before the second rename"],
 )
-@pytest.mark.parametrize("way", ["full", "lora"])
+@pytest.mark.parametrize("way", slow_unless(["lora"], ["full", "lora"]))
 def test_a_run_killed_before_its_first_step_starts_again_as_if_it_had_not_been(
     cached, folder, monkeypatch, way, owner, name, nth
 ):
@@ -543,7 +549,7 @@ def test_a_run_killed_before_its_first_step_starts_again_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["the files read", "another folder"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_unless(["last layer"], WAYS))
 def test_a_run_killed_later_goes_on_with_the_same_bits(cached, folder, monkeypatch, way, keep):
     whole, killed = (cached(**RUN, **WAYS[way], output_dir=f"{cached().output_dir}-{n}") for n in ("whole", "killed"))
     train(whole, progress=False)

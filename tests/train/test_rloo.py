@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_train import recorded, steps, trained
+from short_runs import recorded, steps, trained
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from test_train import recorded
+from short_runs import recorded, slow_unless
 from torch.testing import assert_close
 
 from hypo_train.build import precompute_ref_logps
@@ -54,8 +54,15 @@ def step_of(settings):
     return make
 
 
-@pytest.mark.parametrize("off", [*OFF, "all"])
-@pytest.mark.parametrize("way", WAYS)
+# All savings off, in every way to train, and each one off alone where a frozen trunk makes all four possible.
+@pytest.mark.parametrize(
+    ("way", "off"),
+    [
+        pytest.param(way, off, marks=() if off == "all" or way == "last layer" else pytest.mark.slow)
+        for way in WAYS
+        for off in [*OFF, "all"]
+    ],
+)
 def test_a_step_without_a_saving_is_the_step_with_all(step_of, way, off):
     exact = WAYS[way].get("kl_estimator") == "exact"
     changes = {**WAYS[way], "precompute_ref_log_probs": None if exact else True}
@@ -70,7 +77,7 @@ def test_a_step_without_a_saving_is_the_step_with_all(step_of, way, off):
         assert_close(others[2][name], gradient, atol=1e-5 * scale, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("algorithm", ["hypo", "dpo", "sft"])
+@pytest.mark.parametrize("algorithm", slow_unless(["hypo"], ["hypo", "dpo", "sft"]))
 @pytest.mark.parametrize("budget", [1, 60, 100_000], ids=["a row each", "several", "one"])
 def test_a_budget_of_tokens_cuts_the_step_without_changing_it(settings, algorithm, budget):
     results, cuts = [], []

@@ -4,107 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from short_runs import (
+    LAST_LAYER,
+    LORA,
+    LORA_HEAD,
+    OF_PAIRS,
+    OF_SAMPLES,
+    OF_STEPS,
+    metrics_of,
+    recorded,
+    slow_unless,
+    steps,
+    trained,
+)
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hypo_train.config import load_config
 from hypo_train.data.order import batch_indices
-from hypo_train.metrics.log import read_metrics, without_costs
-from hypo_train.metrics.meter import Meter
-from hypo_train.prepare import prepare
-from hypo_train.train import train, train_step
+from hypo_train.metrics.log import without_costs
+from hypo_train.train import train
 from hypo_train.trees.pack import Batcher
-
-LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
-LORA_HEAD = {**LORA, "lora_target_modules": ["q_proj", "v_proj", "lm_head"]}
-LAST_LAYER = {"num_layers_unfrozen": 1}
-
-# TRL's names, for its users' dashboards.
-OF_PAIRS = {
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-}
-OF_SAMPLES = {"kl", "kl_se", "completions/mean_length"}
-OF_STEPS = {"step", "grad_norm", "learning_rate", "epoch", "num_tokens"}
-
-
-def metrics_of(config):
-    return read_metrics(Path(config.output_dir) / "metrics.jsonl")
-
-
-def without_timings(lines):
-    return [without_costs(line) for line in lines]
-
-
-def trained(config):
-    """The metrics of a whole run, timings aside."""
-    train(config, progress=False)
-    return without_timings(metrics_of(config))
-
-
-class RecordedSampler:
-    """Hands a sampler's calls on and keeps what was asked for and drawn."""
-
-    def __init__(self, sampler):
-        self.sampler = sampler
-        self.live, self.takes_prompt_kv = sampler.live, sampler.takes_prompt_kv
-        self.prompts, self.drawn, self.seeds = [], [], []
-
-    def sample(self, prompts, n, max_new_tokens, *, seed, prompt_kv=None, prompt_indices=None):
-        samples = self.sampler.sample(prompts, n, max_new_tokens, seed=seed, prompt_kv=prompt_kv)
-        self.prompts.append(prompts)
-        self.drawn.append(samples)
-        self.seeds.append(seed)
-        return samples
-
-    def weights_changed(self, step):
-        self.sampler.weights_changed(step)
-
-    def release(self):
-        self.sampler.release()
-
-
-class RecordedOptimizer:
-    """Keeps the gradients that each step is made with."""
-
-    def __init__(self, run):
-        self.optimizer, self.policy, self.gradients = run.optimizer, run.policy, []
-
-    def step(self):
-        self.gradients.append(
-            {name: p.grad.clone() for name, p in self.policy.trained_parameters().items() if p.grad is not None}
-        )
-        self.optimizer.step()
-
-    def __getattr__(self, name):
-        return getattr(self.optimizer, name)
-
-
-def recorded(config):
-    """A prepared run whose samples and gradients are kept."""
-    run = prepare(config)
-    run.model.train()
-    return replace(run, sampler=RecordedSampler(run.sampler), optimizer=RecordedOptimizer(run))
-
-
-def steps(run, count, first=0):
-    meter = Meter()
-    for step in range(first, first + count):
-        train_step(run, step, meter)
-    return meter.read()
-
 
 # Short runs
 
@@ -484,7 +410,7 @@ def test_what_the_user_should_know_is_printed_first(settings, capsys):
 
 
 @pytest.mark.parametrize("way", [{}, LORA, LORA_HEAD, LAST_LAYER], ids=["full", "lora", "lora, head", "last layer"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_unless(["bfloat16"], ["float32", "bfloat16"]))
 def test_bf16_compute_is_close_to_fp32(settings, way, dtype):
     exact = trained(settings(algorithm="dpo", **way))
     folder = settings().output_dir + "-bf16"

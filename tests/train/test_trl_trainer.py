@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from short_runs import slow_unless
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 from hypo_kernels import fused_hypo_loss
@@ -96,7 +97,7 @@ def logged(trainer, *names):
     return [[line[name] for name in names] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("way", ["full", "lora", "gpt_neox"])
+@pytest.mark.parametrize("way", slow_unless(["lora"], ["full", "lora", "gpt_neox"]))
 def test_without_a_kl_losses_rewards_and_gradients_are_those_of_dpo(make, saved_model, way):
     model = saved_model("gpt_neox") if way == "gpt_neox" else None
     options = {"model": model, "peft_config": LORA if way == "lora" else None, "lr_scheduler_type": "constant"}
@@ -194,7 +195,7 @@ def test_the_reference_of_an_adapter_that_the_model_came_with_is_that_adapter(ma
     assert [name for name, p in model.named_parameters() if p.requires_grad and ".ref." in name] == []
 
 
-@pytest.mark.parametrize("way", ["full", "lora", "gpt_neox"])
+@pytest.mark.parametrize("way", slow_unless(["gpt_neox"], ["full", "lora", "gpt_neox"]))
 def test_a_run_trains_evaluates_saves_and_resumes_as_if_it_was_not_interrupted(make, saved_model, way):
     options = {
         "model": saved_model("gpt_neox") if way == "gpt_neox" else None,
