@@ -109,7 +109,7 @@ def test_on_one_batch_they_are_the_steps_own_bit_for_bit(cached, folder, bf16):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("algorithm", slow_unless(["hypo"], ["dpo", "ipo", "hypo"]))
-def test_a_step_has_the_same_loss_and_gradients_with_and_without_them(cached, algorithm, way):
+def test_cached_log_probs_keep_the_loss_and_gradients(cached, algorithm, way):
     # With a small epsilon, AdamW would blow the rounding of gradients near zero up to whole updates.
     shape = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-2}
     results = []
@@ -127,7 +127,7 @@ def test_a_step_has_the_same_loss_and_gradients_with_and_without_them(cached, al
     assert max(gradient.abs().max() for gradient in others.values()) > 1e-3
 
 
-def test_an_evaluation_has_the_same_metrics_with_and_without_them(cached):
+def test_cached_log_probs_keep_an_evaluations_metrics(cached):
     found = [
         train(
             cached(
@@ -165,7 +165,7 @@ def test_hypo_asks_the_reference_for_its_samples_alone(cached, passes):
 # Weights that nothing needs any more
 
 
-def test_without_held_out_rows_the_frozen_copy_is_freed_and_asking_it_is_an_error(cached):
+def test_without_held_out_rows_the_reference_is_freed(cached):
     run = prepare(cached())
     precompute_ref_logps(run, progress=False)
     assert run.policy.reference_parameters == {}
@@ -173,7 +173,7 @@ def test_without_held_out_rows_the_frozen_copy_is_freed_and_asking_it_is_an_erro
         in_step(run, run.plan.train_rows)
 
 
-def test_with_held_out_rows_the_frozen_copy_stays_for_their_samples(cached):
+def test_with_held_out_rows_the_reference_is_kept(cached):
     config = cached(num_eval_rows=4, max_steps=6)
     assert train(config, progress=False).evaluation.metrics["eval_kl"] != 0
     run = prepare(config.model_copy(update={"output_dir": "unused"}))
@@ -360,7 +360,7 @@ def not_finite(file):
 @pytest.mark.parametrize(
     "damage", [torn, emptied, a_byte_changed, text, another_key, another_model, too_few_rows, not_finite]
 )
-def test_a_damaged_or_foreign_file_is_named_computed_anew_and_replaced(cached, folder, passes, capsys, damage):
+def test_a_damaged_cache_file_is_named_and_replaced(cached, folder, passes, capsys, damage):
     run = prepare(cached())
     first = logps_of(run, folder)
     [file] = folder.iterdir()
@@ -416,7 +416,7 @@ def test_runs_that_write_the_same_file_at_once_leave_a_whole_one(cached, folder)
 # The folder
 
 
-def test_the_folder_is_the_users_cache_unless_the_config_names_one(settings, monkeypatch, tmp_path):
+def test_the_default_folder_is_the_users_cache(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache.cache_folder(settings()) == tmp_path / "xdg" / "hypo_train" / "reference_logps"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -424,7 +424,7 @@ def test_the_folder_is_the_users_cache_unless_the_config_names_one(settings, mon
     assert cache.cache_folder(settings(ref_logps_cache_dir="~/x")) == Path.home() / "x"
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(cached, tmp_path, monkeypatch):
+def test_a_read_only_folder_is_refused_before_loading(cached, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr("hypo_train.build.load_policy", None)
     with pytest.raises(ConfigError, match=r"cannot be kept in '.*/file/logps' \(.*\): set ref_logps_cache_dir"):
@@ -462,7 +462,7 @@ def pairs(prompt, completion, count=3):
         (250, 48, 1, False, True),
     ],
 )
-def test_it_pays_where_the_pass_has_no_more_tokens_than_the_steps_save(prompt, completion, passes, shared, pays):
+def test_precomputing_pays_if_it_saves_tokens(prompt, completion, passes, shared, pays):
     assert precompute_pays(pairs(prompt, completion), passes, prompts_shared=shared) is pays
 
 
@@ -481,7 +481,7 @@ def test_it_pays_where_the_pass_has_no_more_tokens_than_the_steps_save(prompt, c
     ],
     ids=str,
 )
-def test_each_split_is_precomputed_where_it_pays_unless_the_config_decides(changes, steps, expected):
+def test_each_split_is_precomputed_where_it_pays(changes, steps, expected):
     config = Config(
         model_name_or_path="m",
         dataset_name="d",
@@ -530,9 +530,7 @@ def resumed(config):
     ids=["in the pass", "in the write", "before the rename", "in the second pass", "before the second rename"],
 )
 @pytest.mark.parametrize("way", slow_unless(["lora"], ["full", "lora"]))
-def test_a_run_killed_before_its_first_step_starts_again_as_if_it_had_not_been(
-    cached, folder, monkeypatch, way, owner, name, nth
-):
+def test_a_run_killed_before_its_first_step_starts_again(cached, folder, monkeypatch, way, owner, name, nth):
     whole, killed = (cached(**RUN, **WAYS[way], output_dir=f"{cached().output_dir}-{n}") for n in ("whole", "killed"))
     train(whole, progress=False)
     for file in folder.iterdir():
@@ -565,7 +563,7 @@ def test_a_run_killed_later_goes_on_with_the_same_bits(cached, folder, monkeypat
     assert_same_run(killed, whole)
 
 
-def test_progress_is_said_now_and_then_where_there_is_no_terminal(cached, folder, monkeypatch, capsys):
+def test_progress_is_printed_without_a_terminal(cached, folder, monkeypatch, capsys):
     monkeypatch.setattr(cache, "_SECONDS_PER_LINE", 0.0)
     train(cached(), progress=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" left") and "reference" in line]
@@ -598,7 +596,7 @@ def test_a_fingerprint_sees_every_bit_and_where_it_is(dtype, size):
             assert (tensor_digest(exchanged) in found) is bool(tensor[i] == tensor[j])
 
 
-def test_a_fingerprint_is_of_the_content_and_not_of_how_it_lies_in_memory():
+def test_a_digest_does_not_depend_on_strides():
     tensor = torch.arange(12.0).view(3, 4)
     assert tensor_digest(tensor.T) == tensor_digest(tensor.T.contiguous()) != tensor_digest(tensor)
     assert tensor_digest(torch.zeros(3)) != tensor_digest(torch.zeros(4))

@@ -99,7 +99,7 @@ def test_a_window_is_one_draw_of_the_prompts_of_all_its_steps():
     assert [call[3] for call in sampler.calls] == [1000, 1003, 1006]
 
 
-def test_each_step_gets_the_samples_of_its_prompts_with_their_log_probs():
+def test_each_step_gets_samples_of_its_own_prompts():
     sampler = Recorder()
     found = run(rollouts(sampler, 3), range(8))
     row = 0
@@ -113,7 +113,7 @@ def test_each_step_gets_the_samples_of_its_prompts_with_their_log_probs():
 
 @pytest.mark.parametrize("stop", range(1, 8))
 @pytest.mark.parametrize("num_steps", [2, 3, 8])
-def test_a_run_that_stops_after_any_step_goes_on_with_the_same_samples(num_steps, stop):
+def test_a_resumed_window_has_the_same_samples(num_steps, stop):
     """By way of JSON, as a checkpoint keeps it, and without drawing what is left of a window again."""
     whole = run(rollouts(Recorder(), num_steps), range(8))
     killed = rollouts(Recorder(), num_steps)
@@ -138,7 +138,7 @@ def test_a_state_is_as_it_was_after_the_window_went_on():
     assert json.dumps(state) == before
 
 
-def test_a_window_whose_samples_are_gone_is_not_drawn_from_other_weights():
+def test_a_lost_window_is_not_drawn_again_from_new_weights():
     with pytest.raises(ValueError, match=r"the samples of step 4 were drawn at step 3 and are gone.*num_steps=3"):
         rollouts(Untouched(), 3).of_step(4)
 
@@ -183,7 +183,7 @@ def loss_of(policy, samples):
     return policy(tree, loss)
 
 
-def test_samples_of_the_policy_have_ratios_of_one_and_older_ones_the_ratios_of_their_tokens():
+def test_importance_ratios_are_one_for_the_policys_own_samples():
     model = tiny.new_model("llama")
     model.set_attn_implementation(NAME)
     policy = Policy(model, is_peft=False)
@@ -203,7 +203,7 @@ def test_samples_of_the_policy_have_ratios_of_one_and_older_ones_the_ratios_of_t
     assert (out.importance.ratio / out.lengths[4:] - 1).abs().max() > 0.01
 
 
-def test_a_step_that_drew_its_own_samples_has_no_behavior_log_probs():
+def test_own_samples_have_no_behavior_log_probs():
     tree = Batcher(tiny.PAD).pairs(PAIRS, [[5, 1]] * 4)
     assert StepSamples([[5, 1]] * 4, K, None).behavior_logps(tree) is None
 

@@ -107,7 +107,7 @@ def test_prompts_run_first_where_every_step_fits_the_budget(settings):
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "hypo"])
-def test_a_step_runs_each_prompt_once_and_the_reference_only_on_what_is_not_known(settings, algorithm):
+def test_a_step_computes_prompts_and_reference_only_once(settings, algorithm):
     run = prepare(settings(algorithm=algorithm, precompute_ref_log_probs=True))
     precompute_ref_logps(run, progress=False)
     tokens = []

@@ -152,7 +152,7 @@ def paper_gradients(model, initial, pairs, samples, *, beta, kl_coef, k, length_
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "qwen2"])
-def test_the_gradients_of_a_step_are_the_papers_on_separate_padded_rows(settings, saved_model, architecture):
+def test_a_steps_gradients_are_the_papers_on_padded_rows(settings, saved_model, architecture):
     k, constants = 3, {"beta": 0.3, "kl_coef": 0.5, "length_penalty": 0.1, "label_smoothing": 0.1}
     folder = saved_model(architecture)
     ragged = {"per_device_train_batch_size": 8, "max_new_tokens": 16}  # so that some samples end and some are cut
@@ -223,7 +223,7 @@ def padded_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo", "sft"])
-def test_rows_of_a_step_are_ordered_by_length_for_the_same_loss_with_less_padding(settings, monkeypatch, algorithm):
+def test_ordering_rows_by_length_keeps_the_loss(settings, monkeypatch, algorithm):
     shape = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "adam_epsilon": 1e-2}
     results = []
     for ordered in (True, False):
@@ -245,7 +245,7 @@ def test_rows_of_a_step_are_ordered_by_length_for_the_same_loss_with_less_paddin
     assert size < other_size
 
 
-def test_a_run_by_length_trains_on_every_row_once_an_epoch_with_less_padding(settings, monkeypatch):
+def test_group_by_length_trains_on_every_row_once(settings, monkeypatch):
     sizes = padded_tokens(monkeypatch)
     spent = []
     for grouped in (True, False):
@@ -290,7 +290,7 @@ def test_an_epoch_goes_over_every_row_once(settings):
     assert prompts[:24] != prompts[24:]
 
 
-def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(settings):
+def test_the_seed_decides_the_run(settings):
     run = {"num_eval_rows": 4, "eval_steps": 2, **LORA, "lora_dropout": 0.3}
     first, again, other = (
         trained(settings(**run, seed=seed, output_dir=settings().output_dir + name))
@@ -337,7 +337,7 @@ def test_hypo_without_its_kl_term_is_dpo(settings):
         assert_close(weights["hypo"][name], weight, atol=1e-5, rtol=1e-4)
 
 
-def test_a_larger_kl_coef_keeps_the_policy_nearer_to_the_reference(settings):
+def test_a_larger_kl_coef_gives_a_smaller_kl(settings):
     shape = {"max_steps": 20, "num_generations": 8, "num_eval_rows": 8, "num_eval_samples": 16}
     distances = []
     for kl_coef in (0.0, 1.0):
@@ -377,7 +377,7 @@ def test_a_line_is_the_mean_over_its_interval(settings):
             assert line[name] == pytest.approx((every[2 * i][name] + every[2 * i + 1][name]) / 2)
 
 
-def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_intervals(settings):
+def test_the_last_step_is_always_logged_evaluated_and_saved(settings):
     config = settings(max_steps=5, logging_steps=4, save_steps=2, eval_steps=3, num_eval_rows=4)
     lines = trained(config)
     assert [line["step"] for line in lines if "loss" in line] == [4, 5]

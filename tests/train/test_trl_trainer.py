@@ -98,7 +98,7 @@ def logged(trainer, *names):
 
 
 @pytest.mark.parametrize("way", slow_unless(["lora"], ["full", "lora", "gpt_neox"]))
-def test_without_a_kl_losses_rewards_and_gradients_are_those_of_dpo(make, saved_model, way):
+def test_without_a_kl_it_is_dpo(make, saved_model, way):
     model = saved_model("gpt_neox") if way == "gpt_neox" else None
     options = {"model": model, "peft_config": LORA if way == "lora" else None, "lr_scheduler_type": "constant"}
     (ours, gradients), (theirs, expected) = (
@@ -119,7 +119,7 @@ def test_without_a_kl_losses_rewards_and_gradients_are_those_of_dpo(make, saved_
     assert "kl" not in ours.state.log_history[0]
 
 
-def test_the_loss_on_a_batch_and_its_samples_is_this_projects_own(make, drawn):
+def test_the_loss_of_a_batch_is_fused_hypo_loss(make, drawn):
     trainer, _ = trained(make(**HYPO, temperature=0.7))  # away from the reference
     batch = next(iter(trainer.get_train_dataloader()))
     drawn.clear()
@@ -185,7 +185,7 @@ def test_samples_come_from_the_weights_as_they_are(make, drawn, peft_config):
     assert (then - samples.logprobs[0][: len(then)]).abs().max() > 1e-2
 
 
-def test_the_reference_of_an_adapter_that_the_model_came_with_is_that_adapter(make, saved_model):
+def test_the_reference_of_a_loaded_adapter_is_that_adapter(make, saved_model):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved_model()), LORA)
     trainer = make(model=saved_model(), policy=model, gradient_checkpointing=False, **HYPO)
     trainer.model.train()
@@ -196,7 +196,7 @@ def test_the_reference_of_an_adapter_that_the_model_came_with_is_that_adapter(ma
 
 
 @pytest.mark.parametrize("way", slow_unless(["gpt_neox"], ["full", "lora", "gpt_neox"]))
-def test_a_run_trains_evaluates_saves_and_resumes_as_if_it_was_not_interrupted(make, saved_model, way):
+def test_a_resumed_run_equals_an_uninterrupted_one(make, saved_model, way):
     options = {
         "model": saved_model("gpt_neox") if way == "gpt_neox" else None,
         "peft_config": LORA if way == "lora" else None,
@@ -242,7 +242,7 @@ def test_a_run_trains_evaluates_saves_and_resumes_as_if_it_was_not_interrupted(m
     ],
 )
 @pytest.mark.filterwarnings("ignore:The `'keep_end'`:FutureWarning")
-def test_an_option_that_cannot_be_served_is_refused_before_anything_is_loaded(tmp_path, changes, message):
+def test_an_unsupported_option_is_refused_before_loading(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         HyPOConfig(str(tmp_path), bf16=False, use_cpu=True, **changes)
 
