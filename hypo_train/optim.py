@@ -1,6 +1,6 @@
-"""The optimizer that a run names, and the learning rate over the run.
+"""The run's optimizer and learning rate schedule.
 
-Names and settings are transformers' (and so TRL's) where it has them. One learning rate serves every parameter.
+Names and settings are those of transformers, and so of TRL. All parameters share one learning rate.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hypo_train.config import Config, ConfigError
 
-SCHEDULES = ("linear", "cosine", "constant")
-
-# What a parameter does, as far as an optimizer asks.
+# What a parameter does, as far as optimizers distinguish.
 Role = Literal["embedding", "head", "matrix", "vector"]
 
 _MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the moments of smaller parameters in fp32
@@ -28,20 +26,20 @@ _BLOCK = 256  # elements that share one fp32 scale there
 
 
 def require_optimizer(config: Config) -> None:
-    """Raise ConfigError where the run's optimizer needs a package that is not installed."""
+    """Raise ConfigError if the run's optimizer needs a package that is not installed."""
     if config.optim == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("optim=adamw_8bit needs bitsandbytes: pip install bitsandbytes (or use optim: adamw_torch)")
 
 
 def parameter_roles(model: nn.Module, head: nn.Module | None) -> dict[str, Role]:
-    """The role of each of the model's parameters, by name. A tied head is an embedding."""
+    """Return the role of each of the model's parameters, by name. A tied head is an embedding."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    of_head = set() if head is None else {id(p) for p in head.parameters()}
+    head_parameters = set() if head is None else {id(p) for p in head.parameters()}
 
     def role(parameter: nn.Parameter) -> Role:
         if id(parameter) in tables:
             return "embedding"
-        if id(parameter) in of_head:
+        if id(parameter) in head_parameters:
             return "head"
         return "matrix" if parameter.ndim == 2 else "vector"
 
@@ -58,17 +56,17 @@ def build_optimizer(
     eps: float = 1e-8,
     roles: Mapping[str, Role] | None = None,
 ) -> Optimizer:
-    """The optimizer called ``optim`` over the parameters that require gradients.
+    """Build the optimizer called ``optim`` over the parameters that require gradients.
 
-    Weights that multiply (two dimensions or more) decay; biases and norm scales do not.
+    Weight decay applies to parameters of two dimensions or more, not to biases and norm scales.
 
     Args:
-        optim: as in ``Config``; :func:`require_optimizer` has found nothing against it.
-        betas, eps: of Adam and what is like it.
+        optim: as in ``Config``; :func:`require_optimizer` must have passed.
+        betas, eps: of Adam and similar optimizers.
         roles: see :func:`parameter_roles`; None = every parameter of two dimensions is a matrix.
 
     Raises:
-        ValueError: none of the parameters requires a gradient.
+        ValueError: no parameter requires a gradient, or none is a matrix for Muon.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
@@ -86,7 +84,7 @@ def build_optimizer(
 
 
 def _groups(parameters: Sequence[nn.Parameter], weight_decay: float, **options: Any) -> list[dict[str, Any]]:
-    """Parameter groups: of those that decay, and of those that do not."""
+    """Return a group of the parameters that decay and one of the others, without empty groups."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay, **options},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, **options},
@@ -97,16 +95,16 @@ def _groups(parameters: Sequence[nn.Parameter], weight_decay: float, **options: 
 def _split(
     named: Sequence[tuple[str, nn.Parameter]], roles: Mapping[str, Role] | None, wanted: Role
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Those of a role, and all others."""
-    found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    """Return the parameters of a role, and all others."""
+    split: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in named:
         role = roles[name] if roles is not None else "matrix" if parameter.ndim == 2 else "vector"
-        found[role != wanted].append(parameter)
-    return found
+        split[role != wanted].append(parameter)
+    return split
 
 
 def _adafactor(groups: list[dict[str, Any]], learning_rate: float) -> Optimizer:
-    """transformers', with the learning rate that it is given, as its Trainer sets it."""
+    """Build transformers' Adafactor with a fixed learning rate, as its Trainer does."""
     from transformers.optimization import Adafactor
 
     return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
@@ -118,10 +116,10 @@ def _adamw_8bit(
     weight_decay: float,
     adam: Mapping[str, Any],
 ) -> Optimizer:
-    """bitsandbytes' AdamW with moments of 8 bits; those of embeddings have 32, as transformers' Trainer has it."""
+    """Build bitsandbytes' AdamW with 8-bit moments, and 32-bit ones for embeddings, as transformers' Trainer does."""
     from bitsandbytes.optim import AdamW8bit
 
-    class AdamW8bitByGroup(AdamW8bit):  # whose own choice by parameter goes by id, in one table a process
+    class AdamW8bitByGroup(AdamW8bit):  # its own way to choose keeps a table by parameter id for the whole process
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             return super().get_config(gindex, pindex, group) | {"optim_bits": group["optim_bits"]}
 
@@ -139,7 +137,7 @@ def _muon(
     matrices, others = _split(named, roles, "matrix")
     if not matrices:
         raise ValueError("optim=muon: none of the trained parameters is a matrix, use optim: adamw_torch")
-    # Updates of the size of AdamW's, so that one learning rate serves both.
+    # This scales updates to the size of AdamW's, so that one learning rate serves both.
     muon = Muon(matrices, lr=adam["lr"], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return MuonAndAdamW(muon, AdamW(_groups(others, weight_decay), **adam) if others else None)
 
@@ -152,9 +150,9 @@ class MuonAndAdamW(Optimizer):
         super().__init__([group for part in self._parts for group in part.param_groups], {})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all parameters."""
+        """Update all parameters."""
         start = 0
-        for part in self._parts:  # groups and state are this optimizer's, which a loaded state has replaced
+        for part in self._parts:  # a loaded state replaces this optimizer's groups and state
             stop = start + len(part.param_groups)
             part.param_groups, part.state = self.param_groups[start:stop], self.state
             start = stop
@@ -162,22 +160,22 @@ class MuonAndAdamW(Optimizer):
 
 
 class Footprint(NamedTuple):
-    """Bytes that an optimizer takes beside weights and gradients."""
+    """Bytes that an optimizer needs beside weights and gradients."""
 
     what: str
     state: int
-    temporary: int  # while it changes weights
+    temporary: int  # during a step
 
 
 def footprint(
     optim: str, named: Iterable[tuple[str, nn.Parameter]], *, roles: Mapping[str, Role], device_type: str
 ) -> Footprint:
-    """Of the trained parameters, fp32 and on any device, with the optimizer called ``optim`` on ``device_type``."""
+    """Return what the optimizer called ``optim`` needs on ``device_type`` for the trained fp32 parameters."""
     shapes = [(roles[name], p.shape, p.numel()) for name, p in named if p.requires_grad]
     largest = 4 * max(count for _, _, count in shapes)
     eight = [(2 * count + 8 * math.ceil(count / _BLOCK), count) for _, _, count in shapes]
     moments = 8 * sum(count for _, _, count in shapes)
-    # On a CPU, AdamW makes two temporaries of a tensor's size; on CUDA, and where it is fused, it is one kernel.
+    # On a CPU, AdamW makes two temporaries of a tensor's size. On CUDA, and if fused, it is one kernel.
     plain = 2 * largest if device_type == "cpu" else 0
     if optim == "adafactor":
         factored = sum(4 * (s.numel() // s[-1] + s.numel() // s[-2]) if len(s) >= 2 else 4 * n for _, s, n in shapes)
@@ -196,31 +194,23 @@ def footprint(
 
 
 def _newton_schulz(shape: torch.Size) -> int:
-    """Bytes of an orthogonalisation: the fp32 update, two bf16 matrices of its size, two of its short side squared."""
+    """Return the bytes of Muon's orthogonalisation, without what a BLAS library adds for its products.
+
+    They are the fp32 update, two bf16 matrices of its size, and two of its short side squared.
+    """
     return 4 * shape.numel() + 2 * 2 * shape.numel() + 2 * 2 * min(shape) ** 2
 
 
 def build_scheduler(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """The schedule `lr_at` on the optimizer's learning rates; call its `step()` after each optimizer step.
-
-    Raises:
-        ValueError: an unknown kind, or a warm-up that is negative or longer than the run.
-    """
-    if kind not in SCHEDULES:
-        raise ValueError(f"the learning rate schedule is {kind!r}: it must be one of {', '.join(SCHEDULES)}")
-    if total_steps < 1:
-        raise ValueError(f"total_steps is {total_steps}: it must be at least 1")
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"warmup_steps is {warmup_steps}: it must lie between 0 and total_steps = {total_steps}")
-    schedule = partial(lr_at, kind=kind, warmup_steps=warmup_steps, total_steps=total_steps)
-    return LambdaLR(optimizer, schedule)
+    """Return the schedule of :func:`lr_at`. Call its ``step()`` after each optimizer step."""
+    return LambdaLR(optimizer, partial(lr_at, kind=kind, warmup_steps=warmup_steps, total_steps=total_steps))
 
 
 def lr_at(step: int, *, kind: str, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate after `step` optimizer steps, as a fraction of its peak.
+    """Return the learning rate after ``step`` optimizer steps, as a fraction of its peak.
 
-    It rises from 0 to 1 over the warm-up; then linear and cosine fall to 0 at `total_steps`. These are
-    transformers' schedules, so that a run can be set against TRL's step by step.
+    It rises from 0 to 1 over the warm-up. Then "linear" and "cosine" fall to 0 at ``total_steps``; "constant" stays.
+    These are transformers' schedules; its linear one rounds differently in the last bit.
     """
     if step < warmup_steps:
         return step / warmup_steps

@@ -11,7 +11,7 @@ from hypo_train.config import Config
 from hypo_train.train import train
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]  # ranks.py waits by the processes' progress
 STEPS = 20
 FULL = {"learning_rate": 1e-3}
 AS_ONE = {

@@ -1,9 +1,13 @@
+"""Optimizer groups, and the learning rate over a run."""
+
 import pytest
 import torch
 from torch import nn
 from transformers import get_scheduler
 
-from hypo_train.optim import SCHEDULES, build_optimizer, build_scheduler, lr_at
+from hypo_train.optim import build_optimizer, build_scheduler, lr_at
+
+SCHEDULES = ("linear", "cosine", "constant")
 
 
 def small_model():
@@ -20,7 +24,7 @@ def rates(kind, warmup_steps, total_steps):
     return [lr_at(s, kind=kind, warmup_steps=warmup_steps, total_steps=total_steps) for s in range(total_steps + 1)]
 
 
-def test_only_weights_that_multiply_decay():
+def test_weight_decay_is_for_matrices_alone():
     model = small_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = build(model)
@@ -32,7 +36,7 @@ def test_only_weights_that_multiply_decay():
         torch.testing.assert_close(parameter.detach(), before[name] * decay)
 
 
-def test_the_settings_reach_adamw():
+def test_settings_reach_adamw():
     for group in build(small_model()).param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (1e-2, (0.9, 0.95), 1e-6)
 
@@ -44,13 +48,13 @@ def test_frozen_parameters_are_left_out():
     assert optimized == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-def test_a_model_of_vectors_alone_can_be_trained():
+def test_a_model_without_matrices_can_be_trained():
     optimizer = build(nn.LayerNorm(4))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
 
 
 @pytest.mark.parametrize("parameters", [[], [("weight", nn.Parameter(torch.ones(2), requires_grad=False))]])
-def test_nothing_to_train_is_an_error(parameters):
+def test_no_trained_parameter_is_an_error(parameters):
     with pytest.raises(ValueError, match="nothing to train"):
         build_optimizer(parameters, learning_rate=1e-3)
 
@@ -62,7 +66,7 @@ def test_adamw_is_fused_on_cuda():
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_the_rate_at_the_ends(kind):
+def test_the_rate_starts_at_zero_and_ends_as_documented(kind):
     curve = rates(kind, warmup_steps=4, total_steps=20)
     assert curve[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert curve[-1] == (1.0 if kind == "constant" else pytest.approx(0.0, abs=1e-12))
@@ -70,11 +74,11 @@ def test_the_rate_at_the_ends(kind):
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_without_warm_up_the_first_step_has_the_full_rate(kind):
+def test_without_warm_up_the_first_rate_is_the_peak(kind):
     assert rates(kind, warmup_steps=0, total_steps=5)[0] == 1.0
 
 
-def test_the_middle_of_the_decay():
+def test_the_rate_halfway_through_the_decay():
     assert rates("linear", 2, 10)[6] == 0.5
     assert rates("cosine", 2, 10)[6] == pytest.approx(0.5)
     assert rates("cosine", 2, 10)[4] == pytest.approx(0.5 + 0.5**1.5)
@@ -86,38 +90,24 @@ def test_the_rate_stays_zero_after_the_last_step(kind):
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_a_run_of_warm_up_alone(kind):
+def test_a_warm_up_as_long_as_the_run(kind):
     assert rates(kind, warmup_steps=4, total_steps=4)[:4] == [0.0, 0.25, 0.5, 0.75]
 
 
 @pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 7), (1, 7), (3, 10)])
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_the_schedules_are_those_of_transformers(kind, warmup_steps, total_steps):
+def test_schedules_are_those_of_transformers(kind, warmup_steps, total_steps):
     def curve(build_schedule):
         optimizer = build(small_model())
         scheduler = build_schedule(optimizer)
-        found = []
+        rates = []
         for _ in range(total_steps + 1):
-            found.append([group["lr"] for group in optimizer.param_groups])
+            rates.append([group["lr"] for group in optimizer.param_groups])
             optimizer.step()
             scheduler.step()
-        return found
+        return rates
 
     name = "constant_with_warmup" if kind == "constant" else kind
     ours = curve(lambda optimizer: build_scheduler(optimizer, kind, warmup_steps, total_steps))
     theirs = curve(lambda optimizer: get_scheduler(name, optimizer, warmup_steps, total_steps))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("kind", "warmup_steps", "total_steps", "message"),
-    [
-        ("cosin", 0, 5, "'cosin': it must be one of linear, cosine, constant"),
-        ("linear", 6, 5, "warmup_steps is 6"),
-        ("linear", -1, 5, "warmup_steps is -1"),
-        ("linear", 0, 0, "total_steps is 0"),
-    ],
-)
-def test_a_schedule_that_makes_no_sense_is_named(kind, warmup_steps, total_steps, message):
-    with pytest.raises(ValueError, match=message):
-        build_scheduler(build(small_model()), kind, warmup_steps, total_steps)

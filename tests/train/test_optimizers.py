@@ -1,4 +1,4 @@
-"""Every optimizer by its name: it trains, goes on bit for bit from a checkpoint, and its memory is foretold."""
+"""Every optimizer: it trains, resumes bit for bit from a checkpoint, and needs the memory that is predicted."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Run:
         return [p.detach().clone() for p in self.model.parameters()]
 
 
-def test_it_trains_every_parameter(optim):
+def test_every_parameter_is_trained(optim):
     run = Run(optim)
     before = run.state()
     losses = run.train(6)
@@ -79,7 +79,7 @@ def test_it_trains_every_parameter(optim):
     assert not any(torch.equal(a, b) for a, b in zip(before, run.state(), strict=True))
 
 
-def test_it_goes_on_from_a_checkpoint_bit_for_bit(optim, tmp_path):
+def test_a_resumed_optimizer_gives_the_same_bits(optim, tmp_path):
     whole, first, second = Run(optim), Run(optim), Run(optim)
     whole.train(7)
     first.train(4)
@@ -92,21 +92,21 @@ def test_it_goes_on_from_a_checkpoint_bit_for_bit(optim, tmp_path):
         scheduler=first.scheduler,
         extra={},
     )
-    found = load_checkpoint(folder, optimizer=second.optimizer, scheduler=second.scheduler)
-    second.model.load_state_dict(found.model_state)
+    loaded = load_checkpoint(folder, optimizer=second.optimizer, scheduler=second.scheduler)
+    second.model.load_state_dict(loaded.model_state)
     second.train(3)
     for expected, weight in zip(whole.state(), second.state(), strict=True):
         assert torch.equal(expected, weight)
 
 
-def test_the_schedule_sets_the_rate_of_every_group(optim):
+def test_the_schedule_sets_the_rate_of_all_groups(optim):
     run = Run(optim)
     run.train(5)
     [rate] = {group["lr"] for group in run.optimizer.param_groups}
     assert rate == run.scheduler.get_last_lr()[0] < 1e-2
 
 
-def test_its_state_takes_what_is_foretold(optim):
+def test_state_takes_the_predicted_bytes(optim):
     run = Run(optim)
     run.train(1)
     entries = [dict(entry) for entry in run.optimizer.state.values()]
@@ -116,7 +116,7 @@ def test_its_state_takes_what_is_foretold(optim):
     assert found.state == num_bytes(held)
 
 
-def test_its_temporaries_take_what_is_foretold(optim):
+def test_temporaries_take_the_predicted_bytes(optim):
     model = nn.Linear(512, 1024)
     optimizer = build_optimizer(model.named_parameters(), optim=optim, learning_rate=1e-3)
     for _ in range(2):
@@ -124,11 +124,24 @@ def test_its_temporaries_take_what_is_foretold(optim):
             parameter.grad = torch.randn_like(parameter)
         _, extra = peak_extra_bytes(optimizer.step, torch.device("cpu"))
     roles = parameter_roles(model, None)
-    found = footprint(optim, model.named_parameters(), roles=roles, device_type="cpu")
-    assert extra == pytest.approx(found.temporary, rel=0.01, abs=2**18)
+    predicted = footprint(optim, model.named_parameters(), roles=roles, device_type="cpu").temporary
+    if optim == "muon":
+        predicted += workspace_of_newton_schulz(512, 1024)
+    assert extra == pytest.approx(predicted, rel=0.01, abs=2**18)
 
 
-def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
+def workspace_of_newton_schulz(short, long):
+    """Return what this machine's BLAS library allocates in Newton-Schulz's largest bf16 product, beside its result.
+
+    That is nothing where the CPU multiplies bf16 matrices as they lie, 0.1 MB where they are reordered for AMX, and an
+    fp32 copy of the operands (2 MB) where it has AVX-512 without bf16.
+    """
+    matrix, square = torch.randn(short, long).bfloat16(), torch.randn(short, short).bfloat16()
+    result, extra = peak_extra_bytes(lambda: torch.addmm(matrix, square, matrix), torch.device("cpu"))
+    return extra - result.nbytes
+
+
+def test_muon_updates_matrices_and_adamw_the_rest():
     run, adamw = Run("muon"), Run("adamw_torch")
     run.train(1)
     adamw.train(1)
@@ -136,7 +149,7 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
         name: not torch.equal(a, b)
         for (name, a), b in zip(run.model.named_parameters(), adamw.model.parameters(), strict=True)
     }
-    assert [name for name, differs in moved.items() if differs] == []  # the rate is 0 at the first step of a warm-up
+    assert [name for name, differs in moved.items() if differs] == []  # the first rate of a warm-up is 0
     run.train(1)
     adamw.train(1)
     states = {name: set(run.optimizer.state[p]) for name, p in run.model.named_parameters()}
@@ -145,14 +158,14 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
         assert torch.equal(a, b) == (name != "matrix.weight"), name
 
 
-def test_muon_without_a_matrix_to_train_is_refused():
+def test_muon_without_a_trained_matrix_is_refused():
     model = Model()
     named = [("norm.weight", model.norm.weight)]
     with pytest.raises(ValueError, match="none of the trained parameters is a matrix"):
         build_optimizer(named, optim="muon", learning_rate=1e-3)
 
 
-def test_moments_of_embeddings_and_small_parameters_keep_32_bits():
+def test_embeddings_and_small_parameters_keep_32_bits():
     pytest.importorskip("bitsandbytes")
     run = Run("adamw_8bit")
     run.train(1)
@@ -160,20 +173,20 @@ def test_moments_of_embeddings_and_small_parameters_keep_32_bits():
     assert [name for name, dtype in dtypes.items() if dtype == torch.uint8] == ["matrix.weight", "head.weight"]
 
 
-def test_a_run_with_any_of_them_goes_on_as_if_it_had_not_been_stopped(optim, settings):
+def test_a_run_resumes_with_the_same_bits(optim, settings):
     config = settings(
         algorithm="dpo", optim=optim, model=None, use_peft=optim == "muon", lora_r=4, precompute_ref_log_probs=False
     )
     assert_resumes_exactly(config)
 
 
-def test_8_bits_without_bitsandbytes_are_refused_before_anything_is_read(settings, monkeypatch):
+def test_8_bits_without_bitsandbytes_are_refused_first(settings, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="optim=adamw_8bit needs bitsandbytes: pip install"):
         prepare(settings(optim="adamw_8bit", model="no/model/anywhere"))
 
 
-def test_zero_without_deepspeed_or_other_processes_is_refused_before_anything_is_read(settings, monkeypatch):
+def test_zero_needs_deepspeed_and_several_processes(settings, monkeypatch):
     config = settings(zero_stage=2, model="no/model/anywhere")
     with pytest.raises(ConfigError, match="zero_stage=2 in one process: start several, as with torchrun"):
         prepare(config)
@@ -182,18 +195,18 @@ def test_zero_without_deepspeed_or_other_processes_is_refused_before_anything_is
         require_deepspeed(config)
 
 
-def test_accelerates_own_deepspeed_is_refused_with_the_setting_before_it_starts(settings, monkeypatch):
+def test_accelerates_own_deepspeed_is_refused(settings, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch --use_deepspeed sets it
     with pytest.raises(ConfigError, match="ACCELERATE_USE_DEEPSPEED is set: set zero_stage: 1 or 2 here"):
         prepare(settings(model="no/model/anywhere"))
 
 
-def test_a_name_that_is_no_optimizer_is_refused_with_those_that_are():
+def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="adamw_8bit"):
         Config(model_name_or_path="-", dataset_name="-", optim="adamw")
 
 
-def test_the_head_and_the_embeddings_of_a_model_are_known_by_their_role():
+def test_embeddings_and_head_have_their_roles():
     architecture = tiny.new_config("gpt_neox")
     config = Config(model_name_or_path="-", dataset_name="-", max_prompt_length=16, max_completion_length=16)
     policy = build_on_meta(config, architecture, device_type="cpu", autocast=False)

@@ -4,20 +4,18 @@ import importlib.util
 import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import ended, final, launch, started
+from ranks import RankProcess, ended, final, launch, start, wait_until
 from tiny import make_config, new_model, save
 
 from hypo_train.config import Config
 from hypo_train.metrics.log import read_metrics, without_costs
 from hypo_train.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]  # ranks.py waits by the processes' progress
 STEPS = 6
 WAYS = {
     "ddp": {},
@@ -28,11 +26,11 @@ WAYS = {
 WHOLE = {"fsdp": False, "vocab_parallel": False, "zero_stage": 0}
 
 
-def start(config: Config) -> list["subprocess.Popen[str]"]:
-    """Two processes of ``python -m hypo_train``, by rank."""
+def start_run(config: Config) -> list[RankProcess]:
+    """Start ``python -m hypo_train`` on two ranks."""
     file = Path(config.output_dir).with_suffix(".yaml")
     file.write_text(config.to_yaml(), encoding="utf-8")
-    return started(["-m", "hypo_train", "--config", str(file)])
+    return start(["-m", "hypo_train", "--config", str(file)])
 
 
 def config_of(folder: Path, **changes: object) -> Config:
@@ -47,7 +45,7 @@ def lines_of(config: Config) -> list[dict[str, float]]:
 
 
 def cut_to(config: Config, step: int, folder: Path, **changes: object) -> Config:
-    """A copy of a run as a kill right after its checkpoint of ``step`` would have left it, to be gone on with."""
+    """Copy a run as if it was killed right after its checkpoint of ``step``; return the config that resumes it."""
     shutil.copytree(config.output_dir, folder)
     shutil.rmtree(folder / f"checkpoint-{STEPS}")
     shutil.rmtree(folder / "final")
@@ -55,8 +53,8 @@ def cut_to(config: Config, step: int, folder: Path, **changes: object) -> Config
 
 
 @pytest.fixture(scope="module")
-def whole_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Config]]:
-    """A run that nobody touched and one that went on from its checkpoint in other processes, by how they share."""
+def uninterrupted_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Config]]:
+    """By way: a run that was not interrupted, and a copy that other processes resumed from its checkpoint."""
     folder = tmp_path_factory.mktemp("ends")
     whole = {
         way: config_of(folder / way, logging_steps=2, **changes)
@@ -70,12 +68,10 @@ def whole_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_on_fewer(
-    tmp_path, whole_and_resumed, way
-):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, uninterrupted_and_resumed, way):
     if "zero" in way:
         pytest.importorskip("deepspeed")
-    config, again = whole_and_resumed[way]
+    config, again = uninterrupted_and_resumed[way]
     assert lines_of(again) == lines_of(config)
     whole = final(Path(config.output_dir))
     assert all(torch.equal(value, whole[name]) for name, value in final(Path(again.output_dir)).items())
@@ -90,41 +86,44 @@ def test_a_resumed_run_is_the_uninterrupted_one_on_as_many_processes_and_agrees_
         train(other_rows, progress=False)
 
 
-def test_a_signal_to_one_process_ends_the_step_and_saves_on_all(tmp_path):
+def test_a_signal_to_one_process_stops_and_saves_all(tmp_path):
     config = config_of(tmp_path, max_steps=100_000, save_steps=0)
-    processes = start(config)
+    ranks = start_run(config)
+    processes = [rank.process for rank in ranks]
     metrics = Path(config.output_dir) / "metrics.jsonl"
-    give_up = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < give_up:
-        time.sleep(0.2)
+
+    def has_logged() -> bool:
+        return metrics.exists() and metrics.read_text().count("\n") > 2
+
+    wait_until(lambda: has_logged() or any(process.poll() is not None for process in processes), processes)
     processes[1].send_signal(signal.SIGTERM)
-    (main, _, said), (other, _, _) = ended(processes)
+    (main, _, errors), (other, _, _) = ended(ranks)
     assert (main, other) == (128 + signal.SIGTERM,) * 2
     saved = [path.name for path in Path(config.output_dir).glob("checkpoint-*")]
     assert len(saved) == 1
-    assert f"stopped by SIGTERM, saved in {config.output_dir}/{saved[0]}" in said
+    assert f"stopped by SIGTERM, saved in {config.output_dir}/{saved[0]}" in errors
 
 
 def failing_on_the_second(prompt: str, completion: str) -> float:
-    """A reward that a config can name: one process's machine is broken."""
+    """A reward that a config can name; it fails on rank 1."""
     if os.environ["RANK"] == "1":
         raise ValueError("this machine is broken")
     return 0.0
 
 
-def test_a_process_that_fails_says_why_and_the_others_end_too(tmp_path):
+def test_a_failed_process_ends_all_and_its_error_is_printed(tmp_path):
     config = config_of(tmp_path, algorithm="rloo", reward="test_processes_end:failing_on_the_second")
-    (main, _, said), (other, _, error) = ended(start(config))
+    (main, _, said), (other, _, error) = ended(start_run(config))
     assert (main, other) == (1, 1)
     assert "ValueError: this machine is broken" in error
     assert "hypo_train: another process has failed: process 1: ValueError: this machine is broken" in said
     assert "Traceback" not in said, "of a broken connection"
 
 
-def test_a_mistake_in_the_configuration_is_said_once(tmp_path):
+def test_a_configuration_error_is_printed_once(tmp_path):
     config = config_of(tmp_path, per_device_train_batch_size=2)
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "tell", "chosen": "a", "rejected": "b"}\n')
-    (main, _, said), (other, _, also) = ended(start(config.model_copy(update={"num_eval_rows": 0})))
+    (main, _, said), (other, _, also) = ended(start_run(config.model_copy(update={"num_eval_rows": 0})))
     assert main == 2
     assert other != 0
     assert "1 training rows for 2 processes" in said

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import ended, started
+from ranks import ended, start
 from tiny import make_config, new_model, save
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -104,7 +104,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[dict[st
     folder = tmp_path_factory.mktemp("steps")
     configs = [config_of(folder / name, model, 2, **way) for name, way in WAYS.items()]
     (folder / "configs.json").write_text(json.dumps([c.model_dump() for c in configs]), encoding="utf-8")
-    for status, _, error in ended(started([__file__, str(folder)])):
+    for status, _, error in ended(start([__file__, str(folder)])):
         assert status == 0, error
     return [dict(zip(WAYS, json.loads((folder / f"{rank}.json").read_text()), strict=True)) for rank in range(2)]
 
