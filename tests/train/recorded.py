@@ -1,4 +1,4 @@
-"""Folders as runs leave them, written without a run."""
+"""Write the folders that runs leave, without a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOSTILE = [
 
 
 def write_run(folder, *, steps=20, algorithm="hypo", offset=0.0, texts=(), config=None, ended="finished"):
-    """A run of so many steps, evaluated at half of them and at the end; ``texts`` are its samples' and its names'."""
+    """Write a run of ``steps`` steps with evaluations at half of them and at the end; ``texts`` are its samples."""
     (folder / "samples").mkdir(parents=True)
     settings = {"algorithm": algorithm, "model_name_or_path": "models/Small", "dataset_name": "data/pairs.jsonl"}
     settings |= {"learning_rate": 1e-6, "beta": 0.1, **(config or {})}
@@ -46,6 +46,6 @@ def write_run(folder, *, steps=20, algorithm="hypo", offset=0.0, texts=(), confi
         | {"kl": 1.5 + row, "reward": -0.25}
         for row, text in enumerate(texts or ["one thing", "another one"])
     ]
-    # As ASCII, which holds what UTF-8 cannot.
+    # JSON in ASCII can hold lone surrogates, which UTF-8 cannot.
     (folder / "samples" / f"step-{steps}.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     return folder

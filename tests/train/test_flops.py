@@ -1,4 +1,4 @@
-"""Model FLOPs: what is counted on the host is what torch counts while the pass runs."""
+"""Model FLOPs from lengths equal those that torch counts while the pass runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SAMPLES = [[7, 1], [9, 9, 1], [4, 1], [1]]
 
 
 def linear_flops(counter):
-    """Of the plain matrix products: attention's are batched, or in one kernel."""
+    """Return the FLOPs of plain matrix products; attention's are batched, or in one kernel."""
     counts = counter.get_flop_counts()["Global"]
     return counts.get(aten.mm, 0) + counts.get(aten.addmm, 0)
 
@@ -86,7 +86,7 @@ def test_the_references_passes_cost_what_torch_counts(policy_of, way):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_attention_costs_what_torch_counts_of_a_full_square(policy_of, frozen):
-    # GPT-2 rotates nothing, so that its only batched products are attention's.
+    # GPT-2 has no rotary embeddings, so its only batched products are attention's.
     _, policy = policy_of("gpt2", attn_implementation="eager", num_layers_unfrozen=1 if frozen else None)
     flops = ModelFlops.of(policy)
     pairs = [replace(pair, chosen=(7, 8, 1), rejected=(9, 9, 1), prompt=(5, 20, 6)) for pair in PAIRS]
@@ -115,7 +115,7 @@ def test_every_architecture_is_counted(policy_of, architecture):
 
 
 @pytest.mark.parametrize("shares_prompts", [True, False])
-def test_what_a_token_attends_to_is_counted_from_the_lengths(shares_prompts):
+def test_attended_pairs_are_counted_from_lengths(shares_prompts):
     tree = Batcher(tiny.PAD, shares_prompts=shares_prompts).pairs(PAIRS[:1], [[7, 8, 9, 1], []])
     branches = (2, 1, 3, 0)  # a completion's last token is no input
     if shares_prompts:
@@ -127,17 +127,17 @@ def test_what_a_token_attends_to_is_counted_from_the_lengths(shares_prompts):
     assert Size.of(tree) == (tokens, attended, 3 + 2 + 4)
 
 
-def test_samples_cost_the_pass_over_their_tree_and_without_the_prompts_their_branches_alone():
+def test_sampling_costs_a_pass_over_the_samples_tree():
     prompts = [[5, 20, 6], [8, 2]]
     whole = Size.of(Batcher(tiny.PAD).samples(prompts, SAMPLES))
     assert Size.of_samples(prompts, SAMPLES, prefill=True) == whole
     assert Size.of_samples(prompts, SAMPLES, prefill=False) == (whole.tokens - 5, whole.attended - 6 - 3, whole.rows)
 
 
-# What is not known
+# Unknown models
 
 
-def test_weights_that_multiply_outside_of_linear_layers_are_not_counted_in_silence(policy_of):
+def test_matrices_outside_of_linear_layers_are_refused(policy_of):
     _, policy = policy_of()
     policy.base.get_decoder().layers[1].mlp.experts = nn.Parameter(torch.zeros(4, 32, 48))
     with pytest.raises(UncountedError, match=r"layers\.1\.mlp\.experts \(4, 32, 48\) is not the weight of"):
@@ -169,5 +169,5 @@ def test_counting_leaves_the_policy_as_it_was(policy_of):
         ("Tesla T4", None),
     ],
 )
-def test_a_peak_is_known_by_the_devices_name_or_not_at_all(name, peak):
+def test_the_peak_follows_from_the_devices_name(name, peak):
     assert peak_bf16(name) == peak

@@ -22,7 +22,7 @@ def lines(output_dir):
 def log_steps(log, steps):
     for step in steps:
         log.log(step, {"loss": 1 / step, "kl": step * 0.1})
-        log.log(step, {"eval_loss": 2 / step})  # two lines of one step, as an evaluation gives
+        log.log(step, {"eval_loss": 2 / step})  # an evaluation adds a second line to a step
 
 
 class Terminal(io.StringIO):
@@ -31,7 +31,7 @@ class Terminal(io.StringIO):
 
 
 def terminal(monkeypatch):
-    """A terminal on stderr. Not a fixture: pytest puts its own stream there between setup and test."""
+    """Make stderr a terminal. Not a fixture: pytest replaces the stream between setup and test."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     return screen
@@ -113,15 +113,15 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path, died_in
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
-def test_a_half_written_line_goes_even_if_its_step_is_kept(tmp_path):
-    # As text it is whole, but its line end is missing: the next line would be glued to it.
+def test_an_unfinished_line_of_a_kept_step_is_dropped(tmp_path):
+    # The JSON is complete but its line end is missing: the next line would be joined to it.
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
     with run_log(tmp_path, resume_step=3) as log:
         log.log(4, {})
     assert lines(tmp_path) == ['{"step": 1}', '{"step": 4}']
 
 
-def test_lines_that_are_kept_keep_their_bytes(tmp_path):
+def test_kept_lines_keep_their_bytes(tmp_path):
     text = '{"step": 1, "a": "NaN",   "b": 1e-07}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
     run_log(tmp_path, resume_step=1).close()
@@ -153,7 +153,7 @@ def test_a_new_run_starts_with_an_empty_file(tmp_path):
     assert lines(tmp_path) == ['{"step": 0, "loss": 2.0}']
 
 
-def test_resuming_where_no_file_is_makes_one(tmp_path):
+def test_resuming_without_a_file_creates_one(tmp_path):
     with run_log(tmp_path, resume_step=4) as log:
         log.log(5, {"loss": 1.0})
     assert lines(tmp_path) == ['{"step": 5, "loss": 1.0}']
@@ -162,7 +162,7 @@ def test_resuming_where_no_file_is_makes_one(tmp_path):
 # The bar
 
 
-def test_the_bar_shows_progress_time_left_and_the_metrics_that_matter(tmp_path, monkeypatch):
+def test_the_bar_shows_progress_time_left_and_metrics(tmp_path, monkeypatch):
     screen = terminal(monkeypatch)
     with run_log(tmp_path, progress=True) as log:
         for step in range(1, 6):
@@ -178,7 +178,7 @@ def test_the_bar_shows_progress_time_left_and_the_metrics_that_matter(tmp_path, 
     assert "1.23" not in shown
 
 
-def test_a_resumed_bar_starts_where_the_run_goes_on(tmp_path, monkeypatch):
+def test_a_resumed_bar_starts_at_its_step(tmp_path, monkeypatch):
     screen = terminal(monkeypatch)
     with run_log(tmp_path, progress=True, resume_step=6) as log:
         assert "6/10" in screen.getvalue()
@@ -217,7 +217,7 @@ def test_without_a_terminal_each_log_call_is_one_plain_line(tmp_path, capsys):
     assert captured.err == ""
 
 
-def test_the_time_left_counts_this_attempts_steps_alone(tmp_path, capsys, monkeypatch):
+def test_the_time_left_counts_steps_of_this_attempt(tmp_path, capsys, monkeypatch):
     now = 100.0
     monkeypatch.setattr("hypo_train.metrics.log.time.monotonic", lambda: now)
     with run_log(tmp_path, progress=True, resume_step=4) as log:
@@ -227,7 +227,7 @@ def test_the_time_left_counts_this_attempts_steps_alone(tmp_path, capsys, monkey
 
 
 @pytest.mark.parametrize("on_a_terminal", [True, False])
-def test_the_time_left_is_not_led_astray_by_evaluations(tmp_path, capsys, monkeypatch, on_a_terminal):
+def test_evaluations_do_not_distort_the_time_left(tmp_path, capsys, monkeypatch, on_a_terminal):
     now = 100.0
     monkeypatch.setattr("hypo_train.metrics.log.time.monotonic", lambda: now)
     monkeypatch.setattr("tqdm.std.time", lambda: now)
@@ -267,7 +267,7 @@ def test_without_progress_only_messages_are_printed(tmp_path, capsys, monkeypatc
     assert screen.getvalue() == ""
 
 
-# Nobody there
+# Broken streams
 
 
 def gone_reader():
@@ -288,7 +288,7 @@ def full_disk():
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("why", [gone_reader, gone_terminal, full_disk], ids=lambda why: why.__name__)
-def test_a_run_goes_on_when_nobody_can_be_told(tmp_path, monkeypatch, why, stream):
+def test_a_run_survives_broken_output_streams(tmp_path, monkeypatch, why, stream):
     broken = why()
     monkeypatch.setattr(sys, stream, broken)
     with run_log(tmp_path, progress=True) as log:
@@ -302,11 +302,11 @@ def test_a_run_goes_on_when_nobody_can_be_told(tmp_path, monkeypatch, why, strea
         broken.close()
 
 
-# A disk that is full
+# A full disk
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_a_line_that_finds_no_room_is_an_error_that_names_the_file_and_the_way_on(tmp_path):
+def test_a_full_disk_is_an_error_with_file_and_remedy(tmp_path):
     log = run_log(tmp_path)
     with open("/dev/full", "w") as full:
         log._file = full

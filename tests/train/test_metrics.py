@@ -9,13 +9,13 @@ from hypo_train.metrics.meter import Meter, add_online_rewards
 
 
 def groups(count, size=2, seed=0):
-    """(count, size) values that resemble each other within a group."""
+    """Return (count, size) values that are correlated within a group."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(count, 1, generator=generator)
     return 5 + 3 * shared + 0.1 * torch.randn(count, size, generator=generator)
 
 
-def test_the_error_of_a_mean_over_samples_is_that_of_a_mean_over_prompts():
+def test_the_standard_error_is_over_prompts_not_samples():
     meter, values = Meter(), groups(50)
     for batch in values.split(8):
         meter.add_groups("kl", batch)
@@ -27,8 +27,8 @@ def test_the_error_of_a_mean_over_samples_is_that_of_a_mean_over_prompts():
     assert found["kl_se"] > 1.3 * as_if_independent
 
 
-def test_many_samples_of_a_prompt_are_no_more_prompts():
-    """The error that is said holds: it is the spread of the mean over many draws of prompts, whatever their samples."""
+def test_the_standard_error_matches_repeated_draws():
+    """Compare the reported error with the spread of the mean over many draws of prompts."""
     means, errors = [], []
     for seed in range(300):
         meter = Meter()
@@ -39,7 +39,7 @@ def test_many_samples_of_a_prompt_are_no_more_prompts():
     assert statistics.fmean(errors) == pytest.approx(statistics.stdev(means), rel=0.1)
 
 
-def test_one_prompt_has_no_error_and_equal_ones_have_none():
+def test_the_error_of_one_prompt_is_nan_of_equal_ones_zero():
     meter = Meter()
     meter.add_groups("kl", torch.tensor([[1.0, 2.0]]))
     assert math.isnan(meter.read()["kl_se"])
@@ -49,7 +49,7 @@ def test_one_prompt_has_no_error_and_equal_ones_have_none():
     assert math.isnan(meter.read()["kl_se"])
 
 
-def test_a_meter_that_was_saved_between_two_readings_reads_the_same():
+def test_a_restored_meter_reads_the_same():
     values = groups(12)
     whole, first, second = Meter(), Meter(), Meter()
     for meter in (whole, first):

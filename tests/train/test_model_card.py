@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads of it, what a person does, and that no text from data or settings breaks out."""
+"""The model card: its metadata, its text, and that no text from data or settings ends its block."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run_folder(tmp_path, report=None, metrics=()):
     return tmp_path
 
 
-def test_the_final_model_of_a_run_has_one(settings):
+def test_the_final_model_of_a_run_has_a_card(settings):
     config = settings(algorithm="dpo", use_peft=True, lora_r=4, num_eval_rows=4)
     folder = train(config, progress=False).model_dir
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def test_the_final_model_of_a_run_has_one(settings):
     assert config.output_dir not in text.replace(config.dataset_name, "")
 
 
-def test_the_hub_reads_its_metadata(tmp_path):
+def test_the_hub_reads_the_cards_metadata(tmp_path):
     text = card_of(config_of(), run_folder(tmp_path))
     card = ModelCard(text)
     assert card.data.base_model == "org/model-1b"
@@ -57,7 +57,7 @@ def test_the_hub_reads_its_metadata(tmp_path):
     assert "# license: the licence of these weights" in text
 
 
-def test_what_the_hub_would_not_take_is_a_line_to_fill_in(tmp_path):
+def test_unknown_metadata_is_a_comment_to_fill_in(tmp_path):
     text = card_of(config_of(model_name_or_path="./runs/sft/final", dataset_name="a/b/pairs.jsonl"), tmp_path)
     card = ModelCard(text)
     assert card.data.base_model is None
@@ -76,7 +76,7 @@ def test_what_the_hub_would_not_take_is_a_line_to_fill_in(tmp_path):
         ("no header", None),
     ],
 )
-def test_the_licence_is_the_base_models_where_it_states_one(tmp_path, header, licence):
+def test_the_licence_is_the_one_of_the_base_model(tmp_path, header, licence):
     start = tmp_path / "start"
     start.mkdir()
     (start / "README.md").write_text(header, encoding="utf-8")
@@ -85,13 +85,13 @@ def test_the_licence_is_the_base_models_where_it_states_one(tmp_path, header, li
     assert card.data.license_name == ("llama3" if licence == "other" else None)
 
 
-def test_settings_at_their_defaults_and_those_of_the_machine_are_left_out(tmp_path):
+def test_default_and_machine_settings_are_left_out(tmp_path):
     text = card_of(config_of(beta=0.05, save_steps=10), tmp_path)
     assert "beta: 0.05" in text
     assert not any(word in text for word in ("save_steps", "/home/me", "kl_coef"))
 
 
-def test_secrets_that_somebody_wrote_into_a_setting_are_not_shown(tmp_path):
+def test_credentials_in_settings_are_not_shown(tmp_path):
     source = f"https://me:{SECRET}@host/pairs.jsonl?token={SECRET}"
     report = {"train": [f"24 rows of {source}"]}
     text = card_of(config_of(dataset_name=source, reward="a:b"), run_folder(tmp_path, report))
@@ -120,7 +120,7 @@ def test_no_text_from_data_or_settings_leaves_its_block(tmp_path, text):
     assert headings[1:] == ["## Data", "## Recipe", "## Versions", "## Citation"]
 
 
-def test_metrics_are_those_of_the_last_evaluation_before_the_weights_were_saved(tmp_path):
+def test_metrics_are_those_of_the_saved_step(tmp_path):
     lines = [
         {"step": 2, "eval_kl": 1.25, "eval_kl_se": 0.5},
         {"step": 3, "loss": 1.0},

@@ -1,4 +1,4 @@
-"""The report's colours: apart for every eye, and visible on the page."""
+"""The report's colours are distinct, with colour blindness too, and have enough contrast."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-# What is left of a colour's linear RGB without one kind of cone (Machado, Oliveira & Fernandes 2009, severity 1).
+# Linear RGB as seen without one kind of cone (Machado, Oliveira & Fernandes 2009, severity 1).
 EYES = {
     "trichromat": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     "protanope": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
@@ -33,7 +33,7 @@ def linear(colour):
 
 
 def seen(colour, eye):
-    """In CIELAB, where 2.3 is the least difference that is noticed."""
+    """Return a colour in CIELAB, where 2.3 is the smallest visible difference."""
     x, y, z = (
         max(part, 0) ** (1 / 3) if part > 0.008856 else 7.787 * part + 16 / 116
         for part in times(TO_XYZ, [min(max(part, 0), 1) for part in times(EYES[eye], linear(colour))])
@@ -49,7 +49,7 @@ def contrast(one, other):
 @pytest.mark.parametrize("eye", EYES)
 @pytest.mark.parametrize("kind", ["c", "p"], ids={"c": "runs", "p": "phases"}.get)
 @pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
-def test_any_two_runs_and_any_two_phases_can_be_told_apart_by_everybody(scheme, kind, eye):
+def test_colours_are_distinct_with_colour_blindness(scheme, kind, eye):
     colours = {name: seen(value, eye) for name, value in scheme.items() if re.fullmatch(rf"{kind}\d", name)}
     assert len(colours) >= 8
     closest = min(combinations(colours, 2), key=lambda two: math.dist(*(colours[name] for name in two)))
@@ -57,7 +57,7 @@ def test_any_two_runs_and_any_two_phases_can_be_told_apart_by_everybody(scheme, 
 
 
 @pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
-def test_texts_and_curves_have_the_contrast_that_wcag_asks_for(scheme):
+def test_texts_and_curves_meet_wcag_contrast(scheme):
     for ground in (scheme["paper"], scheme["card"]):
         for text in ("ink", "soft", "accent", "good", "bad", "open"):
             assert contrast(scheme[text], ground) >= 4.5, text

@@ -1,4 +1,4 @@
-"""report.html without a browser: what it says, of whole runs and of broken ones."""
+"""The content of report.html, for complete runs and for broken ones."""
 
 import errno
 import json
@@ -17,6 +17,7 @@ import recorded
 import hypo_train.train
 from hypo_train.cli import main
 from hypo_train.metrics.environment import Attempt
+from hypo_train.metrics.log import read_metrics
 from hypo_train.report.page import page, write_report
 from hypo_train.report.runs import read_runs
 from hypo_train.report.series import MOST_POINTS, read_series
@@ -47,7 +48,7 @@ class Parsed(HTMLParser):
 
 
 def text_of(html):
-    """What a page says, spaces made equal."""
+    """Return the visible text of a page, with single spaces."""
     return re.sub(r"\s+", " ", Parsed(html).text)
 
 
@@ -55,10 +56,10 @@ def shown(*folders):
     return text_of(page(read_runs(list(folders))))
 
 
-# What is in it
+# The content
 
 
-def test_a_run_has_its_outcome_curves_samples_settings_and_environment(tmp_path):
+def test_a_report_has_all_parts_of_a_run(tmp_path):
     said = shown(recorded.write_run(tmp_path / "one"))
     for part in (
         "HyPO of Small on pairs.jsonl",
@@ -79,7 +80,7 @@ def test_a_run_has_its_outcome_curves_samples_settings_and_environment(tmp_path)
         assert part in said, part
 
 
-def test_runs_stand_side_by_side_and_what_sets_them_apart_comes_first(tmp_path):
+def test_several_runs_share_one_report(tmp_path):
     runs = [
         recorded.write_run(tmp_path / "dpo", algorithm="dpo", config={"beta": 0.3}),
         recorded.write_run(tmp_path / "hypo", offset=0.5),
@@ -113,12 +114,12 @@ def test_losses_of_different_algorithms_share_no_chart(tmp_path):
     assert "loss" not in table
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_with_equal_names_get_longer_names(tmp_path):
     runs = [recorded.write_run(tmp_path / seed / "hypo") for seed in ("seed-0", "seed-1")]
     assert [run.name for run in read_runs(runs)] == ["seed-0/hypo", "seed-1/hypo"]
 
 
-def test_a_picture_can_be_heard(tmp_path):
+def test_a_chart_has_a_description_for_screen_readers(tmp_path):
     html = str(page(read_runs([recorded.write_run(tmp_path / "one")])))
     assert (
         'aria-label="Reverse KL to the reference, nats a response. training: from 0.5 ± 0.1 in step 1 to 10 ± 0.1 in '
@@ -126,12 +127,12 @@ def test_a_picture_can_be_heard(tmp_path):
     ) in html
 
 
-def test_of_many_runs_the_title_names_the_first(tmp_path):
+def test_the_title_names_the_first_of_many_runs(tmp_path):
     runs = [recorded.write_run(tmp_path / name) for name in "abcde"]
     assert "5 runs: a, b, c, … " in shown(*runs)
 
 
-def test_how_far_values_spread_is_drawn_of_a_single_run_and_does_not_cover_the_curves_of_several(tmp_path):
+def test_only_a_single_run_shows_the_range_of_its_values(tmp_path):
     runs = [recorded.write_run(tmp_path / name, steps=2 * MOST_POINTS) for name in "ab"]
     band = 'class="band c0"'
     alone, together = (str(page(read_runs(some))) for some in (runs[:1], runs))
@@ -141,7 +142,7 @@ def test_how_far_values_spread_is_drawn_of_a_single_run_and_does_not_cover_the_c
     assert alone.count(band) > together.count(band) == 1, "the KL's standard error"
 
 
-def test_an_evaluation_made_afterwards_is_in_the_table(tmp_path):
+def test_a_later_evaluation_is_in_the_table(tmp_path):
     run = recorded.write_run(tmp_path / "one")
     (run / "evaluation").mkdir()
     (run / "evaluation" / "metrics.json").write_text(json.dumps({"metrics": {"eval_kl": 7.25, "eval_kl_se": 0.5}}))
@@ -160,7 +161,7 @@ def test_every_metric_has_a_curve(tmp_path):
     assert "other" in said
 
 
-# Runs that are not whole
+# Incomplete and broken runs
 
 
 def test_a_run_without_metrics_yet_is_shown(tmp_path):
@@ -174,7 +175,7 @@ def test_a_run_without_metrics_yet_is_shown(tmp_path):
     assert "no metrics yet" in shown(run)
 
 
-def test_half_lines_are_ignored_and_broken_ones_named(tmp_path):
+def test_broken_lines_are_named_and_an_unfinished_one_ignored(tmp_path):
     run = recorded.write_run(tmp_path / "one")
     content = (run / "metrics.jsonl").read_bytes()
     lines = content.split(b"\n")
@@ -199,7 +200,7 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, content):
     assert "environment.json cannot be read" in said
 
 
-def test_values_that_are_no_numbers_or_not_finite_leave_the_other_points(tmp_path):
+def test_invalid_values_leave_the_other_points(tmp_path):
     run = recorded.write_run(tmp_path / "one")
     odd = ['"NaN"', '"Infinity"', '"a <b>"', "true", "null", "1e308", "[1]", "12345678901234567890" * 20]
     with (run / "metrics.jsonl").open("a") as file:
@@ -213,7 +214,7 @@ def test_values_that_are_no_numbers_or_not_finite_leave_the_other_points(tmp_pat
     assert "inf" not in re.findall(r'points="([^"]*)"', page(read_runs([run])))
 
 
-def test_a_run_that_goes_on_after_an_attempt_that_was_killed_is_no_longer_what_that_one_was(tmp_path):
+def test_the_last_attempt_decides_how_a_run_ended(tmp_path):
     run = recorded.write_run(tmp_path / "one", ended=None)
     (run / "not-finite-step-7.jsonl").write_text("")
     (attempt,) = json.loads((run / "environment.json").read_text())["attempts"]
@@ -223,7 +224,7 @@ def test_a_run_that_goes_on_after_an_attempt_that_was_killed_is_no_longer_what_t
     assert "finished · step 20 of 20 · more than 5.0 s in 2 attempts" in shown(run)
 
 
-def test_how_a_run_ended_is_said(tmp_path):
+def test_the_report_says_how_a_run_ended(tmp_path):
     run = recorded.write_run(tmp_path / "one", ended="stopped by SIGTERM")
     assert "stopped by SIGTERM · step 20 of 20" in shown(run)
     recorded.write_run(tmp_path / "two", ended="not finite")
@@ -241,7 +242,7 @@ def test_how_a_run_ended_is_said(tmp_path):
 # Escaping
 
 
-def test_no_text_of_others_becomes_markup(tmp_path):
+def test_foreign_text_never_becomes_markup(tmp_path):
     texts = [f"{i}" for i in range(len(recorded.HOSTILE))]
     harmless = {f"name {i}": text for i, text in enumerate(texts)}
     hostile = {text: text for text in recorded.HOSTILE}
@@ -278,7 +279,7 @@ def test_credentials_in_addresses_are_not_shown(tmp_path):
 # The environment
 
 
-def test_a_disk_that_is_full_at_the_end_hides_no_other_error(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_hides_no_other_error(tmp_path, monkeypatch, capsys):
     def in_no_room(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -296,7 +297,7 @@ def test_a_disk_that_is_full_at_the_end_hides_no_other_error(tmp_path, monkeypat
         pass
 
 
-def test_an_environment_names_no_person_and_no_place(tmp_path, monkeypatch):
+def test_environment_json_names_no_person_and_no_host(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
     monkeypatch.setattr(sys, "argv", ["train.py", "--password", "s3cret"])
     with Attempt(tmp_path, first_step=0, total_steps=9, device="cpu: x"):
@@ -313,7 +314,7 @@ def test_an_environment_names_no_person_and_no_place(tmp_path, monkeypatch):
         assert private not in content
 
 
-def test_a_failed_attempt_tells_the_errors_kind_and_not_its_message(tmp_path):
+def test_a_failed_attempt_records_the_type_of_the_error(tmp_path):
     for step in (0, 5):
         with pytest.raises(RuntimeError), Attempt(tmp_path, first_step=step, total_steps=9, device="cpu"):
             raise RuntimeError("of the customer's data")
@@ -330,7 +331,7 @@ def attempts(config):
 
 
 def stop_in_step(patch, number):
-    """The signal that a run hears in its ``number``th step."""
+    """Send SIGTERM in step ``number`` of a run."""
     count, one = 0, hypo_train.train.train_step
 
     def step(*arguments):
@@ -343,7 +344,7 @@ def stop_in_step(patch, number):
     patch.setattr(hypo_train.train, "train_step", step)
 
 
-def test_a_run_leaves_its_report_when_it_is_stopped_and_again_when_it_has_gone_on_to_its_end(settings, monkeypatch):
+def test_stopped_and_resumed_runs_write_their_report(settings, monkeypatch):
     config = settings(num_eval_rows=4, reward="tiny:reward_of_length", max_steps=4)
     folder = Path(config.output_dir)
     with monkeypatch.context() as patch:
@@ -359,14 +360,14 @@ def test_a_run_leaves_its_report_when_it_is_stopped_and_again_when_it_has_gone_o
     assert all(sample["completion"] in said for sample in samples)
 
 
-def test_a_run_that_is_no_longer_finite_leaves_its_report_too(settings):
+def test_a_run_that_ends_at_a_nan_writes_its_report(settings):
     config = settings(algorithm="dpo", learning_rate=1e30, max_grad_norm=0)
     with pytest.raises(NotFiniteError):
         train(config, progress=False)
     assert re.search(r"not finite in step [23]", text_of((Path(config.output_dir) / "report.html").read_text()))
 
 
-def test_a_report_that_cannot_be_written_costs_no_run(settings, monkeypatch, capsys):
+def test_a_run_survives_a_failing_report(settings, monkeypatch, capsys):
     config = settings(algorithm="sft", max_steps=1)
     monkeypatch.setattr("hypo_train.report.page.page", lambda runs: 1 / 0)
     assert train(config, progress=False).model_dir.is_dir()
@@ -376,7 +377,7 @@ def test_a_report_that_cannot_be_written_costs_no_run(settings, monkeypatch, cap
 # The command
 
 
-def test_the_report_goes_into_the_runs_folder_and_for_several_here(tmp_path, capsys, monkeypatch):
+def test_where_the_report_is_written(tmp_path, capsys, monkeypatch):
     runs = [recorded.write_run(tmp_path / name) for name in ("a", "b")]
     monkeypatch.chdir(tmp_path)
     assert main(["report", "a"]) == 0
@@ -404,7 +405,7 @@ def test_the_report_goes_into_the_runs_folder_and_for_several_here(tmp_path, cap
         (["a", "--outptu", "x"], "unknown flag --outptu: did you mean --output?"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, arguments, said):
+def test_a_mistake_is_one_line_on_stderr(tmp_path, capsys, monkeypatch, arguments, said):
     recorded.write_run(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
     assert main(["report", *arguments]) == 2
@@ -414,21 +415,23 @@ def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, arguments, said):
     assert captured.out == ""
 
 
-def test_a_report_needs_neither_torch_nor_long(tmp_path):
+def test_a_report_of_a_long_run_is_quick_and_small(tmp_path):
     run = recorded.write_run(tmp_path / "long", steps=20_000)
     code = "import sys, time; from hypo_train.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, "report", str(run)], check=True, timeout=60, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, "report", str(run)], check=True, capture_output=True)
     size = (run / "report.html").stat().st_size
     assert size < 300_000
     began = time.process_time()
+    read_metrics(run / "metrics.jsonl")
+    unit = time.process_time() - began
     write_report([run], run / "report.html")
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 30 * unit, "a multiple of the time to read the metrics"
 
 
 # Numbers
 
 
-def test_a_long_curve_is_thinned_to_means_with_their_own_errors():
+def test_points_of_a_long_curve_are_means_with_errors():
     lines = [{"step": step, "kl": float(step % 2), "kl_se": 0.3} for step in range(1, 10 * MOST_POINTS + 1)]
     found = read_series("kl", lines, "kl")
     assert (len(found.points), found.per_point) == (MOST_POINTS, 10)
@@ -439,7 +442,7 @@ def test_a_long_curve_is_thinned_to_means_with_their_own_errors():
     assert read_series("kl", lines, "reward") is None
 
 
-def test_numbers_are_short_and_errors_decide_their_digits():
+def test_numbers_have_few_digits():
     assert [short(v) for v in (0, 0.69314, 1e-6, 12345.6, 2.5e9, float("nan"))] == [
         "0", "0.6931", "1e-06", "12.35k", "2.5G", "NaN",
     ]  # fmt: skip
@@ -455,7 +458,7 @@ def test_numbers_are_short_and_errors_decide_their_digits():
 
 
 @pytest.mark.parametrize("peak", [1.5e-3, 1.5e-6, 0.5, 12_345.0, 4e9])
-def test_the_numbers_at_an_axis_fit_its_margin(tmp_path, peak):
+def test_tick_labels_fit_the_margin(tmp_path, peak):
     lines = [{"step": step, "learning_rate": peak * step / 7} for step in range(1, 8)]
     run = recorded.write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

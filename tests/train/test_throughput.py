@@ -1,4 +1,4 @@
-"""What a run says that its steps cost: time by phase, work and its rates, memory."""
+"""The logged costs of steps: time by phase, FLOPs and rates, memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TREE = Batcher(tiny.PAD).samples(PROMPTS, COMPLETIONS)  # 3 + 2 + 1 tokens, 6 + 
 FORWARD = 60.0 + 19.0 + 500.0
 
 
-def test_rates_are_of_all_work_and_the_parts_are_means_over_steps():
+def test_rates_count_all_work_and_parts_are_means():
     throughput = Throughput(FLOPS, peak_flops=1e4)
     for _ in range(2):
         throughput.policy(TREE, num_rows=4)
@@ -45,7 +45,7 @@ def test_rates_are_of_all_work_and_the_parts_are_means_over_steps():
     }
 
 
-def test_what_another_pass_has_computed_is_not_counted_again():
+def test_work_of_another_pass_is_not_counted_again():
     throughput = Throughput(FLOPS, peak_flops=None)
     throughput.reference(TREE, trunk_known=True)
     throughput.sample(PROMPTS, COMPLETIONS, prompts_known=True)
@@ -54,7 +54,7 @@ def test_what_another_pass_has_computed_is_not_counted_again():
     assert found["flops/sample"] == FORWARD - (3 * 10.0 + 6.0)
 
 
-def test_reading_starts_anew_but_for_the_tokens_of_the_run():
+def test_reading_resets_all_but_the_tokens_of_the_run():
     throughput = Throughput(FLOPS, peak_flops=None)
     throughput.policy(TREE, num_rows=1)
     throughput.read(steps=1, seconds=1.0)
@@ -66,7 +66,7 @@ def test_reading_starts_anew_but_for_the_tokens_of_the_run():
     }
 
 
-def test_where_flops_are_not_known_none_are_logged():
+def test_unknown_flops_are_not_logged():
     throughput = Throughput(None, peak_flops=1e12)
     throughput.policy(TREE, num_rows=1)
     throughput.reference(TREE, trunk_known=False)
@@ -83,7 +83,7 @@ PHASES = {f"time/{name}" for name in ("data", "forward", "loss", "backward", "op
 
 
 def costs_of(config):
-    """The costs of each line that is no evaluation's."""
+    """Return the costs in each line of training."""
     train(config, progress=False)
     lines = [line for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
     return [{name: line[name] for name in line.keys() - without_costs(line).keys()} for line in lines]
@@ -137,7 +137,7 @@ def test_evaluations_and_checkpoints_take_no_time_of_a_step(settings, monkeypatc
     assert [line["time/step"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl")] == [2.0] * 3
 
 
-def test_a_model_whose_flops_are_not_known_trains_and_the_run_says_why(settings, monkeypatch, capsys):
+def test_a_model_with_unknown_flops_trains_with_a_message(settings, monkeypatch, capsys):
     def unknown(policy):
         raise UncountedError("experts (4, 32, 48) is not the weight of a linear layer")
 
@@ -151,7 +151,7 @@ def test_a_model_whose_flops_are_not_known_trains_and_the_run_says_why(settings,
 # Memory
 
 
-def test_on_a_cpu_the_peak_is_the_processs():
+def test_peak_memory_on_a_cpu_is_the_processs():
     before = peak_memory(torch.device("cpu"))
     taken = torch.ones(2**28)  # 1 GiB
     after = peak_memory(torch.device("cpu"))
@@ -164,7 +164,7 @@ def test_on_a_cpu_the_peak_is_the_processs():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_peak_is_the_tensors_since_the_last_call():
+def test_peak_memory_on_a_gpu_is_since_the_last_call():
     device = torch.device("cuda", 0)
     peak_memory(device)
     base = torch.cuda.memory_allocated(device) / 2**30

@@ -1,4 +1,4 @@
-"""The phase timer: what it adds up, that it does not wait for the device, and that it costs next to nothing."""
+"""The phase timer: its sums, that it does not wait for the device, and that it costs little."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_phase_entered_inside_another_pauses_it(clock):
     assert timer.read() == {"time/data": 4, "time/forward": 17, "time/loss": 10, "time/other": 0, "time/step": 31}
 
 
-def test_times_are_means_over_steps_and_what_no_phase_covers_is_other(clock):
+def test_times_are_means_over_steps(clock):
     timer = PhaseTimer(CPU)
     for seconds in (1, 2):
         with timer.step():
@@ -71,7 +71,7 @@ def test_outside_of_a_step_nothing_is_timed(clock):
     assert timer.read() == {"time/other": 1, "time/step": 1}
 
 
-def test_reading_starts_anew(clock):
+def test_reading_resets_the_timer(clock):
     timer = PhaseTimer(CPU)
     with timer.step(), timer.phase("data"):
         clock(1)
@@ -103,7 +103,7 @@ def test_an_unknown_phase_and_a_step_in_a_step_are_refused():
 
 
 class Device:
-    """A stand-in for a CUDA stream: work is queued with its duration and done when somebody waits or lets it run."""
+    """A fake CUDA stream: work is queued with its duration and done by a wait or by ``run``."""
 
     def __init__(self, monkeypatch):
         self.queue, self.now, self.waits, self.events = [], 0.0, 0, 0
@@ -143,7 +143,7 @@ class Device:
         self.queue.clear()
 
 
-def test_a_device_is_waited_for_when_its_times_are_read_and_not_before(monkeypatch):
+def test_only_reading_waits_for_the_device(monkeypatch):
     device = Device(monkeypatch)
     timer = PhaseTimer(torch.device("cuda"))
     for _ in range(3):
@@ -156,20 +156,20 @@ def test_a_device_is_waited_for_when_its_times_are_read_and_not_before(monkeypat
     assert device.waits == 1
 
 
-def test_events_are_reused_as_soon_as_the_device_is_past_them(monkeypatch):
+def test_events_are_reused_once_the_device_passed_them(monkeypatch):
     device = Device(monkeypatch)
     timer = PhaseTimer(torch.device("cuda"))
     for _ in range(50):
         with timer.step(), timer.phase("backward"):
             device.launch(2.0)
         device.run()
-    assert device.events == 4, "a step's begin and end, and its phase's"
+    assert device.events == 4, "start and end of the step and of its phase"
     assert timer.read()["time/backward"] == 2.0
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_times_of_a_gpu_are_those_of_its_work():
+def test_times_on_a_gpu_match_its_work():
     timer = PhaseTimer(torch.device("cuda"))
     cycles = 20_000_000
     for _ in range(3):
@@ -183,10 +183,10 @@ def test_times_of_a_gpu_are_those_of_its_work():
     assert times["time/step"] == pytest.approx(times["time/forward"] + times["time/backward"], rel=0.2)
 
 
-# What it costs
+# Its cost
 
 
-def test_the_timer_costs_less_than_a_hundredth_of_the_tiniest_step(settings):
+def test_the_timer_costs_under_a_hundredth_of_a_step(settings):
     run = prepare(settings(algorithm="dpo"))
     run.model.train()
 

@@ -1,4 +1,4 @@
-"""Where a run also logs to: each tracker for real where it is installed, none of them at the price of the run."""
+"""Trackers: the installed ones are run for real, and no failure of one ends a run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SECRET = "https://me:s3cret@host/data.jsonl?token=abc123"
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    """What starting a tracker sets for its process is taken back."""
+    """Remove the environment variables that starting a tracker sets."""
     for variable in QUIET:
         monkeypatch.delenv(variable, raising=False)
     before = dict(os.environ)
@@ -32,7 +32,7 @@ def own_environment(monkeypatch):
 
 
 def logged(config, steps, *, first_step=0):
-    """A run that logs these steps, training and evaluation."""
+    """Log these steps of a run, training and evaluation."""
     with RunLog(
         config.output_dir, 10, trackers=Trackers(config, first_step), resume_step=first_step, progress=False
     ) as log:
@@ -73,7 +73,7 @@ def test_without_trackers_there_is_metrics_jsonl_alone(settings):
 # Before anything expensive
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(settings, monkeypatch, tmp_path, capsys):
+def test_a_tracker_that_is_not_installed_is_refused_first(settings, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(hypo_train.metrics.trackers, "find_spec", lambda name: None)
     config = settings(report_to=["wandb", "mlflow"], model=tmp_path / "missing")
     with pytest.raises(ConfigError, match="wandb, mlflow is not installed: pip install wandb mlflow, or leave it out"):
@@ -85,7 +85,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(setting
     assert capsys.readouterr().err.count("pip install wandb mlflow") == 2
 
 
-def test_a_folder_that_a_tracker_has_left_is_no_package(settings, monkeypatch, tmp_path):
+def test_a_folder_of_a_tracker_is_not_its_package(settings, monkeypatch, tmp_path):
     (tmp_path / "here" / "mlflow_of_before").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path / "here")
     monkeypatch.setitem(hypo_train.metrics.trackers.PACKAGES, "mlflow", "mlflow_of_before")
@@ -105,7 +105,7 @@ def test_a_folder_that_a_tracker_has_left_is_no_package(settings, monkeypatch, t
     ],
     ids=str,
 )
-def test_wandb_without_a_login_is_refused_before_anything_else(settings, monkeypatch, tmp_path, environment, accepted):
+def test_wandb_without_a_login_is_refused_first(settings, monkeypatch, tmp_path, environment, accepted):
     monkeypatch.setattr(hypo_train.metrics.trackers, "_is_installed", lambda name: True)
     (tmp_path / "netrc").write_text("machine wandb.example login user password key\n")
     (tmp_path / "netrc").chmod(0o600)
@@ -132,7 +132,7 @@ def test_a_tracker_that_does_not_start_is_one_line(settings, monkeypatch):
     assert not (Path(config.output_dir) / "metrics.jsonl").exists(), "the folder can be used again"
 
 
-def test_the_field_of_before_is_named_with_what_to_write_now(tmp_path, capsys):
+def test_the_old_tensorboard_field_names_the_new_one(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model_name_or_path: m\ndataset_name: d\ntensorboard: false\n")
     with pytest.raises(ConfigError, match=r"tensorboard.*: use report_to: \[tensorboard\] for true"):
@@ -148,7 +148,7 @@ def test_other_trackers_are_refused(settings, wrong):
 
 
 @pytest.mark.parametrize("none", [None, "none", [], ["none"]], ids=str)
-def test_no_tracker_can_be_said_in_every_way(settings, none):
+def test_no_tracker_can_be_written_in_several_ways(settings, none):
     assert settings(report_to=none).report_to == []
 
 
@@ -156,7 +156,7 @@ def test_no_tracker_can_be_said_in_every_way(settings, none):
 
 
 @pytest.mark.parametrize("place", ["log", "finish"])
-def test_a_tracker_that_fails_costs_neither_the_run_nor_its_record(settings, monkeypatch, place):
+def test_a_failing_tracker_ends_neither_run_nor_record(settings, monkeypatch, place):
     def broken(self, *arguments, **options):
         raise ConnectionError(f"lost {SECRET}")
 
@@ -184,7 +184,7 @@ def test_settings_are_sent_flat_and_without_credentials(settings):
 # The others, where they are installed
 
 
-def test_wandb_keeps_a_run_on_this_machine_and_tells_it_nothing_of_the_host(settings, monkeypatch):
+def test_wandb_offline_stores_nothing_of_the_host(settings, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -219,7 +219,7 @@ def test_trackio_keeps_every_step_in_its_own_database(settings, monkeypatch, tmp
     assert "s3cret" not in everything
 
 
-def test_mlflow_has_an_experiment_with_a_run_for_each_attempt(settings, monkeypatch, tmp_path):
+def test_mlflow_has_a_run_for_each_attempt(settings, monkeypatch, tmp_path):
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
