@@ -18,7 +18,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def sixteen_bit_operands(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A CPU that multiplies 16-bit matrices into fp32, as CUDA does: the narrow path, exactly summed."""
+    """Make a CPU multiply 16-bit matrices into fp32, as CUDA does, with exact sums."""
     if device.type == "cuda":
         yield
         return

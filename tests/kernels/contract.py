@@ -1,17 +1,25 @@
 """``err(kernel) <= 2 * (err(eager) + eps(dtype) * max|truth|)``, for the outputs and for every gradient.
 
-Three runs of one batch: float64 through ``impl="reference"`` is the truth, plain autograd over full logits
-at the tested dtype is eager, and the kernel has to be about as exact as eager. An error is the largest
-absolute one of a tensor. Eager runs a few times, with tokens, vocabulary and features in another order, and its
-largest error counts: every gradient carries the rounding of a few scalars, the log-probs, which one run can
-get right by luck.
+Three kinds of runs of one batch: float64 through ``impl="reference"`` is the truth, plain autograd over full logits at
+the tested dtype is eager, and the kernel must be about as exact as eager. The error of a run is the largest absolute
+error in a tensor, and eager's error is the largest over ``EAGER_ORDERS`` runs in different orders of summation.
+
+**Why several orders.** A sum of n floats has an error of at most (n - 1) * eps/2 * sum|x| in every order (Higham, 2002,
+section 4.2). Below that bound, the error depends on the order, and the order on the BLAS: on the lanes of SSE, AVX2,
+AVX-512 and AMX, on how many terms a panel has, and on the number of threads. So the error of one eager run is one draw
+of a random variable, which can be small by luck, and the kernel's error is another draw. With R independent orders, the
+kernel's draw is the largest of R + 1 with probability 1 / (R + 1) if the kernel is as exact as eager; the factor 2 of
+the contract then makes a failure rare, as errors of sums are not spread by a factor of 2 beyond the largest of many
+draws. The orders are random permutations of the rows of each sequence, of the vocabulary and of the features. In fp32
+and fp64, some also multiply by blocks of the vocabulary and add the products, as a BLAS adds panels. In 16 bits they do
+not: there every block would be rounded to 16 bits, which no BLAS does.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,7 +49,30 @@ def variants(*dtypes: torch.dtype, impls: Sequence[Any] = FUSED) -> list[Any]:
     return out
 
 
+def slow_unless(quick: Callable[..., bool], parameters: Iterable[Any]) -> list[Any]:
+    """Mark the parameters slow for which ``quick(*values)`` is false: only ``make test-all`` runs them."""
+    marked = []
+    for parameter in parameters:
+        if not hasattr(parameter, "values"):
+            parameter = pytest.param(*(parameter if isinstance(parameter, tuple) else (parameter,)))
+        marks = [] if quick(*parameter.values) else [pytest.mark.slow]
+        marked.append(pytest.param(*parameter.values, marks=[*parameter.marks, *marks], id=parameter.id))
+    return marked
+
+
+def crossed(variants: Sequence[Any], cases: Iterable[Any], quick: Callable[..., bool]) -> list[Any]:
+    """(impl, dtype, case) parameters of every combination, slow unless ``quick(impl, dtype, case)``."""
+    return slow_unless(
+        quick,
+        [
+            pytest.param(*variant.values, case, marks=variant.marks, id=f"{variant.id}-{case}")
+            for variant, case in itertools.product(variants, cases)
+        ],
+    )
+
+
 EAGER_ORDERS = 12
+BLOCKS = (1, 2, 1, 7)  # of the vocabulary, in the products of an order
 EVERY_VARIANT = [
     *variants(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     *variants(torch.float32, torch.bfloat16, impls=["reference"]),
@@ -58,15 +89,16 @@ class Batch:
     cu_seqlens: Tensor  # (S+1,) int64, on the CPU
     bias: Tensor | None = None  # (V,)
     options: dict[str, Any] = field(default_factory=dict)
+    blocks: int = 1  # of the vocabulary, which eager multiplies by one after the other
 
     @property
     def lengths(self) -> Tensor:
-        """(S,) counted tokens."""
+        """Counted tokens of each sequence, (S,)."""
         counted = F.pad((self.targets != -100).cumsum(0), (1, 0))
         return counted[self.cu_seqlens[1:]] - counted[self.cu_seqlens[:-1]]
 
     def to(self, dtype: torch.dtype) -> Batch:
-        """Copies in ``dtype`` whose gradients start afresh."""
+        """Return a copy in ``dtype`` with new leaves."""
 
         def convert(x: Any) -> Any:
             return x.detach().to(dtype, copy=True) if isinstance(x, Tensor) else x
@@ -142,12 +174,12 @@ def random_batch(
 
 
 def plain_logps(batch: Batch, *, of_reference: bool = False) -> Tensor:
-    """(S,) sequence log-probs over full logits."""
+    """Return sequence log-probs (S,) from full logits."""
     return _sums(batch, plain_token_logps(batch, of_reference=of_reference))
 
 
 def plain_token_logps(batch: Batch, *, of_reference: bool = False) -> Tensor:
-    """(T,), 0 at ignored rows."""
+    """Return token log-probs (T,), 0 at ignored rows."""
     logp = plain_distributions(batch, of_reference=of_reference)
     targets = batch.targets.to(logp.device)
     return logp.gather(1, targets.clamp_min(0)[:, None]).squeeze(1).masked_fill(targets == -100, 0.0)
@@ -158,12 +190,16 @@ def _sums(batch: Batch, rows: Tensor) -> Tensor:
 
 
 def plain_distributions(batch: Batch, *, of_reference: bool = False) -> Tensor:
-    """(T, V) log-softmax of full logits: the product at the batch's dtype, the softmax in fp32."""
+    """Return the log-softmax (T, V) of full logits: the product in the batch's dtype, the softmax in fp32."""
     options = batch.options
     hidden, weight, bias = batch.hidden, batch.weight, batch.bias
     if of_reference:
         hidden, weight, bias = options["ref_hidden"], options["ref_lm_head_weight"], options.get("ref_bias")
     logits = F.linear(hidden, weight, bias)
+    if batch.blocks > 1:
+        weights = weight.chunk(batch.blocks)
+        biases = [None] * len(weights) if bias is None else bias.chunk(batch.blocks)
+        logits = torch.cat([F.linear(hidden, *part) for part in zip(weights, biases, strict=True)], dim=-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.get("logit_scale", 1.0)
     cap = options.get("logit_softcap")
     if cap is not None:
@@ -196,7 +232,7 @@ def plain_objective(batch: Batch, logps: Tensor, ref_logps: Tensor, weighted: Te
 
 
 def plain_importance(batch: Batch, rows: Tensor) -> tuple[Tensor, Results]:
-    """Σ_t w_t log π(y_t) of each sample (N,), the weights held fixed, and its statistics, row by row; ``rows`` (T,)."""
+    """Return Σ_t w_t log π(y_t) of each sample (N,), with constant weights, and its statistics; ``rows`` (T,)."""
     behavior, cap = batch.options["behavior_logps"], batch.options.get("importance_cap", 2.0)
     weighted, found = [], []
     for a, b in list(itertools.pairwise(batch.cu_seqlens.tolist()))[2 * batch.options["num_pairs"] :]:
@@ -213,7 +249,7 @@ def plain_importance(batch: Batch, rows: Tensor) -> tuple[Tensor, Results]:
 
 
 def plain_exact_online(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The exact estimator's term of the loss (), and its KL of each sample (N,), row by row as its formula reads."""
+    """Return the exact estimator's term of the loss () and the KL of each sample (N,), row by row as in the formula."""
     options = batch.options
     k, penalty = options.get("num_generations", 2), options.get("length_penalty", 0.0)
     log_p, log_q = plain_distributions(batch), plain_distributions(batch, of_reference=True).detach()
@@ -254,42 +290,69 @@ def run_eager(batch: Batch, upstream: float = 1.0) -> Results:
     return _results(batch, loss, logps, ref_logps, kl, importance)
 
 
-def eager_runs(batch: Batch, upstream: float = 1.0) -> list[Results]:
-    """Eager results in the batch's own order and in a few others, put back into its own."""
-    return [run_eager(batch.to(batch.hidden.dtype), upstream)] + [
-        _run_eager_reordered(batch, upstream, seed) for seed in range(EAGER_ORDERS - 1)
-    ]
+Order = dict[str, Tensor]  # permutations of rows "t", vocabulary "v" and features "d"
+# The axes of results that follow an order.
+GRADIENTS = {"gradient of hidden": "td", "gradient of weight": "vd", "gradient of bias": "v"}
+ROWS = {**GRADIENTS, "logps": "t", "entropies": "t"}
 
 
-def _run_eager_reordered(batch: Batch, upstream: float, seed: int) -> Results:
-    gen = torch.Generator().manual_seed(seed)
+def eager_runs(batch: Batch, upstream: float = 1.0, orders: int = EAGER_ORDERS) -> list[Results]:
+    """Eager results of the loss in several orders of summation, put back into the batch's own."""
+    return in_orders(batch, lambda run, order: run_eager(run, upstream), orders=orders)
+
+
+def in_orders(
+    batch: Batch,
+    run: Callable[[Batch, Order], Results],
+    axes: Mapping[str, str] = GRADIENTS,
+    orders: int = EAGER_ORDERS,
+) -> list[Results]:
+    """Results of ``run(batch, order)`` in several orders of summation, put back into the batch's own.
+
+    ``axes`` names the axes of results that follow the order, "-" for one that does not.
+    """
+    found = []
+    for seed in range(orders):
+        order = _order(batch, seed)
+        results = run(_reordered(batch, order, seed).to(batch.hidden.dtype), order)
+        inverse = {axis: permutation.argsort() for axis, permutation in order.items()}
+        found.append({name: take(x, axes.get(name, ""), inverse) for name, x in results.items()})
+    return found
+
+
+def _order(batch: Batch, seed: int) -> Order:
+    """Return random permutations, or the batch's own order for seed 0."""
     vocab, width = batch.weight.shape
-    sizes = batch.cu_seqlens.diff().tolist()
-    starts = batch.cu_seqlens[:-1].tolist()
+    if seed == 0:
+        return {"t": torch.arange(len(batch.targets)), "v": torch.arange(vocab), "d": torch.arange(width)}
+    gen = torch.Generator().manual_seed(seed)
+    sizes, starts = batch.cu_seqlens.diff().tolist(), batch.cu_seqlens[:-1].tolist()
     t = torch.cat([start + torch.randperm(size, generator=gen) for start, size in zip(starts, sizes, strict=True)])
-    v, d = torch.randperm(vocab, generator=gen), torch.randperm(width, generator=gen)
-    targets = torch.where(batch.targets == -100, -100, v.argsort()[batch.targets.clamp_min(0)])[t]
-    axes = {"hidden": (t, d), "weight": (v, d), "bias": (v,)}
-    axes |= {"ref_hidden": (t, d), "ref_lm_head_weight": (v, d), "ref_bias": (v,), "behavior_logps": (t,)}
-    shuffled = replace(
+    return {"t": t, "v": torch.randperm(vocab, generator=gen), "d": torch.randperm(width, generator=gen)}
+
+
+def _reordered(batch: Batch, order: Order, seed: int) -> Batch:
+    v = order["v"]
+    targets = torch.where(batch.targets == -100, -100, v.argsort()[batch.targets.clamp_min(0)])[order["t"]]
+    axes = {"ref_hidden": "td", "ref_lm_head_weight": "vd", "ref_bias": "v", "behavior_logps": "t"}
+    adds_exactly = batch.hidden.dtype in (torch.float32, torch.float64)
+    return replace(
         batch,
-        hidden=_take(batch.hidden, axes["hidden"]),
-        weight=_take(batch.weight, axes["weight"]),
-        bias=None if batch.bias is None else _take(batch.bias, axes["bias"]),
+        hidden=take(batch.hidden, "td", order),
+        weight=take(batch.weight, "vd", order),
+        bias=None if batch.bias is None else take(batch.bias, "v", order),
         targets=targets,
-        options={name: _take(x, axes[name]) if name in axes else x for name, x in batch.options.items()},
+        options={name: take(x, axes[name], order) if name in axes else x for name, x in batch.options.items()},
+        blocks=min(BLOCKS[seed % len(BLOCKS)], len(v)) if adds_exactly else 1,
     )
-    results = run_eager(shuffled.to(batch.hidden.dtype), upstream)
-    for name in ("hidden", "weight", "bias"):
-        gradient = f"gradient of {name}"
-        if gradient in results:
-            results[gradient] = _take(results[gradient], [order.argsort() for order in axes[name]])
-    return results
 
 
-def _take(x: Tensor, orders: Sequence[Tensor]) -> Tensor:
-    for dim, order in enumerate(orders):
-        x = x.detach().index_select(dim, order.to(x.device))
+def take(x: Tensor, axes: str, order: Order) -> Tensor:
+    """``x`` with each of its ``axes`` in its order; "-" is an axis without one."""
+    x = x.detach()
+    for dim, axis in enumerate(axes):
+        if axis != "-":
+            x = x.index_select(dim, order[axis].to(x.device))
     return x
 
 
@@ -336,7 +399,7 @@ def loss_scale(batch: Batch, exact: Results) -> float:
 
 
 def assert_contract(batch: Batch, impl: str, upstream: float = 1.0, kernel: Results | None = None) -> None:
-    """Run ``batch`` three ways; ``kernel`` stands in for the third when it was run already."""
+    """Check the contract for ``batch``; ``kernel`` are the implementation's results if it has run already."""
     dtype = batch.hidden.dtype
     exact = truth(batch, upstream)
     if kernel is None:

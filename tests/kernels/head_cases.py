@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from contract import EAGER_ORDERS
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
@@ -35,18 +36,18 @@ class Case:
         return (self.targets >= 0) & (self.targets < len(self.weight))
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The same numbers, wider."""
+        """Return the case with the same numbers in a wider dtype."""
         bias = None if self.head.bias is None else self.head.bias.to(dtype)
         x, weight = self.x.to(dtype), self.weight.to(dtype)
         return replace(self, x=x, weight=weight, head=replace(self.head, weight=weight, bias=bias))
 
     def pick(self, z: Tensor) -> Tensor:
-        """(C,) of (C, V): each row's target, 0 without one."""
+        """Return each row's entry of ``z`` (C, V) at its target, (C,), 0 without a target."""
         index = self.targets.clamp(0, len(self.weight) - 1)[:, None]
         return z.gather(1, index).squeeze(1).masked_fill(~self.inside, 0.0)
 
     def results(self) -> dict[str, Tensor]:
-        """Plain torch at the dtype of the inputs: what the kernels have to come close to.
+        """Return what plain torch computes at the dtype of the inputs.
 
         ``gradient`` (C, V) is that of −logp by raw; of the log-sum-exp, where a row has no target.
         """
@@ -63,6 +64,15 @@ class Case:
             "entropy": -torch.xlogy(p, p).sum(-1),
             "gradient": gradient,
         }
+
+    def eager_runs(self) -> list[dict[str, Tensor]]:
+        """Results in fp32, with the features added up in several orders (see ``contract``)."""
+        case, gen = self.to(torch.float32), torch.Generator().manual_seed(0)
+        runs = [case.results()]
+        for _ in range(EAGER_ORDERS - 1):
+            d = torch.randperm(self.x.shape[1], generator=gen).to(self.x.device)
+            runs.append(replace(case, x=case.x[:, d], weight=case.weight[:, d]).results())
+        return runs
 
     def size(self) -> float:
         """The largest logit: its rounding is that of every difference of logits."""

@@ -1,4 +1,4 @@
-"""What a call costs: GEMM work counted from the shapes, memory from the allocator's own events."""
+"""Meters of a call's cost: GEMM work from the shapes, memory from the allocator's events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRITON_PRODUCTS = {"statistics": "statistics", "exponentials": "exponentials"}
 
 
 class GemmMeter(TorchDispatchMode):
-    """Shapes (m, k, n) of every matrix product that runs inside it, the Triton kernels' own included, in order."""
+    """Shapes (m, k, n) of every matrix product that runs inside it, those of Triton kernels included, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class GemmMeter(TorchDispatchMode):
 
 
 def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int:
-    """The most that ``call`` held at once, in bytes, of tensors allocated since it began.
+    """Return the peak bytes of tensors that ``call`` allocated.
 
     Counts every allocation, those inside operators too. The result of the call lives to its end.
     """

@@ -1,4 +1,4 @@
-"""What one rank of a process group computes; run by ``test_sharded.py``, once for all of its tests.
+"""The computation of one rank of a process group; ``test_sharded.py`` runs it once for all of its tests.
 
 ``python sharded_runs.py RANK WORLD FOLDER`` saves this rank's results to ``FOLDER/RANK.pt``.
 """
@@ -40,7 +40,7 @@ TENSORS_OF_THE_VOCABULARY = ("ref_lm_head_weight", "ref_bias")
 
 
 def loss_run(batch: Batch, impl: str, shard: VocabShard | None) -> dict[str, Tensor]:
-    """A call's results; with a shard, of this rank's vocabulary, its gradients included."""
+    """Return a call's results; with a shard, gradients are those of this rank's vocabulary."""
     mine = slice(None) if shard is None else slice(shard.start, shard.start + shard.size)
     weight = batch.weight.detach()[mine].clone().requires_grad_()
     bias = None if batch.bias is None else batch.bias.detach()[mine].clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""A world so small that every sequence there is can be listed: an expectation is a sum, without sampling noise."""
+"""Policies with so few sequences that all can be listed: an expectation is a sum, without sampling noise."""
 
 import itertools
 
@@ -9,7 +9,7 @@ EOS = 0
 
 
 def sequences(vocab: int, length: int, *, with_eos: bool) -> list[tuple[int, ...]]:
-    """Every sequence of ``length`` tokens; with an EOS, the shorter ones that it ends too."""
+    """Return every sequence of ``length`` tokens and, with an EOS, every shorter one that ends with it."""
     out = []
     for tokens in itertools.product(range(vocab), repeat=length):
         cut = tokens.index(EOS) + 1 if with_eos and EOS in tokens else length
@@ -19,7 +19,7 @@ def sequences(vocab: int, length: int, *, with_eos: bool) -> list[tuple[int, ...
 
 
 class Policy:
-    """An autoregressive policy over 3 tokens with logits of its own after every prefix."""
+    """An autoregressive policy over 3 tokens, with separate logits for every prefix."""
 
     def __init__(self, all_sequences: list[tuple[int, ...]], seed: int) -> None:
         self.sequences = all_sequences
@@ -29,11 +29,11 @@ class Policy:
         self.logits = torch.randn(len(prefixes), 3, generator=gen, dtype=torch.float64).requires_grad_()
 
     def rows(self, sequence: tuple[int, ...]) -> Tensor:
-        """(length, 3) the logits that each of its tokens is drawn from."""
+        """Return the logits (length, 3) that each token of ``sequence`` is drawn from."""
         return self.logits[[self.index[sequence[:t]] for t in range(len(sequence))]]
 
     def logps(self) -> Tensor:
-        """(number of sequences,)"""
+        """Return the log-prob of every sequence."""
         return torch.stack(
             [self.rows(s).log_softmax(-1).gather(1, torch.tensor(s)[:, None]).sum() for s in self.sequences]
         )

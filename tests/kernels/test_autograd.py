@@ -118,9 +118,7 @@ def test_policy_and_reference_share_a_frozen_head(impl: str, device: torch.devic
 
 
 @pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, impls=IMPLS))
-def test_a_reference_from_hidden_states_equals_its_log_probs_given(
-    impl: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_reference_hidden_states_equal_given_log_probs(impl: str, dtype: torch.dtype, device: torch.device) -> None:
     batch = random_batch(**BOTH, with_ref_hidden=True, device=device, dtype=dtype)
     ref_logps = sequence_logprobs(
         batch.options["ref_hidden"], batch.options["ref_lm_head_weight"], batch.targets, batch.cu_seqlens, impl=impl

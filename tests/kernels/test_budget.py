@@ -1,4 +1,4 @@
-"""``max_chunk_bytes``: what a call may hold beside its gradients, and that the result does not depend on it."""
+"""``max_chunk_bytes`` bounds the memory of a call without its gradients, and does not change the results."""
 
 import gc
 import importlib.util
@@ -7,32 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from contract import FUSED, Batch, assert_contract, random_batch, run_fused, variants
+from contract import FUSED, assert_contract, random_batch, run_fused, slow_unless, variants
+from loss_cases import call, gradient_bytes, least_budget
 from meters import GemmMeter, peak_bytes
 from torch import Tensor
 
-from hypo_kernels import fused_hypo_loss, gemm, token_logprobs
+from hypo_kernels import gemm, token_logprobs
 
 RAGGED: dict[str, Any] = {"lengths": [5, 9, 3, 7, 6, 2, 8, 4, 5, 3], "num_pairs": 3}
 FULL_HEAD: dict[str, Any] = {"with_bias": True, "with_ref_hidden": True, "logit_softcap": 5.0}
+EVERY_DTYPE = variants(torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def call(batch: Batch, impl: str, **options: Any) -> Tensor:
-    return fused_hypo_loss(
-        batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, bias=batch.bias, impl=impl,
-        **{**batch.options, **options},
-    ).loss  # fmt: skip
+def in_fp32_or_bf16(impl: str, dtype: torch.dtype) -> bool:
+    """16-bit heads are converted, fp32 ones are not; fp16 and fp64 differ from these only in element size."""
+    return dtype in (torch.float32, torch.bfloat16)
 
 
-def least_budget(batch: Batch, impl: str, **options: Any) -> int:
-    with pytest.raises(ValueError, match="pass at least") as error:
-        call(batch, impl, max_chunk_bytes=1, **options)
-    return int(str(error.value).split("at least ")[1].split()[0])
+def fp32_in_torch(impl: str, dtype: torch.dtype) -> bool:
+    """All dtypes share one schedule: torch runs it in fp32, Triton in bf16."""
+    return dtype == (torch.float32 if impl == "torch" else torch.bfloat16)
 
 
 @pytest.mark.parametrize("head", [{}, FULL_HEAD], ids=["plain head", "full head"])
-@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16, torch.float64))
-def test_the_bytes_that_the_error_names_are_enough_and_one_less_is_not(
+@pytest.mark.parametrize(("impl", "dtype"), slow_unless(in_fp32_or_bf16, EVERY_DTYPE))
+def test_budget_named_by_the_error_is_the_smallest(
     impl: str, dtype: torch.dtype, head: dict[str, Any], device: torch.device
 ) -> None:
     # 1000 entries: an fp32 copy of the 16-bit head is larger than a row, so its panels grow with the budget.
@@ -45,7 +44,7 @@ def test_the_bytes_that_the_error_names_are_enough_and_one_less_is_not(
 
 @pytest.mark.parametrize("rows", [1, 7, 20])  # every group recomputed, some, several whole groups a chunk
 @pytest.mark.parametrize("head", [{}, FULL_HEAD], ids=["plain head", "full head"])
-@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16, torch.float64))
+@pytest.mark.parametrize(("impl", "dtype"), slow_unless(fp32_in_torch, EVERY_DTYPE))
 def test_small_budgets_give_the_same_results(
     impl: str, dtype: torch.dtype, head: dict[str, Any], rows: int, device: torch.device
 ) -> None:
@@ -55,7 +54,10 @@ def test_small_budgets_give_the_same_results(
     assert_contract(batch.with_options(max_chunk_bytes=budget), impl)
 
 
-@pytest.mark.parametrize(("impl", "dtype"), variants(torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    slow_unless(lambda impl, dtype: dtype == torch.bfloat16, variants(torch.bfloat16, torch.float16)),
+)
 def test_small_budgets_give_the_same_results_on_16_bit_operands(
     impl: str, dtype: torch.dtype, device: torch.device, sixteen_bit_operands: None
 ) -> None:
@@ -64,10 +66,10 @@ def test_small_budgets_give_the_same_results_on_16_bit_operands(
 
 
 @pytest.mark.parametrize("impl", FUSED)
-def test_a_group_of_ignored_rows_after_one_that_does_not_fit_is_harmless(
+def test_ignored_group_after_a_too_large_one_is_harmless(
     impl: str, device: torch.device, sixteen_bit_operands: None
 ) -> None:
-    """The first pair fills more than a chunk; what remains for the last chunk are groups without rows."""
+    """The first pair fills more than a chunk, so that the last chunk has only groups without rows."""
     batch = random_batch(
         [9, 4, 9, 4], 67, num_pairs=2, ignored=0.0, ignored_sequences=[1, 3], device=device, dtype=torch.float16
     )
@@ -76,9 +78,7 @@ def test_a_group_of_ignored_rows_after_one_that_does_not_fit_is_harmless(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA multiplies 16-bit heads as they are")
 @pytest.mark.parametrize("impl", FUSED)
-def test_a_16_bit_head_on_a_cpu_is_converted_panel_by_panel_when_a_copy_is_too_large(
-    impl: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_16_bit_head_is_converted_in_panels_on_a_cpu(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = random_batch(**RAGGED, vocab=1000, device=torch.device("cpu"), dtype=torch.bfloat16)
     # An fp32 copy of the head takes 64,000 bytes; its share is a quarter of the budget, in two panels of 195 rows.
     budget = 100_000
@@ -111,23 +111,9 @@ def test_the_default_budget_runs_a_small_batch_in_one_chunk(impl: str, device: t
     assert len(meter.shapes) == 3
 
 
-def gradient_bytes(batch: Batch) -> tuple[int, int]:
-    """Bytes of what a call accumulates in, and of the gradients handed out where those are further tensors."""
-    held = copies = 0
-    for name in ("hidden", "weight", "bias"):
-        leaf = getattr(batch, name)
-        if leaf is None:
-            continue
-        as_it_is = name == "hidden" and leaf.dtype == torch.bfloat16
-        sums = leaf.dtype if as_it_is else torch.promote_types(leaf.dtype, torch.float32)
-        held += leaf.numel() * sums.itemsize
-        copies += 0 if sums == leaf.dtype else leaf.numel() * leaf.dtype.itemsize
-    return held, copies
-
-
 @pytest.fixture
 def prompt_garbage(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton's interpreter leaves its arguments in reference cycles: collected at once, they are not the call's."""
+    """Collect Triton's arguments after each launch: its interpreter leaves them in reference cycles."""
     if device.type == "cuda" or importlib.util.find_spec("triton") is None:
         yield
         return
@@ -150,10 +136,10 @@ def prompt_garbage(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ite
 MEMORY_HEADS = {"plain": {}, "softcap, bias and reference": FULL_HEAD}
 
 
-@pytest.mark.parametrize("budget", [80_000, 180_000])
+@pytest.mark.parametrize("budget", [80_000, pytest.param(180_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("head", MEMORY_HEADS)
-@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16, torch.float64))
-def test_a_call_holds_no_more_than_its_budget_beside_the_gradients(
+@pytest.mark.parametrize(("impl", "dtype"), slow_unless(in_fp32_or_bf16, EVERY_DTYPE))
+def test_call_stays_within_budget_plus_gradients(
     impl: str, dtype: torch.dtype, head: str, budget: int, device: torch.device, prompt_garbage: None
 ) -> None:
     # 60 rows of 1000 logits are 240 kB in fp32, 480 kB in fp64: more than either budget holds. CUDA's
@@ -173,11 +159,14 @@ def test_a_call_holds_no_more_than_its_budget_beside_the_gradients(
 
 
 @pytest.mark.parametrize("k", [2, 10])
-@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16))
-def test_the_exact_kl_holds_no_more_than_its_budget_beside_the_gradients(
+@pytest.mark.parametrize(  # under the interpreter, 800 rows of two heads take 5 seconds
+    ("impl", "dtype"),
+    slow_unless(lambda impl, dtype: impl == "torch", variants(torch.float32, torch.bfloat16)),
+)
+def test_exact_kl_stays_within_budget_plus_gradients(
     impl: str, dtype: torch.dtype, k: int, device: torch.device, prompt_garbage: None
 ) -> None:
-    """Many rows of few logits, so that what is kept of a row counts."""
+    """Many rows with few logits, so that memory kept for each row matters."""
     grow = 8 if device.type == "cuda" else 1
     batch = random_batch(
         [40 * grow] * 20, 50 * grow, num_generations=k, with_ref_hidden=True, kl_estimator="exact", ignored=0.0,
@@ -191,9 +180,9 @@ def test_the_exact_kl_holds_no_more_than_its_budget_beside_the_gradients(
     assert peak <= budget + held + copies
 
 
-@pytest.mark.parametrize("budget", [60_000, 180_000])
-@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16, torch.float16))
-def test_token_log_probs_hold_no_more_than_their_budget_beside_the_gradients(
+@pytest.mark.parametrize("budget", [60_000, pytest.param(180_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("impl", "dtype"), variants(torch.float32, torch.bfloat16))
+def test_token_logprobs_stay_within_budget_plus_gradients(
     impl: str, dtype: torch.dtype, budget: int, device: torch.device, prompt_garbage: None
 ) -> None:
     grow = 8 if device.type == "cuda" else 1
@@ -227,10 +216,8 @@ def test_memory_does_not_grow_with_the_number_of_tokens(impl: str, device: torch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [2**30, 2**28], ids=["1 GiB", "256 MiB"])
-def test_16384_tokens_of_50304_logits_stay_within_the_budget_plus_the_gradients(
-    budget: int, device: torch.device
-) -> None:
-    """Their full logits would take 3.3 GB in fp32, and their gradients as much again."""
+def test_16384_tokens_stay_within_budget_plus_gradients(budget: int, device: torch.device) -> None:
+    """Full logits would take 3.3 GB in fp32, and their gradients another 3.3 GB."""
     batch = random_batch([1024] * 16, 50304, width=64, num_pairs=4, ignored=0.0, cheap_reference=True, device=device)
     assert int((batch.targets != -100).sum()) == 16_384
     held, _ = gradient_bytes(batch)

@@ -1,4 +1,4 @@
-"""Bad arguments raise ``ValueError`` with the argument's name and value; no check waits for a GPU unasked."""
+"""Bad arguments raise ``ValueError`` with the argument's name and value; no check waits for a GPU unless asked to."""
 
 import math
 import re
@@ -29,7 +29,7 @@ def good() -> dict[str, Any]:
 
 
 def from_hidden(**changes: Any) -> dict[str, Any]:
-    """Changes that take the reference from hidden states instead of log-probs."""
+    """Arguments that give the reference as hidden states instead of log-probs."""
     return {"ref_logps": None, "ref_hidden": torch.randn(T, D), "ref_lm_head_weight": torch.randn(V, D), **changes}
 
 
@@ -255,12 +255,12 @@ def test_triton_does_not_compute_in_float64(device: torch.device) -> None:
     assert fused_hypo_loss(**doubles).loss.dtype == torch.float64  # "auto" knows
 
 
-def test_triton_on_cpu_tensors_is_refused_without_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_refuses_cpu_tensors_without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"impl='triton' needs CUDA tensors, got cpu; use impl='torch'"):
         fused_hypo_loss(**good(), impl="triton")
 
 
 def test_values_are_not_looked_at_unless_asked() -> None:
-    """A look would wait for the GPU: NaN flows through, as it would through any op of torch."""
+    """A check would wait for the GPU: NaN passes through, as in any op of torch."""
     assert fused_hypo_loss(**{**good(), "hidden": with_one(math.nan, T, D)}).loss.isnan()

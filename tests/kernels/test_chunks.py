@@ -1,4 +1,4 @@
-"""Planning a call: which rows go through the head together."""
+"""The chunk schedule: which rows go through the head together."""
 
 import itertools
 import random
@@ -11,7 +11,7 @@ from hypo_kernels.chunks import chunks, split
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_chunks_hold_every_row_once_whole_groups_and_no_more_rows_than_fit(seed: int) -> None:
+def test_chunks_hold_whole_groups_and_every_row_once(seed: int) -> None:
     gen = random.Random(seed)
     num_pairs, k, prompts = gen.randint(0, 5), gen.randint(2, 4), gen.randint(0, 5)
     if num_pairs + prompts == 0:
@@ -57,13 +57,13 @@ def test_chunks_are_as_few_as_a_greedy_walk_gives() -> None:
     assert [c.rows for c in chunks([4, 4, 4, 4, 4, 4], 3, 2, 24)] == [slice(0, 24)]
 
 
-def test_split_covers_the_rows_in_slices_of_at_most_so_many_and_no_rows_in_one() -> None:
+def test_split_covers_all_rows_and_keeps_an_empty_slice() -> None:
     assert list(split(slice(3, 10), 3)) == [slice(3, 6), slice(6, 9), slice(9, 10)]
     assert list(split(slice(3, 3), 3)) == [slice(3, 3)]
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 50_257])
-def test_rows_start_on_aligned_addresses_on_cuda_and_lie_dense_on_a_cpu(vocab: int) -> None:
+def test_rows_are_aligned_on_cuda_and_dense_on_a_cpu(vocab: int) -> None:
     assert workspace.pitch(vocab, torch.device("cpu")) == vocab
     padded = workspace.pitch(vocab, torch.device("cuda"))
     assert padded % 32 == 0

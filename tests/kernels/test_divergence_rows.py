@@ -82,7 +82,7 @@ class Rows:
 
 
 def coefficients(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of both signs, with a zero in each."""
+    """Return random numbers of both signs, with a zero in each."""
     score = torch.linspace(-1, 1, num_rows, device=device)
     weight = torch.linspace(1, -0.5, num_rows, device=device)
     return score.where(torch.arange(num_rows, device=device) != 1, 0), weight.where(score < 0.9, 0)
@@ -92,7 +92,7 @@ def coefficients(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("head", [PLAIN, WHOLE], ids=["plain", "whole head"])
 @pytest.mark.parametrize("vocab", [1, 3, 129, 1000, 5001])
 @pytest.mark.parametrize("impl", FUSED)
-def test_divergences_log_probs_and_gradients_of_any_vocabulary_size(
+def test_divergence_step_serves_any_vocabulary_size(
     impl: str, vocab: int, head: dict[str, Any], with_ref: bool, device: torch.device
 ) -> None:
     rows = Rows(5, vocab, device, head, with_ref=with_ref)
@@ -124,7 +124,7 @@ def test_mixed_gradients_are_narrowed_last(impl: str, out_dtype: torch.dtype, de
 
 @pytest.mark.parametrize("impl", FUSED)
 def test_entries_that_a_bias_rules_out_add_nothing(impl: str, device: torch.device) -> None:
-    """A padded vocabulary's phantom entries have a bias of minus infinity, in policy and reference."""
+    """The padding of a vocabulary has a bias of minus infinity, in policy and reference."""
     rows = Rows(4, 300, device, {"bias": True}, with_ref=True)
     assert rows.head.bias is not None
     assert rows.ref_head is not None

@@ -32,7 +32,7 @@ def loss_flops(batch: Batch, impl: str, **options: Any) -> float:
 
 
 def one_row_budget(batch: Batch, impl: str) -> int:
-    """The least ``max_chunk_bytes`` of a call: every group is then larger than the chunk buffer."""
+    """Return a call's smallest ``max_chunk_bytes``, with which every group is larger than the workspace."""
     with pytest.raises(ValueError, match="pass at least") as error:
         loss_flops(batch, impl, max_chunk_bytes=1)
     return int(str(error.value).split("at least ")[1].split()[0])
@@ -60,7 +60,7 @@ def test_a_head_trained_on_fixed_hidden_states_costs_4_nvd(impl: str, device: to
 
 
 @pytest.mark.parametrize("impl", FUSED)
-def test_groups_larger_than_the_buffer_cost_8_nvd_and_6_with_a_frozen_head(impl: str, device: torch.device) -> None:
+def test_large_groups_cost_8_nvd_or_6_with_a_frozen_head(impl: str, device: torch.device) -> None:
     batch = random_batch(**RAGGED, ignored=0.0, device=device)
     budget = one_row_budget(batch, impl)
     assert loss_flops(batch, impl, max_chunk_bytes=budget) == 8
@@ -69,7 +69,7 @@ def test_groups_larger_than_the_buffer_cost_8_nvd_and_6_with_a_frozen_head(impl:
 
 
 @pytest.mark.parametrize("impl", FUSED)
-def test_only_the_group_that_does_not_fit_takes_the_recompute_path(impl: str, device: torch.device) -> None:
+def test_only_a_too_large_group_is_recomputed(impl: str, device: torch.device) -> None:
     # Pairs of 4 rows and one of 64. A budget between the two is found by what each alone needs.
     batch = random_batch([2, 2, 30, 2, 2, 34], 67, num_pairs=3, ignored=0.0, device=device)
     budget = one_row_budget(batch, impl)

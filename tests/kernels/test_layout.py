@@ -1,4 +1,4 @@
-"""Which rows count and in which order, and layouts that are made once for many calls."""
+"""Layouts: which rows are counted, in which order, and reuse in many calls."""
 
 import random
 from typing import Any
@@ -61,7 +61,7 @@ def test_reordering_moves_whole_sequences(seed: int) -> None:
     assert torch.equal(back.rows, plan.rows)
 
 
-def test_group_order_puts_each_pair_side_by_side_and_keeps_the_samples() -> None:
+def test_group_order_puts_each_pair_side_by_side() -> None:
     assert group_order(10, 3).tolist() == [0, 3, 1, 4, 2, 5, 6, 7, 8, 9]
     assert group_order(4, 0).tolist() == [0, 1, 2, 3]
     assert group_order(4, 2).tolist() == [0, 2, 1, 3]
@@ -86,7 +86,7 @@ def everything(batch: Batch, targets: Tensor | TargetLayout, bounds: Tensor | No
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_layout_stands_in_for_targets_and_bounds_call_after_call(impl: str, device: torch.device) -> None:
+def test_layout_replaces_targets_and_bounds_in_every_call(impl: str, device: torch.device) -> None:
     batch = random_batch(**BOTH, device=device)
     expected = everything(batch, batch.targets, batch.cu_seqlens, impl)
     laid_out = TargetLayout.of(batch.targets, batch.cu_seqlens)
@@ -130,7 +130,7 @@ def test_a_layout_that_does_not_fit_is_named() -> None:
 @pytest.mark.parametrize("staleness", [None, 1.0], ids=["own samples", "another policy's"])
 @pytest.mark.parametrize("impl", ["triton-rows", "triton-epilogue"])
 def test_a_cuda_graph_captures_loss_and_gradients(impl: str, staleness: float | None) -> None:
-    """Replayed on other hidden states, it gives what a call on them gives."""
+    """A replay on other hidden states equals a call on them."""
     device = torch.device("cuda")
     batch = random_batch([40, 72, 24, 56, 48, 8, 64, 32], 1000, width=64, num_pairs=2, dtype=torch.bfloat16,
                          staleness=staleness, device=device)  # fmt: skip

@@ -1,7 +1,6 @@
-"""``fused_hypo_loss`` and every gradient within the test contract, over shapes that each have a reason."""
+"""``fused_hypo_loss`` and every gradient are within the test contract, for shapes that each have a reason."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from contract import (
     IMPLS,
     Batch,
     assert_contract,
+    crossed,
     plain_logps,
     plain_objective,
     random_batch,
@@ -19,90 +19,27 @@ from contract import (
     truth,
     variants,
 )
+from loss_cases import BOTH, CASES, SMALL_CASES, every_case_in_fp32
 
 from hypo_kernels import fused_hypo_loss
 
 # Columns beyond the vocabulary, where the interpreter's exp may overflow, are masked when they are stored.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
-PAIR = {"lengths": [5, 9], "num_pairs": 1}
-BOTH = {"lengths": [5, 9, 3, 7, 6, 1, 8, 4], "num_pairs": 2}  # 2 pairs, 2 prompts of 2 samples, all ragged
 
-CASES: dict[str, dict[str, Any]] = {
-    # 257: with 256-wide tiles, the last one would hold a single real column.
-    "ragged pairs and samples": {**BOTH, "vocab": 257},
-    # GPT-2's vocabulary: 13 tiles of 4096 columns, the last one partial, and nothing divides it. No row is
-    # ignored, so that eager's products over 50257 terms have the kernel's shapes and hence its summation order.
-    "vocabulary of 50257": {"lengths": [2, 1, 2, 3], "num_pairs": 1, "vocab": 50257, "ignored": 0.0},
-    # Smaller than any tile, and than a warp.
-    "vocabulary of 3": {**BOTH, "vocab": 3},
-    "vocabulary of 7": {**BOTH, "vocab": 7},
-    # A maximum that starts at 0, or a phantom column of 0, would win over every real logit.
-    "all logits far below zero": {**BOTH, "vocab": 67, "offset": -200.0},
-    # exp overflows fp32 beyond 88.
-    "logits beyond 100": {**BOTH, "vocab": 67, "spread": 60.0},
-    "a chosen, a rejected and a sample with every token ignored": {
-        **BOTH,
-        "vocab": 67,
-        "ignored_sequences": [1, 2, 5],
-    },
-    # Three of the four sequences have no rows at all.
-    "one token": {"lengths": [1, 0], "num_pairs": 1, "vocab": 67, "ignored": 0.0},
-    "one token each": {"lengths": [1, 1, 1, 1], "num_pairs": 1, "vocab": 67, "ignored": 0.0},
-    "one pair": {**PAIR, "vocab": 67},
-    "pairs only": {"lengths": [5, 9, 3, 7, 6, 2], "num_pairs": 3, "vocab": 67},
-    "samples only": {"lengths": [5, 9, 3, 7], "num_pairs": 0, "vocab": 67},
-    "three samples a prompt": {"lengths": [5, 9, 3, 7, 6, 2], "num_generations": 3, "vocab": 67},
-    "four samples a prompt beside a pair": {
-        "lengths": [5, 9, 3, 7, 6, 2],
-        "num_pairs": 1,
-        "num_generations": 4,
-        "vocab": 67,
-    },
-    "length penalty": {"lengths": [5, 9, 3, 7], "length_penalty": 0.3, "vocab": 67},
-    "label smoothing": {**PAIR, "label_smoothing": 0.2, "vocab": 67},
-    "IPO": {**BOTH, "preference": "ipo", "vocab": 67},
-    "bias": {**BOTH, "with_bias": True, "vocab": 67},
-    # Logits of ±6 under a cap of 5: well into tanh's bend.
-    "softcap": {**BOTH, "logit_softcap": 5.0, "spread": 6.0, "vocab": 67},
-    "logit scale": {**BOTH, "logit_scale": 0.0625, "spread": 20.0, "vocab": 67},
-    "temperature": {**BOTH, "temperature": 0.7, "vocab": 67},
-    # Scale equal to temperature: their ratio is 1, which is not the same as neither being there.
-    "softcap between a scale and a temperature that cancel": {
-        **BOTH,
-        "logit_softcap": 5.0,
-        "logit_scale": 1.5,
-        "temperature": 1.5,
-        "vocab": 67,
-    },
-    "a scale and a temperature that cancel": {**BOTH, "logit_scale": 1.5, "temperature": 1.5, "vocab": 67},
-    "a negative logit scale": {**BOTH, "logit_scale": -1.5, "vocab": 67},
-    "everything at once": {
-        **BOTH,
-        "with_bias": True,
-        "logit_softcap": 8.0,
-        "logit_scale": 1.5,
-        "temperature": 0.8,
-        "length_penalty": 0.1,
-        "label_smoothing": 0.1,
-        "vocab": 257,
-    },
-    "reference from its hidden states": {**BOTH, "with_ref_hidden": True, "with_bias": True, "vocab": 67},
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("impl", "dtype"), EVERY_VARIANT)
-def test_the_loss_and_every_gradient_are_within_the_contract(
-    case: str, impl: str, dtype: torch.dtype, device: torch.device
+@pytest.mark.parametrize(("impl", "dtype", "case"), crossed(EVERY_VARIANT, CASES, every_case_in_fp32))
+def test_loss_and_gradients_are_within_the_contract(
+    impl: str, dtype: torch.dtype, case: str, device: torch.device
 ) -> None:
     assert_contract(random_batch(**CASES[case], device=device, dtype=dtype), impl)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "vocabulary of 50257"])
-@pytest.mark.parametrize(("impl", "dtype"), variants(torch.bfloat16, torch.float16))
-def test_gradients_narrowed_to_16_bit_for_the_gemms_are_within_the_contract(
-    case: str, impl: str, dtype: torch.dtype, device: torch.device, sixteen_bit_operands: None
+@pytest.mark.parametrize(
+    ("impl", "dtype", "case"),
+    crossed(variants(torch.bfloat16, torch.float16), SMALL_CASES, every_case_in_fp32),
+)
+def test_16_bit_gemm_operands_are_within_the_contract(
+    impl: str, dtype: torch.dtype, case: str, device: torch.device, sixteen_bit_operands: None
 ) -> None:
     assert_contract(random_batch(**CASES[case], device=device, dtype=dtype), impl)
 
@@ -133,8 +70,8 @@ def test_random_ragged_batches_are_within_the_contract(
     assert_contract(batch, impl)
 
 
-def test_the_specification_is_plain_autograd_of_the_papers_formula(device: torch.device) -> None:
-    """The truth of the contract, itself compared with what these tests write out, in float64."""
+def test_specification_is_autograd_of_the_papers_formula(device: torch.device) -> None:
+    """Compare the truth of the contract with the formulas that these tests write out, in float64."""
     for case in CASES.values():
         batch = random_batch(**case, device=device, dtype=torch.float64)
         exact, plain = truth(batch), run_eager(batch.to(torch.float64))
@@ -143,9 +80,7 @@ def test_the_specification_is_plain_autograd_of_the_papers_formula(device: torch
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_sequence_with_every_token_ignored_has_log_prob_zero_and_gradient_zero(
-    impl: str, device: torch.device
-) -> None:
+def test_ignored_sequence_has_logprob_zero_and_no_gradient(impl: str, device: torch.device) -> None:
     batch = random_batch(**BOTH, vocab=67, ignored_sequences=[1, 5], device=device)
     results = run_fused(batch, impl)
     assert results["logps"][[1, 5]].tolist() == [0.0, 0.0]
@@ -155,7 +90,7 @@ def test_a_sequence_with_every_token_ignored_has_log_prob_zero_and_gradient_zero
 
 
 @pytest.mark.parametrize(("impl", "dtype"), EVERY_VARIANT)
-def test_a_batch_without_a_counted_token_has_the_loss_of_equal_log_probs(
+def test_batch_without_counted_tokens_has_loss_log_2(
     impl: str, dtype: torch.dtype, device: torch.device, sixteen_bit_operands: None
 ) -> None:
     batch = random_batch([3, 2], 67, num_pairs=1, ignored=1.1, with_bias=True, device=device, dtype=dtype)
@@ -187,8 +122,8 @@ def test_coefficients_of_both_signs_push_log_probs_both_ways(impl: str, device: 
 
 @pytest.mark.parametrize("vocab", [1000, 4095, 4097])  # beside a tile's edge, and nowhere near one
 @pytest.mark.parametrize("impl", FUSED)
-def test_a_vocabulary_that_no_tile_divides_has_no_phantom_columns(impl: str, vocab: int, device: torch.device) -> None:
-    """The same batch with the vocabulary padded to whole tiles of entries that can never be drawn."""
+def test_vocabulary_that_no_tile_divides_has_no_extra_columns(impl: str, vocab: int, device: torch.device) -> None:
+    """Compare with the vocabulary padded to full tiles by entries of probability 0."""
     batch = random_batch([3, 4, 2, 3], vocab, num_pairs=1, with_bias=True, offset=-30.0, device=device)
     assert batch.bias is not None
     tiles = -(-vocab // 4096) * 4096

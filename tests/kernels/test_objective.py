@@ -4,19 +4,12 @@ import itertools
 
 import pytest
 import torch
+from loss_cases import objective
 from tabular import Policy, sequences
 from torch import Tensor
 
 from hypo_kernels import fused_hypo_loss
 from hypo_kernels.objective import Objective
-
-
-def objective(**changes: object) -> Objective:
-    values: dict[str, object] = {
-        "beta": 0.1, "kl_coef": 0.5, "length_penalty": 0.0, "preference": "sigmoid", "label_smoothing": 0.0,
-        "num_pairs": 0, "num_generations": 2, "num_prompts": 0,
-    }  # fmt: skip
-    return Objective(**{**values, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("preference", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])
@@ -32,7 +25,7 @@ def test_a_pairs_coefficients_are_the_derivative_of_its_loss(preference: str, la
 
 
 def test_the_pairs_loss_is_a_mean_and_the_samples_is_one_too() -> None:
-    """The same pairs and groups twice over give the same loss: recipes carry over to another batch size."""
+    """A batch that repeats its pairs and groups has the same loss: recipes hold for other batch sizes."""
     gen = torch.Generator().manual_seed(0)
     ratio = torch.randn(4, generator=gen, dtype=torch.float64)
     lengths = torch.tensor([3, 4, 5, 6])
@@ -44,7 +37,7 @@ def test_the_pairs_loss_is_a_mean_and_the_samples_is_one_too() -> None:
     torch.testing.assert_close(once, expected)
 
 
-def test_label_smoothing_mixes_the_loss_with_that_of_the_flipped_pair() -> None:
+def test_label_smoothing_mixes_in_the_flipped_pairs_loss() -> None:
     logps = torch.tensor([-5.0, -9.0], dtype=torch.float64)
     ref = torch.tensor([-6.0, -6.0], dtype=torch.float64)
 
@@ -63,7 +56,7 @@ def test_ipo_is_least_where_the_ratios_differ_by_half_over_beta() -> None:
 
 
 @pytest.mark.parametrize("k", [2, 3, 4])
-def test_a_samples_coefficient_is_its_ratio_less_the_mean_of_the_others(k: int) -> None:
+def test_sample_coefficient_is_ratio_minus_others_mean(k: int) -> None:
     gen = torch.Generator().manual_seed(0)
     logps, ref = (torch.randn(3 * k, generator=gen, dtype=torch.float64) for _ in range(2))
     lengths = torch.arange(3 * k) + 1
@@ -92,8 +85,8 @@ def test_parts_of_a_batch_add_up_to_the_batch() -> None:
 
 @pytest.mark.parametrize("with_eos", [False, True], ids=["three tokens", "up to three tokens and an EOS"])
 @pytest.mark.parametrize("k", [2, 3])
-def test_the_expected_rloo_gradient_is_the_gradient_of_the_reverse_kl(k: int, with_eos: bool) -> None:
-    """Every group of k samples of every sequence there is, weighted by its probability: no sampling noise."""
+def test_rloo_gradient_is_unbiased(k: int, with_eos: bool) -> None:
+    """Sum over every group of k sequences, weighted by its probability: no sampling noise."""
     all_sequences = sequences(3, 3, with_eos=with_eos)
     policy, reference = Policy(all_sequences, seed=0), Policy(all_sequences, seed=1)
     logps, ref_logps = policy.logps(), reference.logps().detach()
@@ -116,8 +109,8 @@ def test_the_expected_rloo_gradient_is_the_gradient_of_the_reverse_kl(k: int, wi
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_the_expected_gradient_of_fused_hypo_loss_is_the_gradient_of_the_reverse_kl(impl: str) -> None:
-    """The same through the public function: the policy's logits are hidden states, under an identity head."""
+def test_fused_hypo_loss_gradient_is_unbiased(impl: str) -> None:
+    """Through the public function: the policy's logits are hidden states, under an identity head."""
     all_sequences = sequences(3, 3, with_eos=True)
     policy, reference = Policy(all_sequences, seed=0), Policy(all_sequences, seed=1)
     logps, ref_logps = policy.logps(), reference.logps().detach()

@@ -26,13 +26,13 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 
 def arguments(hidden: Tensor, head: LMHead) -> tuple[Any, ...]:
-    """As the public functions pass them, each tensor a leaf: LoRA's features come from an operation outside."""
+    """Return an operator's arguments, with every tensor a leaf."""
     flat = ops._head_arguments(hidden, head)
     return tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in flat)
 
 
 def heads(dtype: torch.dtype) -> dict[str, tuple[Tensor, LMHead, Tensor, Tensor]]:
-    """(hidden, head, targets, cu_seqlens) of a plain head, of a whole one with an update, and of a frozen one."""
+    """Return (hidden, head, targets, cu_seqlens) of a plain head, of one with every option, and of a frozen one."""
     batch = random_batch([4, 3, 5, 2], VOCAB, num_pairs=1, with_bias=True, dtype=dtype, device=torch.device("cpu"))
     gen = torch.Generator().manual_seed(1)
     a, b = (torch.randn(shape, generator=gen).to(dtype).requires_grad_() for shape in ((RANK, WIDTH), (VOCAB, RANK)))
@@ -47,7 +47,7 @@ def heads(dtype: torch.dtype) -> dict[str, tuple[Tensor, LMHead, Tensor, Tensor]
 
 @pytest.mark.parametrize("reference", ["log-probs", "hidden states", "exact KL", "log-probs of stale samples"])
 @pytest.mark.parametrize("head", ["plain", "whole", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_opcheck_of_the_loss(dtype: torch.dtype, head: str, reference: str) -> None:
     hidden, lm_head, targets, cu_seqlens = heads(dtype)[head]
     ref = Reference(torch.full((4,), -12.0), None, None, None)
@@ -65,7 +65,7 @@ def test_opcheck_of_the_loss(dtype: torch.dtype, head: str, reference: str) -> N
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("head", ["plain", "whole", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_opcheck_of_token_log_probs_and_their_backward(dtype: torch.dtype, head: str, entropy: bool) -> None:
     hidden, lm_head, targets, _ = heads(dtype)[head]
     args = (*arguments(hidden, lm_head), targets, 2**20, "torch", entropy)
@@ -162,7 +162,7 @@ def gradients(model: Model, call: Callable[..., Tensor], rows: int) -> list[Tens
 def test_model_and_loss_are_one_graph_for_every_length(
     loss: Callable[..., Tensor], autocast: bool, device: torch.device
 ) -> None:
-    """The first length compiles, the second one makes the length dynamic, and then no other compiles again."""
+    """The first length compiles, the second makes the length dynamic, and no other length compiles again."""
     torch.compiler.reset()
     model = Model(loss)
     counter = CompileCounterWithBackend("aot_eager")

@@ -1,4 +1,4 @@
-"""The same inputs give other libraries' losses and gradients."""
+"""Losses and gradients equal those of other libraries."""
 
 import pytest
 import torch

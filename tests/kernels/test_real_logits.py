@@ -21,9 +21,9 @@ from contract import (
     Batch,
     Results,
     assert_close,
+    eager_runs,
     loss_scale,
     plain_distributions,
-    run_eager,
     run_fused,
     truth,
     variants,
@@ -50,7 +50,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Of four answers to two prompts (chosen, chosen, rejected, rejected), each with 12 tokens or more:
+    """Return tensors of four answers to two prompts (chosen, chosen, rejected, rejected), each of at least 12 tokens:
 
     hidden states (L, D), those of the layer below, target tokens (L,) and, the same for all, the head (V, D).
     """
@@ -92,7 +92,7 @@ def real_batch(answers: list[tuple[Tensor, ...]], impl: str, dtype: torch.dtype,
 
 
 def test_the_models_logits_are_peaked(answers: list[tuple[Tensor, ...]], device: torch.device) -> None:
-    """Else the tests below would show nothing that random logits do not."""
+    """Without peaked logits, the tests below would show no more than random logits do."""
     batch = real_batch(answers, "torch", torch.float32, device)
     log_p = plain_distributions(batch).detach()
     assert (log_p.exp().amax(1) > 0.9).any()
@@ -109,16 +109,16 @@ def affordable(interpreted_dtype: torch.dtype) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("impl", "dtype"), affordable(torch.float32))
-def test_log_probs_exact_kl_loss_and_every_gradient_of_a_real_model_are_within_the_contract(
+def test_loss_of_a_real_model_is_within_the_contract(
     impl: str, dtype: torch.dtype, answers: list[tuple[Tensor, ...]], device: torch.device
 ) -> None:
     batch = real_batch(answers, impl, dtype, device)
-    exact, eager, kernel = truth(batch), run_eager(batch.to(dtype)), run_fused(batch.to(dtype), impl)
+    exact, eager, kernel = truth(batch), eager_runs(batch, orders=4), run_fused(batch.to(dtype), impl)
     assert (exact["kl"] > 1.0).all()
     assert kernel.keys() == exact.keys()
     scales = {"loss": loss_scale(batch, exact)}
     for name, value in exact.items():
-        assert_close(name, kernel[name], [eager[name]], value, dtype, scales.get(name, 0.0))
+        assert_close(name, kernel[name], [run[name] for run in eager], value, dtype, scales.get(name, 0.0))
 
 
 def token_results(batch: Batch, dtype: torch.dtype, impl: str | None) -> Results:
@@ -140,7 +140,7 @@ def token_results(batch: Batch, dtype: torch.dtype, impl: str | None) -> Results
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("impl", "dtype"), affordable(torch.bfloat16))
-def test_token_log_probs_and_entropies_of_a_real_model_are_within_the_contract(
+def test_tokens_of_a_real_model_are_within_the_contract(
     impl: str, dtype: torch.dtype, answers: list[tuple[Tensor, ...]], device: torch.device
 ) -> None:
     batch = real_batch(answers, impl, dtype, device)
@@ -152,7 +152,7 @@ def test_token_log_probs_and_entropies_of_a_real_model_are_within_the_contract(
 
 
 @pytest.mark.parametrize("impl", FUSED)
-def test_log_probs_of_bf16_inputs_have_the_error_of_fp32_sums_and_not_of_bf16_logits(
+def test_bf16_inputs_have_the_error_of_fp32_sums(
     impl: str, answers: list[tuple[Tensor, ...]], device: torch.device, record_property: Callable[[str, object], None]
 ) -> None:
     """Log-probs are within 1e-5 of the largest logit from float64 sums of the same bf16 inputs.

@@ -54,7 +54,7 @@ def unit_gradients(
     out_dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """U with its factor, and log-probs. Beside its own memory where there is a factor."""
+    """U with its factor, and log-probs. It has its own memory if there is a factor."""
     unit, factor, logps = row_steps(impl).unit_gradients(
         raw, targets, head, norms=known, out_dtype=out_dtype, scale=scale
     )
@@ -116,10 +116,8 @@ def test_known_statistics_give_the_same_gradients(impl: str, out_dtype: torch.dt
 
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES)
 @pytest.mark.parametrize("impl", FUSED)
-def test_columns_beyond_the_vocabulary_are_neither_read_nor_written(
-    impl: str, out_dtype: torch.dtype, device: torch.device
-) -> None:
-    """CUDA's rows are padded to an aligned pitch; here the padding holds NaN, and has to keep it."""
+def test_columns_beyond_the_vocabulary_are_not_touched(impl: str, out_dtype: torch.dtype, device: torch.device) -> None:
+    """CUDA's rows are padded to an aligned pitch; the padding holds NaN, and must keep it."""
     vocab, pitch = 1000, 1024
     buffer, raw, targets, head = rows_of(5, vocab, pitch, device, HEADS["all"])
     expected, logps = plain_unit_gradients(raw, targets, head)
@@ -135,9 +133,7 @@ def test_columns_beyond_the_vocabulary_are_neither_read_nor_written(
 
 @NO_TRITON
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES)
-def test_triton_packs_narrow_gradients_into_the_memory_of_their_own_row(
-    out_dtype: torch.dtype, device: torch.device
-) -> None:
+def test_triton_packs_16_bit_gradients_into_their_rows(out_dtype: torch.dtype, device: torch.device) -> None:
     rows_kernels = row_steps("triton")
     assert rows_kernels.GRADIENTS_IN_PLACE
     assert rows_kernels.scratch_bytes(5, 4000) == 0
@@ -158,7 +154,7 @@ def test_no_rows_are_no_work(impl: str, device: torch.device) -> None:
     assert unit.shape == (0, 100)
 
 
-def test_torch_takes_rows_in_blocks_and_says_how_much_it_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_takes_rows_in_blocks_within_scratch_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     from hypo_kernels.blockwise import rows as rows_blocks
 
     device = torch.device("cpu")
@@ -195,7 +191,7 @@ assert torch.equal(got, expected), (got, expected)
 
 @NO_TRITON
 def test_triton_addresses_rows_beyond_two_to_the_31_elements(device: torch.device) -> None:
-    """In a process of its own, which a wrapped address would bring down."""
+    """Runs in a separate process, which a wrapped address would crash."""
     done = subprocess.run([sys.executable, "-c", FAR_ROWS, device.type], capture_output=True, text=True, check=False)
     if "no room" in done.stderr:
         pytest.skip(done.stderr.strip())

@@ -44,9 +44,9 @@ def assert_exact(case: Case, tile: GemmTile | None) -> None:
         "target logit": target_logits,
         "entropy": total.log() - moment / total,
     }
-    exact, eager = case.to(torch.float64).results(), case.to(torch.float32).results()
+    exact, eager = case.to(torch.float64).results(), case.eager_runs()
     for name, value in got.items():
-        assert_close(name, value, [eager[name]], exact[name], torch.float32, case.size())
+        assert_close(name, value, [run[name] for run in eager], exact[name], torch.float32, case.size())
     assert torch.all(target_logits[~case.inside] == 0)
 
 
@@ -73,7 +73,7 @@ def test_the_frozen_tiles(dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4, 150.0])
 def test_logits_far_from_zero(shift: float, device: torch.device) -> None:
-    """Phantom columns at 0 would rule a row of logits around −10,000."""
+    """Columns of 0 beyond the vocabulary would dominate logits around −10,000."""
     assert_exact(make_case(5, 203, 16, device=device, shift=shift), POINTERS)
 
 
@@ -92,7 +92,7 @@ def test_a_target_of_another_shard_has_the_logit_0(tile: GemmTile, device: torch
 
 
 def test_entries_that_the_bias_forbids_count_nothing(device: torch.device) -> None:
-    """Whole tiles of them too."""
+    """Also for full tiles."""
     case = make_case(5, 203, 16, device=device, head="bias")
     assert case.head.bias is not None
     case.head.bias[64:150] = float("-inf")
@@ -172,7 +172,7 @@ for operands in ((far, near), (near, far)):
 
 
 def test_addresses_beyond_two_to_the_31_elements(device: torch.device) -> None:
-    """In a process of its own, which a wrapped address would bring down."""
+    """Runs in a separate process, which a wrapped address would crash."""
     done = subprocess.run([sys.executable, "-c", FAR_ROWS, device.type], capture_output=True, text=True, check=False)
     if "no room" in done.stderr:
         pytest.skip(done.stderr.strip())

@@ -1,4 +1,4 @@
-"""Calls at once, from several threads and on several CUDA streams, give bitwise what they give one after another.
+"""Concurrent calls, from several threads and on several CUDA streams, are bitwise equal to sequential ones.
 
 Triton's interpreter keeps the running program's index in one global object and swaps ``triton.language``'s
 functions for its own during a launch, so two threads cannot use it at once: Triton is tested on CUDA alone.
@@ -52,7 +52,7 @@ def exact_loss_of(batch: Batch, impl: str) -> Tensor:
 
 
 def log_probs_and_entropies_of(batch: Batch, impl: str) -> Tensor:
-    """(), whose gradient differs from row to row."""
+    """Return a loss () whose gradient differs from row to row."""
     logps, entropies = token_logprobs(
         batch.hidden, batch.weight, batch.targets,
         bias=batch.bias, impl=impl, max_chunk_bytes=BUDGET, return_entropy=True,
@@ -79,21 +79,21 @@ def leaves(batch: Batch) -> list[Tensor]:
 
 
 def forward_and_backward(call: Call, batch: Batch, impl: str) -> list[Tensor]:
-    """The value and the gradients, which no other call adds to."""
+    """Return the value and the gradients of one call."""
     value = call(batch, impl)
     return [value.detach(), *torch.autograd.grad(value, leaves(batch))]
 
 
 def in_threads(work: Callable[[int], Any], count: int = NUM_THREADS) -> list[Any]:
-    """``work(i)`` for each i, started together, each in a thread of its own."""
+    """Run ``work(i)`` for each i, started together, each in its own thread."""
     start = threading.Barrier(count)
 
     def run(i: int) -> Any:
-        start.wait(timeout=60)
+        start.wait()
         return work(i)
 
     with ThreadPoolExecutor(count) as pool:
-        return [future.result(timeout=120) for future in [pool.submit(run, i) for i in range(count)]]
+        return [future.result() for future in [pool.submit(run, i) for i in range(count)]]
 
 
 def assert_equal(found: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
@@ -115,7 +115,7 @@ def test_calls_in_several_threads_give_what_they_give_in_one(impl: str, call: Ca
 
 @pytest.mark.parametrize("impl", THREADED)
 def test_different_functions_can_run_at_once(impl: str, device: torch.device) -> None:
-    """A loss, the exact estimator and per-token log-probs: nothing of one call is shared with another."""
+    """The loss, the exact KL and per-token log-probs: calls share no state."""
     todo = list(zip(CALLS, batches(device, len(CALLS)), strict=True))
     expected = [forward_and_backward(call, batch, impl) for call, batch in todo]
     found = in_threads(lambda i: forward_and_backward(*todo[i], impl), len(CALLS))
@@ -136,9 +136,7 @@ def test_threads_can_share_the_head_and_the_hidden_states(impl: str, call: Call,
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("impl", THREADED)
-def test_graphs_built_in_threads_can_be_differentiated_in_the_main_one(
-    impl: str, call: Call, device: torch.device
-) -> None:
+def test_graph_of_a_thread_is_differentiated_in_the_main_one(impl: str, call: Call, device: torch.device) -> None:
     todo = batches(device)
     expected = [forward_and_backward(call, batch, impl) for batch in todo]
     values = in_threads(lambda i: call(todo[i], impl))
@@ -151,9 +149,7 @@ def test_graphs_built_in_threads_can_be_differentiated_in_the_main_one(
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("impl", THREADED)
-def test_graphs_built_in_the_main_thread_can_be_differentiated_in_others(
-    impl: str, call: Call, device: torch.device
-) -> None:
+def test_graph_of_the_main_thread_is_differentiated_in_others(impl: str, call: Call, device: torch.device) -> None:
     todo = batches(device)
     expected = [forward_and_backward(call, batch, impl) for batch in todo]
     values = [call(batch, impl) for batch in todo]
@@ -163,7 +159,7 @@ def test_graphs_built_in_the_main_thread_can_be_differentiated_in_others(
 
 @pytest.mark.parametrize("impl", THREADED)
 def test_one_backward_call_can_serve_several_losses_at_once(impl: str, device: torch.device) -> None:
-    """Autograd walks all of their graphs together, the functions of different losses in turn."""
+    """Autograd runs through all graphs together, with functions of different losses in turn."""
     todo = [(call, batch) for call in CALLS for batch in batches(device)]
     expected = [forward_and_backward(call, batch, impl) for call, batch in todo]
     values = in_threads(lambda i: todo[i][0](todo[i][1], impl), len(todo))
@@ -194,7 +190,7 @@ def test_a_threads_autocast_is_its_own(impl: str, device: torch.device) -> None:
 
 
 def on_stream(stream: torch.cuda.Stream, work: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """Results that the current stream may read once it waits for ``stream``."""
+    """Return results that the current stream may read after it waits for ``stream``."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         return work()
@@ -253,7 +249,7 @@ def test_threads_with_streams_of_their_own_give_what_one_gives(impl: str, call: 
 
 @pytest.fixture
 def no_synchronisation() -> Iterator[Callable[[], None]]:
-    """Call it, and from then on to the end of the test whatever waits for the GPU raises."""
+    """Return a function; after its call, everything that waits for the GPU raises until the test ends."""
     before = torch.cuda.get_sync_debug_mode()
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode(before)
@@ -263,7 +259,7 @@ def no_synchronisation() -> Iterator[Callable[[], None]]:
 @needs_cuda
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("impl", CUDA_IMPLS)
-def test_a_warm_call_with_host_side_targets_never_waits_for_the_gpu(
+def test_warm_call_with_host_targets_never_waits_for_the_gpu(
     impl: str, call: Call, device: torch.device, no_synchronisation: Callable[[], None]
 ) -> None:
     (batch,) = batches(device, 1)

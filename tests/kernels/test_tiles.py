@@ -1,4 +1,4 @@
-"""The frozen tiles: each one fits, and each row gets one that covers it."""
+"""The tile tables: each tile fits the hardware, and each row gets a tile that covers it."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_every_tile_fits_in_half_of_the_register_file(capability: tuple[int, int
 
 @pytest.mark.parametrize("capability", [*ROW_TILES, (7, 5), (0, 0)])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_every_row_gets_a_tile_that_fits_and_is_no_wider_than_it_needs(vocab: int, capability: tuple[int, int]) -> None:
+def test_row_tile_fits_and_is_no_wider_than_needed(vocab: int, capability: tuple[int, int]) -> None:
     tile = row_tile(vocab, capability)
     assert fits(tile)
     assert tile.BLOCK_V & (tile.BLOCK_V - 1) == 0, "Triton's ranges are powers of two"
@@ -63,13 +63,13 @@ def test_every_gemm_tile_fits_with_the_store_it_stages(capability: tuple[int, in
             assert capability >= (9, 0) or not tile.descriptors
 
 
-def test_a_gemm_tile_beyond_shared_memory_or_registers_does_not_fit() -> None:
+def test_gemm_tile_beyond_the_hardware_does_not_fit() -> None:
     tile = GEMM_TILES["statistics", (9, 0), 2]
     assert not gemm_fits(replace(tile, num_stages=5), (9, 0), 2)
     assert not gemm_fits(replace(tile, num_warps=4), (9, 0), 2)
 
 
-def test_operands_get_the_tile_of_their_dtype_alignment_head_and_device() -> None:
+def test_gemm_tile_depends_on_operands_head_and_device() -> None:
     def tile(
         capability: tuple[int, int] = (9, 0), size: int = 2, *, shaped: bool = False, aligned: bool = True
     ) -> GemmTile:
