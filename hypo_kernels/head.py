@@ -122,7 +122,7 @@ class LMHead:
         return raw / self.temperature if self.temperature != 1.0 else raw
 
     def logits_(self, raw: Tensor) -> Tensor:
-        """Turn ``raw`` (rows, V), fp32 or fp64, into logits in place, and return it. Not differentiable."""
+        """Convert ``raw`` (rows, V), fp32 or fp64, into logits in place, and return it. Not differentiable."""
         if self.bias is not None:
             raw.add_(self.bias)
         if self.logit_softcap is not None:

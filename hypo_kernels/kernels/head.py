@@ -14,7 +14,7 @@ from hypo_kernels.kernels.tiles import INTERPRETER
 
 @triton.jit
 def tanh(x):
-    """tanh(x). exp(−2|x|) never overflows; libdevice's tanh does not run under the interpreter."""
+    """Return tanh(x). exp(−2|x|) never overflows; libdevice's tanh does not run under the interpreter."""
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
@@ -22,7 +22,7 @@ def tanh(x):
 
 @triton.jit
 def shaped(raw, factor, softcap, HAS_SOFTCAP: tl.constexpr):
-    """(z, tanh) of ``raw`` = product + bias, of any shape: the logits, and the tanh in them under a softcap."""
+    """Return (z, tanh) of ``raw`` = product + bias, of any shape: the logits, and the tanh in them under a softcap."""
     capped = raw * factor
     z = capped
     if HAS_SOFTCAP:
@@ -33,7 +33,7 @@ def shaped(raw, factor, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """(z, tanh) of the raw products ``raw`` of one row at the entries ``cols``, of which ``mask`` are read."""
+    """Return (z, tanh) of one row's raw products at the entries ``cols``; entries outside ``mask`` are not read."""
     if HAS_BIAS:
         raw += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     return shaped(raw, factor, softcap, HAS_SOFTCAP)
@@ -41,7 +41,7 @@ def row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS: tl.constexp
 
 @triton.jit
 def tile_logits(raw, bias_ptr, cols, V, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z of the raw products ``raw`` (rows, entries) at the entries ``cols``; entries from V on are −inf."""
+    """Return z of raw products (rows, entries) at the entries ``cols``; entries from V on are −inf."""
     mask = cols < V
     if HAS_BIAS:
         raw += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)[None, :]

@@ -26,7 +26,7 @@ INTERPRETED_PROGRAMS = 3  # few, so that each program takes several tiles
 
 @triton.jit
 def tile_position(tile, num_m, num_n, GROUP: tl.constexpr):
-    """(m, n) of the ``tile``-th tile.
+    """Return (m, n) of the ``tile``-th tile.
 
     Tiles are taken down GROUP columns at a time: the programs that run together share GROUP panels of W, so that each
     panel is read from HBM once and the rows of x come from L2.
@@ -57,7 +57,7 @@ def raw_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) fp32. Columns from V on hold finite numbers, which the caller must mask."""
+    """Return the fp32 product (BLOCK_M, BLOCK_N). Columns from V on are finite, and the caller must mask them."""
     raw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DESCRIPTORS:
         for k in range(0, D, BLOCK_K):
@@ -107,7 +107,7 @@ def take_tile(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """(m, n, places, counted, rows, raw) of the ``tile``-th tile.
+    """Return (m, n, places, counted, rows, raw) of the ``tile``-th tile.
 
     ``places`` (BLOCK_M,) are positions among the rows to take, ``counted`` says which of them exist, ``rows`` are their
     rows of x, and ``raw`` (BLOCK_M, BLOCK_N) is their product.
@@ -141,7 +141,7 @@ def take_tile(
 
 @triton.jit
 def halves(raw):
-    """(left, right) columns."""
+    """Return the left and the right half of the columns."""
     BLOCK_M: tl.constexpr = raw.shape[0]
     HALF: tl.constexpr = raw.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(raw, [BLOCK_M, 2, HALF]), [0, 2, 1]))
@@ -149,7 +149,7 @@ def halves(raw):
 
 @triton.jit
 def quarters(raw):
-    """The four quarters of the columns, which an epilogue processes one after the other.
+    """Return the four quarters of the columns, which an epilogue processes one after the other.
 
     This takes a quarter of the registers beside the accumulators, and a quarter of the shared memory that stages a
     store: a softcap's temporaries for the full tile would spill, and leave no shared memory for a fourth stage.
@@ -162,14 +162,14 @@ def quarters(raw):
 
 @triton.jit
 def load_targets(target_ptr, rows, V):
-    """(BLOCK_M,) int32: each row's target, −1 if another rank holds it."""
+    """Return each row's target (BLOCK_M,), int32; −1 if another rank holds it."""
     target = tl.load(target_ptr + rows)
     return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 
 @triton.jit
 def picked(z, cols, target):
-    """(BLOCK_M,) fp32: each row's logit at its target, 0 unless that is one of ``cols``.
+    """Return each row's logit at its target (BLOCK_M,), fp32; 0 unless the target is one of ``cols``.
 
     Columns are compared by their index in the vocabulary. Their index in the tile is the same for every tile, so a
     compiler keeps it in registers, and spills.

@@ -38,7 +38,7 @@ MERGE_ROWS, MERGE_PARTIALS = 16, 64
 
 @triton.jit
 def _merged(top, total, moment, new_top, new_total, new_moment, WITH_MOMENT: tl.constexpr):
-    """(top, total, moment) of two disjoint sets of entries. Tops are finite: an empty set's is −1e38."""
+    """Return (top, total, moment) of two disjoint sets of entries together. An empty set's top is −1e38, finite."""
     both = tl.maximum(top, new_top)
     shift, new_shift = top - both, new_top - both
     factor, new_factor = tl.exp(shift), tl.exp(new_shift)
