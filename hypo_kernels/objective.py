@@ -103,30 +103,31 @@ class Objective:
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():  # the traced numbers may be symbols; the operator checks them when it runs
             return
-        require(
-            self.preference in PREFERENCES,
-            f"preference={self.preference!r}: must be one of {', '.join(map(repr, PREFERENCES))}",
-        )
-        require(math.isfinite(self.beta) and self.beta > 0, f"beta={self.beta}: must be positive")
-        require(math.isfinite(self.kl_coef) and self.kl_coef >= 0, f"kl_coef={self.kl_coef}: must be 0 or more")
-        require(math.isfinite(self.length_penalty), f"length_penalty={self.length_penalty}: must be finite")
-        require(0 <= self.label_smoothing < 0.5, f"label_smoothing={self.label_smoothing}: must be in [0, 0.5)")
-        require(
-            self.preference == "sigmoid" or self.label_smoothing == 0,
-            f"label_smoothing={self.label_smoothing} goes with preference='sigmoid', got {self.preference!r}",
-        )
-        require(
-            self.importance_cap > 0, f"importance_cap={self.importance_cap}: must be positive (inf truncates nothing)"
-        )
-        require(
-            self.kl_estimator in KL_ESTIMATORS,
-            f"kl_estimator={self.kl_estimator!r}: must be one of {', '.join(map(repr, KL_ESTIMATORS))}",
-        )
-        require(self.num_pairs >= 0, f"num_pairs={self.num_pairs}: must be 0 or more")
-        require(
-            self.num_generations >= 2,
-            f"num_generations={self.num_generations}: RLOO needs at least 2 samples a prompt",
-        )
+        # Each check is an ``if``, so that a call formats no messages.
+        if self.preference not in PREFERENCES:
+            raise ValueError(f"preference={self.preference!r}: must be one of {', '.join(map(repr, PREFERENCES))}")
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"beta={self.beta}: must be positive")
+        if not (math.isfinite(self.kl_coef) and self.kl_coef >= 0):
+            raise ValueError(f"kl_coef={self.kl_coef}: must be 0 or more")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty={self.length_penalty}: must be finite")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: must be in [0, 0.5)")
+        if self.label_smoothing and self.preference != "sigmoid":
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} goes with preference='sigmoid', got {self.preference!r}"
+            )
+        if not self.importance_cap > 0:
+            raise ValueError(f"importance_cap={self.importance_cap}: must be positive (inf truncates nothing)")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r}: must be one of {', '.join(map(repr, KL_ESTIMATORS))}"
+            )
+        if self.num_pairs < 0:
+            raise ValueError(f"num_pairs={self.num_pairs}: must be 0 or more")
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations={self.num_generations}: RLOO needs at least 2 samples a prompt")
 
     def for_sequences(self, num_sequences: int) -> Objective:
         """Return the objective of a batch of ``num_sequences``. Raises ValueError if they are no pairs and groups."""
