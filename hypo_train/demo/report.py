@@ -1,4 +1,4 @@
-"""What the demo shows: a table of the methods and the curves of reverse KL and true reward."""
+"""The demo's table of methods, and its curves of reverse KL and true reward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLOURS = {"dpo": "#c1502e", "hypo": "#1f6f8b"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """One seed: each method's run folder, and the language model's reward by held-out row."""
+    """The runs of one seed by method, and the reward of the language model's sample by held-out row."""
 
     seed: int
     runs: dict[str, Path]
@@ -26,7 +26,7 @@ class Outcome:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Markdown: a row a method; with several seeds, means over them and their standard error."""
+    """Return a Markdown table with a row for each method; for several seeds, means and their standard errors."""
     reward = statistics.fmean(statistics.fmean(outcome.baseline.values()) for outcome in outcomes)
     lines = [
         "| | true reward | win-rate against SFT | reward accuracy | reverse KL to SFT |",
@@ -49,7 +49,7 @@ _COLUMNS = (("reward", 2), ("win_rate", 3), ("accuracy", 3))
 
 
 def _figures(outcome: Outcome, name: str) -> dict[str, float]:
-    """The last evaluation of one run; a win against SFT counts 1, a tie one half."""
+    """Return the columns of one run from its last evaluation; a win against SFT counts 1, a tie one half."""
     last = _evaluations(outcome.runs[name])[-1]
     path = outcome.runs[name] / "samples" / f"step-{last['step']}.jsonl"
     samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -81,7 +81,7 @@ def _evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> Path:
-    """PNG: reverse KL and true reward over training, a thin line a seed and a thick one for their mean."""
+    """Draw reverse KL and true reward over training to a PNG: a thin line for each seed, a thick one for their mean."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What the demo and the paper's experiments in small start from: a language model, and its preference pairs."""
+"""The demo's first stages, which the paper's experiments share: a language model, and preference pairs from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLES_SEED = 10_000  # away from the seeds of the runs
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much text there is."""
+    """Numbers of texts."""
 
     num_reviews: int = 6000  # that the language model learns from
     num_pairs: int = 1000
@@ -31,7 +31,7 @@ class Sizes:
 
 
 def train_language_model(folder: Path, rng: random.Random, seed: int, sizes: Sizes) -> Path:
-    """A model of reviews, trained from scratch in a ``folder`` of its own; where it is."""
+    """Train a model of reviews from scratch in ``folder`` and return the model's folder."""
     torch.manual_seed(seed)
     world.save_new_model(folder / "untrained")
     rows = [{"prompt": world.prompt(rng), "completion": world.review(rng)} for _ in range(sizes.num_reviews)]
@@ -52,9 +52,9 @@ def train_language_model(folder: Path, rng: random.Random, seed: int, sizes: Siz
 
 
 def write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int, sizes: Sizes) -> dict[int, float]:
-    """Bradley–Terry pairs sampled from the language model, the held-out ones last.
+    """Sample Bradley–Terry pairs from the language model and write them to ``path``, the held-out ones last.
 
-    Returns the true reward of one more sample for each held-out row: what a policy's samples are held against.
+    Returns the true reward of one more sample for each held-out row, which a policy's samples are compared with.
     """
     model = AutoModelForCausalLM.from_pretrained(model_dir, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -67,6 +67,7 @@ def write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int, size
         pairs = [_labelled(prompt, texts, rng) for prompt, texts in zip(prompts, drawn, strict=True)]
         rows += [pair for pair in pairs if pair is not None]
         batch += 1
+        print(f"  {min(len(rows), wanted)} of {wanted} pairs", flush=True)
     rows = rows[:wanted]
     write_rows(path, rows)
     prompts = [row["prompt"] for row in rows[sizes.num_pairs :]]
@@ -78,7 +79,7 @@ def write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int, size
 
 
 def _labelled(prompt: str, texts: Sequence[str], rng: random.Random) -> dict[str, str] | None:
-    """Two covered texts, labelled by a Bradley–Terry judge of the true reward; None if there are no two."""
+    """Return two covered texts, labelled by a Bradley–Terry judge of the true reward; None without two."""
     covered = [text for text in dict.fromkeys(texts) if text and world.is_covered(text)]
     if len(covered) < 2:
         return None
@@ -89,7 +90,7 @@ def _labelled(prompt: str, texts: Sequence[str], rng: random.Random) -> dict[str
 
 
 def _sample(sampler: GenerateSampler, tokenizer: Any, prompts: Sequence[str], n: int, seed: int) -> list[list[str]]:
-    """``n`` texts for each prompt."""
+    """Sample ``n`` texts for each prompt."""
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
     completions = sampler.sample(ids, n, world.MAX_COMPLETION_TOKENS, seed=seed).completions()
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -97,7 +98,7 @@ def _sample(sampler: GenerateSampler, tokenizer: Any, prompts: Sequence[str], n:
 
 
 def configure(output_dir: Path, model: Path, data: Path, seed: int, **settings: Any) -> Config:
-    """A run in this world; ``settings`` come before the world's own."""
+    """Return a run's configuration; ``settings`` override the world's defaults."""
     defaults = {
         "reward": "hypo_train.demo.world:reward",
         "max_prompt_length": world.MAX_PROMPT_TOKENS,
@@ -108,5 +109,5 @@ def configure(output_dir: Path, model: Path, data: Path, seed: int, **settings: 
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """JSON lines."""
+    """Write ``rows`` to ``path`` as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,10 +1,10 @@
 """A small world of reviews: prompts, responses, and the reward that a reader of them would give.
 
-A review is two to four clauses about a place. Its reader takes in four clauses: the reward is the number of
-kind words less the number of unkind ones, and less one for each clause that is no proper clause. Reviews talk
-about eight subjects, mostly the first four; the offline pairs are kept to reviews of these alone, and the
-language model that wrote them seldom breaks a clause. So the pairs say little about the other subjects and
-about grammar: they cover a part of what the policy can say, as in the paper's analysis.
+A review has two to four clauses about a place. Its reader reads four clauses: the reward is the number of kind words
+minus the number of unkind ones, and minus one for each clause that breaks the grammar. Reviews name eight subjects,
+mostly the first four. The offline pairs hold only reviews of these four, and the language model that wrote them seldom
+breaks the grammar. So the pairs say little about the other subjects and about grammar: they cover a part of what the
+policy can write, as in the paper's analysis.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 12, 40
 CLAUSES_READ = 4
 PAD, EOS = "<pad>", "<eos>"
 
-
 _NAMED = f"the ({'|'.join(COVERED + UNCOVERED)})"
 _CLAUSE = re.compile(
     rf"{_NAMED} was ((rather|very|quite) )?({'|'.join(KIND + UNKIND + PLAIN)})"
@@ -74,7 +73,7 @@ _JOINT = re.compile(" and | but | , also ")
 
 
 def reward(prompt: str, completion: str) -> float:
-    """What the first four clauses are worth to a reader, from -4 to 4."""
+    """Return the reward of a review, from -4 to 4: the sum over its first four clauses."""
     clauses = _JOINT.split(completion.removesuffix(" ."))[:CLAUSES_READ]
     return float(sum(_worth(clause) for clause in clauses))
 
@@ -87,7 +86,7 @@ def _worth(clause: str) -> int:
 
 
 def is_covered(completion: str) -> bool:
-    """Whether a review keeps to the subjects that the offline data knows."""
+    """Return whether a review names only the subjects that the offline pairs cover."""
     return not set(completion.split()) & set(UNCOVERED)
 
 
@@ -96,7 +95,7 @@ def prompt(rng: random.Random) -> str:
 
 
 def review(rng: random.Random) -> str:
-    """Two to four clauses; a writer's mood colours them all, so kindness comes in streaks."""
+    """Return a random review of two to four clauses, which are kind with one probability: the writer's mood."""
     mood = rng.random()
     clauses = [_clause(rng, mood) for _ in range(rng.randint(2, CLAUSES_READ))]
     return f" {rng.choice(['and', 'but', ', also'])} ".join(clauses) + " ."
@@ -113,7 +112,7 @@ def _clause(rng: random.Random, mood: float) -> str:
 
 
 def save_new_model(folder: Path) -> None:
-    """A Llama of about a million parameters, untrained, and its word tokenizer."""
+    """Save a new Llama of about a million parameters, untrained, and its word tokenizer."""
     words = [*GLUE, *PLACES, *TOWNS, *NAMES, *COVERED, *UNCOVERED, *KIND, *UNKIND, *PLAIN, *LIKED, *DISLIKED]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, EOS, *words]))}
     words_only = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))

@@ -1,4 +1,4 @@
-"""One evaluation of a finished run, its samples and metrics on disk and on the screen."""
+"""One evaluation of a finished run or a model: metrics and samples on disk, and a table on the screen."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from hypo_train.utils.records import make_folder, write_csv, write_json, write_j
 
 
 def run(settings: EvaluateSettings) -> int:
-    """Evaluate, write ``metrics.json``, ``samples.jsonl`` and ``samples.csv``, and print the metrics. Exit status 0."""
+    """Evaluate, write ``metrics.json``, ``samples.jsonl`` and ``samples.csv``, and print the metrics.
+
+    Returns the exit status 0.
+    """
     quiet_libraries()
     finished = prepare_finished(settings)
     for line in finished.report:
         print(line, flush=True)
     folder = settings.output_dir
     make_folder(folder, "output_dir")
-    ends = frozenset(finished.eos_token_ids) if settings.kl_mask == "all" else frozenset()
+    eos_token_ids = finished.eos_token_ids if settings.kl_mask == "all" else ()
     with finished.accelerator.autocast():
-        evaluation = evaluate(finished, KLRule(settings.kl_temperature, ends), progress=True)
+        evaluation = evaluate(finished, KLRule(settings.kl_temperature, eos_token_ids), progress=True)
     conditions = _conditions(settings, finished)
     if evaluation.samples:
         write_json_lines(folder / "samples.jsonl", evaluation.samples)
         write_csv(folder / "samples.csv", evaluation.samples)
     metrics = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
-    # Written last: a folder that has it holds a whole evaluation.
+    # Written last: a folder that has it holds a complete evaluation.
     write_json(folder / "metrics.json", {**conditions, "metrics": metrics})
     print(_page(settings, evaluation))
     return 0
 
 
 def _conditions(settings: EvaluateSettings, finished: FinishedRun) -> dict[str, Any]:
-    """What the numbers are of: a figure without these cannot be compared with another."""
+    """Return the settings that a metric depends on: two evaluations can be compared where these are the same."""
     config = finished.config
-    found: dict[str, Any] = {
+    conditions: dict[str, Any] = {
         "model": str(settings.model_dir),
         "reference": settings.reference,
         "dataset_name": config.dataset_name,
@@ -45,8 +48,8 @@ def _conditions(settings: EvaluateSettings, finished: FinishedRun) -> dict[str, 
         "rows": len(finished.eval_rows),
     }
     if finished.sampler is None:
-        return found
-    found |= {
+        return conditions
+    conditions |= {
         "prompts_sampled": min(config.num_eval_prompts, len(finished.eval_rows)),
         "samples_per_prompt": config.num_eval_samples,
         "temperature": config.temperature,
@@ -56,16 +59,16 @@ def _conditions(settings: EvaluateSettings, finished: FinishedRun) -> dict[str, 
         "logps_temperature": settings.training_temperature,
     }
     if finished.has_reference:
-        found |= {"kl_temperature": settings.kl_temperature, "kl_mask": settings.kl_mask, "beta": config.beta}
-        found["warnings"] = settings.warnings()
+        conditions |= {"kl_temperature": settings.kl_temperature, "kl_mask": settings.kl_mask, "beta": config.beta}
+        conditions["warnings"] = settings.warnings()
     if finished.reward is not None:
-        found["reward"] = config.reward or config.reward_model_path
-        found["missing_eos_penalty"] = config.missing_eos_penalty
-    return found
+        conditions["reward"] = config.reward or config.reward_model_path
+        conditions["missing_eos_penalty"] = config.missing_eos_penalty
+    return conditions
 
 
 def _page(settings: EvaluateSettings, evaluation: Evaluation) -> str:
-    """The metrics, errors beside their means."""
+    """Return the table of the metrics, each with its standard error where there is one."""
     shown = {name: value for name, value in evaluation.metrics.items() if not name.endswith("_se")}
     width = max(map(len, shown), default=0)
     lines = [""]

@@ -1,4 +1,4 @@
-"""A model that is done training, ready to be evaluated: built as a run is, without what only training needs."""
+"""A trained model, ready to be evaluated: like a ``Run``, without what only training needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypo_train.model.load import load_policy, load_reward_model
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.source import eos_token_ids, generation_config, load_tokenizer
-from hypo_train.model.trained_weights import put_trained_weights
+from hypo_train.model.trained_weights import put_trained_weights, whole_model_config
 from hypo_train.model.tree_model import ModelError
 from hypo_train.rewards import Reward, load_function, load_reward
 from hypo_train.sampling import Sampler
@@ -28,7 +28,7 @@ from hypo_train.trees.pack import Batcher
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What an evaluation reads, under the names that a ``Run`` has for it."""
+    """The attributes of a ``Run`` that an evaluation reads."""
 
     config: Config
     accelerator: Accelerator
@@ -37,16 +37,16 @@ class FinishedRun:
     trained: Policy | RewardModel
     has_reference: bool
     batcher: Batcher
-    sampler: Sampler | None  # None: a reward model says nothing
+    sampler: Sampler | None  # None: a reward model draws no samples
     eval_rows: Sequence[Any]
     reward: Reward | None
     eos_token_ids: Sequence[int]
     report: list[str]
-    eval_ref_logps: Tensor | None = None  # asked for once, they are not worth keeping
+    eval_ref_logps: Tensor | None = None  # None: computed with the loss; they are needed once
 
     @property
     def policy(self) -> Policy:
-        """Raises TypeError for a reward model."""
+        """Return the policy. Raises TypeError for a reward model."""
         if not isinstance(self.trained, Policy):
             raise TypeError(f"{type(self.trained).__name__} is no policy")
         return self.trained
@@ -57,12 +57,15 @@ class FinishedRun:
 
 
 def prepare_finished(settings: EvaluateSettings) -> FinishedRun:
-    """Load and check everything, cheapest first, as ``run.prepare`` does.
+    """Load and check everything, cheapest first, as ``build.prepare`` does.
 
-    The policy is loaded as the run loaded it and given its final weights: what a LoRA run or one of a few layers
-    shares with its reference is there once. Raises ValueErrors that say what is wrong.
+    The policy is loaded as the run loaded it, then it gets its final weights: weights that it shares with its reference
+    (LoRA, or a few trained layers) are in memory once.
+
+    Raises:
+        ValueError: the model cannot be evaluated.
     """
-    config = _as_loaded(settings)
+    config = _config_to_load(settings)
     function = None if config.reward is None else load_function(config.reward)
     accelerator = build_accelerator(config)
     processes = Processes()
@@ -107,12 +110,11 @@ def prepare_finished(settings: EvaluateSettings) -> FinishedRun:
     )
 
 
-def _as_loaded(settings: EvaluateSettings) -> Config:
-    """The configuration of what is loaded before the final weights are put into it."""
+def _config_to_load(settings: EvaluateSettings) -> Config:
+    """Return the configuration of the model that is loaded before its final weights."""
     config = settings.config.model_copy(update={"gradient_checkpointing": False})  # there is no backward pass
-    if config.spec.trains_reward_model:  # its final model is whole, adapters merged, and its trained weights are fp32
-        whole = {"use_peft": False, "num_layers_unfrozen": None, "dtype": "float32"}
-        return config.model_copy(update={"model_name_or_path": str(settings.model_dir), **whole})
+    if config.spec.trains_reward_model:
+        return whole_model_config(config, settings.model_dir)
     if settings.reference_is_start:
         return config
     if config.load_in_4bit:
@@ -120,13 +122,13 @@ def _as_loaded(settings: EvaluateSettings) -> Config:
             "the run trained on weights of 4 bits, which another reference does not have: export it with --merge, and "
             "evaluate the result with --model_name_or_path"
         )
-    # All weights may differ from those of another reference.
+    # Any weight may differ from the other reference's, so none is shared.
     other = {"model_name_or_path": settings.reference, "use_peft": False, "num_layers_unfrozen": None}
     return config.model_copy(update=other)
 
 
 def _policy(settings: EvaluateSettings, config: Config, accelerator: Accelerator, *, autocast: bool) -> Policy:
-    """The policy with its final weights and its reference, on the device."""
+    """Return the policy with its final weights and its reference, on the device."""
     at_training = config.model_copy(update={"temperature": settings.training_temperature})
     policy = load_policy(at_training, autocast=autocast)
     put_trained_weights(policy, settings.model_dir, trust_remote_code=config.trust_remote_code)
@@ -139,7 +141,7 @@ def _policy(settings: EvaluateSettings, config: Config, accelerator: Accelerator
 
 
 def _check_tokenizers(settings: EvaluateSettings, tokenizer: Any) -> None:
-    """A KL compares two models' probabilities of the same tokens."""
+    """Raise ModelError if policy and reference have different tokenizers: a KL needs the same tokens."""
     if settings.reference_is_start:
         return
     other = load_tokenizer(settings.config.model_copy(update={"model_name_or_path": _tokenizer_source(settings)}))
@@ -151,6 +153,6 @@ def _check_tokenizers(settings: EvaluateSettings, tokenizer: Any) -> None:
 
 
 def _tokenizer_source(settings: EvaluateSettings) -> str:
-    """A run's final folder may hold an adapter, which has no config of its own; its start has the same tokenizer."""
+    """Return the model's folder, or that of the start where the final folder holds an adapter without a config."""
     has_config = not settings.model_dir.is_dir() or Path(settings.model_dir / "config.json").is_file()
     return str(settings.model_dir) if has_config else settings.config.model_name_or_path

@@ -1,4 +1,4 @@
-"""Held-out evaluation: reward accuracy on pairs, reverse KL and true reward on samples, the samples' texts."""
+"""Evaluation on held-out rows: loss and reward accuracy on pairs; reverse KL, reward and texts of samples."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hypo_train.utils.seeding import seeded
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name, and one record a sample: prompt, completion, the row's reference response, kl, reward."""
+    """Metrics by name, and one record for each sample: prompt, completion, reference response, kl, reward."""
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
@@ -39,24 +39,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class KLRule:
-    """Between which distributions the reverse KL is measured, and over which positions of a sample."""
+    """The temperature of both distributions in the reverse KL, and the positions of a sample that it sums over."""
 
     temperature: float | None = None  # of both log-probs; None: the policy's own
-    # Where a sample's text, length and reward end, if it was drawn on past its end and all of its positions count;
-    # none: a sample stops at its EOS, the last position that counts.
-    ends: Collection[int] = ()
+    # EOS tokens of samples that were drawn on past their EOS, so that every position counts: text, length and reward
+    # end at the first of them. Empty: sampling stops at the EOS, which is the last position that counts.
+    eos_token_ids: Collection[int] = ()
 
 
 @torch.no_grad()
 def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress: bool = False) -> Evaluation:
-    """Evaluate on the run's held-out rows, with the same random numbers at every step, a reward function's too: a curve
-    compares like with like.
+    """Evaluate on the run's held-out rows, with the same random numbers at every step.
 
     Preference rows give ``eval_loss``, ``eval_rewards/*`` and ``eval_logps/*``, or a reward model's ``eval_accuracy``
-    and ``eval_margin``; examples give the mean ``eval_loss`` of a token in nats. The first ``num_eval_prompts``
-    prompts are sampled, but for a reward model: ``eval_kl`` is the mean over samples of log π − log π_ref, which
-    estimates the trajectory's KL(π‖π_ref), and ``eval_kl_se`` its standard error over prompts; ``eval_reward`` is the
-    mean reward, where one is configured.
+    and ``eval_margin``; examples give ``eval_loss``, the mean over tokens in nats. A policy also samples completions
+    of the first ``num_eval_prompts`` prompts: ``eval_kl`` is their mean log π − log π_ref, which estimates the
+    trajectory's KL(π‖π_ref), and ``eval_kl_se`` its standard error over prompts; ``eval_reward`` is the mean reward,
+    where one is configured.
     """
     config = run.config
     with eval_mode(run.trained), seeded(config.seed):
@@ -82,10 +81,10 @@ def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress:
 
 
 def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> None:
-    """Loss and rewards of held-out rows ``start`` to ``stop``."""
+    """Add loss and rewards of the held-out rows ``start`` to ``stop`` to ``meter``."""
     rows: Sequence[Any] = run.eval_rows[start:stop]
     device = run.accelerator.device
-    if isinstance(rows[0], Prompt):  # all there is to say is of its samples
+    if isinstance(rows[0], Prompt):  # only its samples are evaluated
         return
     if isinstance(rows[0], Example):
         tree = run.batcher.examples(rows).to(device)
@@ -103,24 +102,24 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
         reference = compute_reference(run.policy, tree, run.config)
     else:
         reference = Reference(logps=run.eval_ref_logps[start:stop].T.flatten())
-    out = run.policy(tree, preference_loss_call(tree, reference, len(rows), run.config))
-    add_loss(meter, out, num_generations=1)  # there are no samples among the pairs
+    output = run.policy(tree, preference_loss_call(tree, reference, len(rows), run.config))
+    add_loss(meter, output, num_generations=1)  # pairs alone, without samples
 
 
 def _samples(run: Run | FinishedRun, kl_rule: KLRule, *, progress: bool) -> list[dict[str, Any]]:
-    """One record for each of ``num_eval_samples`` completions of each evaluation prompt, of all processes."""
+    """Return one record for each of ``num_eval_samples`` completions of each evaluation prompt, of all processes."""
     config = run.config
     starts = range(0, min(config.num_eval_prompts, len(run.eval_rows)), config.per_device_eval_batch_size)
-    mine = []
+    batches_here = []
     for start, counts in _bar(run.processes.divide(starts, same_count=config.fsdp), "samples", progress):
-        records = _samples_of(run, kl_rule, start)
-        mine += [records] if counts else []
-    batches = run.processes.gather(mine)
+        records = _sample_batch(run, kl_rule, start)
+        batches_here += [records] if counts else []
+    batches = run.processes.gather(batches_here)
     return [record for i in range(len(starts)) for record in batches[i % len(batches)][i // len(batches)]]
 
 
-def _samples_of(run: Run | FinishedRun, kl_rule: KLRule, start: int) -> list[dict[str, Any]]:
-    """The records of one batch of prompts, drawn from seeds of its own."""
+def _sample_batch(run: Run | FinishedRun, kl_rule: KLRule, start: int) -> list[dict[str, Any]]:
+    """Return the records of one batch of prompts, which has its own seed."""
     assert run.sampler is not None
     config, records = run.config, []
     n = config.num_eval_samples
@@ -129,9 +128,9 @@ def _samples_of(run: Run | FinishedRun, kl_rule: KLRule, start: int) -> list[dic
     drawn = run.sampler.sample(prompts, n, run.max_new_tokens, seed=start)
     completions, ended = drawn.completions(), drawn.ended.tolist()
     kl = _log_ratios(run, prompts, completions, kl_rule)
-    if kl_rule.ends:
-        completions = [_up_to_end(completion, kl_rule.ends) for completion in completions]
-        ended = [completion[-1] in kl_rule.ends for completion in completions]
+    if kl_rule.eos_token_ids:
+        completions = [_up_to_end(completion, kl_rule.eos_token_ids) for completion in completions]
+        ended = [completion[-1] in kl_rule.eos_token_ids for completion in completions]
     rewards = None if run.reward is None else run.reward(prompts, completions).tolist()
     for i, completion in enumerate(completions):
         row = batch[i // n]
@@ -147,13 +146,13 @@ def _samples_of(run: Run | FinishedRun, kl_rule: KLRule, start: int) -> list[dic
 
 
 def _up_to_end(completion: list[int], ends: Collection[int]) -> list[int]:
-    """The tokens through the first that ends them."""
-    stop = next((place for place, token in enumerate(completion, start=1) if token in ends), len(completion))
+    """Return the tokens through the first EOS."""
+    stop = next((count for count, token in enumerate(completion, start=1) if token in ends), len(completion))
     return completion[:stop]
 
 
 def _reference_response(row: Pair | Example | Prompt) -> Ids | None:
-    """What the data has in a sample's place, for a judge to compare it with."""
+    """Return the response that the data has for the row's prompt, for a judge to compare a sample with."""
     if isinstance(row, Pair):
         return row.chosen
     return row.completion if isinstance(row, Example) else None
@@ -167,26 +166,26 @@ def _text(run: Run | FinishedRun, ids: Sequence[int]) -> str:
 def _log_ratios(
     run: Run | FinishedRun, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], kl_rule: KLRule
 ) -> Sequence[float | None]:
-    """log π − log π_ref of each completion; nothing without a reference: SFT's start is none."""
+    """Return log π − log π_ref of each completion; None for each where there is no reference model."""
     if not run.has_reference:
         return [None] * len(completions)
     tree = run.batcher.samples(prompts, completions).to(run.accelerator.device)
-    at_own_temperature = sequence_logprobs_call(tree, run.config)
+    compute_logprobs = sequence_logprobs_call(tree, run.config)
 
     def logprobs(hidden: Tensor, head: Head) -> Tensor:
         temperature = head.temperature if kl_rule.temperature is None else kl_rule.temperature
-        return at_own_temperature(hidden, replace(head, temperature=temperature))
+        return compute_logprobs(hidden, replace(head, temperature=temperature))
 
     return (run.policy(tree, logprobs) - run.policy.reference(tree, logprobs)).tolist()
 
 
 def _bar(starts: Sequence[tuple[int, bool]], what: str, progress: bool) -> Iterable[tuple[int, bool]]:
-    """The same batches, with a bar on a terminal."""
+    """Return ``starts`` with a progress bar on a terminal."""
     return tqdm(starts, desc=what, unit="batch", disable=not (progress and sys.stderr.isatty()), dynamic_ncols=True)
 
 
 def _mean_and_error(name: str, samples: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean over samples, and its standard error over prompts: NaN of a single one."""
+    """Return the mean over samples, and its standard error over prompts: NaN for a single prompt."""
     values = [sample[name] for sample in samples]
     error = standard_error(values, [sample["row"] for sample in samples])
     return {name: statistics.fmean(values), f"{name}_se": math.nan if error is None else error}

@@ -1,1 +1,1 @@
-"""``python -m hypo_train export``: what a run trained, as a folder that transformers, peft and vLLM load."""
+"""``python -m hypo_train export``: a run's weights as a folder that transformers, peft and vLLM load."""

@@ -1,4 +1,4 @@
-"""One export: loaded, written beside its place, and put there whole."""
+"""One export: load the weights, and write the folder atomically."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from hypo_train.utils.quiet import quiet_libraries
 
 
 def run(settings: ExportSettings) -> int:
-    """Write the folder and say what it is. Exit status 0."""
+    """Write the folder and print what it holds. Returns the exit status 0."""
     quiet_libraries()
     source = Source.find(settings.run_or_checkpoint)
     require_trust(source.config, given=settings.trust_remote_code, where=source.folder)
-    whole = _is_whole(settings, source)
+    writes_whole_model = _writes_whole_model(settings, source)
     tokenizer = load_tokenizer(source.config)
     start = read_architecture(source.config)
     trained = source.load(pad_token_id=tokenizer.pad_token_id)
     dtype = getattr(torch, settings.dtype) if settings.dtype else (start.dtype or torch.float32)
 
     def write(folder: Path) -> None:
-        if whole:
-            save_whole(trained, folder, dtype, generation_config(source.config))
+        if writes_whole_model:
+            save_whole_model(trained, folder, dtype, generation_config(source.config))
         else:
             trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_card(folder, source.config, source.run, step=_step(source))
 
     save_folder(settings.output_dir, write, advice="")
-    kind = str(dtype).removeprefix("torch.") if whole else "adapter"
+    kind = str(dtype).removeprefix("torch.") if writes_whole_model else "adapter"
     print(f"{source.folder} exported to {settings.output_dir} ({kind})")
     return 0
 
 
-def _is_whole(settings: ExportSettings, source: Source) -> bool:
-    """Whether a whole model is written, and not an adapter. Raises ConfigError for flags that do not fit the run."""
+def _writes_whole_model(settings: ExportSettings, source: Source) -> bool:
+    """Return whether to write a whole model rather than an adapter. Raises ConfigError for flags that do not fit."""
     adapter = source.config.use_peft and not source.config.spec.trains_reward_model
     if settings.merge and not source.config.use_peft:
         raise ConfigError("--merge: the run trained no adapter and its model is whole, leave it out")
@@ -61,13 +61,13 @@ def _step(source: Source) -> int | None:
     return int(source.folder.resolve().name.removeprefix("checkpoint-")) if source.is_checkpoint else None
 
 
-def save_whole(
+def save_whole_model(
     trained: Policy | RewardModel, folder: Path, dtype: torch.dtype, generation: GenerationConfig | None
 ) -> None:
-    """The model without adapters, as its transformers class saves one.
+    """Merge the adapters, and save the model as its transformers class does.
 
     Raises:
-        ModelError: an adapter that cannot be merged, or a weight that does not fit ``dtype``.
+        ModelError: an adapter cannot be merged, or a weight is not finite in ``dtype``.
     """
     try:
         weights = dict(merged_weights(trained.model, dtype, embeddings=True))
@@ -88,7 +88,7 @@ def save_whole(
 
 
 def _without_adapters(base: Any, dtype: torch.dtype, *, unties: bool) -> Any:
-    """A model of the same class, without weights."""
+    """Return a model of the same class without adapters, on the meta device."""
     config = copy.deepcopy(base.config)
     config.dtype = dtype
     if hasattr(config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""Where an export's weights come from: a final model, or a checkpoint with what a run had trained until then."""
+"""Where an export's weights come from: a run's final model, or one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.model.load import load_policy, load_reward_model
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
-from hypo_train.model.trained_weights import put_saved, put_trained_weights
+from hypo_train.model.trained_weights import put_saved, put_trained_weights, whole_model_config
 
 _RECIPE, _CHECKPOINT = "config.yaml", "checkpoint.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """The weights that are exported, and the run that they are of."""
+    """The folder of the weights that are exported, and their run."""
 
     folder: Path
     config: Config  # of the run
-    run: Path  # its folder, for its metrics
+    run: Path  # the run's folder, for its metrics
     is_checkpoint: bool
 
     @classmethod
     def find(cls, path: Path) -> Source:
-        """Raises ConfigError where ``path`` is no run, has no weights yet, or is no part of a run."""
+        """Return the source that ``path`` names: a run, its final folder or a checkpoint.
+
+        Raises:
+            ConfigError: ``path`` is none of these, or the run has no weights yet.
+        """
         if (path / _CHECKPOINT).is_file():
             return cls(path, _config_of_checkpoint(path), path.resolve().parent, True)
         if (path / _RECIPE).is_file():
@@ -51,11 +55,10 @@ class Source:
         )
 
     def load(self, *, pad_token_id: int) -> Policy | RewardModel:
-        """The trained model, on the CPU. Raises ModelError or CheckpointError where it cannot be had."""
+        """Return the trained model, on the CPU. Raises ModelError or CheckpointError if it cannot be loaded."""
         config = self.config.model_copy(update={"gradient_checkpointing": False, "use_liger_kernel": False})
         if not self.is_checkpoint and (config.spec.trains_reward_model or not config.use_peft):
-            whole = {"use_peft": False, "load_in_4bit": False, "num_layers_unfrozen": None, "dtype": "float32"}
-            return _load(config.model_copy(update={"model_name_or_path": str(self.folder), **whole}), pad_token_id)
+            return _load(whole_model_config(config, self.folder), pad_token_id)
         trained = _load(config, pad_token_id)
         if self.is_checkpoint:
             put_saved(trained, load_checkpoint(self.folder).model_state, self.folder)
@@ -65,8 +68,8 @@ class Source:
 
 
 def _load(config: Config, pad_token_id: int) -> Policy | RewardModel:
-    torch.manual_seed(config.seed)  # weights that a checkpoint then replaces
-    autocast = config.dtype == "bfloat16"  # for the check that the loss is exact on these weights
+    torch.manual_seed(config.seed)  # of new weights, which a checkpoint then replaces
+    autocast = config.dtype == "bfloat16"  # of the check that the loss is exact on these weights
     if config.spec.trains_reward_model:
         return load_reward_model(config, pad_token_id=pad_token_id, autocast=autocast)
     return load_policy(config, autocast=autocast)

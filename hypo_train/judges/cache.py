@@ -1,7 +1,7 @@
-"""Answers that were paid for, kept on disk, so that judging can go on where it was stopped.
+"""A file of the answers so far, so that a judging that was stopped pays for no answer twice.
 
-A line an answer, appended when it comes in: ``{"key": ..., "text": ..., "prompt_tokens": ..., ...}``. The key is a
-hash of all that was asked and of whom; the API key is no part of it, nor of the file.
+Each answer is appended as one line when it arrives: ``{"key": ..., "text": ..., "prompt_tokens": ..., ...}``. The key
+is a hash of the request and the address; the API key is no part of it, nor of the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What an endpoint said, and the tokens that it counts for it (None: it says nothing of them)."""
+    """An endpoint's answer, and the tokens that it counts (None: it counts none)."""
 
     text: str
     prompt_tokens: int | None
@@ -25,7 +25,7 @@ class Answer:
 
 
 class AnswerCache:
-    """Answers by what was asked; for several threads."""
+    """Answers by request; several threads may use one cache."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,22 +39,22 @@ class AnswerCache:
         self._torn = bool(content) and not content.endswith(b"\n")
 
     def get(self, request: Mapping[str, Any]) -> Answer | None:
-        """The answer to an equal request."""
+        """Return the answer to an equal request, or None."""
         return self._answers.get(_key(request))
 
     def put(self, request: Mapping[str, Any], answer: Answer) -> None:
-        """Keep an answer; it is on the disk when this returns, as far as a killed process goes."""
+        """Keep an answer; a killed process does not lose it once this returns."""
         key = _key(request)
         line = json.dumps({"key": key, **asdict(answer)}) + "\n"
         with self._lock:
             self._answers[key] = answer
             with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n" + line if self._torn else line)  # after what a killed run left half-written
+                file.write("\n" + line if self._torn else line)  # begin a new line after a half-written one
             self._torn = False
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A whole line's record; None for one that is torn, which is asked again."""
+    """Return the record of a complete line; None for a torn one, whose request is sent again."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Samples on disk -> comparisons.
+"""Reading comparisons from files of samples.
 
 A line of SAMPLES.jsonl is an object with ``prompt``, ``completion`` and, unless other samples are named, the
 ``reference`` response of its row, as an evaluation writes them; ``row`` (default: the line's number, from 0) and
@@ -18,10 +18,10 @@ _TYPES: dict[str, type] = {"prompt": str, "completion": str, "row": int, "ended"
 
 
 def read_comparisons(path: Path, against: Path | None, limit: int | None) -> list[Comparison]:
-    """The first ``limit`` samples (None: all) against their rows' references, or the same rows' samples elsewhere.
+    """Return the first ``limit`` samples (None: all), compared with their references or with ``against``'s samples.
 
     Raises:
-        JudgeError: a file or line that cannot be read, a sample without its counterpart, or one of another prompt.
+        JudgeError: a file or line cannot be read, a sample has no counterpart, or its counterpart another prompt.
     """
     samples = _numbered(_read(path)[:limit])
     if against is None:
@@ -56,13 +56,13 @@ def _with_other(
 
 
 def _numbered(samples: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
-    """Each sample by its row and its place among the row's."""
+    """Return each sample by its row and its number among the row's samples."""
     seen: Counter[int] = Counter()
-    found = {}
+    numbered = {}
     for sample in samples:
-        found[sample["row"], seen[sample["row"]]] = sample
+        numbered[sample["row"], seen[sample["row"]]] = sample
         seen[sample["row"]] += 1
-    return found
+    return numbered
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

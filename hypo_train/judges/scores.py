@@ -1,4 +1,4 @@
-"""Judges that give each response a score of its own: the higher one wins, equal ones tie."""
+"""Judges that score each response: the higher score wins, equal scores tie."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hypo_train.rewards import Reward, RewardFunction, finite_score, load_functi
 
 
 class FunctionJudge:
-    """A Python function of the texts (prompt, completion), named as package.module:function."""
+    """A judge by a Python function of the texts (prompt, completion), named as package.module:function."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.function: RewardFunction = load_function(path, "judge")
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Raises RewardError where the function gives no finite number."""
+        """Return a verdict on each comparison. Raises RewardError where the function gives no finite number."""
         return [_higher(self._score(c.prompt, c.completion), self._score(c.prompt, c.other)) for c in comparisons]
 
     def conditions(self) -> dict[str, Any]:
@@ -32,14 +32,14 @@ class FunctionJudge:
 
 
 class RewardModelJudge:
-    """A sequence classifier with one label, which reads its own tokens of the texts, with an EOS where they ended."""
+    """A judge by a sequence classifier with one label; its tokenizer reads the texts, with an EOS where they ended."""
 
     def __init__(self, path: str, *, batch_size: int) -> None:
         self.path = path
         self.batch_size = batch_size
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Raises ModelError where there is no such reward model."""
+        """Return a verdict on each comparison. Raises ModelError where there is no such reward model."""
         config = self._config()
         tokenizer = load_text_tokenizer(config, self.path, "judge_model")
         prompts = tokenizer([c.prompt for c in comparisons]).input_ids
@@ -47,7 +47,7 @@ class RewardModelJudge:
 
         def ids(texts: list[str], ended: list[bool]) -> list[list[int]]:
             rows = tokenizer(texts, add_special_tokens=False).input_ids
-            # Nothing at all is read as an end: there is no empty sequence.
+            # An empty text becomes an EOS: a sequence needs a token.
             return [row + eos * (end or not row) for row, end in zip(rows, ended, strict=True)]
 
         sides = [
@@ -62,7 +62,7 @@ class RewardModelJudge:
         return {"judge": self.path}
 
     def _config(self, **changes: Any) -> Config:
-        """The settings of a run that loading a reward model reads."""
+        """Return a configuration with the settings that loading a reward model reads."""
         return Config(
             model_name_or_path=self.path,
             reward_model_path=self.path,

@@ -1,4 +1,4 @@
-"""What an endpoint is asked, and what its answer says.
+"""The question to a chat model, and the verdict in its answer.
 
 ``tldr`` is the wording of GPT-4 judging in the summarisation code that the paper's experiments descend from
 (vwxyzjn/summarize_from_feedback_details, REBEL), ``tldr-concise`` that of the DPO paper (its "GPT-4 (C)").
@@ -22,38 +22,42 @@ _PREFERRED = re.compile(r"^\W*(?i:preferred)\W+(?:(?i:summary|response)\W+)?([AB
 
 @dataclass(frozen=True)
 class Template:
-    """A message with places for a prompt and two responses."""
+    """A message with placeholders for a prompt and two responses."""
 
     name: str
     text: str
 
     def message(self, prompt: str, response0: str, response1: str) -> str:
-        """``response0`` is A, ``response1`` is B; white space around the texts is left out."""
+        """Return the message about these texts, without the white space around them: A is ``response0``."""
         texts = {"prompt": prompt.strip(), "response0": response0.strip(), "response1": response1.strip()}
-        # In one pass: a placeholder inside a text is text.
+        # In one pass, so that a placeholder inside a text stays as it is.
         return _PLACEHOLDER.sub(lambda match: texts[match[1]], self.text)
 
 
 def load_template(name: str) -> Template:
-    """One of ours by its name, or a file. Raises ConfigError where it is missing or its placeholders are wrong."""
+    """Return a built-in template by its name, or a file's.
+
+    Raises:
+        ConfigError: it is missing, or its placeholders are wrong.
+    """
     path = FOLDER / f"{name}.txt"
     if not path.is_file():
         path = Path(name).expanduser()
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        ours = ", ".join(sorted(known.stem for known in FOLDER.glob("*.txt")))
+        names = ", ".join(sorted(file.stem for file in FOLDER.glob("*.txt")))
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"judge_template={name!r}: {reason} (a file, or one of {ours})") from None
-    found = set(_PLACEHOLDER.findall(text))
+        raise ConfigError(f"judge_template={name!r}: {reason} (a file, or one of {names})") from None
+    used = set(_PLACEHOLDER.findall(text))
     listed = ", ".join(f"{{{placeholder}}}" for placeholder in PLACEHOLDERS)
-    for wrong, problem in ((set(PLACEHOLDERS) - found, "lacks"), (found - set(PLACEHOLDERS), "has an unknown")):
+    for wrong, problem in ((set(PLACEHOLDERS) - used, "lacks"), (used - set(PLACEHOLDERS), "has an unknown")):
         if wrong:
             raise ConfigError(f"judge_template={name!r} {problem} {{{min(wrong)}}}: the placeholders are {listed}")
     return Template(name, text)
 
 
 def preferred(answer: str) -> Literal["A", "B"] | None:
-    """The letter that the answer prefers; None where it names none or both."""
+    """Return the letter that the answer prefers; None where it names none or both."""
     letters = set(_PREFERRED.findall(answer))
     return letters.pop() if len(letters) == 1 else None

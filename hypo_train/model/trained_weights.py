@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from hypo_train.config import Config
 from hypo_train.distributed.fsdp import shard_like
 from hypo_train.model.load import refuse_missing
 from hypo_train.model.policy import Policy
@@ -21,6 +22,12 @@ from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.model.weight_files import SAFETENSORS_ONLY, refuse_pickles
 
 ADAPTER_FILE = "adapter_config.json"
+
+
+def whole_model_config(config: Config, folder: Path) -> Config:
+    """Return the configuration that loads the whole model in ``folder``, whose adapters are merged, in fp32."""
+    whole = {"use_peft": False, "load_in_4bit": False, "num_layers_unfrozen": None, "dtype": "float32"}
+    return config.model_copy(update={"model_name_or_path": str(folder), **whole})
 
 
 def put_trained_weights(policy: Policy, folder: Path, *, trust_remote_code: bool) -> None:
