@@ -19,7 +19,7 @@ class ExportSettings(Settings):
 
     usage: ClassVar = "python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER [--merge] [--dtype bfloat16]"
     positional: ClassVar = "run_or_checkpoint"
-    how_to_set: ClassVar = "python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER"
+    how_to_set: ClassVar = "write python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER"
 
     run_or_checkpoint: Path
     """A run's folder (its final model, or the newest checkpoint of one that has not ended), or a checkpoint."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import tiny
@@ -16,9 +13,8 @@ from transformers import BertConfig, BertForMaskedLM
 from hypo_train.cli import main
 from hypo_train.config import Config
 from hypo_train.data import load
+from hypo_train.export.settings import load_settings as export_settings
 from hypo_train.metrics.log import read_metrics
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -130,7 +126,7 @@ def test_chat_messages_without_a_template_are_one_line(refusal, tmp_path):
     assert "has chat messages, but the tokenizer" in refusal(dataset_name=str(path))
 
 
-def test_an_empty_response_is_dropped_and_reported_and_training_goes_on(recipe, tmp_path, capfd):
+def test_an_empty_response_is_dropped_and_reported(recipe, tmp_path, capfd):
     rows = tiny.pair_rows(12)
     rows[3]["rejected"] = ""
     path = recipe(dataset_name=str(tiny.write_rows(tmp_path / "rows.jsonl", rows)))
@@ -181,7 +177,7 @@ def test_too_long_sequences_for_the_model_are_one_line(refusal):
     assert refusal(max_prompt_length=512).startswith("LlamaForCausalLM has 128 positions, and prompt and completion")
 
 
-def test_a_budget_of_less_than_a_row_is_a_line_that_says_how_much_would_do(recipe, capfd):
+def test_too_small_a_chunk_budget_is_answered_with_the_least_one(recipe, capfd):
     assert main(["--config", str(recipe(max_steps=1, max_chunk_bytes=100))]) == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"hypo_train: max_chunk_bytes=100 cannot hold one row of \d+ logits: pass at least \d+.*", last)
@@ -216,48 +212,59 @@ def test_help_documents_every_field(argv, capsys):
         assert " ".join(field.description.split())[:30] in " ".join(out.split())
 
 
-def test_the_demo_has_help_of_its_own(capsys):
-    assert main(["demo", "--help"]) == 0
-    assert "--seeds" in capsys.readouterr().out
-
-
 # The process
 
 
-def run_process(*argv, flags=()):
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *flags, "-m", "hypo_train", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    return done, time.monotonic() - started
-
-
-def test_a_mistake_in_the_settings_is_reported_at_once_and_without_torch():
-    done, seconds = run_process("--lerning_rate", "1", flags=["-X", "importtime"])
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "unknown flag --lerning_rate: did you mean --learning_rate?" in done.stderr
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "hypo_train.config" in imported
-    assert not {"torch", "transformers", "datasets", "numpy", "peft", "accelerate"} & imported
-    assert seconds < 3
-
-
-def test_the_exit_status_and_the_line_reach_the_shell_and_torchrun_where_it_has_started_the_process(
-    recipe, tmp_path, monkeypatch
-):
+def test_a_mistake_reaches_the_shell_and_torchrun(refusal, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     path = tmp_path / "broken.jsonl"
     path.write_text('{"prompt": "film"\n')
-    done, _ = run_process("--config", str(recipe(dataset_name=str(path))))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith(f"hypo_train: dataset_name='{path}': line 1 is not JSON: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert f"dataset_name='{path}': line 1 is not JSON" in (tmp_path / "error.json").read_text()
+    (tmp_path / "error.json").touch()
+    message = refusal(dataset_name=str(path))
+    assert message.startswith(f"dataset_name='{path}': line 1 is not JSON: ")
+    assert message in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
 
 
-def test_a_fault_of_the_program_is_not_dressed_up_as_the_users(recipe, monkeypatch):
+# Subcommands
+
+
+def test_a_yes_or_no_flag_leaves_the_next_word_to_the_run(tmp_path):
+    argv = ["--merge", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--dtype=float16"]
+    settings = export_settings(argv)
+    assert (settings.run_or_checkpoint, settings.merge, settings.dtype) == (tmp_path, True, "float16")
+    assert not export_settings(["--merge", "false", *argv[1:]]).merge
+
+
+def test_every_mistake_in_a_subcommands_flags_is_listed(capsys):
+    flags = ["--judge_workers", "0", "--juge", "x", "--judge", "a:b", "--judge", "a:b"]
+    assert main(["judge", "a.jsonl", "b.jsonl", *flags]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "hypo_train: 4 problems in the command line:",
+        "  --judge is given more than once",
+        "  unknown flag --juge: did you mean --judge?",
+        "  unexpected argument 'b.jsonl'",
+        "  judge_workers='0': should be greater than 0",
+    ]
+
+
+def test_a_missing_argument_of_a_subcommand_is_named(capsys):
+    assert main(["export"]) == 2
+    usage = "python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER"
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"  run_or_checkpoint is missing: write {usage}",
+        f"  output_dir is missing: write {usage}",
+    ]
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["evaluate"], ["export"], ["judge"], ["report"]], ids=str)
+def test_a_help_page_fits_in_110_columns(command, capsys):
+    assert main([*command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(" ".join(["usage: python -m hypo_train", *command]))
+    assert max(map(len, lines)) <= 110
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(recipe, monkeypatch):
     def fail(*_, **__):
         raise ValueError("a bug in torch")
 

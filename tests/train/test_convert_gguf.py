@@ -37,7 +37,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("source", ["no_such_package", "model.bin", "a.b", "", "this"])
-def test_what_is_neither_a_file_nor_a_package_is_named(tmp_path, capsys, source):
+def test_a_source_that_is_no_file_and_no_package_is_named(tmp_path, capsys, source):
     assert refusal(source, tmp_path / "model", capsys) == (
         f"{source!r} is neither a .gguf file nor an installed package"
     )
@@ -110,7 +110,7 @@ def test_the_converted_model_answers_a_question(smollm2):
 
 @pytest.mark.slow
 @needs_smollm2
-def test_log_probs_of_real_rows_before_training_equal_transformers_own(smollm2, tmp_path):
+def test_log_probs_of_real_rows_equal_those_of_transformers(smollm2, tmp_path):
     config = recipe("smollm2-lora.yaml", smollm2, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     pairs = load_split_rows(Pair, config, tokenizer, [tokenizer.eos_token_id])[0][:2]

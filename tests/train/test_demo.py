@@ -63,7 +63,7 @@ def test_prompts_and_reviews_fit_in_their_limits(tokenizer):
     assert max(len(tokenizer(text).input_ids) for text in reviews) < world.MAX_COMPLETION_TOKENS, "with room for EOS"
 
 
-def test_reviews_are_of_both_kinds_and_touch_what_the_pairs_do_not_cover():
+def test_reviews_are_kind_and_unkind_and_partly_uncovered():
     rng = random.Random(0)
     reviews = [world.review(rng) for _ in range(1000)]
     rewards = [world.reward(PROMPT, review) for review in reviews]
@@ -96,7 +96,7 @@ def test_the_model_has_about_a_million_parameters_and_room_for_a_row(untrained, 
         ("the staff was friendly and we loved the room", 2),  # cut before its full stop
     ],
 )
-def test_what_is_no_proper_clause_costs_one(completion, expected):
+def test_a_broken_clause_costs_one(completion, expected):
     assert world.reward(PROMPT, completion) == expected
 
 
@@ -111,7 +111,7 @@ def test_a_reader_takes_in_only_so_many_clauses():
 KIND, UNKIND = "the staff was friendly .", "the staff was rude ."
 
 
-def test_pairs_are_labelled_by_a_bradley_terry_judge_of_the_true_reward():
+def test_pairs_are_labelled_by_bradley_terry_on_the_true_reward():
     rng, draws = random.Random(0), 8000
     # Whichever comes first: the kind one is worth 2 more.
     for texts in ([KIND, UNKIND], [UNKIND, KIND]):
@@ -223,6 +223,8 @@ def test_a_demo_in_miniature_ends_in_a_table_and_curves(tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table in out
+    places = [out.index(text) for text in ("first result: ", "| SFT |", "[3/4] train with DPO", "| DPO |", "[4/4]")]
+    assert places == sorted(places), "each result is printed before the next stage"
     rows = [cells(line) for line in table.splitlines() if line.startswith("|")]
     assert [row[0] for row in rows[2:]] == ["SFT", "DPO", "HyPO"]
     for row in rows[3:]:
@@ -248,7 +250,7 @@ def test_a_demo_in_miniature_ends_in_a_table_and_curves(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("argv", [["--seeds", "0"], ["--seed", "-1"], ["--sed", "1"]], ids=" ".join)
-def test_what_the_demo_cannot_do_is_refused_before_it_starts(argv, tmp_path, capsys):
+def test_wrong_flags_of_the_demo_are_refused_before_it_starts(argv, tmp_path, capsys):
     assert main(["demo", "--output_dir", str(tmp_path / "demo"), *argv]) == 2
     assert capsys.readouterr().err.startswith("hypo_train: ")
     assert not (tmp_path / "demo").exists()

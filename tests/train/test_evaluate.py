@@ -163,7 +163,7 @@ def test_the_loss_of_an_sft_evaluation_is_the_mean_over_tokens(settings):
     assert all(sample["kl"] is None for sample in evaluation.samples)
 
 
-def test_the_samples_are_kept_with_what_was_said_of_them(settings):
+def test_samples_are_kept_with_their_metrics(settings):
     run, initial = moved_run(settings(**HELD_OUT))
     run = replace(run, sampler=Scripted(COMPLETIONS, run.accelerator.device), reward=reward_of(run, kindness))
     samples = evaluate(run).samples
@@ -224,7 +224,7 @@ def test_an_evaluation_twice_is_the_same(settings):
     assert len({sample["completion"] for sample in first.samples}) > 6, "the samples differ from one another"
 
 
-def test_another_evaluation_draws_the_same_random_numbers_from_the_weights_as_they_are(settings):
+def test_a_later_evaluation_samples_from_the_current_weights(settings):
     run, _ = moved_run(settings(num_eval_rows=6))
     before = evaluate(run)
     tiny.perturb(run.policy.trained_parameters().values(), seed=1)
@@ -294,7 +294,7 @@ def test_samples_are_written_at_each_evaluation(settings):
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["released", "kept"])
-def test_what_only_sampling_holds_is_given_back_before_training_goes_on(settings, monkeypatch, keep):
+def test_an_evaluation_releases_the_samplers_memory(settings, monkeypatch, keep):
     run = prepare(settings(algorithm="dpo", num_eval_rows=4, keep_sampling_memory=keep))
     released = []
     monkeypatch.setattr(type(run.sampler), "release", lambda _: released.append(True))

@@ -73,7 +73,7 @@ def completion_ids(sample):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_finished_run_is_what_its_last_evaluation_in_training_was(settings, evaluated, way):
+def test_a_finished_run_evaluates_as_at_the_end_of_training(settings, evaluated, way):
     run = trained(settings, **WAYS[way])
     last = {name: v for name, v in read_metrics(run / "metrics.jsonl")[-1].items() if name != "step"}
     found, samples = evaluated(run)
@@ -87,13 +87,13 @@ def test_a_finished_run_is_what_its_last_evaluation_in_training_was(settings, ev
     assert ("eval_kl" in found["metrics"]) == ("sft" not in way and "reward" not in way)
 
 
-def test_bfloat16_weights_that_were_trained_are_evaluated_as_they_were_trained(settings, evaluated):
+def test_trained_bfloat16_weights_evaluate_as_in_training(settings, evaluated):
     run = trained(settings, algorithm="dpo", num_layers_unfrozen=1, dtype="bfloat16", bf16=True)
     found, _ = evaluated(run)
     assert found["metrics"]["eval_kl"] == read_metrics(run / "metrics.jsonl")[-1]["eval_kl"]
 
 
-def test_samples_carry_the_reference_response_of_their_row_and_open_in_a_spreadsheet(settings, evaluated):
+def test_samples_hold_the_reference_response_of_their_row(settings, evaluated):
     run = trained(settings, algorithm="dpo")
     _, samples = evaluated(run)
     rows = tiny.pair_rows()
@@ -144,7 +144,7 @@ def check_log_ratios(run, initial, samples, temperature):
 
 
 @pytest.mark.parametrize("flags", [[], ["--kl_temperature", "1.0"], ["--kl_temperature", "0.3"]], ids=str)
-def test_the_kl_is_of_the_distributions_at_the_temperature_that_is_reported(settings, evaluated, saved_model, flags):
+def test_the_kl_is_taken_at_the_reported_temperature(settings, evaluated, saved_model, flags):
     run = trained(settings, algorithm="dpo", temperature=0.7)
     found, samples = evaluated(run, *flags)
     temperature = float(flags[-1]) if flags else 0.7
@@ -155,7 +155,7 @@ def test_the_kl_is_of_the_distributions_at_the_temperature_that_is_reported(sett
     assert found["metrics"]["eval_kl_se"] == pytest.approx(standard_error(ratios, [s["row"] for s in samples]))
 
 
-def test_every_position_counts_where_the_mask_says_so_and_texts_still_end_at_their_eos(settings, evaluated, tmp_path):
+def test_kl_mask_all_counts_positions_past_the_eos(settings, evaluated, tmp_path):
     run = trained(settings, algorithm="dpo")
     through_eos, samples = evaluated(run, "--num_eval_samples", 16)
     everywhere, same = evaluated(run, "--num_eval_samples", 16, "--kl_mask", "all", "--output_dir", tmp_path / "all")
@@ -194,7 +194,7 @@ def test_a_model_without_a_run_is_evaluated_against_any_other(settings, evaluate
     assert all(sample["kl"] is None for sample in samples)
 
 
-def test_a_kl_that_is_none_is_called_so(settings, evaluated, capsys):
+def test_a_biased_kl_is_reported_with_a_warning(settings, evaluated, capsys):
     run = trained(settings, algorithm="dpo")
     found, _ = evaluated(run, "--temperature", 0.01, "--kl_temperature", 1, "--top_k", 5)
     first, second = found["warnings"]
@@ -263,7 +263,7 @@ def test_a_reward_model_takes_the_place_of_the_runs_reward(settings, evaluated, 
     assert found["metrics"]["eval_reward_se"] == pytest.approx(standard_error(rewards, [s["row"] for s in samples]))
 
 
-def test_a_start_that_has_changed_since_is_noticed(settings, saved_model, tmp_path, capsys):
+def test_a_changed_start_model_is_refused(settings, saved_model, tmp_path, capsys):
     start = tiny.save(tiny.new_model("llama"), tmp_path / "start")
     run = trained(settings, algorithm="dpo", num_layers_unfrozen=1, model=start)
     tiny.save(tiny.new_model("llama", seed=3), start)

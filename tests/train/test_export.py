@@ -71,9 +71,7 @@ def export(source, folder, *flags):
 
 @pytest.mark.parametrize("which", ["final", "checkpoint"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_whole_model_is_the_trained_one_from_a_final_folder_and_from_a_checkpoint(
-    settings, tmp_path, saved_model, way, which
-):
+def test_an_exported_model_has_the_trained_models_logits(settings, tmp_path, saved_model, way, which):
     config = settings(algorithm="dpo", model=saved_model("gpt_neox", chat=True), **WAYS[way])
     run = trained_run(config)
     save_model(run) if which == "final" else save(run, Meter(), 2)
@@ -102,7 +100,7 @@ def test_every_kind_of_head_is_written_with_the_adapter_in_it(settings, tmp_path
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_adapter_on_the_embeddings_is_merged_and_leaves_a_tied_head_as_it_was(settings, tmp_path, saved_model, tied):
+def test_merging_an_embedding_adapter_leaves_a_tied_head_alone(settings, tmp_path, saved_model, tied):
     targets = {"lora_target_modules": ["q_proj", "embed_tokens"]}
     model = saved_model("llama", tie_word_embeddings=tied)
     run = trained_run(settings(algorithm="dpo", model=model, **LORA | targets))
@@ -142,14 +140,14 @@ def test_the_sum_is_made_in_fp32_and_rounded_once(settings, tmp_path):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_without_a_dtype_weights_have_that_of_the_model_the_run_started_from(settings, tmp_path):
+def test_exported_weights_have_the_dtype_of_the_start_by_default(settings, tmp_path):
     start = tiny.save(tiny.new_model("llama").bfloat16(), tmp_path / "start")
     run = trained_run(settings(algorithm="sft", model=start))
     save_model(run)
     assert loaded_whole(export(run.output_dir, tmp_path / "out")).dtype == torch.bfloat16
 
 
-def test_what_is_saved_can_be_read_by_whom_the_umask_lets(settings, tmp_path):
+def test_saved_files_have_the_permissions_of_the_umask(settings, tmp_path):
     before = os.umask(0o027)
     try:
         run = trained_run(settings(algorithm="dpo", **LORA))
@@ -163,7 +161,7 @@ def test_what_is_saved_can_be_read_by_whom_the_umask_lets(settings, tmp_path):
     assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
 
 
-def test_what_vllm_reads_of_a_model_is_there(settings, tmp_path):
+def test_an_export_holds_the_files_that_vllm_reads(settings, tmp_path):
     run = trained_run(settings(algorithm="dpo", **LORA))
     save_model(run)
     folder = export(run.output_dir, tmp_path / "out", "--merge")
@@ -195,7 +193,7 @@ def test_nothing_is_ever_overwritten(settings, tmp_path, capsys):
     assert "exists already: choose a new folder" in refused(capsys, tmp_path, "--output_dir", tmp_path / "out")
 
 
-def test_what_does_not_fit_the_run_is_refused_by_name(settings, tmp_path, capsys):
+def test_flags_that_do_not_fit_the_run_are_refused(settings, tmp_path, capsys):
     run = trained_run(settings(algorithm="dpo"))
     out = ["--output_dir", tmp_path / "out"]
     assert "neither a final model nor a whole checkpoint" in refused(capsys, run.output_dir, *out)
@@ -208,7 +206,7 @@ def test_what_does_not_fit_the_run_is_refused_by_name(settings, tmp_path, capsys
     assert "an adapter keeps the float32" in refused(capsys, lora.output_dir, *out, "--dtype", "bfloat16")
 
 
-def test_a_final_folder_is_known_as_one_and_a_run_without_one_gives_its_newest_checkpoint(settings):
+def test_a_run_without_final_folder_exports_its_newest_checkpoint(settings):
     run = trained_run(settings(algorithm="dpo"))
     for step in (1, 2):
         save(run, Meter(), step)

@@ -110,7 +110,7 @@ def test_the_higher_score_wins_equal_ones_tie_and_a_tie_is_one_half(written, jud
     assert "3 / 2 / 2" in out
 
 
-def test_a_reward_model_reads_its_own_tokens_with_an_eos_where_a_text_ended(settings, tmp_path, written, judged):
+def test_a_reward_model_judge_adds_an_eos_where_a_text_ended(settings, tmp_path, written, judged):
     config = settings(algorithm="reward", output_dir=str(tmp_path / "rm"))
     train(config, progress=False)
     rows = [
@@ -267,7 +267,7 @@ def test_both_orders_are_asked_and_equal_responses_tie_unasked(written, judged, 
     assert verdicts[0]["answer_swapped"].endswith("Preferred: A")
 
 
-def test_a_verdict_that_changes_with_the_order_is_a_tie_and_is_counted(written, judged, served):
+def test_a_verdict_that_changes_with_the_order_is_a_tie(written, judged, served):
     found, verdicts, out = judged(written(), *asking(served(lambda a, b: "Preferred: A")))
     assert {verdict["outcome"] for verdict in verdicts} == {"tie"}
     assert [verdict["consistent"] for verdict in verdicts] == [False, False, True] * 2
@@ -299,7 +299,7 @@ def test_while_one_request_has_to_wait_no_other_is_sent(written, judged, served)
     assert len(late) == 17, "eight comparisons in two orders, one of them asked twice"
 
 
-def test_what_passes_is_tried_again(written, judged, served):
+def test_a_passing_failure_is_tried_again(written, judged, served):
     troubles = [
         (500, {}, "oops"),
         (503, {"Retry-After": "0"}, ""),
@@ -315,23 +315,22 @@ def test_what_passes_is_tried_again(written, judged, served):
     assert found["usage"]["prompt_tokens"] == 500, "an answer without a verdict is paid as well"
 
 
-def test_an_answer_that_does_not_come_is_tried_again(written, judged, served):
-    slow = threading.Event()
+def test_a_request_that_times_out_is_tried_again(written, judged, served):
+    slow, over = threading.Event(), threading.Event()
 
     def reply(a, b):
         if not slow.is_set():
             slow.set()
-            time.sleep(10)
+            over.wait()
         return prefers_longer(a, b)
 
     server = served(reply)
-    started = time.monotonic()
-    found, _, _ = judged(written(samples(2)), *asking(server, "--judge_timeout", 0.3, "--judge_workers", 1))
+    found, _, _ = judged(written(samples(2)), *asking(server, "--judge_timeout", 2, "--judge_workers", 1))
+    over.set()
     assert (found["failed"], len(server.asked)) == (0, 5)
-    assert time.monotonic() - started < 10
 
 
-def test_failed_comparisons_are_named_left_out_and_tried_again_by_the_same_command(written, judged, served):
+def test_failed_comparisons_are_tried_again_by_the_same_command(written, judged, served):
     broken = {"on": True}
 
     def reply(a, b):
@@ -417,18 +416,16 @@ def test_a_killed_judging_goes_on_without_paying_twice(written, judged, served):
     assert not (path.parent / "judge" / "verdicts.jsonl").exists()
     with answers.open("a", encoding="utf-8") as file:
         file.write('{"key": "torn')
-    time.sleep(0.3)  # what the killed process had sent
-    asked = len(server.asked)
 
     found, verdicts, _ = judged(path, *flags)
     assert [verdict["outcome"] for verdict in verdicts] == ["loss", "win"] * 10
-    assert len(server.asked) - asked == 40 - kept
     assert (found["usage_from_cache"]["answers"], found["usage"]["answers"]) == (kept, 40 - kept)
+    asked = len(server.asked)
     prices = ("--judge_price_input", 10, "--judge_price_output", 10)
     found, _, out = judged(path, *flags, *prices)
     assert (found["cost_usd"], found["cost_usd_from_cache"]) == (0, pytest.approx(40 * 110 * 10 / 1e6))
     assert "known before" in out
-    assert len(server.asked) - asked == 40 - kept, "all are known by now"
+    assert len(server.asked) == asked, "all are known by now"
 
 
 def test_another_model_template_or_text_is_asked_anew(written, judged, served, tmp_path):
@@ -594,7 +591,7 @@ def test_verdicts_of_another_judge_are_not_written_over(written, judged, capsys)
 # Mistakes
 
 
-def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_first_request(written, served, capsys, tmp_path):
+def test_an_unwritable_folder_is_refused_before_the_first_request(written, served, capsys, tmp_path):
     server, taken = served(), tmp_path / "taken"
     taken.write_text("")
     line = refusal(capsys, written(), *asking(server, "--output_dir", taken))

@@ -31,7 +31,7 @@ def run(*argv):
         ["judge", "--no_such_flag"],
     ],
 )
-def test_a_mistake_is_reported_within_3_seconds_and_without_a_heavy_import(tmp_path, command):
+def test_a_mistake_is_reported_without_a_heavy_import(tmp_path, command):
     recipe = tmp_path / "bad.yaml"
     recipe.write_text("model_name_or_path: m\ndataset_name: d\nlerning_rate: 1.0e-6\n")
     done, seconds = run("-X", "importtime", "-m", "hypo_train", *command, str(recipe))
