@@ -33,19 +33,11 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.quantization import num_elements
 from hypo_train.model.reference_cache import cache_folder, pair_reference_logps, splits_to_precompute
 from hypo_train.model.reward_model import RewardModel
-from hypo_train.model.tree_model import ModelError
 from hypo_train.model.weight_digest import initial_weights, weight_hashes
 from hypo_train.optim import build_optimizer, build_scheduler
 from hypo_train.rewards import Reward, load_reward
-from hypo_train.sampling import (
-    DecodeSampler,
-    Distribution,
-    GenerateSampler,
-    Sampler,
-    ShardedSampler,
-    VLLMSampler,
-    serves,
-)
+from hypo_train.sampling import Distribution, Sampler, ShardedSampler
+from hypo_train.sampling.registry import SamplerSettings, choose_sampler
 from hypo_train.sampling.rollouts import Rollouts
 from hypo_train.trees.pack import Batcher
 
@@ -229,30 +221,20 @@ def build_sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token
         ends: tokens that end a completion.
 
     Raises:
-        ModelError: the configured sampler cannot serve the model.
+        ConfigError: the configured sampler does not exist or does not support the model.
     """
-    why = serves(policy.model) if config.sampler in ("auto", "decode") else None
-    if config.sampler == "decode" and why is not None:
-        raise ModelError(f"sampler=decode: {why}; use sampler: generate")
-    options: dict[str, Any] = {
-        "eos_token_ids": ends,
-        "pad_token_id": pad_token_id,
-        "distribution": Distribution(config.temperature, config.top_k, config.top_p),
-        "score": config.rollout_steps > 1,
-    }
-    if config.sampler == "vllm":
-        longest = config.max_prompt_length + (config.max_new_tokens or config.max_completion_length)
-        try:
-            return VLLMSampler(policy.model, config.model_name_or_path, max_model_len=longest, **options), None
-        except (ImportError, ValueError) as error:
-            raise ModelError(f"sampler=vllm: {error} (or use sampler: auto)") from error
-    if config.sampler == "generate" or why is not None:
-        sampler: Sampler = GenerateSampler(policy.model, **options)
-    else:
-        if config.fsdp:  # weights are whole only during a draw: no copy of them and no CUDA graph can be kept
-            options |= {"merge_lora": False, "capture": False}
-        sampler = DecodeSampler(policy.model, **options)
-    return ShardedSampler(sampler, policy) if config.fsdp else sampler, why
+    entry, reason = choose_sampler(config.sampler, policy.model)
+    settings = SamplerSettings(
+        eos_token_ids=ends,
+        pad_token_id=pad_token_id,
+        distribution=Distribution(config.temperature, config.top_k, config.top_p),
+        score=config.rollout_steps > 1,
+        is_sharded=config.fsdp,
+        model_name_or_path=config.model_name_or_path,
+        max_model_len=config.max_prompt_length + (config.max_new_tokens or config.max_completion_length),
+    )
+    sampler = entry.build(policy.model, settings)
+    return ShardedSampler(sampler, policy) if config.fsdp else sampler, reason
 
 
 def build_throughput(config: Config, flops: ModelFlops | None, accelerator: Accelerator) -> Throughput:

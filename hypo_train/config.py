@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hypo_train.algorithms.registry import ALGORITHMS, Algorithm, find_algorithm
 from hypo_train.foreign_names import FOREIGN_NAMES
+from hypo_train.sampling.registry import check_sampler_name
 from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.flags import (
     NonNegativeFloat,
@@ -184,9 +185,10 @@ class Config(Settings):
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Subtracted from the reward of a sample that does not end within max_new_tokens."""
 
-    sampler: Literal["auto", "decode", "generate", "vllm"] = "auto"
-    """Engine that draws the samples: decode is ours and generate transformers' own, over the live weights; vllm
-    holds a copy that follows them. auto means decode where it serves the model, else generate."""
+    sampler: Text = "auto"
+    """Engine that draws the samples. decode is ours and generate that of transformers, both on the live weights; vllm
+    has a copy that follows them. auto means decode if it supports the model, else generate. "package.module:object"
+    names a sampler of yours (docs: Extending)."""
     reuse_prompt_kv: bool = True
     """Sample from the keys and values that the training pass computes for the prompts, so that no prompt is computed
     twice; used where a step has one micro-batch."""
@@ -292,6 +294,12 @@ class Config(Settings):
     @classmethod
     def _algorithm_is_registered(cls, value: str) -> str:
         find_algorithm(value)
+        return value
+
+    @field_validator("sampler")
+    @classmethod
+    def _sampler_has_a_name(cls, value: str) -> str:
+        check_sampler_name(value)
         return value
 
     @field_validator("report_to", mode="before")

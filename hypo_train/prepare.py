@@ -12,6 +12,7 @@ from hypo_train.inputs import Inputs
 from hypo_train.preflight import check_run
 from hypo_train.preflight.consistency import require_same_inputs, require_same_settings
 from hypo_train.preflight.hub import offline_if_unreachable
+from hypo_train.sampling.registry import candidates
 
 
 def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) -> Run:
@@ -65,5 +66,5 @@ def _check_num_processes(config: Config, count: int) -> None:
     if count == 1 and (config.fsdp or config.zero_stage):
         setting = "fsdp=true" if config.fsdp else f"zero_stage={config.zero_stage}"
         raise ConfigError(f"{setting} in one process: start several, as with torchrun --nproc_per_node 8 -m hypo_train")
-    if count > 1 and config.sampler == "vllm":
-        raise ConfigError(f"sampler=vllm in {count} processes: it runs in one so far, use sampler: auto")
+    if count > 1 and candidates(config.sampler)[0].one_process:
+        raise ConfigError(f"sampler={config.sampler} in {count} processes: it runs in one so far, use sampler: auto")

@@ -39,7 +39,8 @@ from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import make_exact
 from hypo_train.model.policy import Policy
 from hypo_train.model.source import eos_token_ids
-from hypo_train.sampling import DecodeSampler, Distribution, GenerateSampler, Sampler, Samples, serves
+from hypo_train.sampling import Distribution, Sampler, Samples
+from hypo_train.sampling.registry import AUTO, SamplerSettings, choose_sampler
 from hypo_train.trees.pack import Batcher
 from hypo_train.trees.tree import Tree
 
@@ -178,15 +179,13 @@ class HyPOTrainer(trl.DPOTrainer):
         )
 
     def _new_sampler(self) -> Sampler:
-        model = self._policy.model
-        engine: Any = GenerateSampler if serves(model) else DecodeSampler
-        sampler: Sampler = engine(
-            model,
+        entry, _ = choose_sampler(AUTO, self._policy.model)
+        settings = SamplerSettings(
             eos_token_ids=eos_token_ids(self._policy.base.generation_config, self._tokenizer),
             pad_token_id=self._tokenizer.pad_token_id,
             distribution=Distribution(self._settings.temperature),
         )
-        return sampler
+        return entry.build(self._policy.model, settings)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent."""

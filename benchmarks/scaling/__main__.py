@@ -35,6 +35,7 @@ from hypo_train.preflight.memory_estimate import Conditions
 from hypo_train.preflight.prediction.communication import exchanges
 from hypo_train.preflight.prediction.step_time import Speeds, predict
 from hypo_train.preflight.prediction.work import work_of
+from hypo_train.sampling.registry import SAMPLERS
 from hypo_train.train import train
 from hypo_train.utils.rank_share import RankShare
 
@@ -160,7 +161,7 @@ def predicted(config: Config, count: int, speeds: Speeds) -> dict[str, float]:
     plan, _ = load_plan(config, tokenizer, [EOS], RankShare(0, count))
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
     trained = build_on_meta(config, architecture, device_type="cpu", autocast=False)
-    conditions = Conditions("cpu", autocast=False, shares_prompts=True, sampler="decode")
+    conditions = Conditions("cpu", autocast=False, shares_prompts=True, sampler=SAMPLERS["decode"])
     work = work_of(plan, conditions)
     exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=False)
     flops = ModelFlops.of_outline(trained, autocast=False)

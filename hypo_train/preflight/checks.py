@@ -29,13 +29,13 @@ from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import first_line
 from hypo_train.optim import require_optimizer
 from hypo_train.preflight.data import check_vocabulary, describe_steps
-from hypo_train.preflight.device import check_kernels, require_vllm
+from hypo_train.preflight.device import check_kernels, require_sampler
 from hypo_train.preflight.disk import check_disk, check_output_dir
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.hub import offline_if_unreachable
 from hypo_train.preflight.memory import check_memory
 from hypo_train.preflight.memory_estimate import Conditions, DeviceType, estimate
-from hypo_train.preflight.model import check_reward_model, describe_model, sampler_kind
+from hypo_train.preflight.model import check_reward_model, describe_model, expected_sampler
 from hypo_train.preflight.prediction.describe import describe_time
 from hypo_train.preflight.substitutes import LONGEST, DryRunInputs, assumed_plan
 from hypo_train.preflight.tiny_model import UNKNOWN, Structure, look_at_structure
@@ -116,7 +116,7 @@ def _check(inputs: Inputs, device: _Device, found: Findings, dry_run: DryRun | N
     if outlined is not None:
         plan = plan or assumed_plan(config, inputs.rank_share)
         shares_prompts = outlined.structure.shares_prompts is not False
-        sampler = sampler_kind(config, outlined.structure)
+        sampler = expected_sampler(config, outlined.structure)
         conditions = Conditions(device.kind, device.autocast, shares_prompts, sampler)
         with found.collected():
             check_disk(config, plan, outlined.trained, found)
@@ -135,7 +135,7 @@ def _check_settings(inputs: Inputs, device: _Device, found: Findings) -> Path | 
         check_output_dir(config)
     with found.collected():
         check_kernels(config, device.kind)
-    for require in (require_optimizer, require_quantization, require_deepspeed, require_vllm, require_trackers):
+    for require in (require_optimizer, require_quantization, require_deepspeed, require_sampler, require_trackers):
         with found.collected():
             require(config)
     with found.collected():

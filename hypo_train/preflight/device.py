@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 
 from hypo_train.config import Config, ConfigError
+from hypo_train.sampling.registry import SamplerEntry, candidates
 
 
 def check_kernels(config: Config, device_type: str) -> None:
@@ -19,13 +18,16 @@ def check_kernels(config: Config, device_type: str) -> None:
         raise ConfigError(f"use_liger_kernel=true on a {device_type}: Liger's kernels need a GPU, leave it out")
 
 
-def require_vllm(config: Config) -> None:
-    """Raise ConfigError if the run samples with vLLM and that is not installed."""
-    if config.draws_samples and config.sampler == "vllm" and not _is_installed("vllm"):
-        raise ConfigError("sampler=vllm needs vLLM: pip install 'hypo-kernels[vllm]' (or use sampler: auto)")
+def require_sampler(config: Config) -> None:
+    """Raise ConfigError if the sampler does not exist, or if a run that samples lacks its package."""
+    sampler = candidates(config.sampler)[0]
+    if config.draws_samples:
+        sampler.require_package()
 
 
-def _is_installed(package: str) -> bool:
-    if package in sys.modules:
-        return sys.modules[package] is not None
-    return importlib.util.find_spec(package) is not None
+def existing_samplers(config: Config) -> tuple[SamplerEntry, ...]:
+    """Return the samplers that the run may use; none if there is no such sampler, which ``require_sampler`` reports."""
+    try:
+        return candidates(config.sampler)
+    except ConfigError:
+        return ()

@@ -37,8 +37,8 @@ def check_memory(
         ConfigError: what every step holds, whatever its rows, is more than the device has.
     """
     found.unchecked.append("memory of evaluations, of an allocator's slack, of CUDA's context and of libraries")
-    if config.sampler == "vllm" and config.draws_samples:
-        found.unchecked.append("memory of vLLM, which holds its own weights, keys and values")
+    if config.draws_samples and conditions.sampler is not None and conditions.sampler.memory is None:
+        found.unchecked.append(f"memory of the sampler {config.sampler}: its own weights, keys and values")
     if shows_table:
         found.memory += _table(numbers, conditions)
     known = devices.DEVICES.get(device_name or "")

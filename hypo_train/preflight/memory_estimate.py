@@ -28,9 +28,9 @@ from hypo_train.sampling.decode.branches import num_slots
 from hypo_train.sampling.decode.cuda_graphs import bucket
 from hypo_train.sampling.decode.sampler import copy_to_decode_from, prefill_tokens
 from hypo_train.sampling.merged_weights import MergedWeights
+from hypo_train.sampling.registry import SamplerEntry
 
 DeviceType = Literal["cuda", "cpu"]
-SamplerKind = Literal["decode", "generate", "vllm"]
 
 GATHERED = "weights put together"
 _REWARD_MODEL = "the reward model"  # which every process has whole
@@ -45,11 +45,12 @@ class Conditions:
     device_type: DeviceType
     autocast: bool  # compute under bfloat16
     shares_prompts: bool  # whether it runs trees
-    sampler: SamplerKind | None  # what draws a step's samples; None where none are drawn
+    sampler: SamplerEntry | None  # draws a step's samples; None for a reward model
 
     def prompts_run_first(self, plan: Plan) -> bool:
         """Whether sampling goes on from the training pass's own run of the prompts."""
-        return plan.may_run_prompts_first and self.sampler == "decode" and self.shares_prompts
+        takes_prompt_kv = self.sampler is not None and self.sampler.prompt_kv
+        return plan.may_run_prompts_first and takes_prompt_kv and self.shares_prompts
 
 
 class Component(NamedTuple):
@@ -246,15 +247,16 @@ class _Draws(NamedTuple):
 
 
 def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> _Draws:
-    sampler, device_type, autocast = conditions.sampler, conditions.device_type, conditions.autocast
-    if sampler in (None, "vllm") or not isinstance(trained, Policy) or not plan.config.draws_samples:
+    device_type, autocast = conditions.device_type, conditions.autocast
+    kind = None if conditions.sampler is None else conditions.sampler.memory
+    if kind is None or not isinstance(trained, Policy) or not plan.config.draws_samples:
         return _Draws()
     config, per_token = plan.config, kv_bytes_per_token(trained, autocast)
     n, new = config.num_generations, plan.max_new_tokens
     count = plan.batch_size // plan.world_size * min(config.rollout_steps, plan.total_steps)
     longest = max(len(row.prompt) for row in plan.train_rows)
-    weights = _merged_bytes(trained, device_type, autocast, new) if sampler == "decode" else 0
-    if sampler == "decode":
+    weights = _merged_bytes(trained, device_type, autocast, new) if kind == "decode" else 0
+    if kind == "decode":
         width = bucket(longest) if device_type == "cuda" else longest
         of_a_prompt = num_slots(width, n * new) * per_token
         prefilled = min(count, max(1, prefill_tokens(device_type) // longest))

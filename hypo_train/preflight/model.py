@@ -8,17 +8,18 @@ from typing import Any
 import huggingface_hub
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hypo_train.config import Config
+from hypo_train.config import Config, ConfigError
 from hypo_train.inputs import Source, check_weights
 from hypo_train.model.load import model_on_meta
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.source import check_source, why_not
 from hypo_train.model.tree_model import ModelError
+from hypo_train.preflight.device import existing_samplers
 from hypo_train.preflight.findings import Findings
-from hypo_train.preflight.memory_estimate import SamplerKind
 from hypo_train.preflight.substitutes import is_missing
 from hypo_train.preflight.tiny_model import Structure
+from hypo_train.sampling.registry import AUTO, SamplerEntry
 
 
 def describe_model(
@@ -45,10 +46,12 @@ def describe_model(
         found.model.append("completions share their prompt (shown by a miniature of the architecture)")
     else:
         found.model.append(f"each completion is trained on in a row of its own: {structure.why_separate_rows}")
-    if structure.why_generate is not None and config.sampler in ("auto", "decode"):
-        if config.sampler == "decode":
-            found.problems.append(ModelError(f"sampler=decode: {structure.why_generate}; use sampler: generate"))
-        found.model.append(f"samples come from transformers' generate: {structure.why_generate}")
+    if structure.why_generate is not None:
+        if config.sampler == AUTO:
+            found.model.append(f"samples come from transformers' generate: {structure.why_generate}")
+        else:
+            problem = f"sampler={config.sampler}: {structure.why_generate}; use sampler: generate"
+            found.problems.append(ConfigError(problem))
     if config.use_liger_kernel:
         found.unchecked.append("whether Liger's kernels serve it (memory is without them)")
     found.unchecked.append("the weights themselves: that they load, and that the loss is exact on them")
@@ -59,12 +62,10 @@ def _adapted(trained: Policy | RewardModel) -> list[str]:
     return sorted({name.split(".")[-1] for name, module in trained.model.named_modules() if hasattr(module, "lora_A")})
 
 
-def sampler_kind(config: Config, structure: Structure) -> SamplerKind | None:
-    if config.spec.trains_reward_model:
-        return None
-    if config.sampler in ("vllm", "generate"):
-        return config.sampler
-    return "generate" if structure.decodes is False else "decode"
+def expected_sampler(config: Config, structure: Structure) -> SamplerEntry | None:
+    """Return the sampler that the run will choose, or None if there is none."""
+    entries = () if config.spec.trains_reward_model else existing_samplers(config)
+    return next(iter(entries[-1:] if structure.decodes is False else entries), None)
 
 
 def check_reward_model(config: Config, source: Source, found: Findings, *, must_exist: bool) -> Any:

@@ -16,7 +16,7 @@ from hypo_train.config import Config
 from hypo_train.model.load import make_trained_exact
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import ModelError, first_line
-from hypo_train.sampling import serves
+from hypo_train.preflight.device import existing_samplers
 
 _SMALLER = {"num_hidden_layers": 2, "n_layer": 2, "vocab_size": 512, "intermediate_size": 256, "ffn_dim": 256}
 
@@ -58,7 +58,9 @@ def look_at_structure(config: Config, architecture: Any) -> Structure:
         raise
     except Exception:  # every architecture has its own settings, and some do not take other sizes
         return UNKNOWN
-    why_generate = serves(trained.model) if isinstance(trained, Policy) else None
+    why_generate = None
+    if isinstance(trained, Policy):
+        why_generate = next((entry.why_unsupported(trained.model) for entry in existing_samplers(config)), None)
     return Structure(trained.shares_prompts, trained.why_separate_rows, why_generate is None, why_generate)
 
 

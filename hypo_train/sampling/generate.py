@@ -17,10 +17,10 @@ from hypo_train.model.eval_mode import eval_mode
 from hypo_train.sampling.protocol import (
     MODELS_OWN,
     Distribution,
-    PromptKV,
+    Sampler,
+    SampleRequest,
     Samples,
     base_model,
-    check_request,
     left_padded,
     positions,
 )
@@ -28,7 +28,7 @@ from hypo_train.sampling.protocol import (
 _SCORE_BYTES = 64 * 2**20  # fp32 logits that scoring holds at a time
 
 
-class GenerateSampler:
+class GenerateSampler(Sampler):
     """`model.generate` as a pure sampler: no setting of the checkpoint's generation config takes part.
 
     Args:
@@ -45,9 +45,6 @@ class GenerateSampler:
     Raises:
         ValueError: a max_batch_tokens below 1.
     """
-
-    live = True
-    takes_prompt_kv = False
 
     def __init__(
         self,
@@ -67,24 +64,13 @@ class GenerateSampler:
         self.distribution = distribution
         self.max_batch_tokens = max_batch_tokens
         self.score = score
-        self.version = 0
 
-    def sample(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        max_new_tokens: int,
-        *,
-        seed: int,
-        prompt_kv: PromptKV | None = None,
-        prompt_indices: Sequence[int] | None = None,
-    ) -> Samples:
-        """See `Sampler.sample`. Raises ValueError: no prompts, an empty one, n or max_new_tokens below 1."""
-        check_request(prompts, n, max_new_tokens)
-        rows = [prompt for prompt in prompts for _ in range(n)]
+    def draw(self, request: SampleRequest) -> Samples:
+        prompts, max_new_tokens, seed = request.prompts, request.max_new_tokens, request.seed
+        rows = [prompt for prompt in prompts for _ in range(request.n)]
         size = self._rows_per_batch(prompts, len(rows), max_new_tokens)
-        if prompt_indices is not None and prompt_indices[0] > 0:  # another process's part of the draw
-            seed = _batch_seed(seed, -prompt_indices[0])
+        if request.prompt_indices is not None and request.prompt_indices[0] > 0:  # another process has prompt 0
+            seed = _batch_seed(seed, -request.prompt_indices[0])
         with torch.no_grad(), _sampling_mode(self.model):
             batches = [
                 self._sample_batch(rows[start : start + size], max_new_tokens, _batch_seed(seed, start // size))
@@ -100,13 +86,6 @@ class GenerateSampler:
             ended=(self._is_eos(tokens) & mask).any(1),
             version=self.version,
         )
-
-    def weights_changed(self, step: int) -> None:
-        """The weights are read live; only `Samples.version` follows."""
-        self.version = step
-
-    def release(self) -> None:
-        """Nothing is held between calls."""
 
     def _rows_per_batch(self, prompts: list[list[int]], num_rows: int, max_new_tokens: int) -> int:
         if self.max_batch_tokens is None:

@@ -1,14 +1,15 @@
-"""What an engine takes and gives: the `Sampler` protocol, and the rows and checks that engines share.
+"""The base class of all samplers, what they take and return, and the helpers that they share.
 
-An engine is anything that keeps the protocol; `tests/train/test_sampler.py` is the suite that every one passes.
+``tests/train/test_sampler.py`` is the suite that every sampler passes.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,31 +18,31 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 @dataclass(frozen=True)
 class Samples:
-    """`n` completions of each of N prompts, on the model's device; row r belongs to prompt r // n."""
+    """``n`` completions of each of P prompts, on the model's device; row r belongs to prompt r // n."""
 
-    tokens: Tensor  # int64 (N * n, L), right-padded with pad_token_id
-    mask: Tensor  # bool (N * n, L), True up to and including EOS
-    logprobs: Tensor | None  # float32 (N * n, L), under the sampling distribution, 0 where masked
-    ended: Tensor  # bool (N * n,), EOS seen; False = cut at max_new_tokens
+    tokens: Tensor  # int64 (P * n, L), right-padded with pad_token_id
+    mask: Tensor  # bool (P * n, L), True up to and including EOS
+    logprobs: Tensor | None  # float32 (P * n, L), under the sampling distribution, 0 where masked
+    ended: Tensor  # bool (P * n,), the completion has an EOS; False = cut at max_new_tokens
     version: int  # optimizer step of the weights used
 
     def completions(self) -> list[list[int]]:
-        """The token ids of each row, EOS included, read from the device in one go."""
+        """Return the token ids of each row, EOS included. The device is read once."""
         lengths = self.mask.sum(1, keepdim=True)
         return [row[1 : 1 + row[0]] for row in torch.cat([lengths, self.tokens], dim=1).tolist()]
 
 
 @dataclass(frozen=True)
 class PromptKV:
-    """What a forward pass of the same weights already knows about P prompts; padding may be on either side."""
+    """Keys, values and last logits of P prompts from an earlier forward pass; padding may be on either side."""
 
     keys: Sequence[Tensor]  # one a layer: (P, H_kv, L, D_head), after RoPE
     values: Sequence[Tensor]  # one a layer: (P, H_kv, L, D_value)
-    mask: Tensor  # bool (P, L), True at a prompt's own tokens
-    logits: Tensor  # (P, V) of each prompt's last token, as the model returns them: before any temperature
+    mask: Tensor  # bool (P, L), False = padding
+    logits: Tensor  # (P, V) at each prompt's last token, as the model returns them: before any temperature
 
     def rows(self, prompts: Sequence[int]) -> PromptKV:
-        """Of these prompts alone."""
+        """Return the part that belongs to the prompts with these indices."""
         index = torch.tensor(prompts, device=self.mask.device)
         return PromptKV(
             keys=[keys[index] for keys in self.keys],
@@ -51,14 +52,45 @@ class PromptKV:
         )
 
 
-class Sampler(Protocol):
-    """An engine that draws completions from the policy."""
+@dataclass(frozen=True)
+class SampleRequest:
+    """The arguments of one call of :meth:`Sampler.sample`.
 
-    takes_prompt_kv: bool  # True: `prompt_kv` saves the prefill; False: it is ignored
+    Raises:
+        ValueError: no prompts, an empty prompt, or n or max_new_tokens below 1.
+    """
+
+    prompts: list[list[int]]
+    n: int
+    max_new_tokens: int
+    seed: int
+    prompt_kv: PromptKV | None = None
+    prompt_indices: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("there are no prompts to sample from: pass at least one")
+        for p, prompt in enumerate(self.prompts):
+            if not prompt:
+                raise ValueError(f"prompt {p} is empty, so no token predicts its completion: give it at least a BOS")
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}: ask for at least 1 completion a prompt")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: a completion has at least 1 token")
+
+
+class Sampler(ABC):
+    """Draws completions from the policy. A subclass has to define :meth:`draw`."""
+
+    version = 0
+    """The optimizer step of the weights, for ``Samples.version``."""
+    takes_prompt_kv = False
+    """``prompt_kv`` saves the forward pass over the prompts; False: it is ignored."""
 
     @property
     def live(self) -> bool:
-        """True: reads the trainer's parameters. False: holds a copy, brought up to date when it is drawn from."""
+        """Return True if the sampler reads the trainer's parameters, False if it has a copy that follows them."""
+        return True
 
     def sample(
         self,
@@ -70,25 +102,38 @@ class Sampler(Protocol):
         prompt_kv: PromptKV | None = None,
         prompt_indices: Sequence[int] | None = None,
     ) -> Samples:
-        """Draw `n` completions of each prompt; the same weights, arguments and seed give the same ones.
+        """Draw ``n`` completions of each prompt. Equal weights, arguments and seed give equal completions.
 
-        `prompt_kv` may come from a pass of the caller's own over the same prompts and weights, in eval mode.
-        `prompt_indices`: the indices of these prompts in a larger draw that several processes divide; None = all of it.
+        Args:
+            prompts: token ids of each prompt.
+            prompt_kv: from a forward pass of the same prompts and weights, in eval mode.
+            prompt_indices: the indices of these prompts in a larger draw that several processes divide; None = the
+                draw has these prompts only.
+
+        Raises:
+            ValueError: no prompts, an empty prompt, n or max_new_tokens below 1, or what :meth:`draw` refuses.
         """
+        return self.draw(SampleRequest(prompts, n, max_new_tokens, seed, prompt_kv, prompt_indices))
+
+    @abstractmethod
+    def draw(self, request: SampleRequest) -> Samples:
+        """Draw the completions that ``request`` asks for."""
 
     def weights_changed(self, step: int) -> None:
-        """The optimizer made step `step`: what is drawn from now on comes from the new weights."""
+        """Record that optimizer step ``step`` was made: the next samples come from the new weights."""
+        self.version = step
 
     def release(self) -> None:
-        """Give back the memory that only sampling needs; the next `sample` takes it again."""
+        """Free the memory that only sampling needs; the next call of ``sample`` allocates it again."""
+        return
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What tokens are drawn from: the softmax of tempered, truncated logits.
+    """The distribution of a token: the softmax of tempered, truncated logits.
 
     Raises:
-        ValueError: a temperature, top_k or top_p that is no distribution.
+        ValueError: a temperature, top_k or top_p out of range.
     """
 
     temperature: float = 1.0
@@ -104,7 +149,7 @@ class Distribution:
             raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1 (no truncation)")
 
     def scores(self, logits: Tensor) -> Tensor:
-        """(..., V) fp32 logits of this distribution, by the warpers that `generate` applies, in its order."""
+        """Return the fp32 logits (..., V) of this distribution, by the warpers of ``generate`` in its order."""
         warpers = LogitsProcessorList()
         if self.temperature != 1:
             warpers.append(TemperatureLogitsWarper(float(self.temperature)))
@@ -113,7 +158,7 @@ class Distribution:
         if self.top_p < 1:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
         rows = logits.float().flatten(0, -2)
-        for warper in warpers:  # none of them looks at the tokens so far
+        for warper in warpers:  # none of them reads the tokens, its first argument
             rows = warper(None, rows)
         return rows.view(logits.shape)
 
@@ -121,21 +166,8 @@ class Distribution:
 MODELS_OWN = Distribution()
 
 
-def check_request(prompts: list[list[int]], n: int, max_new_tokens: int) -> None:
-    """Raises ValueError: no prompts, an empty one, n or max_new_tokens below 1."""
-    if not prompts:
-        raise ValueError("there are no prompts to sample from: pass at least one")
-    for p, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {p} is empty, so nothing predicts what follows it: give it at least a BOS")
-    if n < 1:
-        raise ValueError(f"n is {n}: ask for at least 1 completion a prompt")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: a completion has at least 1 token")
-
-
 def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(P, L) token ids and 0/1 attention mask."""
+    """Return token ids (P, L) and their 0/1 attention mask (P, L)."""
     length = max(map(len, rows))
     padding = [length - len(row) for row in rows]
     flat = chain.from_iterable([pad_token_id] * gap + list(row) for gap, row in zip(padding, rows, strict=True))
@@ -145,10 +177,10 @@ def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """(P, L) each token's position in its row, padding left out."""
+    """Return each token's position (P, L) in its row, not counting padding."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 def base_model(model: Any) -> Any:
-    """The transformers model, without peft's wrapper."""
+    """Return the transformers model, without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,20 +1,17 @@
-"""Any engine over a model whose weights are spread over processes: they are put together while it draws."""
+"""Sampling from a model whose weights FSDP shards."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from hypo_train.model.policy import Policy
-from hypo_train.sampling.protocol import Sampler, Samples
+from hypo_train.sampling.protocol import Sampler, SampleRequest, Samples
 
 
-class ShardedSampler:
-    """``engine``, which draws from ``policy``'s model, inside a forward pass of the policy.
+class ShardedSampler(Sampler):
+    """Runs ``engine``, which samples from ``policy``'s model, inside a forward pass of the policy.
 
-    Each process holds all weights while it draws, and draws as many tokens as its own samples need.
+    The weights are gathered for that pass, so each process holds all of them while it samples. Each process draws as
+    many tokens as its own completions need.
     """
-
-    takes_prompt_kv = False
 
     def __init__(self, engine: Sampler, policy: Policy) -> None:
         self.engine = engine
@@ -24,15 +21,8 @@ class ShardedSampler:
     def live(self) -> bool:
         return self.engine.live
 
-    def sample(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        max_new_tokens: int,
-        **options: Any,
-    ) -> Samples:
-        """See `Sampler.sample`."""
-        return self.policy.with_full_weights(lambda: self.engine.sample(prompts, n, max_new_tokens, **options))
+    def draw(self, request: SampleRequest) -> Samples:
+        return self.policy.with_full_weights(lambda: self.engine.draw(request))
 
     def weights_changed(self, step: int) -> None:
         self.engine.weights_changed(step)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from hypo_train.sampling.merged_weights import merged_weights, unties
-from hypo_train.sampling.protocol import MODELS_OWN, Distribution, PromptKV, Samples, check_request
+from hypo_train.sampling.protocol import MODELS_OWN, Distribution, Sampler, SampleRequest, Samples
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """Draws with vLLM, which reads its own copy of the model: twice the memory of the weights, and a KV pool.
 
     Args:
@@ -30,7 +30,6 @@ class VLLMSampler:
     """
 
     live = False
-    takes_prompt_kv = False
 
     def __init__(
         self,
@@ -69,26 +68,14 @@ class VLLMSampler:
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.score = score
-        self.version = 0
         self._outdated = True  # what is trained may differ from the checkpoint from the start
         self._asleep = False
 
-    def sample(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        max_new_tokens: int,
-        *,
-        seed: int,
-        prompt_kv: PromptKV | None = None,
-        prompt_indices: Sequence[int] | None = None,
-    ) -> Samples:
-        """See `Sampler.sample`. Raises ValueError: no prompts, an empty one, n or max_new_tokens below 1."""
-        check_request(prompts, n, max_new_tokens)
+    def draw(self, request: SampleRequest) -> Samples:
         self._bring_up_to_date()
         outputs = self._engine.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            [self._params(n, max_new_tokens, seed, p) for p in prompt_indices or range(len(prompts))],
+            [{"prompt_token_ids": prompt} for prompt in request.prompts],
+            [self._params(request, p) for p in request.prompt_indices or range(len(request.prompts))],
             use_tqdm=False,
         )
         completions = [c for out in outputs for c in sorted(out.outputs, key=lambda c: c.index)]
@@ -118,18 +105,18 @@ class VLLMSampler:
     def _push(self, engine_model: Any) -> None:
         engine_model.load_weights(merged_weights(self.model))
 
-    def _params(self, n: int, max_new_tokens: int, seed: int, prompt: int) -> Any:
-        """A seed for each prompt: with one for all, equal prompts would get equal completions."""
+    def _params(self, request: SampleRequest, prompt: int) -> Any:
+        """Return the parameters for one prompt. Its seed is its own, or equal prompts would get equal completions."""
         return self._vllm.SamplingParams(
-            n=n,
+            n=request.n,
             temperature=float(self.distribution.temperature),
             top_p=float(self.distribution.top_p),
             top_k=self.distribution.top_k,
-            max_tokens=max_new_tokens,
+            max_tokens=request.max_new_tokens,
             ignore_eos=True,  # the tokenizer's EOS ends a completion only if it is one of ours
             stop_token_ids=self.eos_token_ids,
             logprobs=0 if self.score else None,  # of the drawn token alone
-            seed=random.Random(f"{seed}/{prompt}").getrandbits(62),
+            seed=random.Random(f"{request.seed}/{prompt}").getrandbits(62),
             detokenize=False,
         )
 

@@ -35,6 +35,7 @@ from hypo_train.preflight import check
 from hypo_train.preflight.memory_estimate import Conditions, estimate
 from hypo_train.sampling import DecodeSampler
 from hypo_train.sampling.merged_weights import merged_weights
+from hypo_train.sampling.registry import SAMPLERS
 from hypo_train.train import train
 from hypo_train.trees.pack import Batcher
 
@@ -191,7 +192,7 @@ def test_what_is_held_in_4_bits_is_counted_as_it_is_held(saved_model):
                 held += parameter.nbytes
         held += sum(buffer.nbytes for buffer in policy.buffers())
         meta = build_on_meta(config, policy.base.config, device_type="cpu", autocast=False)
-        conditions = Conditions("cpu", False, True, "decode")
+        conditions = Conditions("cpu", False, True, SAMPLERS["decode"])
         numbers = estimate(Plan(config.model_copy(update={"max_steps": 1}), PAIRS, []), meta, conditions)
         assert numbers.of("frozen weights (4 bits, the rest float32)").training == held
         assert numbers.of("a layer's weights, unpacked").training == 4 * 64 * 128

@@ -13,6 +13,7 @@ from hypo_train.model.load import build_on_meta
 from hypo_train.preflight.memory_estimate import Conditions
 from hypo_train.preflight.prediction.communication import exchanges
 from hypo_train.preflight.prediction.work import work_of
+from hypo_train.sampling.registry import SAMPLERS
 from hypo_train.utils.rank_share import RankShare
 
 FSDP = {"fsdp": True}
@@ -52,7 +53,7 @@ def predicted(config):
     plan, _ = load_plan(config, tokenizer, [tokenizer.eos_token_id], RankShare(0, WORLD))
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
     trained = build_on_meta(config, architecture, device_type="cpu", autocast=autocast)
-    passes = work_of(plan, Conditions("cpu", autocast, True, "decode")).passes
+    passes = work_of(plan, Conditions("cpu", autocast, True, SAMPLERS["decode"])).passes
     found = exchanges(trained, passes, count=WORLD, sharded=config.fsdp, autocast=autocast)
     return {f"{exchange.phase} {exchange.kind}": exchange.whole for exchange in found}
 

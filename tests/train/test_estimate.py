@@ -22,6 +22,7 @@ from hypo_train.preflight.architectures import known_architecture
 from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.memory_estimate import Conditions, estimate
 from hypo_train.prepare import prepare
+from hypo_train.sampling.registry import SAMPLERS
 from hypo_train.step import train_step
 from hypo_train.utils.rank_share import RankShare
 
@@ -151,7 +152,7 @@ def measured_peak(config):
 
 def estimated(config, run):
     trained = build_on_meta(config, run.trained.base.config, device_type="cpu", autocast=bool(config.bf16))
-    conditions = Conditions("cpu", bool(config.bf16), run.trained.shares_prompts, "decode")
+    conditions = Conditions("cpu", bool(config.bf16), run.trained.shares_prompts, SAMPLERS["decode"])
     return estimate(Plan(config, run.plan.train_rows, run.plan.eval_rows), trained, conditions)
 
 
@@ -202,7 +203,7 @@ def of_devices(count, **changes):
     rows = [Pair(0, (0,) * 200, (0,) * 50, (0,) * 50)] * 64
     plan = Plan(config, rows, [], rank_share=RankShare(0, count))
     trained = build_on_meta(config, known_architecture(LLAMA), device_type="cuda", autocast=True)
-    return estimate(plan, trained, Conditions("cuda", True, True, "decode")), trained
+    return estimate(plan, trained, Conditions("cuda", True, True, SAMPLERS["decode"])), trained
 
 
 def test_processes_that_share_the_weights_hold_a_part_of_what_training_keeps_of_them():
@@ -251,7 +252,7 @@ def test_whole_weights_for_samples_that_exceed_the_device_are_refused(monkeypatc
     monkeypatch.setattr(memory, "available_memory", lambda device: room)
     with pytest.raises(ConfigError, match="try algorithm: dpo, as samples need"):
         memory.check_memory(
-            config, numbers, Conditions("cuda", True, True, "decode"), Findings(config), shows_table=False
+            config, numbers, Conditions("cuda", True, True, SAMPLERS["decode"]), Findings(config), shows_table=False
         )
 
 

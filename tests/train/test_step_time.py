@@ -16,6 +16,7 @@ from hypo_train.preflight.prediction.communication import Exchange, exchanges
 from hypo_train.preflight.prediction.step_time import Speeds, predict
 from hypo_train.preflight.prediction.work import work_of
 from hypo_train.prepare import prepare
+from hypo_train.sampling.registry import SAMPLERS
 from hypo_train.utils.rank_share import RankShare
 
 COMPUTE, MEMORY, LINKS = 1e9, 1e8, 1e7
@@ -31,7 +32,7 @@ def predicted(settings):
         plan, _ = load_plan(config, tokenizer, [tokenizer.eos_token_id], RankShare(0, count))
         architecture = AutoConfig.from_pretrained(config.model_name_or_path)
         trained = build_on_meta(config, architecture, device_type="cpu", autocast=False)
-        conditions = Conditions("cpu", False, True, "decode")
+        conditions = Conditions("cpu", False, True, SAMPLERS["decode"])
         work = work_of(plan, conditions)
         exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=False)
         flops = ModelFlops.of_outline(trained, autocast=False)

@@ -103,7 +103,8 @@ def _sampling(
     if work.draw is None:
         return 0.0
     draw, half = work.draw, work.draw.new_tokens / 2
-    prompt_tokens = draw.prompt_tokens * (work.sequences_per_prompt if conditions.sampler != "decode" else 1)
+    keeps_prompts_once = conditions.sampler is not None and conditions.sampler.prompt_kv
+    prompt_tokens = draw.prompt_tokens * (1 if keeps_prompts_once else work.sequences_per_prompt)
     kv = kv_bytes_per_token(trained, conditions.autocast) * (prompt_tokens + draw.sequences * half)
     weights = (flops.policy.token + flops.policy.row) / 2 * (2 if conditions.autocast else 4)
     attended = draw.prompt_tokens * work.sequences_per_prompt + draw.sequences * half

@@ -21,7 +21,7 @@ from hypo_train.sampling.decode.support import (
     text_config,
 )
 from hypo_train.sampling.merged_weights import MergedWeights, is_adapted, linear_layers, quantized, unmergeable
-from hypo_train.sampling.protocol import MODELS_OWN, Distribution, PromptKV, Samples, base_model, check_request
+from hypo_train.sampling.protocol import MODELS_OWN, Distribution, PromptKV, Sampler, SampleRequest, Samples, base_model
 
 _FREE_MEMORY_SHARE = 0.6  # of what a device has free goes to KV; the rest is for activations and logits
 _STEPS_BETWEEN_CHECKS = 16  # of `done`, which an accelerator must be waited for
@@ -47,7 +47,7 @@ class _Draws(NamedTuple):
         self.logprobs[rows], self.ended[rows] = branches.logprobs[:count], branches.ended()[:count]
 
 
-class DecodeSampler:
+class DecodeSampler(Sampler):
     """Draws by decoding all branches of all prompts together; prompts are prefilled, and their KV held, once.
 
     Random numbers belong to (seed, the prompt's number, token), so neither the plan of batches nor an early end of
@@ -100,7 +100,6 @@ class DecodeSampler:
         self.capture = capture
         self.max_kv_bytes = max_kv_bytes
         self.score = score
-        self.version = 0
         if reason := serves(model):
             raise ValueError(f"{reason}: sample with GenerateSampler")
         self._kv_shape = kv_shape(model)
@@ -114,30 +113,21 @@ class DecodeSampler:
         """False while there is a copy of the weights to decode from."""
         return self._merged is None
 
-    def sample(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        max_new_tokens: int,
-        *,
-        seed: int,
-        prompt_kv: PromptKV | None = None,
-        prompt_indices: Sequence[int] | None = None,
-    ) -> Samples:
-        """See `Sampler.sample`.
+    def draw(self, request: SampleRequest) -> Samples:
+        """Draw the completions that ``request`` asks for.
 
         Raises:
-            ValueError: no prompts, an empty one, n or max_new_tokens below 1, rows that outgrow the model's
-                sliding window, or a `prompt_kv` of other prompts.
+            ValueError: rows longer than the model's sliding window, or a ``prompt_kv`` of other prompts.
         """
-        check_request(prompts, n, max_new_tokens)
+        prompts, n, max_new_tokens = request.prompts, request.n, request.max_new_tokens
+        prompt_kv, prompt_indices = request.prompt_kv, request.prompt_indices
         self._check_window(max(map(len, prompts)) + max_new_tokens)
         if prompt_kv is not None:
             _check_prompt_kv(prompt_kv, prompts)
         device = next(self.model.parameters()).device
         shape = replace(self._kv_shape, dtype=compute_dtype(self.model))
         # On the host: the same numbers whatever the device.
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(request.seed)
         of_all = torch.rand(
             1 + max(prompt_indices or [len(prompts) - 1]), n, max_new_tokens, dtype=torch.float64, generator=generator
         )
@@ -173,7 +163,7 @@ class DecodeSampler:
 
     def weights_changed(self, step: int) -> None:
         """Live weights need nothing; a copy is made anew when the next `sample` reads it."""
-        self.version = step
+        super().weights_changed(step)
         self._outdated = True
 
     def release(self) -> None:
