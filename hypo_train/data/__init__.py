@@ -1,1 +1,1 @@
-"""Rows of a data set → token ids → which of them a step trains on."""
+"""Read a data set, tokenize its rows, and plan which rows each optimizer step trains on."""

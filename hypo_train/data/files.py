@@ -1,4 +1,4 @@
-"""A split of a data set as it is: from a file, a folder or the Hub."""
+"""Read a split of a data set from a file, a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv"
 
 
 def load_rows(config: Config, split: str) -> datasets.Dataset:
-    """One split of ``config.dataset_name``: a file, a folder of files, a saved data set or a Hub name.
+    """Return one split of ``config.dataset_name``: a file, a folder of files, a saved data set or a Hub name.
 
-    Nothing is written beside a local file: what ``datasets`` caches goes to its own cache folder.
-    Raises ``DataError`` for what is missing, broken or empty, and for an unknown split.
+    Nothing is written next to a local file: ``datasets`` writes to its own cache folder.
+
+    Raises:
+        DataError: the data set is missing, broken or empty, or has no such split.
     """
     name = config.dataset_name
     try:
@@ -30,7 +32,7 @@ def load_rows(config: Config, split: str) -> datasets.Dataset:
     except DataError:
         raise
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        # A build error says only that there was one; what went wrong is its cause.
+        # The message of a DatasetGenerationError is always the same; its cause says what went wrong.
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         reason = " ".join(str(cause or error).split())
         if "corresponds to no data" in reason:
@@ -40,26 +42,26 @@ def load_rows(config: Config, split: str) -> datasets.Dataset:
         raise DataError(f"dataset_name={name!r}, split {split!r}: {where}{reason}") from error
     if len(rows) == 0:
         raise DataError(f"dataset_name={name!r}, split {split!r}: there are no rows")
-    if bad := next((column for column in _names(rows.features) if "\0" in column), None):
+    if bad := next((column for column in _column_names(rows.features) if "\0" in column), None):
         raise DataError(f"dataset_name={name!r}, split {split!r}: the column or key {bad!r} has a NUL character")
     return rows
 
 
-def _names(features: Any) -> Iterator[str]:
-    """Columns, and the keys of what lies in them."""
+def _column_names(features: Any) -> Iterator[str]:
+    """Yield the names of the columns and of the keys inside them."""
     if isinstance(features, dict):
         for name, inner in features.items():
             yield name
-            yield from _names(inner)
+            yield from _column_names(inner)
     elif isinstance(features, list):
-        yield from _names(features[0])
+        yield from _column_names(features[0])
     elif hasattr(features, "feature"):
-        yield from _names(features.feature)
+        yield from _column_names(features.feature)
 
 
 def _open(path: Path, config: Config, split: str) -> datasets.Dataset:
     if path.exists():
-        with _untold():
+        with _no_telemetry():
             return _open_local(path, config, split)
     name = config.dataset_name
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or path.suffix in FILE_FORMATS:
@@ -68,8 +70,8 @@ def _open(path: Path, config: Config, split: str) -> datasets.Dataset:
 
 
 @contextmanager
-def _untold() -> Iterator[None]:
-    """Opening a local file, ``datasets`` tells the Hub that somebody has; without a network it waits for seconds."""
+def _no_telemetry() -> Iterator[None]:
+    """Do not report to the Hub that a local file was opened; without a network, that costs seconds."""
     before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
@@ -84,7 +86,7 @@ def _open_local(path: Path, config: Config, split: str) -> datasets.Dataset:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, split)
     if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-        raise DataError(f"dataset_name={str(path)!r}: the folder is a saved model, and no data set")
+        raise DataError(f"dataset_name={str(path)!r}: the folder is a saved model, not a data set")
     for file in path.rglob("*.json*"):
         _refuse_null_rows(file)
     return datasets.load_dataset(str(path), config.dataset_config, split=split)
@@ -106,7 +108,7 @@ def _open_file(path: Path, split: str) -> datasets.Dataset:
     _refuse_null_rows(path)
     options: dict[str, Any] = {}
     if path.suffix == ".csv":
-        # Every cell is text: the completion "NA" is no missing value, "007" is no number.
+        # Read every cell as text: the completion "NA" is not a missing value, and "007" is not a number.
         columns = ("prompt", "chosen", "rejected", "completion", "subreddit", "title", "post", "summary")
         options = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)}
     try:
@@ -118,24 +120,24 @@ def _open_file(path: Path, split: str) -> datasets.Dataset:
 
 
 def _refuse_null_rows(path: Path) -> None:
-    """The reader crashes on a row that is null, and takes the process with it."""
+    """Raise ``DataError`` for a row that is null, because pyarrow's reader would crash the process."""
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             row = next((number for number, line in enumerate(file, start=1) if line.strip() == b"null"), None)
         if row is not None:
-            raise DataError(f"dataset_name={str(path)!r}: line {row} is null, and no JSON object")
+            raise DataError(f"dataset_name={str(path)!r}: line {row} is null, not a JSON object")
     elif path.suffix == ".json" and b"null" in (content := path.read_bytes()):
         try:
             rows = json.loads(content)
         except (ValueError, RecursionError):
             lines = [line.strip() for line in content.splitlines()]
-            rows = [None] if b"null" in lines else []  # the reader says what is wrong, if anything is
+            rows = [None] if b"null" in lines else []  # the reader will name any other error
         if rows is None or (isinstance(rows, list) and None in rows):
-            raise DataError(f"dataset_name={str(path)!r}: a row is null, and no JSON object")
+            raise DataError(f"dataset_name={str(path)!r}: a row is null, not a JSON object")
 
 
 def _check_json_lines(path: Path) -> None:
-    """Name the line that makes a file unreadable, which the reader's own error does not."""
+    """Raise ``DataError`` with the number of the line that is not a JSON object; the reader does not name it."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -148,7 +150,7 @@ def _check_json_lines(path: Path) -> None:
 
 def _open_saved(path: Path, split: str) -> datasets.Dataset:
     saved = datasets.load_from_disk(str(path))
-    # A data set that was saved alone often has no split name; it is "train", as a single file is.
+    # A single saved data set often has no split name; like a single file, it is "train".
     splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
     if split not in splits:
         raise DataError(f"dataset_name={str(path)!r}: there is no split {split!r}, only {quoted(splits)}")

@@ -1,4 +1,4 @@
-"""The rows of a run: its splits, read and tokenised, with what became of them."""
+"""Load the rows of a run: read and tokenize its splits, and report on them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ ROW_TYPES: dict[str, type[Pair] | type[Example] | type[Prompt]] = {"pair": Pair,
 def load_split_rows(
     kind: type[Row], config: Config, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
 ) -> tuple[list[Row], list[Row], dict[str, DataReport]]:
-    """Training rows, evaluation rows (none where the config holds out no rows) and a report on each.
+    """Return training rows, evaluation rows (empty if none are held out) and the reports "train" and "eval".
 
-    The reports' keys are "train" and "eval". Raises ``DataError``.
+    Raises:
+        DataError: the data cannot be read or no row can be used.
     """
     found: dict[str, list[Row]] = {"eval": []}
     reports = {}
@@ -46,10 +47,13 @@ def load_split_rows(
 def load_held_out(
     config: Config, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
 ) -> tuple[list[Any], DataReport]:
-    """The rows to evaluate on and a report on them, as what their columns make of them: ``Pair``, ``Example`` or
-    ``Prompt``; SFT's are examples, a reward model's pairs.
+    """Return the rows to evaluate on and a report on them; their columns decide between Pair, Example and Prompt.
 
-    Rows to train on are not needed where ``dataset_test_split`` names others. Raises ``DataError``.
+    SFT always evaluates on examples, a reward model on pairs. The training split is read only if evaluation rows are
+    held out from it.
+
+    Raises:
+        DataError: the data cannot be read, no row can be used, or the settings name no rows to evaluate on.
     """
     if config.dataset_test_split is not None:
         rows, first_row = load_rows(config, config.dataset_test_split), 0
@@ -74,9 +78,12 @@ def _limits(config: Config, eos_token_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def check_texts(config: Config) -> dict[str, DataReport]:
-    """What can be said of the rows without a tokenizer: which have texts that can be used, and not how long they are.
+    """Return a report on each split without a tokenizer: which rows have usable texts, but no lengths.
 
-    Chat messages are checked as far as no template is asked. Raises ``DataError``.
+    Chat messages are checked except for what only a chat template can show.
+
+    Raises:
+        DataError: the data cannot be read or no row can be used.
     """
     form, kind = FORMATS[config.dataset_format], ROW_TYPES[config.spec.row_type]
     reports = {}
@@ -97,7 +104,7 @@ def check_texts(config: Config) -> dict[str, DataReport]:
 
 
 class _AnyTemplate:
-    """Stands in for a chat template that is not there, so that the rest of a row is checked."""
+    """A substitute for a tokenizer's chat template, so that the rest of a row can be checked."""
 
     chat_template = ""
 
@@ -106,7 +113,7 @@ class _AnyTemplate:
 
 
 def _splits(config: Config) -> dict[str, tuple[datasets.Dataset, int]]:
-    """The rows of "train" and, where some are held out, of "eval", with the index in the split of the first."""
+    """Return the rows of "train" and, if there are any, of "eval", each with the index of its first row."""
     train = load_rows(config, config.dataset_train_split)
     if config.dataset_test_split is not None:
         return {"train": (train, 0), "eval": (load_rows(config, config.dataset_test_split), 0)}
@@ -124,7 +131,7 @@ def _splits(config: Config) -> dict[str, tuple[datasets.Dataset, int]]:
 
 @contextmanager
 def _named(config: Config, name: str) -> Iterator[None]:
-    """Data errors say of which data set and split they are."""
+    """Add the data set and the split to the message of a data error."""
     split = (config.dataset_test_split if name == "eval" else None) or config.dataset_train_split
     try:
         yield

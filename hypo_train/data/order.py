@@ -1,4 +1,4 @@
-"""Which rows a step trains on."""
+"""The order of the training rows: which rows each batch holds."""
 
 from __future__ import annotations
 
@@ -7,39 +7,41 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 
-MEGA_BATCH_AT_MOST, MEGA_BATCHES_AT_LEAST = 50, 4  # batches in one, and how many an epoch has; transformers' choice
+MEGA_BATCH_AT_MOST, MEGA_BATCHES_AT_LEAST = 50, 4  # batches in a mega-batch, and mega-batches in an epoch; transformers' values
 
 
 def batches_per_epoch(num_rows: int, batch_size: int) -> int:
-    """Batches in one pass: whole ones only, unless the rows do not fill a single one."""
+    """Return the number of batches in an epoch: full batches only, but at least one."""
     return max(1, num_rows // batch_size)
 
 
 def batch_indices(
     num_rows: int, batch_size: int, step: int, seed: int, lengths: tuple[int, ...] | None = None
 ) -> list[int]:
-    """The rows of batch number ``step``, counted from 0 over all epochs.
+    """Return the row indices of batch number ``step``, counted from 0 over all epochs.
 
-    A pure function: a resumed run needs no cursor. Each epoch has its own order, drawn from (seed, epoch), and
-    leaves out what does not fill its last batch. With ``lengths``, one a row, a batch holds rows of like length,
-    and the batches come in random order. Raises ``ValueError`` when there is no row.
+    The result depends on the arguments only, so a resumed run needs no stored position. Each epoch is a permutation
+    drawn from (seed, epoch), without the rows that do not fill its last batch. With ``lengths``, one for each row, a
+    batch holds rows of similar length, and the batches come in random order.
+
+    Raises:
+        ValueError: there are no rows.
     """
     if num_rows < 1:
         raise ValueError(f"num_rows={num_rows}: there is nothing to train on")
-    epoch, place = divmod(step, batches_per_epoch(num_rows, batch_size))
-    return list(_epoch_order(num_rows, batch_size, seed, epoch, lengths)[place * batch_size : (place + 1) * batch_size])
+    epoch, batch = divmod(step, batches_per_epoch(num_rows, batch_size))
+    return list(_epoch_order(num_rows, batch_size, seed, epoch, lengths)[batch * batch_size : (batch + 1) * batch_size])
 
 
 def longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """``indices`` by the length of their rows.
+    """Return ``indices``, sorted so that the longest row comes first.
 
-    A step whose rows are cut into micro-batches in this order trains on the same rows with less padding, and
-    runs out of memory, if it does, at once.
+    Micro-batches that are cut in this order have less padding, and a run that needs too much memory fails at once.
     """
     return sorted(indices, key=lambda i: -lengths[i])
 
 
-@lru_cache(maxsize=2)  # an epoch asks for its order once a step
+@lru_cache(maxsize=2)  # every step of an epoch needs its order
 def _epoch_order(
     num_rows: int, batch_size: int, seed: int, epoch: int, lengths: tuple[int, ...] | None
 ) -> tuple[int, ...]:
@@ -50,13 +52,13 @@ def _epoch_order(
 
 
 def _grouped(order: list[int], batch_size: int, lengths: Sequence[int], rng: random.Random) -> list[int]:
-    """A random order whose batches are of like length, in the way of transformers' ``group_by_length``.
+    """Return a random order whose batches have rows of similar length, like transformers' ``group_by_length``.
 
-    Rows are sorted within mega-batches of the random order, so that who shares a batch still changes every epoch.
+    Rows are sorted within mega-batches of the random order, so that the rows of a batch change every epoch.
     """
     count = batches_per_epoch(len(order), batch_size)
     mega = batch_size * max(1, min(count // MEGA_BATCHES_AT_LEAST, MEGA_BATCH_AT_MOST))
-    kept = order[: count * batch_size]  # after the sorting, what does not fill a batch would always be the shortest
+    kept = order[: count * batch_size]  # cut before sorting, else the shortest rows would always be left out
     parts = [longest_first(kept[start : start + mega], lengths) for start in range(0, len(kept), mega)]
     batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
     rng.shuffle(batches)

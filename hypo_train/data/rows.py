@@ -1,4 +1,4 @@
-"""What a run trains on, as token ids."""
+"""The rows that a run trains on, as token ids: pairs, examples and prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = TypeVar("Row", "Pair", "Example", "Prompt")
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference row as token ids; both completions end with their only EOS."""
+    """A preference pair as token ids; each completion has one EOS, at its end."""
 
     row: int  # index in the source split
     prompt: Ids
@@ -23,13 +23,13 @@ class Pair:
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt, once, and both completions."""
+        """Return the number of tokens of the prompt and both completions."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and the completion to imitate, as token ids; the completion ends with its only EOS."""
+    """A prompt and the completion to imitate, as token ids; the completion has one EOS, at its end."""
 
     row: int  # index in the source split
     prompt: Ids
@@ -37,13 +37,12 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Of prompt and completion."""
         return len(self.prompt) + len(self.completion)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to sample from, as token ids."""
+    """A prompt to sample from, as token ids."""
 
     row: int  # index in the source split
     prompt: Ids
@@ -54,7 +53,7 @@ class Prompt:
 
 
 def rows_hash(rows: Sequence[Any]) -> str:
-    """SHA-256 of every token of every row, in order, each list of them told from the next by its length."""
+    """Return the SHA-256 of all tokens of all rows, in order; lengths separate the lists of tokens."""
     digest = hashlib.sha256()
     names = [field.name for field in fields(rows[0]) if field.name != "row"] if rows else []
     for row in rows:

@@ -197,7 +197,7 @@ def test_an_implicit_prompt_is_the_common_beginning_up_to_white_space(plain, cho
 
 def test_completions_that_share_no_beginning_have_no_prompt(plain):
     _, report = pairs_of([{"chosen": "Q: hi yes", "rejected": "Q: hi no"}, {"chosen": "a b", "rejected": "c d"}], plain)
-    assert report.dropped == {"no beginning shared by 'chosen' and 'rejected' to be the prompt": [1]}
+    assert report.dropped == {"no common beginning of 'chosen' and 'rejected', which would be the prompt": [1]}
 
 
 CHAT_FORMS = {
@@ -275,7 +275,7 @@ def test_a_row_whose_prompt_the_template_rewrites_is_dropped():
     template = "{{ messages | length }}" + CHATML
     tokenizer = make_tokenizer(eos_token="<|im_end|>", chat_template=template)
     _, report = pairs_of([GOOD, CHAT_FORMS["implicit messages"]], tokenizer)
-    assert report.dropped == {"a prompt that the chat template writes differently once an answer follows": [1]}
+    assert report.dropped == {"a prompt that the chat template writes differently if an answer follows": [1]}
 
 
 def test_a_row_that_the_template_refuses_is_dropped_with_its_words():
@@ -317,17 +317,17 @@ def test_a_row_that_breaks_the_template_is_dropped_as_well(mistake):
         (row(chosen=[assistant("\n")], rejected=[assistant("b")]), "an empty 'chosen'"),
         (row(prompt=3), "a 'prompt' that is neither text nor chat messages"),
         (row(rejected=3.5), "a 'rejected' that is neither text nor chat messages"),
-        (row(rejected=assistant("no")), "a 'rejected' that is one message, and should be a list of them"),
+        (row(rejected=assistant("no")), "a 'rejected' that is one message, but should be a list of messages"),
         (
             row(prompt=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}]),
-            "a 'prompt' with a message in parts, and should be text (images are not served)",
+            "a 'prompt' with a message in parts, but should be text (images are not supported)",
         ),
         (
             row(chosen=[{"from": "gpt", "value": "yes"}]),
-            "a 'chosen' with 'from' and 'value' in its messages, and should have 'role' and 'content'",
+            "a 'chosen' with 'from' and 'value' in its messages, but should have 'role' and 'content'",
         ),
-        (row(chosen=" \ud800"), "text that is no valid Unicode (half of a surrogate pair)"),
-        (row(prompt=[user("\udfff")], chosen=[assistant("a")], rejected="b"), "text that is no valid Unicode"),
+        (row(chosen=" \ud800"), "text that is not valid Unicode (half of a surrogate pair)"),
+        (row(prompt=[user("\udfff")], chosen=[assistant("a")], rejected="b"), "text that is not valid Unicode"),
         (row(chosen=["yes"]), "a 'chosen' with a message without a 'role' and a 'content' text"),
         (row(chosen=[{"role": "assistant"}]), "a 'chosen' with a message without a 'role' and a 'content' text"),
         (
@@ -340,11 +340,11 @@ def test_a_row_that_breaks_the_template_is_dropped_as_well(mistake):
         ),
         (
             row(prompt=[user("hi")], chosen=[user("more"), assistant("a")], rejected=[assistant("b")]),
-            "a 'chosen' that does not go on with the assistant's message",
+            "a 'chosen' that does not continue with the assistant's message",
         ),
         (
             {"chosen": [user("hi"), assistant("a")], "rejected": [user("ho"), assistant("b")]},
-            "no message shared by 'chosen' and 'rejected' to be the prompt",
+            "no common first message of 'chosen' and 'rejected', which would be the prompt",
         ),
         (row(chosen=" no"), "the same tokens in 'chosen' and 'rejected'"),
         (row(chosen=" no<|im_end|>"), "the same tokens in 'chosen' and 'rejected'"),
@@ -676,7 +676,7 @@ def test_an_empty_folder_is_named(tmp_path):
 
 def test_a_models_folder_is_no_data_set(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(DataError, match="the folder is a saved model, and no data set"):
+    with pytest.raises(DataError, match="the folder is a saved model, not a data set"):
         load_rows(config_for(tmp_path), "train")
 
 
