@@ -40,8 +40,8 @@ class RowText:
     prompt: str
     completions: list[str]  # one for each requested part, in order
     rendered: bool  # written by a chat template, which writes the special tokens itself
-    # (encode, limit) -> ids of the prompt, shortened to ``limit`` tokens in the way of the format. It raises Unusable if
-    # the prompt cannot be shortened so far. None: a prompt that is too long loses its beginning.
+    # (encode, limit) -> ids of the prompt, shortened to ``limit`` tokens in the way of the format. It raises Unusable
+    # if the prompt cannot be shortened so far. None: a prompt that is too long loses its beginning.
     shorten: Callable[[Encode, int], tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
@@ -227,7 +227,7 @@ def _render(prompt: Messages, answers: list[Messages], tokenizer: PreTrainedToke
     try:
         start = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
         texts = [str(tokenizer.apply_chat_template(prompt + answer, tokenize=False)) for answer in answers]
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # a template can fail like any program
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # a template is a program
         raise Unusable(f"messages that the chat template refuses: {error}") from None
     if not all(text.startswith(start) for text in texts):
         raise Unusable("a prompt that the chat template writes differently if an answer follows")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 
-MEGA_BATCH_AT_MOST, MEGA_BATCHES_AT_LEAST = 50, 4  # batches in a mega-batch, and mega-batches in an epoch; transformers' values
+# Batches in a mega-batch, and mega-batches in an epoch, as in transformers.
+MEGA_BATCH_AT_MOST, MEGA_BATCHES_AT_LEAST = 50, 4
 
 
 def batches_per_epoch(num_rows: int, batch_size: int) -> int:

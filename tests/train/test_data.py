@@ -650,7 +650,7 @@ def test_a_name_that_is_neither_local_nor_on_the_hub_says_so():
         ("rows.json", "[]", "no rows"),
         ("rows.jsonl", '{"chosen": "a", "rejected": "b"}\n{"chosen": "a", \n', "line 2 is not JSON"),
         ("rows.jsonl", '{"chosen": "a", "rejected": "b"}\n\n3\n', "line 3 is not a JSON object"),
-        ("rows.jsonl", '{"chosen": "a", "rejected": "b"}\n null \n', "line 2 is null, and no JSON object"),
+        ("rows.jsonl", '{"chosen": "a", "rejected": "b"}\n null \n', "line 2 is null, not a JSON object"),
         ("rows.json", "null", "a row is null"),
         ("rows.json", '[{"chosen": "a", "rejected": null}, null]', "a row is null"),
         ("rows.json", '{"chosen": "a", "rejected": "b"}\nnull\n', "a row is null"),
