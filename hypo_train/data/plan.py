@@ -1,4 +1,4 @@
-"""What a run trains on, step by step: known from its settings and its rows, before any weight is read."""
+"""The training plan of a run: the rows of every step and its micro-batches, from settings and rows alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt, rows_hash
 from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
 
-# A run's steps draw from seeds of their own, above the small ones that evaluations use.
+# The seeds of training steps start here; evaluations use the smaller ones.
 SEEDS_PER_RUN = 2**31
 
 Rows = Sequence[Pair] | Sequence[Example] | Sequence[Prompt]
@@ -24,7 +24,7 @@ Rows = Sequence[Pair] | Sequence[Example] | Sequence[Prompt]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows every step trains on, and which of them this process takes, in which micro-batches."""
+    """The rows that every step trains on, the part of this process, and its micro-batches."""
 
     config: Config
     train_rows: Rows
@@ -48,14 +48,14 @@ class Plan:
 
     @property
     def batch_size(self) -> int:
-        """Rows of an optimizer step, of all processes; as many for each of them."""
+        """Return the rows of an optimizer step on all processes; each process has the same number."""
         config, count = self.config, self.world_size
         wanted = config.per_device_train_batch_size * config.gradient_accumulation_steps * count
         return wanted if count == 1 else min(wanted, len(self.train_rows) // count * count)
 
     @cached_property
     def rows_hashes(self) -> dict[str, str]:
-        """Of each split's rows, which a checkpoint keeps."""
+        """Return a hash of each split's rows, which a checkpoint stores."""
         return {"train": rows_hash(self.train_rows), "eval": rows_hash(self.eval_rows)}
 
     @property
@@ -64,12 +64,12 @@ class Plan:
 
     @property
     def max_sampled(self) -> int:
-        """The most tokens that the samples of a row may have together, in training."""
+        """Return the most tokens that all samples of a training row can have together."""
         return self.config.num_generations * self.max_new_tokens if self.config.draws_samples else 0
 
     @cached_property
     def one_micro_batch(self) -> bool:
-        """Whether every step is one, however long its samples turn out."""
+        """Return whether every step is one micro-batch, whatever the lengths of its samples."""
         budget = self.config.max_tokens_per_micro_batch
         if budget is None:
             return self.config.gradient_accumulation_steps == 1
@@ -78,15 +78,19 @@ class Plan:
 
     @property
     def may_run_prompts_first(self) -> bool:
-        """Whether sampling may go on from the training pass's own run of the prompts, where model and sampler can."""
+        """Return whether samples may reuse the prompts' keys and values of the training pass, if the sampler can."""
         c = self.config
-        # Several micro-batches would have to hold their graphs until all of them are sampled.
-        # A sharded model's weights are whole in one forward pass at a time.
+        # Several micro-batches would have to keep their autograd graphs until all are sampled. FSDP gathers the
+        # weights for one forward pass at a time.
         exact = c.reuse_prompt_kv and c.lora_dropout == 0 and c.rollout_steps == 1 and not c.fsdp
         return c.draws_samples and exact and self.one_micro_batch
 
     def micro_batches(self, lengths: Sequence[int]) -> Iterator[slice]:
-        """A step's rows of so many tokens each, in their order, cut as configured; a longer row than fits is alone."""
+        """Yield the slices of a step's rows that are micro-batches; a row longer than the budget is alone.
+
+        Args:
+            lengths: the tokens of each row, in the order of the step.
+        """
         budget, start, tokens = self.config.max_tokens_per_micro_batch, 0, 0
         for i, length in enumerate(lengths):
             full = i - start == self.config.per_device_train_batch_size if budget is None else tokens + length > budget
@@ -98,7 +102,7 @@ class Plan:
 
     @cached_property
     def largest_micro_batch(self) -> list[int]:
-        """The training rows of this process's micro-batch of most tokens, if samples are as long as they may be."""
+        """Return the rows of this process's micro-batch with the most tokens, if all samples have full length."""
         longest = [length + self.max_sampled for length in self._row_lengths]
         most, largest, tokens = self._most_tokens(longest), list[int](), 0
         for step in range(self.total_steps):
@@ -106,30 +110,32 @@ class Plan:
             for part in self.micro_batches([longest[i] for i in rows]):
                 if (size := sum(longest[i] for i in rows[part])) > tokens:
                     largest, tokens = rows[part], size
-            if tokens == most:  # few rows and many steps would otherwise be asked about again and again
+            if tokens == most:  # no later step can have more
                 break
         return largest
 
     def _most_tokens(self, lengths: Sequence[int]) -> int:
-        """What no micro-batch of rows of these lengths can have more than."""
+        """Return an upper bound on the tokens of a micro-batch of rows of these lengths."""
         config, budget = self.config, self.config.max_tokens_per_micro_batch
         rows = config.per_device_train_batch_size if budget is None else self.batch_size // self.world_size
         descending = sorted(lengths, reverse=True)
-        together = sum(descending[:rows])
-        return together if budget is None else min(together, max(budget, descending[0]))
+        longest_rows = sum(descending[:rows])
+        return longest_rows if budget is None else min(longest_rows, max(budget, descending[0]))
 
     def step_seed(self, step: int) -> int:
-        """The seed of what all processes draw in a step, each its part: the samples."""
+        """Return the seed of a step's samples, which all processes share."""
         return (self.config.seed + 1) * SEEDS_PER_RUN + step
 
     def own_seed(self, step: int) -> int:
-        """The seed of what a process draws for itself in a step, as dropout and a reward function do."""
+        """Return the seed of a step that belongs to this process, for dropout and a reward function."""
         seed, rank = self.step_seed(step), self.rank_share.rank
         return seed if rank == 0 else random.Random(f"{seed}/{rank}").getrandbits(63)
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Which training rows an optimizer step trains on, longest first: processes divide them, and micro-batches are
-        cut, in this order."""
+        """Return the indices of an optimizer step's rows on all processes, the longest row first.
+
+        Processes divide the rows, and micro-batches are cut, in this order.
+        """
         grouped = self._row_lengths if self.config.group_by_length else None
         indices = batch_indices(len(self.train_rows), self.batch_size, step, self.config.seed, grouped)
         return longest_first(indices, self._row_lengths)
@@ -142,7 +148,11 @@ class Plan:
 def load_plan(
     config: Config, tokenizer: Any, eos_token_ids: Sequence[int], rank_share: RankShare = SINGLE_PROCESS
 ) -> tuple[Plan, dict[str, DataReport]]:
-    """Training and evaluation rows as the algorithm learns from them, and a report on each. Raises ``DataError``."""
+    """Return the plan with the rows of the algorithm's type, and a report on each split.
+
+    Raises:
+        DataError: the data cannot be read, no row can be used, or there are fewer training rows than processes.
+    """
     kind: type[Any] = ROW_TYPES[config.spec.row_type]
     train_rows, eval_rows, reports = load_split_rows(kind, config, tokenizer, eos_token_ids)
     if len(train_rows) < rank_share.world_size:

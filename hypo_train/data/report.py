@@ -1,4 +1,4 @@
-"""What became of the rows of a split, and what its user should look at."""
+"""The report on the rows of a split: what was used, dropped or changed, and warnings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypo_train.data.repeats import Repeats
 
 
 class Lengths(NamedTuple):
-    """Of a part of the used rows, in tokens."""
+    """The lengths, in tokens, of one part (prompt, chosen, ...) of the used rows."""
 
     smallest: int
     median: int
@@ -24,50 +24,50 @@ class Lengths(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a number of rows, prompts or completions."""
+    """A statement about a number of rows, prompts or completions."""
 
     count: int
     total: int
     text: str
     fix: str = ""
-    seldom: float | None = None  # a share above which it is a warning; None: it never is
-    rows: str = ""  # their numbers
+    warn_above: float | None = None  # the fraction above which it is a warning; None: it is never a warning
+    rows: str = ""  # the numbers of the rows, as text
 
     def line(self) -> str:
         return f"{self.count} of {self.total} ({self.count / self.total:.1%}) {self.text}{self.rows}"
 
     @property
     def is_warning(self) -> bool:
-        return self.seldom is not None and self.count > self.seldom * self.total
+        return self.warn_above is not None and self.count > self.warn_above * self.total
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows of a split; counts other than ``rows`` and ``dropped`` are of used rows."""
+    """The counts of a split. All counts except ``rows`` and ``dropped`` are of used rows."""
 
     rows: int
     used: int
     dropped: dict[str, list[int]]  # reason -> indices in the source split
-    completions: int = 0  # of all used rows: none, one or two in each
+    completions: int = 0  # in all used rows: zero, one or two in each
     truncated_prompts: int = 0
-    shortened_prompts: int = 0  # in the way of the format
+    shortened_prompts: int = 0  # by the rule of the format
     truncated_completions: int = 0
     longest_prompt: int = 0  # tokens, before it was cut
     longest_completion: int = 0
-    cut_at_eos: int = 0  # completions that had text after an EOS of their own
+    cut_at_eos: int = 0  # completions that had text after an EOS
     doubled_bos: int = 0  # prompts that had a second BOS
     missing_bos: int = 0  # prompts without the BOS that the tokenizer puts before plain text
     eos_behind_prompt: int = 0  # prompts whose text ends with an EOS
     bos_in_completion: int = 0  # completions whose text begins with a BOS
     begins_with_prompt: int = 0  # completions whose text repeats their prompt's
     rendered: int = 0  # rows written by a chat template
-    unused_template: bool = False  # there is a chat template, and plain text with none of its special tokens
+    unused_template: bool = False  # the tokenizer has a chat template, and the rows are plain text without its tokens
     repeats: Repeats = field(default_factory=Repeats)
-    also_trained_on: list[int] = field(default_factory=list)  # of held-out rows: those with a training row's prompt
+    also_trained_on: list[int] = field(default_factory=list)  # held-out rows with a training row's prompt
     lengths: dict[str, Lengths] = field(default_factory=dict)  # of prompt, chosen, ...
 
     def lines(self) -> list[str]:
-        """The report as text, one finding a line."""
+        """Return the report as text, one line for each finding."""
         lines = [f"{self.used} of {self.rows} rows used"]
         if self.dropped:
             reasons = [f"{len(rows)} with {why}{_name_rows(rows)}" for why, rows in self.dropped.items()]
@@ -81,12 +81,12 @@ class DataReport:
         return lines
 
     def warnings(self) -> list[str]:
-        """What is seldom meant, with what to do about it, one line each."""
+        """Return what is probably a mistake in the data, with its fix, one line each."""
         lines = []
         lost = self.rows - self.used
         if lost > 0.05 * self.rows:
             lines.append(f"{lost} of {self.rows} ({lost / self.rows:.1%}) rows dropped: repair or leave out these rows")
-        lines += [f"{found.line()}: {found.fix}" for found in self._findings() if found.is_warning]
+        lines += [f"{finding.line()}: {finding.fix}" for finding in self._findings() if finding.is_warning]
         if self.unused_template:
             lines.append(
                 "plain text, and the tokenizer has a chat template that is not applied: write prompt and completions "
@@ -184,6 +184,6 @@ class DataReport:
 
 
 def _name_rows(rows: list[int]) -> str:
-    """`` (row 3)``, `` (rows 3, 17)``."""
+    """Return the numbers of the rows as in `` (row 3)`` or `` (rows 3, 17)``."""
     shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
     return f" (row {shown})" if len(rows) == 1 else f" (rows {shown})"

@@ -1,12 +1,12 @@
-"""Reddit's TL;DR: posts with a summary, and people's choices between two summaries of a post.
+"""The format of Reddit's TL;DR: posts with a summary, and human choices between two summaries of a post.
 
-The rows are those of OpenAI's summarize-from-feedback and of its copies on the Hub, read from their original fields:
+It reads the original fields of OpenAI's summarize-from-feedback and of its copies on the Hub:
 
     a post with a summary    subreddit, title, post, summary
     a comparison             info {subreddit, title, post, ...}, summaries [{text, ...}, {text, ...}], choice 0 or 1
 
-Other columns, such as prompts that somebody has cut and tokenised before, are left alone: the prompt is written here,
-and a post is cut here, for the tokenizer of the run.
+Other columns, such as prompts that were already cut and tokenized, are ignored: this module writes the prompt and cuts
+the post for the tokenizer of the run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 POST = {"subreddit", "title", "post"}
 COMPARISON = {"info", "summaries", "choice"}
-# How many tokens a cut of b bytes may save beyond b. A token has a byte at least, so that this would be none, were it
-# not for the last word that is left: it is tokenised anew, and may have taken a few tokens more than its letters need.
-# The most in a million cuts, of words and pairs of words of a vocabulary of 49,152 tokens, was 3.
+# A cut of b bytes saves at most b + SLACK tokens. Each token has at least one byte, but the last word that remains is
+# tokenized anew and may then need a few tokens less. The largest difference in a million cuts, of words and pairs of
+# words of a vocabulary of 49,152 tokens, was 3.
 SLACK = 6
 
 
 class Tldr:
-    """The format: its prompts end with "TL;DR:", its completions begin with a space."""
+    """Reads posts and comparisons; a prompt ends with "TL;DR:" and a completion begins with a space."""
 
     def pair_parts(self, columns: AbstractSet[str]) -> tuple[str, ...]:
         if not columns >= COMPARISON:
@@ -52,7 +52,7 @@ class Tldr:
 
     def prompt_parts(self, columns: AbstractSet[str]) -> tuple[str, ...]:
         if columns >= COMPARISON:
-            return ("chosen", "rejected")  # the same rows and prompts as of the pairs
+            return ("chosen", "rejected")  # so that rows and prompts are those of the pairs
         if columns >= POST:
             return ()
         raise DataError(
@@ -71,6 +71,8 @@ class Tldr:
 
 @dataclass(frozen=True)
 class Post:
+    """One Reddit post."""
+
     subreddit: str
     title: str
     text: str
@@ -79,11 +81,13 @@ class Post:
         return f"SUBREDDIT: r/{self.subreddit}\n\nTITLE: {self.title}\n\nPOST: {self.text}\n\nTL;DR:"
 
     def shorten(self, encode: Encode, limit: int) -> tuple[int, ...]:
-        """The ids of the prompt, cut by one rule: while it has more than ``limit`` tokens, its text loses its last
-        line, or, where it is but one line, its last character.
+        """Return the ids of the prompt with at most ``limit`` tokens.
 
-        Not every cut on the way is tokenised: a prompt with n tokens too many has to lose n - ``SLACK`` bytes at
-        least, and is not looked at before. Raises ``Unusable`` where the rest of the prompt is too long already.
+        While the prompt is too long, its text loses its last line or, if it has only one line, its last character. Not
+        every step is tokenized: a prompt with n tokens too many must lose at least n - ``SLACK`` bytes first.
+
+        Raises:
+            Unusable: the prompt is too long even without the text of its post.
         """
         post = self
         while (excess := len(ids := encode(post.prompt())) - limit) > 0:
@@ -94,7 +98,7 @@ class Post:
 
 
 def _cut(text: str, num_bytes: int) -> str:
-    """``text`` after one cut, and as many more as it takes to lose ``num_bytes`` bytes."""
+    """Return ``text`` after at least one cut, and after enough cuts to lose ``num_bytes`` bytes."""
     lost = 0
     while text and (lost == 0 or lost < num_bytes):
         line_break = text.rfind("\n")
@@ -116,7 +120,7 @@ def _post(fields: Any) -> Post:
 
 
 def _judged(example: Mapping[str, Any]) -> dict[str, Any]:
-    """The two summaries, by what the choice made of them."""
+    """Return the two summaries as "chosen" and "rejected"."""
     summaries, choice = example["summaries"], example["choice"]
     if not isinstance(summaries, list) or [isinstance(summary, Mapping) for summary in summaries] != [True, True]:
         raise Unusable("'summaries' that are not two with a text")
@@ -127,7 +131,7 @@ def _judged(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _completion(text: Any, part: str) -> str:
-    """A summary as it follows its prompt: after a space, which comparisons have and references lack."""
+    """Return the summary with a space in front, which comparisons have and reference summaries do not have."""
     if not isinstance(text, str):
         raise Unusable(f"no text as {part!r}")
     refuse_blank(text, part)

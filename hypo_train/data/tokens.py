@@ -1,7 +1,7 @@
-"""Rows of text -> token ids.
+"""Tokenize rows of text.
 
-Every completion ends with exactly one EOS; a prompt has at most one BOS. Prompt and completion are
-tokenised apart, so that the prompt a sample continues has the very ids the offline completions continue.
+Every completion ends with exactly one EOS; a prompt has at most one BOS. Prompt and completion are tokenized
+separately, so that samples continue exactly the prompt ids that the completions of the data set continue.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMATS: dict[str, Format] = {"preferences": Preferences(), "tldr": Tldr()}
-BLOCK = 1000  # rows tokenised in one call: a fast tokenizer runs a batch in parallel
+BLOCK = 1000  # rows in one call of the tokenizer; a fast tokenizer processes them in parallel
 
 Rows: TypeAlias = "datasets.Dataset | Sequence[Mapping[str, Any]]"
 
@@ -39,15 +39,22 @@ def tokenize(
     dataset_format: str = "preferences",
     first_row: int = 0,
 ) -> tuple[list[Row], DataReport]:
-    """Token ids of the rows that can be used as ``kind``, in order, and a report on all of them.
+    """Return the usable rows as ``kind``, in order, and a report on all rows.
 
-    ``dataset_format`` is a key of ``FORMATS``: of "preferences", the columns are ``chosen``, ``rejected`` and, unless
-    it is their common beginning, ``prompt``; each is text or a list of chat messages. Examples are of ``prompt`` and
-    ``completion``, or of the chosen side of preferences; prompts are of preferences, or of rows with nothing but a
-    ``prompt``. Lengths are in tokens, EOS included; ``first_row`` is the index in the split of the first row. A
-    completion without an EOS gets the tokenizer's, or the first of ``eos_token_ids`` if the tokenizer's is not among
-    them. Raises ``DataError`` when a column is missing, when chat messages meet a tokenizer without a chat template,
-    and when no row can be used.
+    With ``dataset_format`` "preferences", the columns are ``chosen``, ``rejected`` and ``prompt``, each text or a list
+    of chat messages; without ``prompt``, the prompt is the common beginning. An ``Example`` is made of ``prompt`` and
+    ``completion``, or of the chosen side of a preference; a ``Prompt`` of a preference, or of ``prompt`` alone.
+
+    Args:
+        max_prompt_length: in tokens.
+        max_completion_length: in tokens, EOS included.
+        eos_token_ids: the tokens that end a completion. A completion without any gets the tokenizer's EOS, or the first
+            of these if the tokenizer's EOS is not among them.
+        dataset_format: a key of ``FORMATS``.
+        first_row: the index in the split of the first row.
+
+    Raises:
+        DataError: a column is missing, there are chat messages but no chat template, or no row can be used.
     """
     form = FORMATS[dataset_format]
     parts = parts_of(kind, form)(columns_of(dataset))
@@ -59,12 +66,12 @@ def tokenize(
 
 
 def parts_of(kind: type[Any], form: Format) -> Callable[[KeysView[str]], tuple[str, ...]]:
-    """What finds the parts of a row that ``kind`` needs, from its columns."""
+    """Return the function that names the parts that ``kind`` needs, given the columns."""
     return {Pair: form.pair_parts, Example: form.example_parts, Prompt: form.prompt_parts}[kind]
 
 
 def kind_of(dataset: Rows, dataset_format: str, *, prefers_pairs: bool) -> type[Any]:
-    """Pairs where there are preferences and they matter, examples where there are completions, else prompts."""
+    """Return Pair for preferences if ``prefers_pairs``, Example for rows with a completion, else Prompt."""
     form, columns = FORMATS[dataset_format], columns_of(dataset)
     for kind in (Pair, Example) if prefers_pairs else (Example,):
         try:
@@ -83,17 +90,17 @@ def columns_of(dataset: Rows) -> KeysView[str]:
 
 @dataclass(frozen=True)
 class _TokenRules:
-    """What the ids of a prompt and of a completion have to keep to."""
+    """The special tokens and the length limits of prompts and completions."""
 
     tokenizer: PreTrainedTokenizerBase
     bos: int | None
-    eos: int  # ends a completion that has none of ``stops``
+    eos: int  # is added to a completion that has none of ``stops``
     stops: frozenset[int]
     max_prompt_length: int
     max_completion_length: int
-    adds_bos: bool  # to plain text, as it is
+    adds_bos: bool  # the tokenizer adds a BOS to plain text
     adds_eos: bool
-    special: frozenset[int]  # but BOS and EOS: a plain text that has one was written for a chat template
+    special: frozenset[int]  # without BOS and EOS; plain text with one of these was written for a chat template
 
 
 def _token_rules(
@@ -120,7 +127,7 @@ def _token_rules(
 def _tokenize(
     dataset: Rows, form: Format, rules: _TokenRules, parts: Sequence[str], wanted: Sequence[str], first_row: int
 ) -> tuple[list[tuple[int, Ids, list[Ids]]], DataReport]:
-    """(row, prompt, the ``wanted`` ones of the ``parts``) of each usable row, and the report."""
+    """Return (row, prompt, ``wanted`` completions) of each usable row, and the report."""
     dropped: dict[str, list[int]] = {}
     counts: Counter[str] = Counter()
     rows = []
@@ -170,7 +177,7 @@ def _tokenize(
 def _encode(
     block: list[RowText], tokenizer: PreTrainedTokenizerBase, num_wanted: int
 ) -> Iterator[tuple[RowText, list[int], list[list[int]]]]:
-    """Each row with the ids of its prompt and completions; special tokens come with plain prompts alone."""
+    """Yield each row with the ids of its prompt and completions; only plain prompts get special tokens."""
     prompts = {
         rendered: _ids(tokenizer, [text.prompt for text in block if text.rendered is rendered], special=not rendered)
         for rendered in (False, True)
@@ -203,7 +210,7 @@ def _fit(
     names: Sequence[str],
     counts: Counter[str],
 ) -> tuple[Ids, list[Ids]]:
-    """Prompt and completions with BOS, EOS and lengths put right; ``counts`` notes what was done."""
+    """Return prompt and completions with correct BOS, EOS and lengths; ``counts`` records the changes."""
     ended = [_end_with_eos(ids, rules, name) for ids, name in zip(completions, names, strict=True)]
     if len(set(ended)) < len(ended):
         raise Unusable("the same tokens in 'chosen' and 'rejected'")
@@ -233,27 +240,27 @@ def _count_prompt(text: RowText, ids: list[int], clean: Ids, rules: _TokenRules,
 def _count_completions(
     text: RowText, completions: list[list[int]], ended: list[Ids], rules: _TokenRules, counts: Counter[str]
 ) -> None:
-    for ids, whole, completion in zip(completions, ended, text.completions, strict=False):
-        counts["longest_completion"] = max(counts["longest_completion"], len(whole))
-        counts["truncated_completions"] += len(whole) > rules.max_completion_length
-        start = text.prompt.strip()  # a word or two may well be said again
+    for ids, with_eos, completion in zip(completions, ended, text.completions, strict=False):
+        counts["longest_completion"] = max(counts["longest_completion"], len(with_eos))
+        counts["truncated_completions"] += len(with_eos) > rules.max_completion_length
+        start = text.prompt.strip()  # a short prompt can be repeated by chance
         counts["begins_with_prompt"] += len(start) >= 10 and completion.lstrip().startswith(start)
         counts["bos_in_completion"] += rules.bos not in rules.stops and ids[:1] == [rules.bos]
-        # A template's line break after the EOS is no loss, text is.
-        rest = ids[len(whole) :]
+        # Ignore the line break that a template writes after the EOS.
+        rest = ids[len(with_eos) :]
         counts["cut_at_eos"] += bool(rest and str(rules.tokenizer.decode(rest, skip_special_tokens=True)).strip())
 
 
 def _end_with_eos(ids: list[int], rules: _TokenRules, column: str) -> Ids:
-    """The ids up to their first EOS, or with one added."""
-    end = next((place for place, token in enumerate(ids) if token in rules.stops), len(ids))
+    """Return the ids up to their first EOS, or with an EOS added."""
+    end = next((i for i, token in enumerate(ids) if token in rules.stops), len(ids))
     if end == 0:
         raise Unusable(f"an empty {column!r}")
     return (*ids[:end], ids[end] if end < len(ids) else rules.eos)
 
 
 def _clean_prompt(ids: list[int], rendered: bool, rules: _TokenRules) -> Ids:
-    """At most one BOS in front; no EOS behind a plain prompt, where some tokenizers put one."""
+    """Return the ids with at most one BOS at the start, and without the EOS that some tokenizers add at the end."""
     start, end = _num_doubled(ids, rules), len(ids)
     while not rendered and end - start > 1 and ids[end - 1] in {*rules.stops, rules.tokenizer.eos_token_id}:
         end -= 1
@@ -263,7 +270,7 @@ def _clean_prompt(ids: list[int], rendered: bool, rules: _TokenRules) -> Ids:
 
 
 def _num_doubled(ids: list[int], rules: _TokenRules) -> int:
-    """How many BOS stand before the one that a prompt may have."""
+    """Return how many BOS tokens the prompt has too many at its start."""
     count = 0
     while rules.bos is not None and ids[count : count + 2] == [rules.bos] * 2:
         count += 1
@@ -271,21 +278,21 @@ def _num_doubled(ids: list[int], rules: _TokenRules) -> int:
 
 
 def _shortened(text: RowText, ids: Ids, rules: _TokenRules) -> Ids:
-    """A prompt's ids, at most max_prompt_length of them."""
+    """Return at most max_prompt_length ids of the prompt."""
     if len(ids) <= rules.max_prompt_length:
         return ids
     if text.shorten is None:
         return _keep_end(ids, rules)
 
     def encode(prompt: str) -> Ids:
-        (found,) = _ids(rules.tokenizer, [prompt], special=not text.rendered)
-        return _clean_prompt(found, text.rendered, rules)
+        (prompt_ids,) = _ids(rules.tokenizer, [prompt], special=not text.rendered)
+        return _clean_prompt(prompt_ids, text.rendered, rules)
 
     return text.shorten(encode, rules.max_prompt_length)
 
 
 def _keep_end(ids: Ids, rules: _TokenRules) -> Ids:
-    """The last max_prompt_length ids, the first of them the BOS if the prompt had one."""
+    """Return the last max_prompt_length ids; if the prompt began with a BOS, the result begins with it too."""
     excess = len(ids) - rules.max_prompt_length
     start = ids[:1] if ids[0] == rules.bos else ()
     return start + ids[excess + len(start) :]

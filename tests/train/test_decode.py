@@ -186,7 +186,7 @@ def test_prompt_kv_of_the_callers_gives_the_same_draws_without_a_prefill(archite
 def test_prompt_kv_of_other_prompts_is_refused():
     model = new_model()
     kv = own_prefill(model, PROMPTS, "left")
-    with pytest.raises(ValueError, match="prompt_kv is not of these prompts"):
+    with pytest.raises(ValueError, match="prompt_kv belongs to other prompts"):
         sampler_of(model).sample(PROMPTS[::-1], 2, 4, seed=1, prompt_kv=kv)
 
 

@@ -1,14 +1,14 @@
-"""Completions as they grow: n branches from each prompt, whose KV is kept once.
+"""The state of decoding: n growing completions (branches) of each prompt, which share the prompt's keys and values.
 
-One row a prompt. Its KV slots read
+Each prompt has one row. Its KV slots are
 
     prompt tokens (L, padding included) | token 0 of samples 0 .. n-1 | token 1 of samples 0 .. n-1 | ...
 
-A step feeds the n newest tokens of every prompt as n queries of its row, and a mask shows sample j the
-prompt's real tokens and its own earlier slots. So samples share their prompt's KV with plain attention.
+A step feeds the n newest tokens of every prompt as n queries of its row. A mask lets sample j see the prompt's tokens
+and its own earlier slots, so plain attention serves samples that share their prompt's KV.
 
-Everything that changes from step to step is a tensor on the device, changed in place: a step waits for
-nothing, and runs as well inside a CUDA graph.
+All state that a step changes is a tensor on the device, updated in place. A step therefore never waits for the device,
+and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PACKED = "hypo_packed_sdpa"
 
 @dataclass(frozen=True)
 class KVShape:
-    """What the model keeps of a token, and how its queries share it."""
+    """The sizes of a token's keys and values in every layer."""
 
     layers: tuple[tuple[int, int, int], ...]  # (H_kv, D_head of the keys, of the values) of each layer
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class Rules:
 
 
 def num_slots(prompt: int, new: int) -> int:
-    """KV slots for a prompt and its new tokens, rounded up: attention with a mask wants aligned rows on CUDA."""
+    """Return the KV slots for a prompt and its new tokens, rounded up because masks need aligned rows on CUDA."""
     return -(-(prompt + new) // 16) * 16
 
 
@@ -59,8 +59,8 @@ class Branches:
     """P prompts with n branches each, of up to T tokens. `load` the prompts, `start`, then `step` T - 1 times.
 
     Args:
-        uniforms: float64 (P, n, T) in [0, 1): the random number behind each token. Fixed in advance, so that
-            no plan of batches or order of rows changes what is drawn.
+        uniforms: float64 (P, n, T) in [0, 1): the random number of each token, drawn in advance, so that batches and
+            the order of rows do not change the samples.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Branches:
         self.model, self.rules, self.n, self.T, self.L = model, rules, n, T, max_prompt_length
         self.uniforms = uniforms
         self.slots = num_slots(self.L, n * T)
-        # Zeros, not empty: a weight of 0 times what was never written must be 0.
+        # Zeros, not empty: an attention weight of 0 times an unwritten value must be 0.
         self.layers = [
             _BranchLayer(
                 torch.zeros(P, heads, self.slots, key, dtype=shape.dtype, device=device),
@@ -80,28 +80,29 @@ class Branches:
             for heads, key, value in shape.layers
         ]
         self.cache = Cache(layers=list(self.layers))
-        # Added to the attention scores: one conversion a call, where a bool mask would need one a layer. Packed
-        # attention takes a row of it for each query head of a group.
+        # An additive mask: a bool mask would be converted in every layer. Packed attention needs a row of it for
+        # each query head of a group.
         groups = shape.query_groups if packed else 1
         self.hidden = torch.finfo(shape.dtype).min
         self.mask = torch.full((P, 1, groups * n, self.slots), self.hidden, dtype=shape.dtype, device=device)
-        own = torch.full((n, n), self.hidden, dtype=shape.dtype, device=device).fill_diagonal_(0.0)
-        self.own = own.repeat(groups, 1).expand(P, 1, -1, -1).contiguous()  # what a token's slot shows to whom
+        # The columns of the mask for the slots of one step: each sample sees its own slot only.
+        step_mask = torch.full((n, n), self.hidden, dtype=shape.dtype, device=device).fill_diagonal_(0.0)
+        self.step_mask = step_mask.repeat(groups, 1).expand(P, 1, -1, -1).contiguous()
         self.lengths = torch.zeros(P, 1, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None  # (P, V) of the prompts' last tokens
-        # The newest tokens, and which they are.
+        # The newest tokens, and their index in the completion.
         self.token = torch.zeros(P, n, dtype=torch.int64, device=device)
         self.done = torch.zeros(P, n, dtype=torch.bool, device=device)
         self.newest = torch.zeros(1, dtype=torch.int64, device=device)
         self.branch = torch.arange(n, device=device)
-        # What was drawn. Row r of the state above belongs to prompt `prompt[r]` of these.
+        # The results. Row r of the state above belongs to prompt `prompt[r]` of the results.
         self.prompt = torch.arange(P, device=device).unsqueeze(1)
         self.tokens = torch.full((P, n, T), rules.pad_token_id, dtype=torch.int64, device=device)
         self.drawn = torch.zeros(P, n, T, dtype=torch.bool, device=device)
         self.logprobs = torch.zeros(P, n, T, dtype=torch.float32, device=device)
 
     def reset(self, uniforms: Tensor) -> None:
-        """Back to before `load`, in place. KV that nobody wrote over stays hidden."""
+        """Restore the state before `load`, in place; the mask hides the old keys and values."""
         self.uniforms.copy_(uniforms)
         self.mask.fill_(self.hidden)
         self.tokens.fill_(self.rules.pad_token_id)
@@ -109,17 +110,17 @@ class Branches:
             state.zero_()
 
     def nbytes(self) -> int:
-        """Of the KV buffers."""
+        """Return the size of the KV buffers."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     def load(self, first: int, kv: PromptKV) -> None:
-        """Put prompts `first`, `first` + 1, ... in their rows, against the right end of the prompt's slots."""
+        """Store the prompts `first`, `first` + 1, ... in their rows, at the right end of the prompt's slots."""
         rows = slice(first, first + len(kv.mask))
         slots = slice(self.L - kv.mask.shape[1], self.L)
-        own = kv.mask[:, None, :, None]  # padding may hold anything, and 0 times a NaN is none
+        is_token = kv.mask[:, None, :, None]  # padding can hold NaN, and 0 times NaN is NaN
         for layer, keys, values in zip(self.layers, kv.keys, kv.values, strict=True):
-            layer.keys[rows, :, slots] = keys.where(own, 0)
-            layer.values[rows, :, slots] = values.where(own, 0)
+            layer.keys[rows, :, slots] = keys.where(is_token, 0)
+            layer.values[rows, :, slots] = values.where(is_token, 0)
         self.mask[rows, :, :, slots].masked_fill_(kv.mask[:, None, None], 0.0)
         self.lengths[rows] = kv.mask.sum(1, keepdim=True)
         if self.logits is None:
@@ -133,15 +134,15 @@ class Branches:
         self.logits = None
 
     def step(self, width: int) -> None:
-        """One more token for every branch. `width`: how many slots to attend to, the new ones among them."""
+        """Draw one more token for every branch, with attention over `width` slots, the new ones included."""
         logits = self.forward(width)
         self.newest += 1
         self._draw(logits, self.uniforms[self.prompt, self.branch, self.newest].unsqueeze(-1))
 
     def forward(self, width: int) -> Tensor:
-        """(P, n, V) logits after each branch's newest token, whose KV goes to its slot."""
+        """Return the logits (P, n, V) after each branch's newest token, and store its keys and values."""
         slots = self.L + self.newest * self.n + self.branch
-        self.mask.index_copy_(3, slots, self.own)
+        self.mask.index_copy_(3, slots, self.step_mask)
         for layer in self.layers:
             layer.slots, layer.width = slots, width
         return self.model(
@@ -153,7 +154,7 @@ class Branches:
         ).logits
 
     def _draw(self, logits: Tensor, uniforms: Tensor) -> None:
-        """`logits` (P, 1 or n, V) and `uniforms` (P, 1 or n, draws from each) -> the next n tokens a prompt."""
+        """Draw the next n tokens of each prompt from `logits` (P, 1 or n, V) with `uniforms` (P, 1 or n, draws)."""
         probabilities = self.rules.distribution.scores(logits).softmax(-1)
         token = draw(probabilities, uniforms)
         logprob = probabilities.gather(-1, token).log()
@@ -164,19 +165,19 @@ class Branches:
         self.tokens.index_put_(where, token)
         self.drawn.index_put_(where, live)
         self.logprobs.index_put_(where, logprob.where(live, 0.0))
-        # Rows that have ended emit padding; whether that is an EOS changes nothing.
+        # Ended rows emit padding, which may be an EOS.
         self.done |= (token.unsqueeze(-1) == self.rules.eos_token_ids).any(-1)
         self.token.copy_(token)
 
     def ended(self) -> Tensor:
-        """bool (P, n): which branches have drawn an EOS."""
+        """Return bool (P, n): the branches that have drawn an EOS."""
         is_eos = (self.tokens.unsqueeze(-1) == self.rules.eos_token_ids).any(-1)
         return (is_eos & self.drawn).any(-1)
 
     def drop(self, row: int) -> None:
-        """Decode a row no further: the last one takes its place."""
+        """Remove a row from decoding; the last row takes its place."""
         last = len(self.token) - 1
-        state = ("mask", "own", "lengths", "token", "done", "prompt")
+        state = ("mask", "step_mask", "lengths", "token", "done", "prompt")
         if row != last:
             for layer in self.layers:
                 layer.keys[row].copy_(layer.keys[last])
@@ -190,11 +191,11 @@ class Branches:
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The inverse distribution function of `probabilities` (..., V) fp32 at `uniforms` (..., m) fp64 in [0, 1).
+    """Return tokens (..., m), by the inverse distribution function of `probabilities` (..., V) fp32 at `uniforms`.
 
-    The sums are fp64: in fp32 a large vocabulary's tail would be lost in the rounding of a sum that is almost 1.
-    A token of probability 0 is never drawn. Probabilities that are NaN draw some token: what is wrong shows in the
-    loss, while an index beyond the vocabulary would end the process on CUDA.
+    `uniforms` (..., m) are fp64 in [0, 1). The sums are fp64, because in fp32 the tail of a large vocabulary would be
+    lost in rounding. A token of probability 0 is never drawn. If probabilities are NaN, some valid token is drawn: the
+    loss then shows the NaN, while an index beyond the vocabulary would end the process on CUDA.
     """
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     below_one = uniforms.clamp(max=1 - 2**-52)  # so that the product stays below the last sum
@@ -203,12 +204,12 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class _BranchLayer(StaticLayer):
-    """A layer's KV buffers, (P, H_kv, slots, D_head) each."""
+    """The key and value buffers of a layer, (P, H_kv, slots, D_head) each."""
 
     keys: Tensor
     values: Tensor
-    slots: Tensor  # int64 (n,), where a step writes
-    width: int  # how many slots it attends to
+    slots: Tensor  # int64 (n,), the slots that a step writes
+    width: int  # the number of slots that it attends to
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
@@ -231,9 +232,9 @@ def _packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of (P, H, n, D_head) queries; the heads that share a key head become rows of one product.
+    """Return attention of (P, H, n, D_head) queries; heads that share a key head become rows of one product.
 
-    transformers' own would copy the whole KV buffers, once for each query head of a group, at every step.
+    transformers' SDPA would copy the KV buffers for each query head of a group, at every step.
     """
     if softcap is not None:
         raise ValueError("attention with a softcap needs attn_implementation='eager'")
@@ -248,13 +249,13 @@ AttentionInterface.register(_PACKED, _packed_attention)
 
 
 def takes_packed(config: Any) -> bool:
-    """Whether decoding may use packed attention: a model on eager attention (for a softcap, say) stays on it."""
+    """Return whether decoding may use packed attention; a model with eager attention (for a softcap) keeps it."""
     return config._attn_implementation != "eager"
 
 
 @contextmanager
 def attention(config: Any, *, packed: bool) -> Iterator[None]:
-    """SDPA, packed for the steps or plain for the prefill, unless the model is on eager attention."""
+    """Use SDPA, packed for steps or plain for prefill, unless the model has eager attention."""
     chosen = config._attn_implementation
     if chosen != "eager":
         config._attn_implementation = _PACKED if packed else "sdpa"

@@ -1,7 +1,7 @@
-"""A decode step as a CUDA graph: the thousands of small launches of a step become one.
+"""Capture a decode step as a CUDA graph, which replaces thousands of small kernel launches by one.
 
-A graph replays addresses. So it lives with static buffers, reads the weights wherever they were when it was
-captured, and is captured again when `fingerprint` says that they are elsewhere.
+A graph replays memory addresses. It therefore needs static buffers and reads the weights at the addresses of its
+capture; it is captured again when `memory_layout` changes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import nn
 from hypo_train.sampling.decode.branches import Branches
 from hypo_train.sampling.merged_weights import is_adapted
 
-_WIDTH_STEP = 512  # slots; each graph attends to so many more, and no step to many that are still empty
+_WIDTH_STEP = 512  # slots by which the graphs' widths differ, so that few of the slots of a step are empty
 _SMALLEST_BUCKET = 128
 
 
 def bucket(length: int) -> int:
-    """The next of 128, 256, 512, ... tokens: shapes repeat from call to call, and so do graphs."""
+    """Return the next of 128, 256, 512, ... tokens, so that calls repeat shapes and can reuse graphs."""
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """Where the weights are, and which adapters a forward pass would apply: what a graph has built in."""
+def memory_layout(model: nn.Module) -> tuple[Any, ...]:
+    """Return what a graph depends on: the addresses of the weights and the active adapters."""
     layers: list[Any] = [module for module in model.modules() if is_adapted(module)]
     adapters = [
         (layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters)) for layer in layers
@@ -37,14 +37,14 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
 
 
 class CapturedBranches:
-    """Branches in buffers that stay, and their step as one graph for every width.
+    """Branches in static buffers, with a graph of their step for every width.
 
-    Built before any prompt is loaded, since warming up draws tokens: `branches.reset` before use.
+    Capturing draws tokens, so it happens before any prompt is loaded: call `branches.reset` before use.
     """
 
     def __init__(self, branches: Branches) -> None:
         self.branches = branches
-        self.fingerprint = fingerprint(branches.model)
+        self.memory_layout = memory_layout(branches.model)
         self._widths = [*range(branches.L + _WIDTH_STEP, branches.slots, _WIDTH_STEP), branches.slots]
         pool = None
         self._replays: dict[int, Callable[[], None]] = {}
@@ -53,20 +53,20 @@ class CapturedBranches:
             self._replays[width] = replay
 
     def step(self, width: int) -> None:
-        """`Branches.step`, attending to `width` slots or a few more that are hidden."""
+        """Run `Branches.step` with at least `width` slots; the mask hides those beyond it."""
         self._replays[next(w for w in self._widths if w >= width)]()
 
 
 def captured(step: Callable[[], None], *, rewind: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    """`step` as a graph, and the memory pool that graphs which never run at the same time may share.
+    """Return a function that replays `step`, and its memory pool, which graphs can share if they never overlap.
 
-    `step` runs twice before it is captured, on a stream of its own as PyTorch asks, after a `rewind` each.
+    `step` runs twice before the capture, on a separate stream as PyTorch requires, each time after a `rewind`.
 
     Raises:
-        RuntimeError: there is no CUDA device, or `step` does what a graph cannot hold.
+        RuntimeError: there is no CUDA device, or `step` cannot be captured.
     """
     kind = "cuda"
-    # Autocast caches its copies of the weights, and a graph would read the copy of the day of its capture.
+    # Autocast caches its copies of the weights, and a graph would keep reading the cached ones.
     uncached = partial(
         torch.autocast,
         kind,
@@ -82,7 +82,7 @@ def captured(step: Callable[[], None], *, rewind: Callable[[], Any], pool: Any) 
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what a logger's thread does on the device meanwhile is no business of the capture.
+    # thread_local: other threads, such as a logger's, may use the device during the capture.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), uncached():
         step()
     return graph.replay, graph.pool()

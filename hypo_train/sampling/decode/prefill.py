@@ -1,4 +1,4 @@
-"""One forward pass over prompts, for their KV and the logits of their last tokens."""
+"""The forward pass over prompts that gives their keys and values and the logits of their last tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hypo_train.sampling.protocol import PromptKV, base_model, left_padded, posi
 
 
 def prefill(model: Any, prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> PromptKV:
-    """Under the caller's `no_grad`, eval mode and autocast."""
+    """Return keys, values and last logits of ``prompts``; no_grad, eval mode and autocast are set by the caller."""
     device = next(model.parameters()).device
     input_ids, attention_mask = left_padded(prompts, pad_token_id, device)
     base = base_model(model)
-    # Without it, the head runs over every token of every prompt.
+    # Without logits_to_keep, the LM head runs over every token of every prompt.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     output = model(
         input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""Which models the decoding engine serves: structure first, then proof on a few tokens."""
+"""Check that the decode sampler supports a model: by its structure, then by decoding a few tokens."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attent
 from hypo_train.sampling.decode.prefill import prefill
 from hypo_train.sampling.protocol import Distribution, base_model
 
-_PROMPTS = ([3, 1, 4, 1, 5], [2, 7])  # of different lengths: the shorter is padded
+_PROMPTS = ([3, 1, 4, 1, 5], [2, 7])  # of different lengths, so that the shorter one is padded
 _STEPS = 3
 
 
 def serves(model: Any) -> str | None:
-    """Why `DecodeSampler` cannot draw from `model`; None where it can.
+    """Return the reason why `DecodeSampler` cannot draw from `model`, or None if it can.
 
-    Structure is looked at first. Then a few tokens are decoded, and every logit on the way must equal that of a
-    plain forward pass over the same row, to half the digits of the model's dtype.
+    A few tokens are decoded, and their logits must equal those of a plain forward pass over the same row, to half the
+    digits of the model's dtype.
     """
-    return _structure(model) or _proof(model)
+    return _unsupported_structure(model) or _wrong_logits(model)
 
 
 def text_config(model: Any) -> Any:
@@ -33,7 +33,7 @@ def text_config(model: Any) -> Any:
 
 
 def compute_dtype(model: Any) -> torch.dtype:
-    """What attention computes in: autocast's dtype where it is on, else the hidden states'."""
+    """Return the dtype of attention: autocast's if it is on, else that of the hidden states."""
     weight = base_model(model).get_input_embeddings().weight
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -41,7 +41,7 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 @torch.no_grad()
 def kv_shape(model: Any) -> KVShape:
-    """Read from the cache that one token leaves, since no two configs name their sizes alike."""
+    """Return the sizes of the KV cache, read from the cache of one token because configs name sizes differently."""
     config = text_config(model)
     with eval_mode(model), attention(config, packed=False), _precision_of(model):
         kv = prefill(model, [[0]], pad_token_id=0)
@@ -52,13 +52,13 @@ def kv_shape(model: Any) -> KVShape:
     )
 
 
-def _structure(model: Any) -> str | None:
+def _unsupported_structure(model: Any) -> str | None:
     config, name = text_config(model), type(base_model(model)).__name__
     if getattr(base_model(model).config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        return f"{name} has layers of {', '.join(sorted(kinds))}, which keep more than keys and values of tokens"
+        return f"{name} has layers of {', '.join(sorted(kinds))}, which store more than keys and values of tokens"
     if rope := _rope_types(config) & {"dynamic", "longrope"}:
         return f"{name} has {rope.pop()} RoPE, whose frequencies depend on how long the rows are"
     accepted = inspect.signature(base_model(model).forward).parameters
@@ -69,25 +69,25 @@ def _structure(model: Any) -> str | None:
 
 
 def _rope_types(config: Any) -> set[str]:
-    """RoPE types of a config, whose parameters may be given once or for each type of layer."""
+    """Return the RoPE types of a config, whose parameters are given once or for each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     groups = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     return {group["rope_type"] for group in groups if "rope_type" in group}
 
 
-def _proof(model: Any) -> str | None:
+def _wrong_logits(model: Any) -> str | None:
     name = type(base_model(model)).__name__
     try:
         with torch.no_grad(), eval_mode(model), _precision_of(model):
             dtype = compute_dtype(model)
-            found, expected = _decoded_and_plain_logits(model)
+            decoded, expected = _decoded_and_plain_logits(model)
     except torch.OutOfMemoryError:
         raise
-    except Exception as failure:  # every model refuses in its own way
+    except Exception as failure:  # models raise different exceptions
         words = str(failure).strip().splitlines() or [type(failure).__name__]
         return f"{name} cannot decode branches of a prompt: {words[0]}"
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
-    error = (found - expected).square().mean().sqrt()
+    error = (decoded - expected).square().mean().sqrt()
     if not error <= torch.finfo(dtype).eps ** 0.5 * spread:
         return (
             f"{name} decodes branches of a prompt to other logits than a plain forward pass: they differ by "
@@ -97,7 +97,7 @@ def _proof(model: Any) -> str | None:
 
 
 def _decoded_and_plain_logits(model: Any) -> tuple[Tensor, Tensor]:
-    """Two (tokens, V) fp32: what the engine computed on the way, and plain forward passes over the same rows."""
+    """Return two (tokens, V) fp32: the logits of decoding, and those of plain forward passes over the same rows."""
     n, device = 2, next(model.parameters()).device
     vocab_size = base_model(model).get_output_embeddings().weight.shape[0]
     prompts = [[token % vocab_size for token in prompt] for prompt in _PROMPTS]
@@ -115,18 +115,18 @@ def _decoded_and_plain_logits(model: Any) -> tuple[Tensor, Tensor]:
             width = length + n * step
             decoded.append(branches.forward(width))
             branches.step(width)
-    found = torch.stack(decoded, dim=2).flatten(0, 1)  # (2 * n, _STEPS + 1, V)
+    stacked = torch.stack(decoded, dim=2).flatten(0, 1)  # (2 * n, _STEPS + 1, V)
     plain = []
     with attention(text_config(model), packed=False):
         for row, tokens in enumerate(branches.tokens.flatten(0, 1).tolist()):
             ids = torch.tensor([prompts[row // n] + tokens[:-1]], device=device)
             plain.append(model(input_ids=ids, use_cache=False).logits[0, -_STEPS - 1 :])
-    return found.float().flatten(0, 1), torch.cat(plain).float()
+    return stacked.float().flatten(0, 1), torch.cat(plain).float()
 
 
 @contextmanager
 def _precision_of(model: Any) -> Iterator[None]:
-    """Weights of fp32 alone, or of 4 bits, compute in fp32; a mixture of dtypes computes under autocast only."""
-    precise = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
-    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=not precise):
+    """Compute in fp32 if all weights are fp32 or packed in 4 bits, else under bfloat16 autocast."""
+    all_fp32 = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=not all_fp32):
         yield
