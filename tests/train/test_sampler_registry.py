@@ -7,9 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from hypo_train.build import prepare
 from hypo_train.config import Config, ConfigError
 from hypo_train.preflight.device import require_sampler
+from hypo_train.prepare import prepare
 from hypo_train.sampling.protocol import Sampler, SampleRequest, Samples
 from hypo_train.sampling.registry import SAMPLERS, SamplerEntry, choose_sampler
 from hypo_train.train import train
