@@ -1,19 +1,19 @@
-"""HyPO for users of TRL: ``HyPOTrainer`` is a ``DPOTrainer`` with this project's loss and sampler in it.
+"""HyPO for users of TRL: ``HyPOTrainer`` is a ``DPOTrainer`` with this project's loss and sampler.
 
     from hypo_train.trl import HyPOConfig, HyPOTrainer
 
     trainer = HyPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=HyPOConfig("out", kl_coef=1e-3), train_dataset=dataset)
     trainer.train()
 
-Data sets, models, adapters, checkpoints, callbacks and loggers are TRL's own. Of a step, everything between the batch
-and its loss is replaced: each prompt's samples are drawn from the live weights, prompts are computed once for their
-pair and samples where the model's attention can, and loss and gradients come straight from hidden states.
+Data sets, models, adapters, checkpoints, callbacks and loggers are TRL's. The trainer replaces the part of a step
+between the batch and its loss: it samples from the live weights, computes each prompt once for its pair and samples
+where the model's attention supports that, and computes loss and gradients from hidden states.
 
-Metrics are TRL's, less the four that need logits (entropy, logits/chosen, logits/rejected, mean_token_accuracy), and
-``kl``, the reverse KL to the reference of a whole sample, with ``completions/mean_length`` and
+The metrics are TRL's without the four that need logits (entropy, logits/chosen, logits/rejected, mean_token_accuracy).
+Three are new: ``kl``, the reverse KL of a whole sample to the reference model, ``completions/mean_length`` and
 ``completions/clipped_ratio``.
 
-TRL reports each trainer to Hugging Face when it is made; this one does not.
+TRL's trainers send a telemetry message to Hugging Face when they are created; this one does not.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ if Version(trl.__version__) < Version("1.16"):
 
 @dataclass
 class HyPOConfig(trl.DPOConfig):
-    """``DPOConfig`` and what HyPO adds.
+    """``DPOConfig`` with the settings of HyPO.
 
     Raises:
-        ConfigError: a value that is out of range, or an option of DPO that HyPO's loss does not have.
+        ConfigError: a value is out of range, or an option of DPO is set that HyPO's loss does not have.
     """
 
     kl_coef: float = field(
         default=1e-4,
-        metadata={"help": "Weight of the reverse KL to the reference, a sum over response tokens; 0 is DPO."},
+        metadata={"help": "Weight of the reverse KL to the reference model, a sum over completion tokens; 0 is DPO."},
     )
     num_generations: int = field(
-        default=2, metadata={"help": "Samples a prompt, each the others' baseline; at least 2."}
+        default=2, metadata={"help": "Samples for each prompt; each is a baseline for the others, so at least 2."}
     )
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens a sample may have, EOS included."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Maximum number of tokens of a sample, with EOS."})
     temperature: float = field(
         default=1.0,
-        metadata={"help": "Temperature of policy and reference: of samples and of every log-probability of the loss."},
+        metadata={"help": "Temperature of policy and reference model, in sampling and in every log-prob of the loss."},
     )
     length_penalty: float = field(
         default=0.0, metadata={"help": "Added to a sample's log-ratio for each of its tokens."}
@@ -86,7 +86,7 @@ class HyPOConfig(trl.DPOConfig):
         self.loss_settings()
 
     def loss_settings(self) -> Config:
-        """The same settings as this project's own loop has them."""
+        """Return these settings as a ``Config`` of ``hypo_train``."""
         return checked(
             {
                 "algorithm": "hypo" if self.kl_coef else "dpo",
@@ -103,7 +103,7 @@ class HyPOConfig(trl.DPOConfig):
 
 
 def _refuse_options(args: HyPOConfig) -> None:
-    """Raise for what would be ignored in silence otherwise."""
+    """Raise ConfigError for options that would have no effect."""
     rules = [
         (args.loss_type != ["sigmoid"], "loss_type", "HyPO's preference term is DPO's, use 'sigmoid'"),
         (args.loss_weights not in (None, [1.0]), "loss_weights", "there is one loss, leave it out"),
@@ -126,12 +126,12 @@ def _refuse_options(args: HyPOConfig) -> None:
 class HyPOTrainer(trl.DPOTrainer):
     """``DPOTrainer`` that trains HyPO (arXiv 2406.01462); with ``kl_coef=0`` its loss and gradients are DPO's.
 
-    Takes what ``DPOTrainer`` takes, in its order; ``args`` is a :class:`HyPOConfig`. One process.
+    The arguments are those of ``DPOTrainer``; ``args`` is a :class:`HyPOConfig`. It runs in one process.
 
     Raises:
         ConfigError: ``args`` of another class, ``compute_metrics``, images, several processes.
-        DataError: a prompt of no tokens.
-        ModelError: the loss would not be exactly the model's own.
+        DataError: a prompt has no tokens.
+        ModelError: the fused loss cannot reproduce the model's own logits.
     """
 
     args: HyPOConfig
@@ -158,7 +158,7 @@ class HyPOTrainer(trl.DPOTrainer):
         self._policy = self._exact_policy(unwrapped, is_peft=is_peft)
         self._reference = self._policy
         if self.ref_model is not None:
-            # Without accelerate's autocast around its forward, which is the loss's: it would blur the proof.
+            # Without accelerate's autocast around its forward pass: the check of exactness needs fp32.
             plain = self.accelerator.unwrap_model(self.ref_model, keep_fp32_wrapper=False).requires_grad_(False)
             self._reference = self._exact_policy(plain, is_peft=False)
         policies = (self._policy, self._reference)
@@ -168,7 +168,7 @@ class HyPOTrainer(trl.DPOTrainer):
             window=min((policy.window for policy in policies if policy.window is not None), default=None),
         )
         self.sampler = self._new_sampler()
-        self._drawn_at, self._draws = -1, 0  # the step of the last draw, and how many there were at it
+        self._drawn_at, self._draws = -1, 0  # the step of the last draw, and the number of draws in that step
 
     def _exact_policy(self, model: Any, *, is_peft: bool) -> Policy:
         """Make a policy without a reference, which TRL keeps."""
@@ -188,10 +188,10 @@ class HyPOTrainer(trl.DPOTrainer):
         return entry.build(self._policy.model, settings)
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent."""
+        """Send nothing."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Tensor:
-        """The mean loss () of a batch of P pairs: (2 P, L) token ids, the chosen ones first."""
+        """Return the mean loss () of P pairs; ``inputs`` has (2 P, L) token ids, all chosen first."""
         pairs = _pairs(inputs)
         with self.accelerator.autocast():
             samples = self._samples([list(pair.prompt) for pair in pairs]) if self._settings.draws_samples else None
@@ -203,8 +203,10 @@ class HyPOTrainer(trl.DPOTrainer):
         return out.loss
 
     def _samples(self, prompts: list[list[int]]) -> Samples:
-        """``num_generations`` completions of each prompt, from the weights as they are. What is drawn is a function of
-        the seed, the step and the batch's number in it, so that a resumed run draws the same."""
+        """Sample ``num_generations`` completions of each prompt from the live weights.
+
+        The samples depend on the seed, the step and the batch's number in the step, so a resumed run draws the same.
+        """
         step = self.state.global_step if self.model.training else -2
         if step != self._drawn_at:
             self._drawn_at, self._draws = step, 0
@@ -221,7 +223,7 @@ class HyPOTrainer(trl.DPOTrainer):
 
     @torch.no_grad()
     def _ref_logps(self, tree: Tree) -> Tensor:
-        """(S,) of the tree's sequences: of ``ref_model``, of the adapter that the model came with, or without any."""
+        """Return log-probs (S,) of ``ref_model``, of the adapter that was loaded, or of the base model."""
         model = self._policy.model
         adapter: Any = nullcontext()
         if self._reference is self._policy:
@@ -244,7 +246,7 @@ class HyPOTrainer(trl.DPOTrainer):
             found["completions/mean_length"] = samples.mask.sum(1).float().mean()
             found["completions/clipped_ratio"] = (~samples.ended).float().mean()
         found["num_tokens"] = inputs["attention_mask"].sum()
-        values = torch.stack([value.detach().double() for value in found.values()]).tolist()  # one wait for the device
+        values = torch.stack([value.detach().double() for value in found.values()]).tolist()  # one read of the device
         if mode == "train":
             self._total_train_tokens += int(values[-1])
         for name, value in zip(list(found)[:-1], values, strict=False):
@@ -252,14 +254,16 @@ class HyPOTrainer(trl.DPOTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """As ``DPOTrainer``'s, with the same samples' random numbers each time: a curve compares like with like."""
+        """Evaluate as ``DPOTrainer`` does, with the same random numbers for the samples every time."""
         self._drawn_at = -1
         metrics: dict[str, float] = super().evaluate(*args, **options)
         return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """transformers leaves weights as they are that it saves under another name, such as the head of GPT-NeoX; a
-        resumed run would go on with the base model's."""
+        """Load all weights of a checkpoint.
+
+        transformers skips weights that it saves under another name, such as the LM head of GPT-NeoX.
+        """
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self._policy.is_peft:
             base = self._policy.base
@@ -282,8 +286,8 @@ def _refuse_arguments(args: Any, options: dict[str, Any]) -> None:
 
 
 def _refuse_empty_prompts(dataset: Any) -> None:
-    """A sample needs something to follow; TRL moves the end of a prompt that merges with its completion to that."""
-    prompts = dataset["prompt_ids"] if isinstance(dataset, Dataset) else ()  # a stream's are seen as they come
+    """Raise DataError for a prompt without tokens: its only token may merge with the completion."""
+    prompts = dataset["prompt_ids"] if isinstance(dataset, Dataset) else ()  # an iterable data set has no length
     empty = next((row for row, prompt in enumerate(prompts) if not prompt), None)
     if empty is not None:
         raise DataError(
@@ -293,7 +297,7 @@ def _refuse_empty_prompts(dataset: Any) -> None:
 
 
 def _pairs(inputs: dict[str, Tensor]) -> list[Pair]:
-    """The token ids of a batch, read from the device in one go."""
+    """Return the token ids of a batch; the device is read once."""
     rows = torch.stack([inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")], dim=-1).tolist()
     prompts, completions = [], []
     for row in rows:
