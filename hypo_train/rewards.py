@@ -1,4 +1,4 @@
-"""What a response is worth: a function that the configuration names, or a reward model."""
+"""Rewards of completions: from a Python function that the configuration names, or from a reward model."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ RewardFunction = Callable[[str, str], float]
 
 
 class RewardError(ValueError):
-    """A reward function gave something that is no reward; the message names it and the text."""
+    """A reward function returned a value that is not a finite number; the message names it and the completion."""
 
 
 class Reward(Protocol):
     def __call__(self, prompts: Tokens, completions: Tokens) -> Tensor:
-        """(N,), on any device, of ``completions`` (token ids), as many consecutive ones a prompt."""
+        """Return the rewards (N,) of N completions (token ids), each prompt's next to each other, on any device."""
 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A Python function of the texts, without their special tokens."""
+    """Compute rewards with a Python function of the texts, without special tokens."""
 
-    name: str  # as in the configuration
+    name: str  # ``package.module:function``
     function: RewardFunction
     tokenizer: Any
 
@@ -46,51 +46,51 @@ class FunctionReward:
         each = len(completions) // len(prompts)
         texts = self.tokenizer.batch_decode([list(ids) for ids in prompts], skip_special_tokens=True)
         answers = self.tokenizer.batch_decode([list(ids) for ids in completions], skip_special_tokens=True)
-        rewards = [self._of(texts[i // each], answer) for i, answer in enumerate(answers)]
+        source = f"reward={self.name!r}"
+        rewards = [
+            finite_score(source, self.function(texts[i // each], answer), answer) for i, answer in enumerate(answers)
+        ]
         return torch.tensor(rewards, dtype=torch.float64)
-
-    def _of(self, prompt: str, completion: str) -> float:
-        return finite_score(f"reward={self.name!r}", self.function(prompt, completion), completion)
 
 
 @dataclass(frozen=True)
 class ModelReward:
-    """A frozen reward model with the policy's tokens, ``batch_size`` prompts at once."""
+    """Compute rewards with a frozen reward model that has the policy's tokenizer."""
 
     model: RewardModel
     batcher: Batcher
-    batch_size: int
+    batch_size: int  # prompts
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]
 
     @torch.no_grad()
     def __call__(self, prompts: Tokens, completions: Tokens) -> Tensor:
-        each, found = len(completions) // len(prompts), []
+        each, rewards = len(completions) // len(prompts), []
         for start in range(0, len(prompts), self.batch_size):
             stop = start + self.batch_size
             tree = self.batcher.scored(prompts[start:stop], completions[start * each : stop * each]).to(self.device)
             with self.autocast():
-                found.append(self.model.rewards(tree))
-        return torch.cat(found)
+                rewards.append(self.model.rewards(tree))
+        return torch.cat(rewards)
 
 
 @dataclass(frozen=True)
 class EndedReward:
-    """A reward, less a penalty where a completion has not ended."""
+    """Subtract a penalty from the rewards of completions without an EOS."""
 
     reward: Reward
     eos_token_ids: frozenset[int]
     missing_eos_penalty: float
 
     def __call__(self, prompts: Tokens, completions: Tokens) -> Tensor:
-        cut = torch.tensor([ids[-1] not in self.eos_token_ids for ids in completions])
+        is_cut = torch.tensor([ids[-1] not in self.eos_token_ids for ids in completions])
         rewards = self.reward(prompts, completions)
-        return rewards - self.missing_eos_penalty * cut.to(rewards.device, non_blocking=True)
+        return rewards - self.missing_eos_penalty * is_cut.to(rewards.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class ClassifierReward:
-    """A frozen sequence classifier of the texts, each prompt and its completion joined, with a tokenizer of its own."""
+    """Compute rewards with a frozen sequence classifier of the texts, which has a tokenizer of its own."""
 
     model: Any
     tokenizer: Any
@@ -101,16 +101,16 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Tokens, completions: Tokens) -> Tensor:
-        each, found = len(completions) // len(prompts), []
-        whole = [[*prompts[i // each], *completion] for i, completion in enumerate(completions)]
-        texts = self.policy_tokenizer.batch_decode(whole, skip_special_tokens=True)
+        each, rewards = len(completions) // len(prompts), []
+        sequences = [[*prompts[i // each], *completion] for i, completion in enumerate(completions)]
+        texts = self.policy_tokenizer.batch_decode(sequences, skip_special_tokens=True)
         for start in range(0, len(texts), self.batch_size):
             batch = self.tokenizer(
                 texts[start : start + self.batch_size], padding=True, truncation=True, return_tensors="pt"
             ).to(self.device)
             with self.autocast():
-                found.append(self.model(**batch).logits[:, 0].float())
-        return torch.cat(found)
+                rewards.append(self.model(**batch).logits[:, 0].float())
+        return torch.cat(rewards)
 
 
 def load_reward(
@@ -120,10 +120,10 @@ def load_reward(
     eos_token_ids: Sequence[int],
     accelerator: Accelerator,
 ) -> tuple[Reward | None, str | None]:
-    """The configured reward, and why a reward model reads texts where it does not read the policy's tokens.
+    """Return the configured reward, and the reason if a reward model reads texts and not the policy's token ids.
 
     Raises:
-        ModelError: the reward model cannot be loaded or is none.
+        ModelError: the reward model cannot be loaded, or is not a reward model.
     """
     if not config.has_reward:
         return None, None
@@ -154,7 +154,11 @@ def _reward_model(config: Config, tokenizer: Any, accelerator: Accelerator) -> t
 
 
 def finite_score(source: str, value: Any, completion: str) -> float:
-    """What a function of the user's gave for ``completion``. Raises RewardError unless it is a finite number."""
+    """Return ``value``, which the user's function returned for ``completion``, as a float.
+
+    Raises:
+        RewardError: it is not a finite number.
+    """
     try:
         score = float(value)
     except (TypeError, ValueError):
@@ -165,7 +169,11 @@ def finite_score(source: str, value: Any, completion: str) -> float:
 
 
 def load_function(path: str, field: str = "reward") -> RewardFunction:
-    """The function that ``package.module:function``, the value of ``field``, names. Raises ConfigError."""
+    """Import and return the function that ``path``, ``package.module:function``, names.
+
+    Raises:
+        ConfigError: there is no such function; the message names ``field``.
+    """
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)

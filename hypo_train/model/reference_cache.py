@@ -1,12 +1,11 @@
-"""The reference's log-probs of the preference pairs: computed once, kept on disk, read by every run they fit.
+"""A cache on disk of the reference model's log-probs of preference pairs.
 
-    <folder>/<key>.safetensors    "logps" fp32 (rows, 2), chosen and rejected; metadata for the reader and the check
+    <folder>/<key>.safetensors    "logps" fp32 (rows, 2), chosen and rejected; metadata with key and checksum
 
-The key is a hash of all that the values depend on: the pairs' token ids (which hold tokenizer, template,
-truncation and data), the content of every weight of the reference, the model's code and settings, temperature and
-compute dtype. Batch size and kernel change last bits alone and are left out. A file is written under another
-name and renamed, so that runs that compute the same key at once only replace each other's equal files; one that
-is torn, damaged or of something else is not used, and the run says so.
+The key is a hash of everything that the values depend on: the pairs' token ids (which reflect tokenizer, template,
+truncation and data), every weight of the reference model, the model's code and settings, temperature and compute
+dtype. Batch size and kernel change the last bits only and are not part of it. Files are written atomically, so two
+runs that compute one key replace each other's equal files. A damaged file is reported and computed again.
 """
 
 from __future__ import annotations
@@ -40,18 +39,18 @@ from hypo_train.trees.pack import Batcher
 from hypo_train.utils.atomic import write_file
 from hypo_train.utils.safe_print import safe_print
 
-FORMAT_VERSION = 1  # of the file, and of how the values are computed: raised when either changes
+FORMAT_VERSION = 1  # raised when the file's layout or the computation changes
 _SECONDS_PER_LINE = 30.0
-# What a model's settings say of where it came from and what its forward returns beside the hidden states.
+# Settings of a model that do not affect its hidden states.
 _NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
 
 
 def precompute_pays(rows: Sequence[Pair], passes: float, *, prompts_shared: bool) -> bool:
-    """Whether one pass over ``rows`` now costs no more tokens than asking the reference in each of ``passes``.
+    """Return whether one reference pass over ``rows`` costs at most as many tokens as ``passes`` passes in the steps.
 
-    A pair's own reference pass is over its prompt and completions; with ``prompts_shared``, samples of the
-    prompt need that pass anyway, and the pair adds its completions alone. A draw counts as a gain: the
-    values stay for other runs. What lies in the cache plays no part, so that a run repeats itself.
+    With ``prompts_shared`` the steps run the reference on the prompts for their samples anyway, so a pair adds only
+    its completions to a step. At equal cost it pays, because other runs can use the values. The answer does not
+    depend on what the cache holds, so that a run can be repeated.
     """
     completions = sum(len(row.chosen) + len(row.rejected) for row in rows)
     once = completions + sum(len(row.prompt) for row in rows)
@@ -59,7 +58,7 @@ def precompute_pays(rows: Sequence[Pair], passes: float, *, prompts_shared: bool
 
 
 def splits_to_precompute(plan: Plan) -> set[str]:
-    """Which of "train" and "eval" have their reference log-probs computed before the first step."""
+    """Return the splits ("train", "eval") whose reference log-probs are computed before the first step."""
     config: Config = plan.config
     rows: dict[str, Any] = {"train": plan.train_rows, "eval": plan.eval_rows}
     splits = {split for split in rows if rows[split]}
@@ -77,7 +76,7 @@ def splits_to_precompute(plan: Plan) -> set[str]:
 
 
 def cache_folder(config: Config) -> Path:
-    """Where the files lie; not made here."""
+    """Return the cache's folder; it may not exist yet."""
     if config.ref_logps_cache_dir is not None:
         return Path(config.ref_logps_cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -85,7 +84,7 @@ def cache_folder(config: Config) -> Path:
 
 
 def require_writable(folder: Path) -> None:
-    """Make ``folder`` if need be. Raises ConfigError, before anything is computed, if no file can be kept there."""
+    """Create ``folder`` if it does not exist. Raises ConfigError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -110,7 +109,7 @@ def pair_reference_logps(
     split: str,
     progress: bool,
 ) -> Tensor:
-    """Log-probs of each row's chosen and rejected under the frozen reference, fp32 (len(rows), 2) on ``device``.
+    """Return the reference model's log-probs of chosen and rejected, fp32 (len(rows), 2) on ``device``.
 
     Args:
         processes: divide the rows; the main one reads and writes the file.
@@ -136,7 +135,7 @@ def pair_reference_logps(
 
 
 def _kept(path: Path, num_rows: int, split: str) -> Tensor | None:
-    """What the file holds; None where there is none that can be used."""
+    """Return the log-probs in the file, or None if there is no usable file."""
     if not path.exists():
         return None
     try:
@@ -158,7 +157,7 @@ def _keep(path: Path, logps: Tensor, policy: Policy, what: str) -> None:
 
 
 def cache_key(policy: Policy, rows: Sequence[Pair], config: Config, *, autocast: bool) -> str:
-    """SHA-256, in hexadecimal, of all that the values depend on."""
+    """Return the SHA-256, in hexadecimal, of everything that the values depend on."""
     base = policy.base
     constants = {name: value for name, value in policy.head().constants().items() if name != "bias"}  # a weight
     facts = {
@@ -174,12 +173,12 @@ def cache_key(policy: Policy, rows: Sequence[Pair], config: Config, *, autocast:
 
 
 def settings_computed_with(base: Any) -> dict[str, Any]:
-    """What a transformers model's settings say of how it computes."""
+    """Return the settings of a transformers model that affect its hidden states."""
     return {name: value for name, value in base.config.to_dict().items() if name not in _NOT_COMPUTED_WITH}
 
 
 def _reference_weights(policy: Policy) -> dict[str, list[Any]]:
-    """Of what the reference is made of, buffers included."""
+    """Return hashes of the reference model's weights and buffers."""
     return weight_hashes({**dict(policy.named_buffers()), **initial_weights(policy)})
 
 
@@ -194,7 +193,7 @@ def _computed(
     label: str,
     progress: bool,
 ) -> Tensor:
-    """fp32 (len(rows), 2) on the CPU. Rows of like length go together, the longest first: they need most memory."""
+    """Return the log-probs, fp32 (len(rows), 2), on the CPU; batches have rows of similar length, the longest first."""
     order = sorted(range(len(rows)), key=lambda i: -rows[i].num_tokens)
     size = config.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -213,7 +212,7 @@ def _computed(
 
 
 def _shown(batches: Sequence[list[int]], label: str, total: int) -> Iterator[list[int]]:
-    """The batches, with a bar on a terminal and now and then a line elsewhere."""
+    """Yield the batches and show progress: a bar on a terminal, a line every 30 seconds elsewhere."""
     with tqdm(total=total, desc=label, unit="pair", dynamic_ncols=True, disable=None) as bar:  # None: off a terminal
         started = said = time.monotonic()
         done = 0
@@ -238,11 +237,11 @@ def _check_finite(logps: Tensor, rows: Sequence[Pair]) -> None:
 
 
 class _UnusableError(Exception):
-    """A file of the cache that is not what its name says."""
+    """A file of the cache does not hold what its name says."""
 
 
 def _read(path: Path, num_rows: int) -> Tensor:
-    """fp32 (num_rows, 2) on the CPU, checked."""
+    """Return the log-probs of a file, fp32 (num_rows, 2), on the CPU. Raises _UnusableError for a damaged file."""
     content = path.read_bytes()  # not mapped: a mapped file that shrinks kills the process
     logps = safetensors.torch.load(content).get("logps")
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
@@ -258,7 +257,7 @@ def _read(path: Path, num_rows: int) -> Tensor:
 
 
 def _write(path: Path, logps: Tensor, policy: Policy) -> None:
-    """All of the file or nothing, whoever else writes it."""
+    """Write the file atomically."""
     metadata = {
         "key": path.stem,
         "sha256": _digest(logps),
