@@ -38,7 +38,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the ``{{ … }}`` lines of a page."""
+    """Replace the ``{{ … }}`` lines of a page; drop the note for those who read its source."""
+    markdown = re.sub(r"^> `make docs` fills in this page.*\n\n", "", markdown, flags=re.MULTILINE)
     return re.sub(r"^\{\{ (\w+) ?(.*?) \}\}$", _filled_in, markdown, flags=re.MULTILINE)
 
 
