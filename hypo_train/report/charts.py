@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from hypo_train.report.series import Point, Series
@@ -87,21 +88,19 @@ def line_chart(title: str, curves: Sequence[Curve], legend: list[tuple[str, str]
     return Chart(title, description, axes, shapes, legend, notes, [_hover(axes, curve) for curve in curves])
 
 
-def stacked_chart(
-    title: str,
-    layers: Sequence[tuple[str, str, Sequence[float]]],
-    steps: Sequence[float],
-    legend: list[tuple[str, str]],
-) -> Chart:
+def stacked_chart(title: str, layers: Sequence[tuple[str, str, Sequence[float]]], steps: Sequence[float]) -> Chart:
     """Return a chart of stacked areas; a layer is (label, CSS class of its colour, a value for each step)."""
+    total = sum(sum(values) for _, _, values in layers) or 1.0
+    legend = [(colour, f"{label} {sum(values) / total:.0%}") for label, colour, values in layers]
     tops = [[0.0] * len(steps)]
     for _, _, values in layers:
         tops.append([below + value for below, value in zip(tops[-1], values, strict=True)])
     axes = Axes(_range(steps, margin=0.0), _range([0.0, *tops[-1]], margin=0.04))
-    shapes = []
-    for (label, colour, _), below, top in zip(layers, tops, tops[1:], strict=False):
-        edge = _outline(axes, steps, top) + _outline(axes, steps, below)[::-1]
-        shapes.append(Shape("polygon", f"area {colour}", {"points": _written(edge)}, label))
+    edges = [_outline(axes, steps, top) + _outline(axes, steps, below)[::-1] for below, top in pairwise(tops)]
+    shapes = [
+        Shape("polygon", f"area {colour}", {"points": _written(edge)}, label)
+        for (label, colour, _), edge in zip(layers, edges, strict=True)
+    ]
     return Chart(title, title, axes, shapes, legend)
 
 

@@ -118,11 +118,8 @@ def _phases(run: RecordedRun, among_others: bool) -> list[Chart]:
         if phase in points:
             values = {point.step: point.value for point in points[phase]}
             layers.append((phase, f"p{place}", [values.get(step, 0.0) for step in steps]))
-    total = sum(sum(values) for _, _, values in layers) or 1.0
-    legend = [(colour, f"{phase} {sum(values) / total:.0%}") for phase, colour, values in layers]
-    return [
-        stacked_chart("Seconds a step, by phase" + (f": {run.name}" if among_others else ""), layers, steps, legend)
-    ]
+    title = "Seconds a step, by phase" + (f": {run.name}" if among_others else "")
+    return [stacked_chart(title, layers, steps)]
 
 
 def _legend(curves: Sequence[Curve]) -> list[tuple[str, str]]:

@@ -191,8 +191,5 @@ def _numbered(folder: Path, pattern: str) -> Iterator[int]:
 def _distinct_names(folders: list[Path]) -> list[str]:
     """Return the last parts of each path, as many as it takes to tell the paths apart."""
     longest = max(len(folder.parts) for folder in folders)
-    for parts in range(1, longest + 1):
-        names = ["/".join(folder.parts[-parts:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+    names = (["/".join(folder.parts[-parts:]) for folder in folders] for parts in range(1, longest + 1))
+    return next(some for some in names if len(set(some)) == len(some))
