@@ -32,9 +32,7 @@ from hypo_train.metrics.log import read_metrics
 from hypo_train.metrics.timing import _HostClock
 from hypo_train.model.load import build_on_meta
 from hypo_train.preflight.memory_estimate import Conditions
-from hypo_train.preflight.prediction.communication import exchanges
-from hypo_train.preflight.prediction.step_time import Speeds, predict
-from hypo_train.preflight.prediction.work import work_of
+from hypo_train.preflight.step_time import Speeds, exchanges, predict, work_of
 from hypo_train.sampling.registry import SAMPLERS
 from hypo_train.train import train
 from hypo_train.utils.rank_share import RankShare

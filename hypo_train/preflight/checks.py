@@ -36,7 +36,7 @@ from hypo_train.preflight.hub import offline_if_unreachable
 from hypo_train.preflight.memory import check_memory
 from hypo_train.preflight.memory_estimate import Conditions, DeviceType, estimate
 from hypo_train.preflight.model import check_reward_model, describe_model, expected_sampler
-from hypo_train.preflight.prediction.describe import describe_time
+from hypo_train.preflight.step_time import describe_time
 from hypo_train.preflight.substitutes import LONGEST, DryRunInputs, assumed_plan
 from hypo_train.preflight.tiny_model import UNKNOWN, Structure, look_at_structure
 

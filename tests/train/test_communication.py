@@ -11,8 +11,7 @@ from transformers import AutoConfig
 from hypo_train.data.plan import load_plan
 from hypo_train.model.load import build_on_meta
 from hypo_train.preflight.memory_estimate import Conditions
-from hypo_train.preflight.prediction.communication import exchanges
-from hypo_train.preflight.prediction.work import work_of
+from hypo_train.preflight.step_time import exchanges, work_of
 from hypo_train.sampling.registry import SAMPLERS
 from hypo_train.utils.rank_share import RankShare
 

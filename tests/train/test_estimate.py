@@ -41,6 +41,7 @@ LORA = {"use_peft": True, "lora_target_modules": "all-linear"}
 LAST = {"num_layers_unfrozen": 2}
 PYTHIA, PYTHIA_LARGE = "EleutherAI/pythia-1.4b-deduped", "EleutherAI/pythia-2.8b-deduped"
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
+NUM_LAYERS = 4  # of runs in several processes: all 32 take eight times as long to simulate
 TOLERANCE = 0.12  # measured over all of these cases: between -1 and +9 %
 
 
@@ -196,13 +197,15 @@ def test_the_estimate_is_near_the_peak_of_a_real_step(tmp_path, medium, changes)
 
 
 @cache
-def of_devices(count, **changes):
-    """The estimate for one of ``count`` processes that fine-tune Llama-3-8B fully on rows of 300 tokens."""
+def of_devices(count, *, num_layers=NUM_LAYERS, **changes):
+    """The estimate for one of ``count`` processes that fine-tune layers of Llama-3-8B on rows of 300 tokens."""
     fixed = {"algorithm": "dpo", "precompute_ref_log_probs": False, "bf16": True, "max_steps": 1}
     config = config_of(**{**fixed, "fsdp": count > 1, **changes})
     rows = [Pair(0, (0,) * 200, (0,) * 50, (0,) * 50)] * 64
     plan = Plan(config, rows, [], rank_share=RankShare(0, count))
-    trained = build_on_meta(config, known_architecture(LLAMA), device_type="cuda", autocast=True)
+    architecture = known_architecture(LLAMA)
+    architecture.num_hidden_layers = num_layers
+    trained = build_on_meta(config, architecture, device_type="cuda", autocast=True)
     return estimate(plan, trained, Conditions("cuda", True, True, SAMPLERS["decode"])), trained
 
 
@@ -210,12 +213,12 @@ def test_processes_that_share_the_weights_hold_a_part_of_what_training_keeps_of_
     (alone, trained), (eighth, _) = of_devices(1), of_devices(8)
     for name in ("trained weights (float32)", "the reference's copy of them", "AdamW's two moments (float32)"):
         assert eighth.of(name).training == -(-alone.of(name).training // 8)
-    # Whole in bfloat16 at any time: the embedding, the head and two of 32 layers; and one layer's gradients, in fp32.
+    # Gathered in bfloat16 at any time: embedding, head and two layers; and one layer's gradients, in fp32.
     config = trained.base.config
     outside = 2 * config.vocab_size * config.hidden_size + config.hidden_size
-    layer = (sum(p.numel() for p in trained.parameters()) - outside) // 32
+    layer = (sum(p.numel() for p in trained.parameters()) - outside) // NUM_LAYERS
     assert eighth.of("weights put together").training == 2 * outside + 2 * 2 * layer + 4 * layer
-    assert alone.peak > 100 * 2**30 > 45 * 2**30 > eighth.peak
+    assert alone.peak > 2 * eighth.peak
 
 
 def test_zero_spreads_the_optimizers_state_and_at_stage_2_gradients_and_no_weights():
@@ -263,7 +266,7 @@ def test_where_sampling_has_all_weights_whole_the_advice_is_not_to_sample():
 
 
 def test_parts_of_a_vocabulary_are_never_put_together_in_training():
-    (whole, trained), (parts, _) = of_devices(8), of_devices(8, vocab_parallel=True)
+    (whole, trained), (parts, _) = (of_devices(8, num_layers=32, vocab_parallel=cut) for cut in (False, True))
     head = trained.base.get_output_embeddings().weight
     together = "weights put together"
     assert parts.of(together).sampling == whole.of(together).sampling

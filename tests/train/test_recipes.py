@@ -66,6 +66,14 @@ def keys_of(path: Path) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+# Recipes whose miniatures are trained in every run of the tests; the others' take as long again and are slow.
+QUICK = ("tldr/sft-1.4b", "tldr/reward-1.4b", "tldr/hypo-1.4b", "tldr/rloo-1.4b", "ultrafeedback/hypo-8b")
+
+
+def mark_slow(recipes: list[str]) -> list:
+    return [recipe if recipe in QUICK else pytest.param(recipe, marks=pytest.mark.slow) for recipe in recipes]
+
+
 # What they say
 
 
@@ -275,7 +283,7 @@ STATISTICS = {
 ONLINE = {"kl", "completions/mean_length"}
 
 
-@pytest.mark.parametrize("recipe", TLDR + CHAT)
+@pytest.mark.parametrize("recipe", mark_slow(TLDR + CHAT))
 def test_a_miniature_of_a_recipe_trains_three_steps_of_its_algorithm(world, capsys, recipe):
     config, [*lines, evaluation] = world.trained(recipe, capsys)
     assert config.algorithm in recipe
@@ -290,7 +298,7 @@ def test_a_miniature_of_a_recipe_trains_three_steps_of_its_algorithm(world, caps
     assert Path(config.output_dir, "final", "config.json").is_file() or config.use_peft
 
 
-@pytest.mark.parametrize("recipe", TLDR)
+@pytest.mark.parametrize("recipe", mark_slow(TLDR))
 def test_a_tldr_miniature_reads_the_splits_and_cuts_what_is_too_long(world, capsys, recipe):
     config, _ = world.trained(recipe, capsys)
     log = [line.strip() for line in world.logs[recipe].splitlines()]
@@ -305,7 +313,9 @@ def test_a_tldr_miniature_reads_the_splits_and_cuts_what_is_too_long(world, caps
     assert not any("reads texts" in line or "a row of its own" in line for line in log)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in TLDR if not recipe.startswith(("tldr/sft", "tldr/reward"))])
+@pytest.mark.parametrize(
+    "recipe", mark_slow([recipe for recipe in TLDR if not recipe.startswith(("tldr/sft", "tldr/reward"))])
+)
 def test_a_tldr_policy_is_trained_by_lora_on_query_key_value_alone(world, capsys, recipe):
     config, _ = world.trained(recipe, capsys)
     adapter = json.loads(Path(config.output_dir, "final", "adapter_config.json").read_text())
@@ -318,7 +328,9 @@ def test_a_tldr_policy_is_trained_by_lora_on_query_key_value_alone(world, capsys
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in TLDR if recipe.startswith(("tldr/sft", "tldr/reward"))])
+@pytest.mark.parametrize(
+    "recipe", mark_slow([recipe for recipe in TLDR if recipe.startswith(("tldr/sft", "tldr/reward"))])
+)
 def test_sft_and_the_reward_model_train_every_weight(world, capsys, recipe):
     config, _ = world.trained(recipe, capsys)
     before = load_file(Path(config.model_name_or_path, "model.safetensors"))
@@ -340,7 +352,7 @@ def test_rloo_learns_from_the_tokens_of_the_reward_model_that_was_trained_before
     assert rewards[0] - rewards[1] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("recipe", CHAT)
+@pytest.mark.parametrize("recipe", mark_slow(CHAT))
 def test_a_chat_miniature_trains_the_last_four_layers_the_norm_and_the_head(world, capsys, recipe):
     config, _ = world.trained(recipe, capsys)
     before = load_file(Path(config.model_name_or_path, "model.safetensors"))
@@ -352,7 +364,7 @@ def test_a_chat_miniature_trains_the_last_four_layers_the_norm_and_the_head(worl
         assert same is name.startswith(frozen), name
 
 
-@pytest.mark.parametrize("recipe", CHAT)
+@pytest.mark.parametrize("recipe", mark_slow(CHAT))
 def test_a_chat_miniature_writes_questions_and_answers_with_llamas_template(world, capsys, recipe):
     world.trained(recipe, capsys)
     log = [line.strip() for line in world.logs[recipe].splitlines()]

@@ -12,9 +12,7 @@ from hypo_train.metrics.flops import ModelFlops
 from hypo_train.model.load import build_on_meta
 from hypo_train.preflight import check, hub
 from hypo_train.preflight.memory_estimate import Conditions
-from hypo_train.preflight.prediction.communication import Exchange, exchanges
-from hypo_train.preflight.prediction.step_time import Speeds, predict
-from hypo_train.preflight.prediction.work import work_of
+from hypo_train.preflight.step_time import Exchange, Speeds, exchanges, predict, work_of
 from hypo_train.prepare import prepare
 from hypo_train.sampling.registry import SAMPLERS
 from hypo_train.utils.rank_share import RankShare
