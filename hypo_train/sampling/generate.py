@@ -1,4 +1,4 @@
-"""The reference engine: transformers' own `generate` over the live module."""
+"""The generate sampler: transformers' ``generate`` on the live model."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from hypo_train.sampling.protocol import (
     positions,
 )
 
-_SCORE_BYTES = 64 * 2**20  # fp32 logits that scoring holds at a time
+_SCORE_BYTES = 64 * 2**20  # of fp32 logits at a time while scoring
 
 
 class GenerateSampler(Sampler):
-    """`model.generate` as a pure sampler: no setting of the checkpoint's generation config takes part.
+    """Samples with ``model.generate`` and ignores the generation config of the checkpoint.
 
     Args:
-        model: a decoder with a language-model head, or a PeftModel around one. A call leaves its parameters,
-            gradients, train flags and generation config, and the global random state, as they were.
+        model: a decoder with an LM head, or a PeftModel around one. A call does not change its parameters, gradients,
+            train flags and generation config, nor the global random state.
         eos_token_ids: tokens that end a completion; empty = only `max_new_tokens` does.
-        pad_token_id: what fills a row after its EOS; may be an EOS itself.
-        distribution: what tokens are drawn from; HyPO's KL estimate is unbiased for the model's own alone.
-        max_batch_tokens: rows are generated in batches of at most this many tokens (rows x (longest prompt +
-            max_new_tokens)), at least a row each, which bounds the KV cache; None = all in one batch. Random
-            numbers are drawn per batch, so another value gives other samples.
-        score: also compute `logprobs`, by one more forward over each batch.
+        pad_token_id: fills a row after its EOS; it may be an EOS itself.
+        distribution: the sampling distribution; HyPO's KL estimate is unbiased for the model's own only.
+        max_batch_tokens: the most tokens of a batch (rows x (longest prompt + max_new_tokens)), which bounds the KV
+            cache; a batch has at least one row. None = one batch. Random numbers are drawn per batch, so another value
+            gives other samples.
+        score: also return `logprobs`, by one more forward pass over each batch.
 
     Raises:
         ValueError: a max_batch_tokens below 1.
@@ -93,7 +93,7 @@ class GenerateSampler(Sampler):
         return max(1, self.max_batch_tokens // (max(map(len, prompts)) + max_new_tokens))
 
     def _sample_batch(self, rows: list[list[int]], max_new_tokens: int, seed: int) -> _Batch:
-        """One completion of each row."""
+        """Draw one completion of each row."""
         device = next(self.model.parameters()).device
         input_ids, attention_mask = left_padded(rows, self.pad_token_id, device)
         with _seeded(device, seed):
@@ -103,8 +103,7 @@ class GenerateSampler(Sampler):
                 generation_config=self._generation_config(max_new_tokens),
             )
         tokens = output[:, input_ids.shape[1] :]
-        # Only the first EOS ends a row. What follows it is padding, whatever its id, and a pad token that
-        # the model drew itself counts like any other.
+        # A row ends with its first EOS; all later tokens are padding. A pad token before it was drawn by the model.
         is_eos = self._is_eos(tokens)
         mask = is_eos.cumsum(1) - is_eos.long() == 0
         logprobs = self._logprobs(input_ids, attention_mask, tokens, mask) if self.score else None
@@ -115,7 +114,7 @@ class GenerateSampler(Sampler):
             max_new_tokens=max_new_tokens,
             do_sample=True,
             temperature=float(self.distribution.temperature),
-            top_k=self.distribution.top_k,  # left out, transformers would cut at 50
+            top_k=self.distribution.top_k,  # the default of transformers is 50
             top_p=float(self.distribution.top_p),
             eos_token_id=self.eos_token_ids or None,
             pad_token_id=self.pad_token_id,
@@ -126,7 +125,7 @@ class GenerateSampler(Sampler):
         return torch.isin(tokens, torch.tensor(self.eos_token_ids, device=tokens.device, dtype=tokens.dtype))
 
     def _logprobs(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) teacher-forced, a few rows at a time: generate's own logits would be (B, L, V) in fp32."""
+        """Return log-probs (B, L), teacher-forced and a few rows at a time to bound the logits (rows, L, V)."""
         length = tokens.shape[1]
         input_ids = torch.cat([prompt_ids, tokens], dim=1)
         attention_mask = torch.cat([prompt_mask, mask.long()], dim=1)
@@ -140,9 +139,9 @@ class GenerateSampler(Sampler):
         return torch.cat(parts).masked_fill(~mask, 0.0)
 
     def _warped(self, logits: Tensor, drawn: Tensor) -> Tensor:
-        """(T, V) logits of the sampling distribution, whatever was drawn kept."""
+        """Return the logits (T, V) of the sampling distribution, without truncating a drawn token."""
         warped = self.distribution.scores(logits)
-        # A drawn token was inside the truncation; the rounding of another forward must not put it outside.
+        # A drawn token survived truncation; rounding in this second forward pass must not remove it.
         return warped.scatter(1, drawn, logits.gather(1, drawn) / self.distribution.temperature)
 
 
@@ -153,13 +152,13 @@ class _Batch(NamedTuple):
 
 
 def _stacked(parts: Sequence[Tensor], value: float) -> Tensor:
-    """(B_i, L_i) each -> (sum of B_i, longest L), right-padded with `value`."""
+    """Return parts (B_i, L_i) as one (sum of B_i, longest L), right-padded with ``value``."""
     length = max(part.shape[1] for part in parts)
     return torch.cat([pad(part, (0, length - part.shape[1]), value=value) for part in parts])
 
 
 def _completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    """(B, length, V) the logits that predict the last `length` tokens of left-padded rows."""
+    """Return the logits (B, length, V) that predict the last ``length`` tokens of left-padded rows."""
     inputs = {
         "position_ids": positions(attention_mask),
         "logits_to_keep": length + 1,
@@ -173,9 +172,9 @@ def _completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, le
 
 @contextmanager
 def _sampling_mode(model: nn.Module) -> Iterator[None]:
-    """eval() and a blank generation config, both put back afterwards.
+    """Set eval mode and an empty generation config, and restore both afterwards.
 
-    generate takes from the model's own generation config whatever its caller's leaves at None: a repetition
+    Without it, ``generate`` would take what is None in its argument from the model's generation config: a repetition
     penalty, banned words, forced tokens.
     """
     configs = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
@@ -191,11 +190,11 @@ def _sampling_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draw from `seed` on `device`; the global random states of the host and the device are put back."""
+    """Seed the host and ``device``, and restore their global random states afterwards."""
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type):
         torch.random.default_generator.manual_seed(seed)
-        # torch.manual_seed would reseed every other device too, and those are not put back.
+        # torch.manual_seed would also seed all other devices, which are not restored.
         for accelerator in devices:
             module = torch.get_device_module(accelerator)
             with module.device(accelerator):
@@ -204,5 +203,5 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _batch_seed(seed: int, batch: int) -> int:
-    """Mixed, not added: batch 1 of seed 0 must differ from batch 0 of seed 1."""
+    """Return a seed mixed from both: with a sum, batch 1 of seed 0 would equal batch 0 of seed 1."""
     return random.Random(f"{seed}/{batch}").getrandbits(63)

@@ -1,8 +1,8 @@
-"""A copy of the model to sample from: adapters merged into its weights, and those in the dtype they are read in.
+"""A copy of the model for sampling: adapters are merged into its weights, which are stored in the compute dtype.
 
-Decoding reads every weight for every token. LoRA adds two small products to each large one, and fp32 weights
-under autocast are cast anew at every step. A copy, made again after each optimizer step, costs memory once and
-neither. The live weights are never merged into: rounding would add up.
+Decoding reads every weight for every token. LoRA adds two small products to each large one, and under autocast fp32
+weights are cast at every step. A copy that is updated after each optimizer step avoids both, and costs memory. Adapters
+are never merged into the live weights, because rounding errors would add up.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from transformers.pytorch_utils import Conv1D
 from hypo_train.model.quantization import dequantized, is_quantized
 from hypo_train.sampling.protocol import base_model
 
-_TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # peft's place for a module that is trained whole
+_TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # where peft keeps a module whose weights are all trained
 
 
 class MergedWeights:
-    """`model`, sharing what it can with the live one; `refresh` after the live one has changed.
+    """A copy of a model without adapters, in ``model``. Call ``refresh`` after the live model has changed.
 
-    Linear layers with LoRA get weights of their own, base and adapters in one. With a `dtype`, so do all others
-    that are held in another one. Everything else is the live model's own tensors.
+    Linear layers with LoRA get new weights: base weight plus adapters. With a ``dtype``, so do linear layers in another
+    dtype. All other tensors are the live model's.
 
     Raises:
-        ValueError: see `unmergeable` and `quantized`.
+        ValueError: see ``unmergeable`` and ``quantized``.
     """
 
     def __init__(self, live: Any, dtype: torch.dtype | None) -> None:
@@ -56,7 +56,7 @@ class MergedWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the live weights as they are now."""
+        """Copy the current live weights."""
         self._made_from = self._state()
         for own, layer, kind in self._copies:
             live = merged_weight(layer) if kind == "weight" else layer_bias(layer)
@@ -64,15 +64,15 @@ class MergedWeights:
             own.copy_(live)
 
     def nbytes(self) -> int:
-        """Of the tensors that are its own."""
+        """Return the size of the copied tensors."""
         return sum(own.nbytes for own, _, _ in self._copies)
 
     def is_stale(self) -> bool:
-        """Whether a weight was replaced, or written to in a way that autograd counts, or adapters were switched."""
+        """Return whether a live weight was replaced or changed, or the active adapters changed."""
         return self._state() != self._made_from
 
     def _own(self, layer: nn.Module, live: Any, kind: str, dtype: torch.dtype | None) -> None:
-        """Give `layer` a weight or bias of its own, in `dtype` or in the live one's."""
+        """Give ``layer`` a new weight or bias, in ``dtype`` or in the dtype of the live one."""
         tensor = torch.empty_like(getattr(layer, kind), dtype=dtype)
         setattr(layer, kind, nn.Parameter(tensor, requires_grad=False))
         self._copies.append((tensor, live, kind))
@@ -89,13 +89,14 @@ class MergedWeights:
 def merged_weights(
     model: Any, dtype: torch.dtype | None = None, *, embeddings: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model by its name without adapters, one at a time, LoRA merged into it, 4 bits unpacked.
+    """Yield (name, weight) of the model without adapters: LoRA is merged, 4-bit weights are unpacked.
 
-    ``dtype``: what they are cast to; None = each in its own, fp32 where it is packed. ``embeddings``: LoRA on those is
-    merged too, and a head that was tied to one comes by a name of its own.
+    Args:
+        dtype: of the weights; None = each weight's own dtype, and fp32 for 4-bit weights.
+        embeddings: merge LoRA on embeddings too; an LM head that was tied to them then has a weight of its own.
 
     Raises:
-        ValueError: see `unmergeable`.
+        ValueError: see ``unmergeable``.
     """
     if reason := unmergeable(model, embeddings=embeddings):
         raise ValueError(reason)
@@ -109,7 +110,7 @@ def merged_weights(
     inside = tuple(f"{name}." for name, _ in adapted)
     seen: set[int] = set()
     for name, parameter in base.named_parameters(remove_duplicate=False):
-        if name.startswith(inside) or ".original_module." in name:  # which a trained copy has replaced
+        if name.startswith(inside) or ".original_module." in name:  # peft trains a copy of this one
             continue
         if id(parameter) not in seen:
             seen.add(id(parameter))
@@ -122,7 +123,7 @@ def is_adapted(layer: Any) -> bool:
 
 
 def unties(model: Any) -> bool:
-    """Whether a merged adapter makes head and embeddings, which are tied, two matrices."""
+    """Return whether merging makes tied head and embeddings two different matrices."""
     base = base_model(model)
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     return (is_adapted(head) or is_adapted(embeddings)) and head is not None and head.weight is embeddings.weight
@@ -134,9 +135,9 @@ def layer_bias(layer: Any) -> Tensor | None:
 
 @torch.no_grad()
 def merged_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """(out, in), a Conv1D's (in, out), in ``dtype``: None is the base weight's, fp32 where that is packed.
+    """Return the weight with its adapters, which are added in fp32: (out, in), or (in, out) for Conv1D.
 
-    The adapters are added in fp32.
+    ``dtype`` None means the dtype of the base weight, or fp32 if that has 4 bits.
     """
     base = layer.base_layer.weight if is_adapted(layer) else layer.weight
     weight = dequantized(base) if is_quantized(base) else base
@@ -149,15 +150,17 @@ def merged_weight(layer: Any, dtype: torch.dtype | None = None) -> Tensor:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     deltas = (layer.scaling[n] * (layer.lora_B[n].weight.float() @ layer.lora_A[n].weight.float()) for n in names)
     merged = sum(deltas, (weight.t() if layer.fan_in_fan_out else weight).float())
-    if names and layer.lora_variant.get(names[0]) is not None:  # DoRA: rows of a trained length, as peft computes it
+    if names and layer.lora_variant.get(names[0]) is not None:  # DoRA: rows have a trained norm, computed as in peft
         magnitude = layer.lora_magnitude_vector[names[0]].weight.float()
         merged = (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1) * merged
     return (merged.t() if layer.fan_in_fan_out else merged).to(dtype or weight.dtype)
 
 
 def unmergeable(model: Any, *, embeddings: bool = False) -> str | None:
-    """Why adapters cannot be merged: variants but DoRA, a bias of the adapter's, layers that are not linear (nor, where
-    they are allowed, embeddings)."""
+    """Return the reason why the adapters cannot be merged, or None.
+
+    Only LoRA and DoRA without a bias on linear layers can be merged and, with ``embeddings``, LoRA on embeddings.
+    """
     base = base_model(model)
     kinds = (nn.Linear, Conv1D, nn.Embedding) if embeddings else (nn.Linear, Conv1D)
     for name, layer in linear_layers(base):
@@ -174,13 +177,13 @@ def unmergeable(model: Any, *, embeddings: bool = False) -> str | None:
 
 
 def quantized(model: Any) -> str | None:
-    """Why there is no copy with adapters merged in: weights of 4 bits, which one would unpack."""
+    """Return the reason why a merged copy would unpack 4-bit weights, or None if there are none."""
     packed = any(map(is_quantized, base_model(model).parameters()))
     return "weights are held in 4 bits, and a copy with the adapter merged would unpack them" if packed else None
 
 
 def linear_layers(base: nn.Module) -> list[tuple[str, Any]]:
-    """Every adapted layer, and every linear one that is no part of an adapted one."""
+    """Return (name, layer) of all adapted layers and of all linear layers outside adapted layers."""
     adapted = [(name, layer) for name, layer in base.named_modules() if is_adapted(layer)]
     inside = tuple(f"{name}." for name, _ in adapted)
     return adapted + [

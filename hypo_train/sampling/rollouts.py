@@ -1,10 +1,9 @@
-"""Rollouts ahead: one draw of samples serves the optimizer steps that follow it.
+"""Rollouts: one draw of samples serves one or several optimizer steps (a window).
 
-Decoding reads all weights for every token it makes, whatever the number of sequences: n times the prompts in one
-draw cost far less than n draws. But the second step of a window and those after it learn from samples of an
-earlier policy, so each sample keeps its tokens' log-probs under the policy that drew it, for the loss's
-``behavior_logps``. And a window cannot be drawn again once the weights have moved: what is left of it is part
-of a checkpoint.
+Decoding reads all weights for every token, whatever the number of sequences, so one draw for n steps costs far less
+than n draws. But from the second step of a window on, the samples come from an earlier policy. Each sample therefore
+keeps its tokens' log-probs under the policy that drew it, for the loss's ``behavior_logps``. A window cannot be drawn
+again after the weights have changed, so the rest of a window is part of a checkpoint.
 
     steps           0  1  2 | 3  4  5 | 6 ...      num_steps = 3
     draws           0         3         6
@@ -30,15 +29,16 @@ from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
 
 @dataclass(frozen=True)
 class StepSamples:
-    """The completions of a step's prompts, ``num_generations`` consecutive ones a prompt."""
+    """The completions of a step's prompts: ``num_generations`` consecutive completions for each prompt."""
 
     completions: list[list[int]]  # token ids, EOS included
     num_generations: int
-    logps: Tensor | None  # fp32 (their tokens,), one completion after the other, under the policy that drew them;
-    # None where the step itself drew them: there is nothing to correct
+    # fp32 (tokens of all completions,), log-probs under the policy that drew them; None if this step drew them, so that
+    # there is nothing to correct.
+    logps: Tensor | None
 
     def of_prompts(self, start: int, stop: int) -> StepSamples:
-        """Those of a micro-batch: prompts ``start`` to ``stop`` of the step."""
+        """Return the samples of the step's prompts ``start`` to ``stop``, a micro-batch."""
         first, last = start * self.num_generations, stop * self.num_generations
         completions = self.completions[first:last]
         if self.logps is None:
@@ -47,7 +47,7 @@ class StepSamples:
         return StepSamples(completions, self.num_generations, self.logps[before : before + _num_tokens(completions)])
 
     def behavior_logps(self, tree: Tree) -> Tensor | None:
-        """For the targets (T,) of the ``tree`` whose last sequences are these completions; 0 for what comes before."""
+        """Return the log-probs (T,) for ``tree``, whose last sequences are these completions; 0 for the others."""
         if self.logps is None:
             return None
         others = len(tree.targets) - len(self.logps)
@@ -58,16 +58,16 @@ class StepSamples:
 class Rollouts:
     """The samples of each optimizer step, drawn for ``num_steps`` steps at once.
 
-    With ``num_steps=1`` every step draws its own from the weights as they are: nothing is held or scored.
+    With ``num_steps=1`` every step draws its own samples from the current weights; nothing is stored or scored.
 
     Args:
-        sampler: draws the samples; for more than one step it has to give their log-probs.
-        num_steps: optimizer steps that a draw serves. A window begins at each step that it divides.
-        total_steps: of the run; nothing is drawn beyond it.
-        num_generations: samples a prompt.
-        max_new_tokens: of a sample, EOS included.
-        prompts_of: the prompts of a step, token ids, the same at every call; of all processes.
-        seed_of: the seed of the draw that begins at a step.
+        sampler: draws the samples; with more than one step it must return log-probs.
+        num_steps: optimizer steps of a window. A window begins at each step that ``num_steps`` divides.
+        total_steps: optimizer steps of the run; nothing is drawn for later steps.
+        num_generations: samples for each prompt.
+        max_new_tokens: the most tokens of a sample, EOS included.
+        prompts_of: returns the prompts of a step on all processes, as token ids, equal at every call.
+        seed_of: returns the seed of the draw that begins at a step.
         rank_share: which prompts this process samples from.
 
     Raises:
@@ -96,16 +96,16 @@ class Rollouts:
         self.prompts_of = prompts_of
         self.rank_share = rank_share
         self.seed_of = seed_of
-        self._ahead: dict[int, StepSamples] = {}  # of the steps of this window that are still to come
-        self._recent: dict[int, list[array[int]]] = {}  # token ids of the samples of steps since the last `forget`
+        self._ahead: dict[int, StepSamples] = {}  # samples of the later steps of this window
+        self._recent: dict[int, list[array[int]]] = {}  # token ids of the steps since the last ``forget``
 
     def of_step(self, step: int, prompt_kv: PromptKV | None = None) -> StepSamples:
-        """The samples of ``step``, handed out once; draws its window where the step begins one.
+        """Return the samples of ``step``, once; if the step begins a window, draw the window first.
 
-        ``prompt_kv`` saves the prefill of the step's prompts, where a draw serves one step.
+        ``prompt_kv`` saves the prefill of the step's prompts if a window is one step.
 
         Raises:
-            ValueError: the window began earlier and its samples are not here, or the sampler gives no log-probs.
+            ValueError: the samples of the window do not exist, or the sampler returned no log-probs.
         """
         first = step - step % self.num_steps
         if step == first:
@@ -121,16 +121,16 @@ class Rollouts:
         return samples
 
     def recent(self, step: int) -> list[list[list[int]]]:
-        """The samples that ``step`` was given, prompt by prompt; nothing if it is longer ago than the last `forget`."""
+        """Return the samples of ``step``, a list for each prompt; empty if ``forget`` has discarded them."""
         completions, k = self._recent.get(step, []), self.num_generations
         return [[list(ids) for ids in completions[i : i + k]] for i in range(0, len(completions), k)]
 
     def forget(self) -> None:
-        """Of the samples so far, nobody will ask."""
+        """Discard the stored samples of past steps."""
         self._recent = {}
 
     def _draw(self, steps: range, prompt_kv: PromptKV | None) -> dict[int, StepSamples]:
-        """One call of the sampler for this process's prompts of all ``steps``."""
+        """Call the sampler once, for this process's prompts of all ``steps``."""
         everywhere = [self.prompts_of(step) for step in steps]
         first = [0, *accumulate(len(of_step) for of_step in everywhere)]
         prompts = [self.rank_share.select(of_step) for of_step in everywhere]
@@ -162,7 +162,7 @@ class Rollouts:
         return {step: drawn.of_prompts(*bounds[i : i + 2]) for i, step in enumerate(steps)}
 
     def state(self) -> list[dict[str, Any]]:
-        """What is left of the window, as JSON: empty between two windows. fp32 numbers keep their bits."""
+        """Return the rest of the window for JSON, empty between two windows; fp32 numbers keep their bits."""
         return [
             {
                 "step": step,
@@ -173,7 +173,7 @@ class Rollouts:
         ]
 
     def load(self, state: Sequence[dict[str, Any]]) -> None:
-        """Take up a saved :meth:`state`, in the place of what is here."""
+        """Replace the stored samples by a saved :meth:`state`."""
         self._ahead = {
             saved["step"]: StepSamples(
                 saved["completions"],

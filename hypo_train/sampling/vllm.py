@@ -1,4 +1,4 @@
-"""vLLM as an engine: in this process, on the same GPU, with a copy of the weights that is brought up to date."""
+"""The vLLM sampler: vLLM in this process and on the same GPU, with its own copy of the weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hypo_train.sampling.protocol import MODELS_OWN, Distribution, Sampler, Samp
 
 
 class VLLMSampler(Sampler):
-    """Draws with vLLM, which reads its own copy of the model: twice the memory of the weights, and a KV pool.
+    """Samples with vLLM, which needs memory for its own copy of the weights and for a KV pool.
 
     Args:
-        model: what is trained, or a PeftModel around it; its weights are pushed, LoRA merged into them.
+        model: the trained model, or a PeftModel around it; its weights are copied to vLLM with LoRA merged.
         name_or_path: the checkpoint that vLLM builds its model from, of the same architecture.
-        eos_token_ids, pad_token_id, distribution, score: as for the other engines.
-        dtype: what vLLM computes in.
-        gpu_memory_utilization: the share of the GPU that vLLM takes for its weights and KV.
-        max_model_len: the longest row, prompt and completion; None = the model's own limit.
+        eos_token_ids, pad_token_id, distribution, score: see ``GenerateSampler``.
+        dtype: vLLM's compute dtype.
+        gpu_memory_utilization: the fraction of the GPU's memory for vLLM's weights and KV.
+        max_model_len: the most tokens of prompt and completion; None = the model's own limit.
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: an adapter on embeddings that the head shares, which vLLM has one matrix for.
+        ValueError: the adapter is on embeddings that the LM head shares; vLLM has one matrix for both.
     """
 
     live = False
@@ -45,9 +45,9 @@ class VLLMSampler(Sampler):
         max_model_len: int | None = None,
     ) -> None:
         if unties(model):
-            raise ValueError("the adapter is on what embeddings and head share, and vLLM would not take them apart")
+            raise ValueError("the adapter is on the matrix that embeddings and head share, which vLLM cannot separate")
         self.distribution = distribution
-        # The engine's core would otherwise be another process, which cannot read our tensors.
+        # Without this, vLLM's engine runs in another process, which cannot read the trainer's tensors.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             import vllm
@@ -57,18 +57,18 @@ class VLLMSampler(Sampler):
         self._engine = vllm.LLM(
             model=name_or_path,
             dtype=dtype,
-            load_format="safetensors",  # never a pickle, which could run code
+            load_format="safetensors",  # not a pickle, which could run code
             gpu_memory_utilization=gpu_memory_utilization,
             max_model_len=max_model_len,
-            generation_config="vllm",  # not the checkpoint's, which would temper and truncate
-            logprobs_mode="processed_logprobs",  # of the distribution that is drawn from
+            generation_config="vllm",  # not the checkpoint's, which could change the distribution
+            logprobs_mode="processed_logprobs",  # under the sampling distribution
             enable_sleep_mode=True,
         )
         self.model = model
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.score = score
-        self._outdated = True  # what is trained may differ from the checkpoint from the start
+        self._outdated = True  # the trained model can differ from the checkpoint from the start
         self._asleep = False
 
     def draw(self, request: SampleRequest) -> Samples:
@@ -82,12 +82,12 @@ class VLLMSampler(Sampler):
         return self._samples(completions)
 
     def weights_changed(self, step: int) -> None:
-        """The new weights are pushed when the next `sample` needs them."""
+        """Record that the weights changed; the next `sample` copies them to vLLM."""
         self.version = step
         self._outdated = True
 
     def release(self) -> None:
-        """Put the engine to sleep: its weights go to the host's memory, its KV pool is freed."""
+        """Put vLLM to sleep: its weights move to host memory, and its KV pool is freed."""
         if not self._asleep:
             self._engine.sleep(level=1)
             self._asleep = True
@@ -96,10 +96,10 @@ class VLLMSampler(Sampler):
         if self._asleep:
             self._engine.wake_up()
             self._asleep = False
-            self._outdated = True  # whatever came back, it is what it was
+            self._outdated = True  # the weights that come back are old
         if self._outdated:
             self._engine.apply_model(self._push)
-            self._engine.reset_prefix_cache()  # its KV is of the old weights
+            self._engine.reset_prefix_cache()  # computed with the old weights
             self._outdated = False
 
     def _push(self, engine_model: Any) -> None:
@@ -113,9 +113,9 @@ class VLLMSampler(Sampler):
             top_p=float(self.distribution.top_p),
             top_k=self.distribution.top_k,
             max_tokens=request.max_new_tokens,
-            ignore_eos=True,  # the tokenizer's EOS ends a completion only if it is one of ours
+            ignore_eos=True,  # only stop_token_ids end a completion
             stop_token_ids=self.eos_token_ids,
-            logprobs=0 if self.score else None,  # of the drawn token alone
+            logprobs=0 if self.score else None,  # of the drawn token only
             seed=random.Random(f"{request.seed}/{prompt}").getrandbits(62),
             detokenize=False,
         )
