@@ -1,1 +1,1 @@
-"""The policy and its reference: loaded, checked and made ready to train; and what of the reference is shared."""
+"""Models: loading and checking them, the policy and its reference, reward models."""

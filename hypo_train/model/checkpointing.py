@@ -1,4 +1,4 @@
-"""What the backward pass computes again, instead of the forward pass keeping it."""
+"""Activation checkpointing: what the backward pass recomputes instead of the forward pass keeping it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 Checkpointing = bool | Literal["selective"]
 
-# What costs time, and so is kept: matrix products, and attention under any of its names.
+# Results that took much time and so are kept: matrix products, and attention under any of its names.
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm"}
 _ATTENTION = ("attention", "flash_attn")
-# A result that is so many times as wide as what it was computed from costs little for the memory that it takes: it is
-# a low-rank update's, LoRA's B. Models' own layers widen by up to 8.
+# A result that is more than so many times as wide as its operand took little time for its memory: it is a low-rank
+# update's, of LoRA's B. Models' own layers widen by up to 8.
 _LOW_RANK = 8
 
 
 def enable(model: Any, kind: Checkpointing, *, has_dropout: bool) -> None:
-    """Have a transformers model checkpoint its layers while it trains.
+    """Make a transformers model checkpoint its layers while it trains.
 
     Args:
-        kind: True keeps each layer's input alone, at the price of one more forward pass; "selective" keeps the
-            results of matrix products and of attention too, and computes again what is cheap beside them.
-        has_dropout: Whether something in a layer draws random numbers, which the second time must be the same.
+        kind: True keeps each layer's input alone, and costs one more forward pass. "selective" also keeps the results
+            of matrix products and attention, and recomputes only what is cheap.
+        has_dropout: whether a layer draws random numbers, which must be the same the second time.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_what_costs_time)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    # Only the reentrant kind needs the embeddings' gradient, which would pass through every frozen layer.
+    # Only reentrant checkpointing needs the embeddings' gradient, which would pass through every frozen layer.
     model.disable_input_require_grads()
 
 

@@ -1,4 +1,4 @@
-"""eval() for a while."""
+"""Eval mode for the length of a block."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """eval(), each module's own mode put back afterwards.
+    """Put ``model`` in eval mode for a block, then give each module its previous mode.
 
-    In train mode, gradient checkpointing drops the KV cache and LoRA applies its dropout: wrong tokens, and
-    no error.
+    In train mode, gradient checkpointing drops the KV cache and LoRA applies its dropout: samples would be wrong,
+    without an error.
     """
     modes = {module: module.training for module in model.modules()}
     try:

@@ -10,7 +10,7 @@ from hypo_train.model.tree_model import ModelError
 
 
 def use_layer_kernels(model: Any) -> None:
-    """Move a transformers model to the GPU, where alone the kernels run, and put them in place of its layers' code.
+    """Move a transformers model to the GPU and replace its layers' code by Liger's kernels, which run only there.
 
     Norms and MLPs are changed in ``model`` alone; Liger replaces RoPE for every model of its architecture in the
     process. Parameters and the forward of the language model, whose logits a check compares, stay as they are.
@@ -28,8 +28,8 @@ def use_layer_kernels(model: Any) -> None:
         ) from error
     if not torch.cuda.is_available():
         raise ModelError("use_liger_kernel=true: Liger's kernels need a GPU, and there is none: leave it out")
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # of which Liger would make a line in a log
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger itself would only log a line
         raise ModelError(f"use_liger_kernel=true: Liger has no kernels for {kind} models: leave it out")
     model.cuda()
-    # Which layers: all that Liger has for the architecture. Asked by name for one it lacks, it raises.
+    # All layers that Liger has for the architecture. A layer that it lacks would raise if it was named.
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -1,18 +1,17 @@
-"""A training pass on tensors that have shapes and dtypes but no memory, and what it would have held at its peak.
+"""Simulate a training pass with fake tensors, which have no memory, to learn its peak memory.
 
-The model's own code runs, forward and backward, under torch's ``FakeTensorMode``: its layers, autocast's casts and
-checkpointing take part as they are, and every tensor is counted from its making until nothing refers to it. Two things
-are stood in for:
+The model's own code runs forward and backward under torch's ``FakeTensorMode``, with autocast and checkpointing. Every
+tensor is counted from its creation until it is freed. Two parts are replaced:
 
-Attention. On fake tensors SDPA would choose the path that makes all T x T scores, which none of the real ones does: an
-operator of our own keeps what they keep, queries, keys, values, output and the log-sum-exp of each row. It is called an
-attention, so that selective checkpointing keeps its output as it does the real one's. On a CPU, trees are attended run
-by run, and every branch has a copy of its prompt's keys and values. Eager attention runs as it is, scores and all.
+Attention: with fake tensors, SDPA would choose the path that computes all T x T scores, which the real kernels do not.
+An operator of our own saves what they save: queries, keys, values, output and the log-sum-exp of each row. Its name has
+"attention" in it, so that selective checkpointing keeps its output. On a CPU, attention copies a prompt's keys and
+values for each branch. Eager attention is simulated as it is.
 
-The head. The loss plans its chunks on the host, from values: what it holds is an argument here.
+The head: the loss plans its chunks from values, so their size is an argument here.
 
-Fake tensors of a GPU need a build of torch that has GPUs, so these claim to lie on a CPU. Autocast differs: on CUDA it
-computes norms in fp32, which is added.
+Fake CUDA tensors need a CUDA build of torch, so these are on the CPU. Autocast differs: on CUDA it computes norms in
+fp32, which is added.
 """
 
 from __future__ import annotations
@@ -44,35 +43,35 @@ _NAME = "hypo_rehearsed"
 
 @dataclass(frozen=True)
 class PassShape:
-    """The tokens of one pass."""
+    """The shape of one pass."""
 
     rows: int
     width: int  # tokens of a row, padding included
-    counted: int  # rows that go through the head
+    counted: int  # tokens that go through the head
     layout: Layout | None  # of the trees in the one row; None: separate rows
 
     @classmethod
     def packed(cls, prompts: Sequence[int], branches: Sequence[Sequence[int]]) -> PassShape:
-        """Trees of so many tokens, their branches' last ones included, which are predicted and never an input."""
+        """Return the shape of trees of these lengths. A branch's last token is predicted and never an input."""
         layout = Layout(tuple(prompts), tuple(tuple(length - 1 for length in lengths) for lengths in branches))
         return cls(1, layout.num_tokens, sum(map(sum, branches)), layout)
 
     @classmethod
     def separate(cls, prompts: Sequence[int], branches: Sequence[Sequence[int]]) -> PassShape:
-        """The same in a row a branch, padded to the longest."""
+        """Return the shape of the same trees with one row for each branch, padded to the longest."""
         lengths = [prompt + length - 1 for prompt, of in zip(prompts, branches, strict=True) for length in of]
         return cls(len(lengths), max(lengths), sum(map(sum, branches)), None)
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes that a pass holds, beside the model's own, at the moment when it holds most."""
+    """Bytes that a pass holds at its peak, beside the model's own."""
 
     casts: int = 0  # autocast's copies of weights
-    activations: int = 0  # what the forward pass made
-    loss: int = 0  # the head's chunk, and its gradients until they are handed on
+    activations: int = 0  # created by the forward pass
+    loss: int = 0  # the head's chunk, and its gradients until backward returns them
     gradients: int = 0  # of the weights
-    temporary: int = 0  # what the backward pass made
+    temporary: int = 0  # created by the backward pass
 
     @property
     def total(self) -> int:
@@ -89,16 +88,15 @@ def simulate_memory(
     accumulates: bool,
     parts: int = 1,
 ) -> PeakMemory:
-    """What one micro-batch holds, forward and backward, at its peak.
+    """Return the peak memory of one micro-batch, forward and backward.
 
     Args:
-        trained: on the meta device; left as it is.
-        device_type: "cuda" or "cpu", which it would train on.
-        autocast: under bfloat16.
+        trained: on the meta device; it is not changed.
+        device_type: "cuda" or "cpu", where it would train.
+        autocast: compute under bfloat16.
         chunk_bytes: the loss's temporaries.
-        accumulates: after other micro-batches, whose gradients are there.
-        parts: of the vocabulary, where processes work on each other's rows; gradients of parts are in ``loss`` until
-            they are handed on, and no others are made in the head.
+        accumulates: whether gradients of earlier micro-batches exist.
+        parts: number of shards of the vocabulary; the head's gradients are then those of a shard.
     """
     with _faked(trained, device_type, autocast) as tracker:
         if accumulates:
@@ -115,8 +113,8 @@ def simulate_memory(
 def simulate_prompt_memory(
     trained: Policy | RewardModel, prompts: Sequence[int], *, device_type: str, autocast: bool, gradients: bool
 ) -> PeakMemory:
-    """What a pass over prompts of so many tokens holds: until its backward pass, or, without ``gradients``, while it
-    runs."""
+    """Return the memory of a pass over prompts of these lengths: what it keeps for its backward pass, or, without
+    ``gradients``, its peak."""
     layout = Layout(tuple(prompts), tuple(() for _ in prompts))
     rows = PassShape(1, layout.num_tokens, 0, layout)
     with _faked(trained, device_type, autocast, training=gradients) as tracker:
@@ -134,14 +132,14 @@ def simulate_prompt_memory(
 
 @contextmanager
 def fake_weights(trained: Policy | RewardModel, *, autocast: bool) -> Iterator[None]:
-    """A model on the meta device can be run, on tokens that have no values either."""
+    """Make a model on the meta device run in a block, on fake tensors."""
     with _faked(trained, "cpu", autocast, training=False), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         yield
 
 
 def _decode(trained: Policy | RewardModel, rows: PassShape, device_type: str) -> Tensor:
     ids = torch.zeros(rows.rows, rows.width, dtype=torch.long)
-    # Of four dimensions a mask passes through transformers as it is; what padded rows need is made from values.
+    # transformers passes a mask of four dimensions on as it is. It would build padded rows' masks from values.
     mask = (1, 1, 1, 1) if rows.layout else (rows.rows, 1, rows.width, rows.width)
     return (
         trained.base.get_decoder()(
@@ -155,20 +153,20 @@ def _decode(trained: Policy | RewardModel, rows: PassShape, device_type: str) ->
 
 
 def _copied_by_runs(layout: Layout | None, device_type: str) -> tuple[int, int]:
-    """(tokens, mask) of attention run by run: keys and values that are copied, and scores that masks are added to."""
+    """Return how many tokens' keys and values attention copies on a CPU, and how many scores get a mask."""
     if layout is None or device_type != "cpu":
         return 0, 0
     groups = [(layout.prompts[t], sum(group)) for t, group in layout.branch_groups]
     return sum(prompt + own for prompt, own in groups), sum(own * (prompt + own) for prompt, own in groups)
 
 
-# What attention keeps for its backward pass.
+# Attention
 
 
 @torch.library.custom_op("hypo_train::rehearsed_attention", mutates_args=())
 def _attention(query: Tensor, key: Tensor, value: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, H, N, D) -> output of that shape, with the values' D, and (R, H, N) fp32."""
-    raise NotImplementedError("it has no values")
+    """Return the output, (R, H, N, D) with the values' D, and the log-sum-exp (R, H, N) in fp32."""
+    raise NotImplementedError("fake tensors have no values")
 
 
 @_attention.register_fake
@@ -210,11 +208,11 @@ AttentionInterface.register(_NAME, _rehearsed_attention)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
-# What the loss keeps.
+# The loss
 
 
 class _Loss(torch.autograd.Function):
-    """A loss that has computed its gradients in the forward call, as the fused one does."""
+    """A loss that computes its gradients in the forward call, as the fused one does."""
 
     @staticmethod
     def forward(ctx: Any, tracker: _Tracker, chunk_bytes: int, parts: int, hidden: Tensor, *matrices: Tensor) -> Tensor:
@@ -227,7 +225,7 @@ class _Loss(torch.autograd.Function):
                 ctx.gradients += [
                     torch.empty_like(m, dtype=torch.float32) if m.requires_grad else None for m in matrices
                 ]
-            else:  # which are no tensors of the matrices' shapes: they stay here, beside those of a turn
+            else:  # a shard's gradients, kept here, beside those of one rank's turn
                 ctx.gradients += [None] * len(matrices)
                 ctx.of_parts, of_a_turn = (
                     [m.new_empty(-(-m.numel() // parts), dtype=torch.float32) for m in trained] for _ in range(2)
@@ -238,7 +236,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        gradients, ctx.gradients = ctx.gradients, []  # handed on: nothing else holds them
+        gradients, ctx.gradients = ctx.gradients, []  # backward's caller is then the only owner
         return (None, None, None, *gradients)
 
 
@@ -252,11 +250,11 @@ def _head_loss(
     return _Loss.apply(tracker, chunk_bytes, parts, hidden, *(m for m in matrices if m is not None))
 
 
-# Fakes, and who counts them.
+# Fake tensors, and their count
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts the bytes of storages from their making to their end, by what made them."""
+    """Counts the bytes of live storages by what created them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -274,11 +272,11 @@ class _Tracker(TorchDispatchMode):
         return PeakMemory(**self._peak)
 
     def start(self) -> None:
-        """The peak starts anew from what is live."""
+        """Restart the peak from what is live now."""
         self._peak = dict(self._live)
 
     def give_gradients(self, model: nn.Module) -> None:
-        """As earlier micro-batches leave them."""
+        """Create the gradients that earlier micro-batches leave."""
         with self.making("gradients"):
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -318,7 +316,7 @@ class _Tracker(TorchDispatchMode):
         self._live[kind] -= nbytes
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
-        if parameter.grad is None:  # of a head in parts: the loss has it
+        if parameter.grad is None:  # a shard of the head: the loss keeps its gradient
             return
         key = self._key(parameter.grad)
         kind, nbytes = self._kinds[key]
@@ -328,7 +326,7 @@ class _Tracker(TorchDispatchMode):
 
 
 def _norms_in_fp32(model: nn.Module) -> Callable[[], None]:
-    """LayerNorms compute as autocast has them on CUDA, in fp32; on a CPU it leaves them in bf16. How to undo it."""
+    """Make LayerNorms compute in fp32, as autocast does on CUDA but not on CPUs; return how to undo it."""
     norms = [module for module in model.modules() if type(module) is nn.LayerNorm]
     for norm in norms:
         norm.forward = partial(_norm_in_fp32, norm)  # type: ignore[method-assign]
@@ -349,7 +347,7 @@ def _norm_in_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 def _faked(
     trained: Policy | RewardModel, device_type: str, autocast: bool, *, training: bool = True
 ) -> Iterator[_Tracker]:
-    """Fakes in the place of the model's meta tensors, on a CPU by their own account, and a tracker of what is made."""
+    """Replace the model's meta tensors by fake CPU tensors in a block, and yield a tracker."""
     config = trained.base.config
     attention = config._attn_implementation
     with ExitStack() as stack:
@@ -366,7 +364,7 @@ def _faked(
 
 
 def _replace_tensors(model: nn.Module) -> Callable[[], None]:
-    """Put a new tensor in the place of each of the model's, shared ones in all their places; how to undo it."""
+    """Replace each of the model's tensors by a new one, shared ones once; return how to undo it."""
     new: dict[int, Tensor] = {}
     old: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
@@ -390,5 +388,5 @@ def _replace_tensors(model: nn.Module) -> Callable[[], None]:
 
 
 def num_bytes(tensors: Any) -> int:
-    """Of distinct tensors, memory or not."""
+    """Return the bytes of the distinct tensors, whether they have memory or not."""
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in {id(t): t for t in tensors}.values())

@@ -1,6 +1,6 @@
-"""Frozen weights held in 4 bits under a LoRA adapter (QLoRA), by bitsandbytes.
+"""Frozen 4-bit weights under a LoRA adapter (QLoRA), by bitsandbytes.
 
-The head and the embeddings keep their type: the loss reads the head's weight as it is.
+The head and the embeddings keep their dtype, because the loss reads the head's weight as it is.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _NESTED_BLOCK = 256  # scales that share a scale of their own
 
 
 def require_quantization(config: Config) -> None:
-    """Raise ConfigError where 4 bits are asked for and their package is not installed."""
+    """Raise ConfigError if the run needs bitsandbytes, and it is not installed."""
     if config.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("load_in_4bit=true needs bitsandbytes: pip install bitsandbytes (or load_in_4bit: false)")
 
 
 def quantization_options(config: Config, *, autocast: bool) -> dict[str, Any]:
-    """What ``from_pretrained`` is asked for."""
+    """Return the arguments of ``from_pretrained`` that quantise as configured."""
     if not config.load_in_4bit:
         return {}
     settings = BitsAndBytesConfig(
@@ -40,10 +40,10 @@ def quantization_options(config: Config, *, autocast: bool) -> dict[str, Any]:
 
 
 def keep_scales(model: nn.Module) -> None:
-    """Keep the 4-bit weights as they were loaded, in every pass.
+    """Keep 4-bit weights as they were loaded, in every pass.
 
-    On CPUs with bf16 products, bitsandbytes would repack them in the first pass without gradients, and round their
-    scales: the model that is trained and sampled from would not be the one that was loaded.
+    On CPUs with bf16 products, bitsandbytes repacks them in the first pass in eval mode, and rounds their scales. The
+    trained model would not be the loaded one, and gradients would be lost.
     """
     modules: Iterable[Any] = model.modules()
     for module in modules:
@@ -52,37 +52,40 @@ def keep_scales(model: nn.Module) -> None:
 
 
 def is_quantized(parameter: Tensor) -> bool:
-    """Whether a parameter holds packed 4-bit codes."""
+    """Return whether a parameter holds packed 4-bit codes."""
     return getattr(parameter, "quant_state", None) is not None
 
 
 def num_elements(parameter: Tensor) -> int:
-    """Of the weight itself, where 4-bit codes are packed."""
+    """Return the number of weights, also where 4-bit codes are packed."""
     return parameter.quant_state.shape.numel() if is_quantized(parameter) else parameter.numel()  # type: ignore[attr-defined]
 
 
 def dequantized(parameter: Tensor) -> Tensor:
-    """The weight as its layer computes with it, fp32."""
+    """Return the fp32 weight that a layer computes with."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(parameter.data, parameter.quant_state).float()  # type: ignore[attr-defined]
 
 
 def scales(parameter: Tensor) -> dict[str, Tensor]:
-    """What makes weights of a parameter's codes, by name; nothing for a parameter that is not quantised."""
+    """Return the tensors that turn a parameter's codes into weights, by name; none if it is not quantised."""
     if not is_quantized(parameter):
         return {}
     return parameter.quant_state.as_dict(packed=True)  # type: ignore[attr-defined]
 
 
 def quantizable(model: Any) -> list[nn.Parameter]:
-    """The weights of every linear layer but the head, which 4 bits are for where they are no adapter's."""
+    """Return the weights of all linear layers but the head; of these, the frozen ones are held in 4 bits."""
     head = model.get_output_embeddings()
     layers: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     return [layer.weight for layer in layers]
 
 
 def bytes_in_4_bits(count: int, *, nested: bool) -> int:
-    """Of ``count`` weights: half a byte each, and a block's scale in fp32, or in 8 bits with scales of their own."""
+    """Return the bytes of ``count`` weights in 4 bits, with their scales.
+
+    A block's scale is in fp32, or ``nested``: in 8 bits, with fp32 scales of its own.
+    """
     blocks = -(-count // _BLOCK)
     return -(-count // 2) + (blocks + 4 * -(-blocks // _NESTED_BLOCK) if nested else 4 * blocks)

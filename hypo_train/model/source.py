@@ -1,4 +1,4 @@
-"""A model by its name, before any weights: its architecture's config, its tokenizer, and what ends its texts."""
+"""What a model's name gives before any weights are read: its config, its tokenizer and its EOS tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hypo_train.model.weight_files import refuse_pickles
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name is the path of a folder rather than one on the Hub."""
+    """Return whether a name is the path of a folder rather than a name on the Hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def check_source(name: str, field: str = "model_name_or_path") -> None:
-    """A local folder that is not there is not worth asking the Hub about."""
+    """Raise ModelError for a local path, the value of ``field``, that is not the folder of a saved model."""
     path = Path(name).expanduser()
     if looks_local(name) and not path.is_dir():
         raise ModelError(f"{field}: there is no folder {name!r}")
@@ -44,7 +44,7 @@ def check_source(name: str, field: str = "model_name_or_path") -> None:
 
 
 def read_architecture(config: Config) -> Any:
-    """The transformers config of the model to train. Raises ModelError where it cannot be had."""
+    """Read the transformers config of the model to train. Raise ModelError if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
@@ -53,8 +53,7 @@ def read_architecture(config: Config) -> Any:
 
 
 def check_architecture(found: Any, config: Config) -> None:
-    """Refuse what cannot be trained, from its transformers config and before weights are read: encoders and
-    sequence-to-sequence models, and quantised checkpoints."""
+    """Raise ModelError for an encoder, a sequence-to-sequence model or a quantised checkpoint, by its config."""
     if (quantized := getattr(found, "quantization_config", None)) is not None:
         fields = quantized if isinstance(quantized, dict) else vars(quantized)
         method = fields.get("quant_method", "unknown method")
@@ -80,9 +79,10 @@ def check_architecture(found: Any, config: Config) -> None:
 
 
 def load_tokenizer(config: Config, architecture: Any = None) -> Any:
-    """The model's tokenizer; one without a padding token pads with its EOS, which masks keep apart.
+    """Load the model's tokenizer. If it has no padding token, it pads with its EOS, and masks tell the two apart.
 
-    ``architecture``: what :func:`read_architecture` gave, where it has been read.
+    Args:
+        architecture: what :func:`read_architecture` returned, if it was read already.
     """
     check_source(config.model_name_or_path)
     check_architecture(read_architecture(config) if architecture is None else architecture, config)
@@ -95,13 +95,13 @@ def load_tokenizer(config: Config, architecture: Any = None) -> Any:
 
 
 def load_text_tokenizer(config: Config, path: str, field: str) -> Any:
-    """The tokenizer at ``path``, the value of ``field``, as it is saved. Raises ModelError where there is none."""
+    """Load the tokenizer at ``path``, the value of ``field``, unchanged. Raise ModelError if there is none."""
     check_source(path, field)
     return _open_tokenizer(config, path)
 
 
 def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
-    """The classifier's own; a text that is too long loses its beginning."""
+    """Load a classifier's tokenizer. It truncates a text that is too long on the left."""
     path = str(config.reward_model_path)
     tokenizer = _open_tokenizer(config, path)
     tokenizer.pad_token_id = classifier.config.get_text_config().pad_token_id
@@ -114,7 +114,7 @@ def load_classifier_tokenizer(config: Config, classifier: Any) -> Any:
 def _open_tokenizer(config: Config, path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises a different class for every way to fail
+    except Exception as error:  # transformers raises many kinds of errors
         folder = Path(path).expanduser()
         if folder.is_dir() and not any(folder.glob("token*")) and not any(folder.glob("vocab*")):
             raise ModelError(
@@ -125,14 +125,14 @@ def _open_tokenizer(config: Config, path: str) -> Any:
 
 
 def eos_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a completion: the tokenizer's EOS and the checkpoint's (Llama 3 has several)."""
+    """Return all tokens that end a completion: the tokenizer's EOS, then the checkpoint's (Llama 3 has several)."""
     more = getattr(model_generation_config, "eos_token_id", None)
     listed = [] if more is None else [more] if isinstance(more, int) else list(more)
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
 
 
 def generation_config(config: Config) -> GenerationConfig | None:
-    """The checkpoint's own, for its list of end tokens; many have none."""
+    """Load the checkpoint's generation config, which may list EOS tokens; None if it has none."""
     try:
         return GenerationConfig.from_pretrained(config.model_name_or_path)
     except OSError:
@@ -140,7 +140,7 @@ def generation_config(config: Config) -> GenerationConfig | None:
 
 
 def why_not(error: Exception) -> str:
-    """Why transformers did not load something, in a line."""
+    """Return in one line why transformers could not load something."""
     if "trust_remote_code" in str(error):
         return "it asks for Python code of its own: set trust_remote_code: true if you have read that code and trust it"
     return first_line(error)

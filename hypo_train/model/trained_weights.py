@@ -1,6 +1,6 @@
-"""The weights that a run ended with, put into a policy that was loaded as the run loaded it.
+"""Load the weights that a run ended with into a policy that was loaded as the run loaded it.
 
-What the policy was loaded with stays its reference, so that an evaluation afterwards sees the two as training did.
+Its reference keeps the weights that the run started from, so that an evaluation compares the same two models.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def whole_model_config(config: Config, folder: Path) -> Config:
 
 
 def put_trained_weights(policy: Policy, folder: Path, *, trust_remote_code: bool) -> None:
-    """Give the policy the weights of the model in ``folder``: a LoRA policy an adapter's, any other one all of them.
+    """Load the weights of the model in ``folder`` into the policy: an adapter's under LoRA, else all of them.
 
     Raises:
-        ModelError: the folder's model cannot be loaded, has other parameters, or differs from the policy in ones
-            that the policy does not train, which its reference would then have as well.
+        ModelError: the folder's model cannot be loaded, has other parameters, or differs from the policy in a frozen
+            one, which the reference shares.
     """
     refuse_pickles(folder, "the trained model")
     if policy.is_peft:
@@ -61,10 +61,10 @@ def put_trained_weights(policy: Policy, folder: Path, *, trust_remote_code: bool
 
 
 def put_saved(trained: Policy | RewardModel, saved: Mapping[str, Tensor], folder: Path) -> None:
-    """Give a model the trained parameters of a checkpoint, which ``folder`` held.
+    """Load the trained parameters of the checkpoint that was read from ``folder``.
 
     Raises:
-        ModelError: the checkpoint is of other parameters than those that the model trains.
+        ModelError: the checkpoint has other parameters than those that the model trains.
     """
     parameters = trained.trained_parameters()
     shapes, wanted = ({name: t.shape for name, t in of.items()} for of in (saved, parameters))
@@ -77,7 +77,7 @@ def put_saved(trained: Policy | RewardModel, saved: Mapping[str, Tensor], folder
 
 
 def _saved_weights(folder: Path, *, trust_remote_code: bool) -> dict[str, Tensor]:
-    """By name, fp32: what is trained is saved so, whatever the type of the frozen weights beside it."""
+    """Return the saved weights by name, in fp32, the dtype in which trained ones are saved."""
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, **SAFETENSORS_ONLY}
     try:
         if (folder / ADAPTER_FILE).is_file():
@@ -86,7 +86,7 @@ def _saved_weights(folder: Path, *, trust_remote_code: bool) -> dict[str, Tensor
             model = AutoPeftModelForCausalLM.from_pretrained(str(folder), **options).merge_and_unload()
             return dict(model.named_parameters())
         found: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
-    except Exception as error:  # transformers raises a different class for every way to fail
+    except Exception as error:  # transformers raises many kinds of errors
         raise ModelError(f"cannot load the model {str(folder)!r}: {first_line(error)}") from error
     model, info = found
     refuse_missing(info, str(folder))

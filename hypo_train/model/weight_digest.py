@@ -1,4 +1,4 @@
-"""What weights hold, as short strings: to know those of another process, run or day again."""
+"""Digests of weights, to compare them between processes and runs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hypo_train.utils.hashing import tensor_digest
 
 
 def weight_hashes(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """Dtype, shape and content of each, by name; of sharded ones, all processes must ask together."""
+    """Return dtype, shape and digest of each tensor, by name. If any is sharded, all ranks must call this."""
     quantized = {f"{name}.{scale}": t for name, p in tensors.items() for scale, t in scales(p).items()}
-    everything = {**tensors, **quantized}  # equal codes under other scales are other weights
+    everything = {**tensors, **quantized}  # equal codes with other scales are other weights
     return {name: [str(t.dtype), list(t.shape), tensor_digest(full_tensor(t))] for name, t in everything.items()}
 
 
 def initial_weights(trained: Policy | RewardModel) -> dict[str, Tensor]:
-    """The weights that training leaves as they were: those that are frozen, and the reference's copies of the others.
+    """Return the weights that training starts from: the frozen ones, and the reference's copies of the trained ones.
 
-    LoRA's adapter, trained and without a copy, is switched off in the reference and does not count.
+    LoRA's adapter is left out: it is trained, and the reference switches it off.
     """
     frozen = {name: p for name, p in trained.named_parameters() if not p.requires_grad}
     return frozen | (trained.reference_parameters if isinstance(trained, Policy) else {})

@@ -1,7 +1,7 @@
-"""Weights are read from safetensors alone: a pickle runs whatever its author wrote into it.
+"""Checks of a saved model's weight files, before any weights are read.
 
-transformers reads pickles with torch's restricted reader. This goes further and reads none. That the files are there
-and whole is seen before any weights are read, from the header of each.
+Only safetensors are read, because a pickle can run code. (transformers reads pickles with torch's restricted reader.)
+The header of each file shows whether it is complete.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ _SAFE = (".safetensors", ".safetensors.index.json")
 
 
 def refuse_pickles(folder: Path, field: str) -> None:
-    """Raise ModelError for a saved model, the value of ``field``, whose weights or adapter are pickles alone."""
+    """Raise ModelError if the weights or the adapter in ``folder``, the value of ``field``, are only pickles."""
     names = [path.name for path in folder.iterdir()]
     kind = "adapter_model" if "adapter_config.json" in names else "model"
     is_safe = any(name.startswith(kind) and name.endswith(_SAFE) for name in names)
-    found = sorted(name for name in names if kind in name and name.endswith(_PICKLES))
-    if found and not is_safe:
-        raise ModelError(f"{field}: {str(folder)!r} has its weights as a pickle ({found[0]}): {_fix(str(folder))}")
+    pickles = sorted(name for name in names if kind in name and name.endswith(_PICKLES))
+    if pickles and not is_safe:
+        raise ModelError(f"{field}: {str(folder)!r} has its weights as a pickle ({pickles[0]}): {_fix(str(folder))}")
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is a file, or a list of files, of a saved model's weights."""
+    """Return whether ``folder`` has a safetensors file or an index of several."""
     return any((folder / f"model{end}").is_file() for end in _SAFE)
 
 
 def check_weight_files(folder: Path, field: str) -> None:
-    """Raise ModelError where a saved model, the value of ``field``, lacks weights or has damaged files of them."""
+    """Raise ModelError if ``folder``, the value of ``field``, lacks weight files or has damaged ones."""
     if not has_weights(folder):
         raise ModelError(
             f"{field}: the folder {str(folder)!r} has no weights (model.safetensors): "
@@ -53,12 +53,12 @@ def check_weight_files(folder: Path, field: str) -> None:
             f"({missing[0]}{', ...' if missing[1:] else ''}): download or copy them again"
         )
     for name in names:
-        if not _is_whole(folder / name):
+        if not _is_complete(folder / name):
             raise ModelError(f"{field}: {str(folder / name)!r} is damaged or cut off: download or copy it again")
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+def _is_complete(path: Path) -> bool:
+    """Return whether a safetensors file is as long as its header says."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -72,7 +72,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def why_not_read(path: str, error: Exception) -> str:
-    """The fix, where a model of the Hub could not be read because it has no safetensors; else nothing."""
+    """Return the fix if a model of the Hub could not be read because it has no safetensors, else nothing."""
     return f" ({_fix(path)})" if isinstance(error, OSError) and ".safetensors" in str(error) else ""
 
 

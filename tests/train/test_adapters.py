@@ -94,8 +94,8 @@ def of_plain_rows(model):
     return torch.stack([tiny.plain_logprob(model, prompt, completion) for prompt, completion in rows])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_training_log_probs_are_those_of_plain_rows_and_of_pefts_own_loading(saved_model, tmp_path, kind, architecture):
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
+def test_log_probs_are_those_of_plain_rows_and_of_peft(saved_model, tmp_path, kind, architecture):
     folder = saved_model(architecture, **WIDE)
     policy = policy_of(folder, **kind)
     assert policy.shares_prompts
@@ -108,7 +108,7 @@ def test_training_log_probs_are_those_of_plain_rows_and_of_pefts_own_loading(sav
     assert_close(found, of_plain_rows(loaded), atol=1e-4, rtol=1e-5)
 
 
-def test_samples_are_drawn_with_the_log_probs_that_training_gives_them(saved_model, kind):
+def test_samples_have_the_log_probs_of_training(saved_model, kind):
     policy = policy_of(saved_model(**WIDE), **kind)
     sampler = DecodeSampler(policy.model, eos_token_ids=(tiny.EOS,), pad_token_id=tiny.PAD, score=True)
     prompts = [list(pair.prompt) for pair in PAIRS]
@@ -118,8 +118,8 @@ def test_samples_are_drawn_with_the_log_probs_that_training_gives_them(saved_mod
         assert_close(samples.logprobs[row, : len(completion)], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dora", "4 bits"])
-def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(saved_model, settings, name):
+@pytest.mark.parametrize("name", [pytest.param("dora", marks=pytest.mark.slow), "4 bits"])
+def test_a_run_resumes_with_the_same_bits(saved_model, settings, name):
     if name == "4 bits":
         pytest.importorskip("bitsandbytes")
     kind = KINDS[name]
@@ -160,7 +160,7 @@ def test_a_reward_model_in_4_bits_is_refused():
         config_of("-", **KINDS["4 bits"], algorithm="reward")
 
 
-def test_4_bits_without_bitsandbytes_are_refused_before_anything_is_read(settings, monkeypatch):
+def test_4_bits_without_bitsandbytes_are_refused_first(settings, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="load_in_4bit=true needs bitsandbytes: pip install"):
         train(settings(**KINDS["4 bits"], model="no/model/anywhere"))

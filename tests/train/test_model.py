@@ -126,9 +126,19 @@ def folder(request, saved_model):
     return saved_model(request.param.split(":")[0].split(",")[0], **ARCHITECTURES[request.param])
 
 
+# Each architecture and each way once; their combinations are slow.
+ARCHITECTURES_AND_WAYS = [
+    pytest.param(architecture, way, marks=() if architecture == "llama" or way == "full" else pytest.mark.slow)
+    for architecture in ARCHITECTURES
+    for way in WAYS
+]
+
+
 @torch.no_grad()
-def test_log_probs_equal_those_of_transformers_own_logits(folder, way):
-    policy = policy_of(folder, **way)
+@pytest.mark.parametrize(("architecture", "way"), ARCHITECTURES_AND_WAYS)
+def test_log_probs_equal_those_of_transformers_own_logits(saved_model, architecture, way):
+    folder = saved_model(architecture.split(":")[0].split(",")[0], **ARCHITECTURES[architecture])
+    policy = policy_of(folder, **WAYS[way])
     original = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert_close(policy(tree(), logprobs()), plain_logprobs(original), atol=1e-4, rtol=0)
 
@@ -215,7 +225,7 @@ def separate_rows_loss(model, ref_logps, config):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_with_lora_on_the_head_loss_and_gradients_are_those_of_peft_on_plain_rows(saved_model, architecture):
+def test_lora_on_the_head_has_the_loss_and_gradients_of_peft(saved_model, architecture):
     folder = saved_model(architecture.split(":")[0].split(",")[0], **ARCHITECTURES[architecture])
     policy = policy_of(folder, **LORA_HEAD)
     ref_logps = policy.reference(tree(), logprobs())
@@ -293,7 +303,7 @@ def test_a_bias_of_the_heads_update_is_refused(saved_model):
         check_exactness(adapted(saved_model("phi"), target_modules=["lm_head"], lora_bias=True))
 
 
-def test_a_second_active_adapter_on_the_head_and_a_merged_one_are_refused(saved_model):
+def test_two_active_adapters_or_a_merged_one_are_refused(saved_model):
     policy = adapted(saved_model())
     policy.model.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     policy.model.base_model.set_adapter(["default", "second"])
@@ -307,9 +317,7 @@ def test_a_second_active_adapter_on_the_head_and_a_merged_one_are_refused(saved_
         check_exactness(policy)
 
 
-def test_an_update_of_the_head_that_is_not_served_as_peft_computes_it_is_found_before_training(
-    saved_model, monkeypatch
-):
+def test_a_head_update_unlike_pefts_is_refused(saved_model, monkeypatch):
     monkeypatch.setattr("hypo_train.model.policy._active_lora", lambda layer: None)  # as if the adapter were ignored
     assert "computes its logits in a way the kernels do not serve" in refusal(saved_model(), **LORA_HEAD)
 
@@ -323,9 +331,12 @@ def test_before_training_the_reference_is_the_policy(saved_model, way):
         assert torch.equal(policy(tree(), logprobs()), policy.reference(tree(), logprobs()))
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "qwen2"])
-def test_the_reference_stays_the_initial_model_while_the_policy_trains(saved_model, way, architecture, tied):
+@pytest.mark.parametrize(
+    ("architecture", "tied"),
+    [("llama", False), ("llama", True)]
+    + [pytest.param(name, tied, marks=pytest.mark.slow) for name in ("gpt_neox", "qwen2") for tied in (False, True)],
+)
+def test_the_reference_stays_the_initial_model(saved_model, way, architecture, tied):
     policy = policy_of(saved_model(architecture, tie_word_embeddings=tied), **way)
     initial = copy.deepcopy(policy)
     before = policy.reference(tree(), logprobs())
@@ -469,7 +480,7 @@ def test_the_checkpoints_dropout_is_off_in_training(saved_model, way, architectu
     assert_close(policy.train()(tree(), logprobs()), quiet, atol=1e-5, rtol=0)
 
 
-def test_gradient_checkpointing_passes_no_gradient_through_frozen_layers(saved_model):
+def test_checkpointing_passes_no_gradient_through_frozen_layers(saved_model):
     policy = policy_of(saved_model(), gradient_checkpointing=True, num_layers_unfrozen=1).train()
     frozen, trained = policy.base.get_decoder().layers
     needed = {}
@@ -512,7 +523,7 @@ class Matmuls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_selective_checkpointing_keeps_less_and_computes_no_product_twice(saved_model):
+def test_selective_checkpointing_recomputes_no_product(saved_model):
     kept, counts = [], []
     for kind in (False, "selective", True):
         policy = policy_of(saved_model(), gradient_checkpointing=kind).train()
@@ -526,7 +537,7 @@ def test_selective_checkpointing_keeps_less_and_computes_no_product_twice(saved_
     assert kept[0] > 1.3 * kept[1] > kept[2]
 
 
-def test_selective_checkpointing_keeps_no_wide_result_of_a_low_rank_update(saved_model):
+def test_selective_checkpointing_keeps_no_low_rank_result(saved_model):
     kept = []
     for adapter in ({}, {"use_peft": True, "lora_r": 1, "lora_target_modules": "all-linear"}):
         policy = policy_of(saved_model(), gradient_checkpointing="selective", **adapter).train()
@@ -558,7 +569,7 @@ def test_a_model_without_checkpointing_trains_unless_it_is_asked_for(saved_model
 # Saved models
 
 
-def test_the_saved_model_loads_with_transformers_and_gives_the_policys_logits(saved_model, tmp_path, way):
+def test_a_saved_model_has_the_policys_logits_in_transformers(saved_model, tmp_path, way):
     policy = train(policy_of(saved_model(), **way)).eval()
     policy.save_pretrained(tmp_path / "final")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
@@ -782,7 +793,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_eos(tmp_path):
 
 
 @pytest.mark.parametrize(("generation_eos", "expected"), [(None, (4,)), (4, (4,)), (7, (4, 7)), ([7, 4, 9], (4, 7, 9))])
-def test_a_completion_ends_with_the_tokenizers_eos_or_any_of_the_checkpoints(generation_eos, expected):
+def test_eos_tokens_are_the_tokenizers_and_the_checkpoints(generation_eos, expected):
     from types import SimpleNamespace
 
     tokenizer = SimpleNamespace(eos_token_id=4)

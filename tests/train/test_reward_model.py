@@ -70,7 +70,7 @@ def test_rewards_are_the_classifiers_own(reward_settings, saved_classifier, arch
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_trained_reward_model_prefers_what_is_chosen_and_loads_as_a_classifier(reward_settings, way):
+def test_a_trained_reward_model_prefers_chosen_and_loads(reward_settings, way):
     config = reward_settings(
         max_steps=30, num_eval_rows=8, learning_rate=1e-2, per_device_train_batch_size=8, **WAYS[way]
     )
@@ -147,7 +147,7 @@ def saved_bert(folder, *, max_position_embeddings):
     return model, tokenizer
 
 
-def test_a_classifier_with_another_tokenizer_reads_texts_and_the_run_says_so(rloo, saved_model, tmp_path):
+def test_a_classifier_with_another_tokenizer_reads_texts(rloo, saved_model, tmp_path):
     model, tokenizer = saved_bert(tmp_path / "bert", max_position_embeddings=64)
     run = prepare(rloo(tmp_path / "bert"))
     assert isinstance(run.reward.reward, ClassifierReward)
@@ -166,7 +166,7 @@ def test_a_classifier_with_another_tokenizer_reads_texts_and_the_run_says_so(rlo
     assert_close(rewards, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_a_text_that_is_too_long_for_its_classifier_loses_its_beginning(rloo, tmp_path):
+def test_a_too_long_text_is_truncated_on_the_left(rloo, tmp_path):
     model, tokenizer = saved_bert(tmp_path / "bert", max_position_embeddings=4)
     run = prepare(rloo(tmp_path / "bert"))  # whose prompts and completions may have 24 tokens
     words = tokenizer("tell me about the film it was good").input_ids

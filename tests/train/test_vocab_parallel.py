@@ -1,4 +1,4 @@
-"""Embedding and head in parts of the vocabulary: what two processes hold of them, and what is refused."""
+"""Embedding and head in shards of the vocabulary: what two ranks hold of them, and what is refused."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from hypo_train.model.tree_model import ModelError
 from hypo_train.prepare import prepare
 from hypo_train.step import train_step
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.timeout(0)  # ranks.py waits by the processes' progress
 # No other size of the model or of a batch; and a matrix of it, 601 x 32, has more entries than a layer.
 VOCAB, WIDTH = 601, 32
 
@@ -109,12 +109,14 @@ def steps(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[dict[st
     return [dict(zip(WAYS, json.loads((folder / f"{rank}.json").read_text()), strict=True)) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_no_process_makes_what_is_as_large_as_the_vocabulary(steps):
     for rank in steps:
         assert rank["parts"][0] == rank["parts, exact KL"][0] == []
         assert any(f"({VOCAB}, {WIDTH})" in made for made in rank["whole"][0])  # which is what would be found
 
 
+@pytest.mark.slow
 def test_under_bf16_sharded_weights_are_trained_as_whole_ones(steps, model, tmp_path):
     _, alone = step_of(config_of(tmp_path, model, 1))
     for way in ("parts", "whole"):
@@ -125,7 +127,7 @@ def test_under_bf16_sharded_weights_are_trained_as_whole_ones(steps, model, tmp_
         assert losses == pytest.approx([rank["whole"][1]["loss"] for rank in steps], rel=1e-3)
 
 
-def test_processes_without_a_part_are_counted_as_torch_chunk_leaves_them():
+def test_ranks_without_a_shard_are_those_of_torch_chunk():
     for size in range(1, 30):
         for count in range(1, 12):
             assert ranks_without_a_shard(size, count) == count - len(torch.empty(size).chunk(count))
