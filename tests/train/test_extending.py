@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
 from hypo_train.config import ConfigError, checked
 from hypo_train.metrics.log import read_metrics
+from hypo_train.sampling import Distribution
+from hypo_train.sampling.registry import SamplerSettings
 from hypo_train.train import train
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -92,3 +96,33 @@ def test_a_wrong_algorithm_is_refused_in_one_line(name, message, readers_folder)
 def test_a_loss_of_the_wrong_shape_is_named(settings, readers_folder):
     with pytest.raises(ValueError, match=r"algorithm='more_losses:mean_dpo': .* one loss for each of 4 pairs"):
         train(settings(algorithm="more_losses:mean_dpo"), progress=False)
+
+
+def test_the_pages_sampler_draws_with_the_models_log_probs(readers_folder):
+    from my_samplers import plain
+
+    model = tiny.new_model("llama")
+    settings = SamplerSettings(eos_token_ids=[tiny.EOS], pad_token_id=tiny.PAD, distribution=Distribution(), score=True)
+    sampler = plain.build(model, settings)
+    prompts = [[7, 20, 9], [5]]
+    samples = sampler.sample(prompts, 3, 6, seed=1)
+    assert sampler.sample(prompts, 3, 6, seed=1).completions() == samples.completions()
+    assert sampler.sample(prompts, 3, 6, seed=2).completions() != samples.completions()
+    for row, completion in enumerate(samples.completions()):
+        assert (completion[-1] == tiny.EOS) == bool(samples.ended[row])
+        expected = tiny.plain_token_logprobs(model, prompts[row // 3], completion)
+        torch.testing.assert_close(samples.logprobs[row][: len(completion)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_pages_sampler_trains_hypo(settings, readers_folder):
+    config = settings(sampler="my_samplers:plain", rollout_steps=2, max_steps=4)
+    found = losses(config)
+    assert len(found) == 4
+    assert all(math.isfinite(loss) for loss in found)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:plain", "my_samplers:nothing", "more_losses:number"])
+def test_a_wrong_sampler_is_refused_in_one_line(name, settings, readers_folder):
+    with pytest.raises(ValueError, match=f"sampler='{name}'") as refused:
+        train(settings(sampler=name), progress=False)
+    assert "\n" not in str(refused.value)
