@@ -225,7 +225,7 @@ def test_no_length_is_compiled_for_itself(monkeypatch):
     assert counter.frame_count <= 4
 
 
-def test_gradients_are_those_of_attention_attend_by_group(uncompiled, layout, part):
+def test_gradients_are_those_of_attention_by_group(uncompiled, layout, part):
     states = [x.requires_grad_() for x in inputs(layout, part)]
     if not states[0].shape[2]:
         return

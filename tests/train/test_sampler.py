@@ -201,7 +201,9 @@ def chi_square_p_value(completions, joint):
     return torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)).item()
 
 
-@pytest.mark.parametrize("max_batch_tokens", [None, 2500], ids=["one batch", "several batches"])
+@pytest.mark.parametrize(
+    "max_batch_tokens", [None, pytest.param(2500, marks=pytest.mark.slow)], ids=["one batch", "several batches"]
+)
 def test_the_first_two_tokens_follow_the_exact_joint_distribution(engine, architecture, max_batch_tokens):
     model = tiny_model(architecture)
     prompt = [5, 3, 8]
