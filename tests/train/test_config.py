@@ -45,7 +45,7 @@ def test_the_required_fields_alone_give_the_documented_defaults():
     assert config.max_chunk_bytes == 2**30
 
 
-def test_flags_override_the_file_and_the_file_overrides_the_defaults(recipe):
+def test_flags_override_the_file_which_overrides_the_defaults(recipe):
     path = recipe("model_name_or_path: m\ndataset_name: d\nbeta: 0.05\nseed: 7\n")
     config = load_config(["--config", path, "--seed", "8"])
     assert (config.beta, config.seed, config.kl_coef) == (0.05, 8, 1e-4)
@@ -119,7 +119,7 @@ def test_the_beginning_of_a_name_suggests_the_name():
     assert "unknown flag --missing_eos: did you mean --missing_eos_penalty?" in problem([*REQUIRED, "--missing_eos=1"])
 
 
-def test_the_short_and_the_long_flag_of_a_field_exclude_each_other():
+def test_a_fields_short_and_long_flag_exclude_each_other():
     flags = [*REQUIRED, "--resume", "--resume_from_checkpoint", "auto"]
     assert "--resume_from_checkpoint is given more than once" in problem(flags)
 
@@ -448,7 +448,7 @@ def test_the_yaml_of_a_run_stands_alone(recipes):
     assert load_config(["--config", recipes(flat=config.to_yaml())]) == config
 
 
-def test_a_recipe_in_another_encoding_is_an_error_and_not_a_traceback(tmp_path):
+def test_a_recipe_in_another_encoding_is_a_one_line_error(tmp_path):
     path = tmp_path / "latin.yaml"
     path.write_bytes("output_dir: caf\xe9\n".encode("latin-1"))
     assert f"--config {path}: not valid YAML" in problem(["--config", str(path)])

@@ -78,7 +78,7 @@ def test_a_review_is_covered_if_it_keeps_to_the_covered_subjects():
     assert not world.is_covered("the staff was rude and the music was great .")
 
 
-def test_the_model_has_about_a_million_parameters_and_room_for_a_row(untrained, tokenizer):
+def test_the_model_has_a_million_parameters_and_fits_a_row(untrained, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(untrained)
     assert 5e5 < model.num_parameters() < 2e6
     assert model.config.vocab_size == len(tokenizer)

@@ -91,7 +91,7 @@ def error_over_prompts(values):
 
 
 @pytest.mark.parametrize("algorithm", ["hypo", "dpo", "ipo"])
-def test_the_reverse_kl_and_the_reward_are_means_over_the_samples(settings, algorithm):
+def test_kl_and_reward_are_means_over_the_samples(settings, algorithm):
     run, initial = moved_run(settings(algorithm=algorithm, **HELD_OUT))
     prompts = [list(row.prompt) for row in run.eval_rows[:3]]
     sampler = Scripted(COMPLETIONS, run.accelerator.device)
@@ -111,7 +111,7 @@ def test_the_reverse_kl_and_the_reward_are_means_over_the_samples(settings, algo
 
 
 @pytest.mark.parametrize("algorithm", ["hypo", "dpo", "ipo"])
-def test_accuracy_margin_and_loss_are_means_over_the_held_out_pairs(settings, algorithm):
+def test_accuracy_margin_and_loss_are_means_over_pairs(settings, algorithm):
     beta, smoothing = 0.5, 0.0 if algorithm == "ipo" else 0.1
     rows = tiny.pair_rows()
     rows[1::2] = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[1::2]]

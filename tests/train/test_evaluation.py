@@ -103,7 +103,7 @@ def test_samples_hold_the_reference_response_of_their_row(settings, evaluated):
         assert [row["completion"] for row in csv.DictReader(file)] == [sample["completion"] for sample in samples]
 
 
-def test_other_rows_a_reward_and_settings_of_the_samples_can_be_given(settings, evaluated, tmp_path):
+def test_other_rows_reward_and_sampling_can_be_given(settings, evaluated, tmp_path):
     run = trained(settings, algorithm="rloo", reward="tiny:reward_of_length")
     rows = [{"prompt": f"tell me about the {noun}", "completion": f"the {noun} was good"} for noun in tiny.NOUNS]
     data = tiny.write_rows(tmp_path / "references.jsonl", rows)
@@ -224,7 +224,7 @@ def test_a_folder_that_is_no_finished_run_is_one_line(settings, tmp_path, capsys
     assert refusal(capsys, tmp_path / "half").startswith(f"'{tmp_path}/half' has no final model")
 
 
-def test_flags_of_training_unknown_ones_and_wrong_values_are_one_line(settings, capsys):
+def test_every_wrong_flag_is_one_line(settings, capsys):
     run = trained(settings, algorithm="dpo")
     assert refusal(capsys, run, "--learning_rate", "1").startswith("--learning_rate: about training, which is over")
     assert "unknown flag --temprature: did you mean --temperature?" in refusal(capsys, run, "--temprature", "1")

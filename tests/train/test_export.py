@@ -206,7 +206,7 @@ def test_flags_that_do_not_fit_the_run_are_refused(settings, tmp_path, capsys):
     assert "an adapter keeps the float32" in refused(capsys, lora.output_dir, *out, "--dtype", "bfloat16")
 
 
-def test_a_run_without_final_folder_exports_its_newest_checkpoint(settings):
+def test_a_run_without_final_exports_its_newest_checkpoint(settings):
     run = trained_run(settings(algorithm="dpo"))
     for step in (1, 2):
         save(run, Meter(), step)
@@ -228,7 +228,7 @@ def test_an_export_that_fails_leaves_nothing(settings, tmp_path, monkeypatch, ca
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_value_beyond_a_type_is_refused_and_not_written_as_infinite(settings, tmp_path, capsys):
+def test_a_value_beyond_the_dtype_is_refused(settings, tmp_path, capsys):
     run = trained_run(settings(algorithm="dpo"))
     with torch.no_grad():
         next(iter(run.trained.trained_parameters().values()))[0] = 1e6

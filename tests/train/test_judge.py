@@ -95,7 +95,7 @@ def refusal(capsys, *argv):
 # By a score
 
 
-def test_the_higher_score_wins_equal_ones_tie_and_a_tie_is_one_half(written, judged):
+def test_the_higher_score_wins_and_a_tie_is_one_half(written, judged):
     rows = [*samples(), {"row": 16, "prompt": "p", "completion": "longest of them", "reference": "short"}]
     rows[2]["reference"] = rows[5]["reference"] = "the same"
     found, verdicts, out = judged(written(rows), "--judge", "test_judge:length")
@@ -466,7 +466,7 @@ def test_the_key_is_sent_and_is_in_no_file_and_on_no_screen(written, served, tmp
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
-def test_a_refused_key_ends_the_judging_at_once_without_showing_it(written, served, capsys, monkeypatch):
+def test_a_refused_key_ends_judging_without_being_shown(written, served, capsys, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     server = served(lambda a, b: (401, {}, f"Incorrect API key provided: {KEY}"))
     line = refusal(capsys, written(samples(60)), *asking(server, "--judge_workers", 2))
@@ -591,7 +591,7 @@ def test_verdicts_of_another_judge_are_not_written_over(written, judged, capsys)
 # Mistakes
 
 
-def test_an_unwritable_folder_is_refused_before_the_first_request(written, served, capsys, tmp_path):
+def test_a_read_only_folder_is_refused_before_any_request(written, served, capsys, tmp_path):
     server, taken = served(), tmp_path / "taken"
     taken.write_text("")
     line = refusal(capsys, written(), *asking(server, "--output_dir", taken))
