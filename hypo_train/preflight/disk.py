@@ -1,4 +1,4 @@
-"""The disk that a run takes, beside what is free at its output_dir."""
+"""Compares the disk space that a run needs with what is free at its output_dir."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypo_train.preflight.findings import Findings
 
 
 def check_output_dir(config: Config) -> None:
-    """Raises ConfigError where no folder can be made or written at output_dir. Makes none."""
+    """Raise ConfigError if output_dir cannot be created or written. Creates nothing."""
     parent = _existing_parent(config)
     if not parent.is_dir():
         raise ConfigError(f"output_dir={config.output_dir!r}: {str(parent)!r} is a file, choose another folder")
@@ -57,31 +57,31 @@ def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, found:
 
 
 def checkpoint_bytes(config: Config, trained: Policy | RewardModel) -> int:
-    """Trained weights in fp32 and the optimizer's state."""
+    """Return the bytes of a checkpoint: the trained weights in fp32 and the optimizer's state."""
     own = trained.trained_parameters()
     state = footprint(config.optim, own.items(), roles=trained.parameter_roles, device_type="cpu").state
     return 4 * sum(p.numel() for p in own.values()) + state
 
 
 def final_bytes(trained: Policy | RewardModel) -> int:
-    """The saved model; of a policy with an adapter, the adapter alone."""
+    """Return the bytes of the final model; of a policy with an adapter, of the adapter alone."""
     if trained.is_peft and isinstance(trained, Policy):
         return num_bytes(trained.trained_parameters().values())
     return num_bytes(trained.parameters())
 
 
 def _num_saves(config: Config, plan: Plan) -> int:
-    """Checkpoints that the run writes: the last step's among them."""
+    """Return how many checkpoints the run writes, the last step's included."""
     return -(-plan.total_steps // config.save_steps) if config.save_steps else 1
 
 
 def _bytes_of_checkpoints(output_dir: Path) -> int:
-    """Of a run that goes on: they make room for its new ones."""
+    """Return the bytes of earlier checkpoints of a resumed run, which new ones will replace."""
     return sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*") if file.is_file())
 
 
 def _bytes_of_leftovers(output_dir: Path) -> int:
-    """Of saves that were killed, which the next one removes before it writes."""
+    """Return the bytes of interrupted saves, which the next save removes before it writes."""
     return sum(file.stat().st_size for file in output_dir.glob("checkpoint-*.tmp/*") if file.is_file())
 
 

@@ -40,7 +40,7 @@ _BYTES_PER_SAMPLED_LOGIT = 4 + 4 + 4 + 8
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a run computes, as far as memory depends on it."""
+    """Settings of the computation that memory depends on."""
 
     device_type: DeviceType
     autocast: bool  # compute under bfloat16
@@ -48,13 +48,13 @@ class Conditions:
     sampler: SamplerEntry | None  # draws a step's samples; None for a reward model
 
     def prompts_run_first(self, plan: Plan) -> bool:
-        """Whether sampling goes on from the training pass's own run of the prompts."""
+        """Return whether the sampler starts from keys and values of the training pass over the prompts."""
         takes_prompt_kv = self.sampler is not None and self.sampler.prompt_kv
         return plan.may_run_prompts_first and takes_prompt_kv and self.shares_prompts
 
 
 class Component(NamedTuple):
-    """Bytes that something takes while samples are drawn, in a micro-batch's two passes, and as weights change."""
+    """Bytes of one kind of tensor while samples are drawn, in a micro-batch's passes, and in the optimizer step."""
 
     name: str
     sampling: int
@@ -64,7 +64,7 @@ class Component(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run holds in each part of its steps."""
+    """The memory of a run in each phase of a step."""
 
     components: list[Component]
     draws_samples: bool
@@ -74,7 +74,7 @@ class Estimate:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes held in each part of a step that the run has, all components together."""
+        """Return the bytes of all components in each phase of a step."""
         names = ("sampling", "training", "optimizer") if self.draws_samples else ("training", "optimizer")
         return {name: sum(getattr(part, name) for part in self.components) for name in names}
 
@@ -84,7 +84,7 @@ class Estimate:
 
     @property
     def least(self) -> int:
-        """The peak where the prompts of a step are decoded one after the other."""
+        """Return the peak if the prompts of a step are decoded one after the other."""
         phases = self.phases
         if "sampling" in phases:
             phases["sampling"] -= self.kv - self.kv_of_a_prompt
@@ -97,7 +97,7 @@ class Estimate:
 def estimate(
     plan: Plan, trained: Policy | RewardModel, conditions: Conditions, *, reward_model: Any = None
 ) -> Estimate:
-    """Of one process of a run, on its device; vLLM's own memory is not counted.
+    """Estimate the memory of one process on its device, without the memory of vLLM.
 
     Args:
         trained: on the meta device, as :func:`hypo_train.model.load.build_on_meta` makes it.
@@ -171,7 +171,7 @@ def estimate(
 
 
 def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: DeviceType) -> int:
-    """On the training device while a step runs; one that no step asks waits on the CPU for an evaluation."""
+    """Return the bytes of the reference's copies on the training device; unused in steps, they wait on the CPU."""
     config = plan.config
     if not isinstance(trained, Policy) or not config.has_reference:
         return 0
@@ -182,7 +182,7 @@ def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: Dev
 
 
 def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> PeakMemory:
-    """The run's largest micro-batch, forward and backward."""
+    """Return the peak of the run's largest micro-batch, forward and backward."""
     rows = [plan.train_rows[i] for i in plan.largest_micro_batch]
     prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
     laid_out = (PassShape.packed if conditions.shares_prompts else PassShape.separate)(prompts, branches)
@@ -203,12 +203,12 @@ def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Condit
 
 
 def _parts(plan: Plan) -> int:
-    """Of the vocabulary, in a pass."""
+    """Return into how many parts a pass divides the vocabulary."""
     return plan.world_size if plan.config.vocab_parallel else 1
 
 
 def branch_lengths(plan: Plan, row: Any) -> list[int]:
-    """Tokens of each completion that a row trains on, samples at their longest."""
+    """Return the tokens of each completion of a row; samples are as long as they may be."""
     if isinstance(row, Example):
         return [len(row.completion)]
     lengths = [len(row.chosen), len(row.rejected)] if isinstance(row, Pair) else []
@@ -275,14 +275,14 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
 
 
 def _merged_bytes(policy: Policy, device_type: DeviceType, autocast: bool, max_new_tokens: int) -> int:
-    """Of the copy of the weights that the decoder reads, where it makes one."""
+    """Return the bytes of the sampler's copy of the weights, if it makes one."""
     compute = torch.bfloat16 if autocast else torch.float32
     needed, dtype = copy_to_decode_from(policy.model, compute, device_type, max_new_tokens=max_new_tokens)
     return MergedWeights(policy.model, dtype).nbytes() if needed else 0
 
 
 def kv_bytes_per_token(trained: Policy | RewardModel, autocast: bool) -> int:
-    """Of one token's keys and values in all layers."""
+    """Return the bytes of one token's keys and values in all layers."""
     config = trained.base.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -1,4 +1,4 @@
-"""An estimate for one process of several, where they share weights (``fsdp``) or what trains them (``zero_stage``)."""
+"""Sizes for one process of several that shard weights (``fsdp``) or optimizer state (``zero_stage``)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hypo_train.model.trunk import decoder_layers
 
 
 class Groups(NamedTuple):
-    """Parameters that processes put together at one time, a shared one once."""
+    """Parameters that FSDP gathers together; a shared parameter is counted once."""
 
     outside: list[nn.Parameter]  # what lies in no layer: embeddings, the final norm, the head
     layers: list[list[nn.Parameter]]
 
 
 def groups(trained: Any) -> Groups:
-    """As :func:`hypo_train.distributed.fsdp.shard` makes them."""
+    """Return the groups that :func:`hypo_train.distributed.fsdp.shard` makes."""
     layers: Sequence[nn.Module] = decoder_layers(trained.base.get_decoder()) or ()  # type: ignore[assignment]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     return Groups(
@@ -30,12 +30,12 @@ def groups(trained: Any) -> Groups:
 
 
 def divided(number: int, count: int) -> int:
-    """Bytes of a process's part."""
+    """Return the size of one process's part."""
     return -(-number // count)
 
 
 class ZeroBytes(NamedTuple):
-    """Bytes that a process holds with ZeRO beside whole weights."""
+    """Bytes that a process holds with ZeRO in addition to the weights."""
 
     weights: int  # a copy of its part, which is updated
     state: int
@@ -46,7 +46,7 @@ class ZeroBytes(NamedTuple):
 
 
 def zero_bytes(stage: int, count: int, *, trained: int, gradients: int, state: int, temporary: int) -> ZeroBytes:
-    """With ZeRO-``stage`` over ``count`` processes.
+    """Return the sizes with ZeRO-``stage`` over ``count`` processes.
 
     Args:
         trained: of the trained weights, fp32.
@@ -66,7 +66,7 @@ def zero_bytes(stage: int, count: int, *, trained: int, gradients: int, state: i
 
 
 def put_together(trained: Any, *, autocast: bool, vocab_parallel: bool) -> tuple[int, int]:
-    """Bytes of weights that a process holds whole, beside its parts: while it samples, and while it trains.
+    """Return the bytes of gathered weights that a process holds while it samples, and while it trains.
 
     Sampling has all of them. A pass has what lies in no layer, and two layers, the one that runs and the next; in the
     backward pass also a layer's gradients. ``vocab_parallel``: it has neither embedding nor head.
@@ -86,5 +86,5 @@ def _of_the_vocabulary(model: Any) -> list[torch.Tensor]:
 
 
 def _computed_bytes(parameters: Iterable[torch.Tensor], autocast: bool) -> int:
-    """In the dtype that the processes exchange."""
+    """Return the bytes of parameters in the dtype in which they are gathered."""
     return sum(p.numel() * (2 if autocast else p.element_size()) for p in parameters)

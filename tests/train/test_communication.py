@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from ranks import WORLD, ended, started
+from ranks import WORLD, ended, start
 from stand_in import ROOT
 from tiny import make_config, new_model, save, word_tokenizer
 from transformers import AutoConfig
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
     model = save(new_model("llama", num_hidden_layers=4), folder / "model")
     configs = [config_of(name, folder / name, model) for name in CASES]
     (folder / "configs.json").write_text(json.dumps([config.model_dump() for config in configs]), encoding="utf-8")
-    for status, _, error in ended(started([str(ROOT / "benchmarks/scaling/recorded.py"), str(folder)])):
+    for status, _, error in ended(start([str(ROOT / "benchmarks/scaling/recorded.py"), str(folder)])):
         assert status == 0, error
     return folder
 
