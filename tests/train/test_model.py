@@ -167,7 +167,8 @@ def test_another_attention_trains_on_separate_rows_alike(saved_model, attention)
         loss.loss.backward()
         results.append([loss.loss, *(p.grad for p in one.trained_parameters().values())])
     for together, separate in zip(*results, strict=True):
-        assert_close(separate, together, atol=1e-5, rtol=1e-5)
+        # Sums in another order round by parts of the tensor's largest element, whatever an element's own size is.
+        assert_close(separate, together, atol=1e-5 * max(1.0, together.abs().max().item()), rtol=1e-5)
 
 
 @torch.no_grad()
