@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from hypo_train.algorithms.registry import ALGORITHMS, Algorithm, find_algorithm
+from hypo_train.algorithms.registry import ALGORITHMS, Algorithm, check_algorithm_name, find_algorithm
 from hypo_train.foreign_names import FOREIGN_NAMES
 from hypo_train.sampling.registry import check_sampler_name
 from hypo_train.utils.errors import ConfigError
@@ -293,7 +293,7 @@ class Config(Settings):
     @field_validator("algorithm")
     @classmethod
     def _algorithm_is_registered(cls, value: str) -> str:
-        find_algorithm(value)
+        check_algorithm_name(value)
         return value
 
     @field_validator("sampler")
@@ -318,9 +318,15 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _no_conflicts(self) -> Config:
-        if problems := _conflicts(self):
+        # Reading a configuration imports no code that it names: prepare and preflight call require_no_conflicts.
+        if self.algorithm in ALGORITHMS and (problems := _conflicts(self)):
             raise ValueError("\n".join(problems))
         return self
+
+    def require_no_conflicts(self) -> None:
+        """Raise ConfigError if an algorithm from outside cannot be imported, or does not fit the other settings."""
+        if problems := _conflicts(self):
+            raise ConfigError("; ".join(problems))
 
     def warnings(self) -> list[str]:
         """Settings that are allowed but seldom meant, one line each."""

@@ -25,6 +25,7 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
         ValueError: the run cannot start.
     """
     _check_launcher()
+    config.require_no_conflicts()
     accelerator = build_accelerator(config)
     processes = Processes()
     inputs = Inputs(config, processes.rank_share)

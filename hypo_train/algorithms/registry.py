@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
+from hypo_train.utils.errors import ConfigError
+
 RowType = Literal["pair", "example", "prompt"]
 # A loss (P,) of the log-probs (P,) of P pairs: chosen, rejected, reference's chosen, reference's rejected; and beta.
 PairLoss = Callable[[Any, Any, Any, Any, float], Any]
@@ -152,22 +154,29 @@ _BUILT_IN = (
 ALGORITHMS = {algorithm.name: algorithm for algorithm in _BUILT_IN}
 
 
+def check_algorithm_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is registered or has the form ``package.module:object``; import nothing."""
+    if name not in ALGORITHMS and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ValueError(f"should be {', '.join(map(repr, ALGORITHMS))} or 'package.module:object'")
+
+
 @cache
 def find_algorithm(name: str) -> Algorithm:
-    """Return the entry called ``name``, or the one that ``package.module:object`` names outside this package.
+    """Return the entry called ``name``, or import the one that ``package.module:object`` names.
 
     Raises:
-        ValueError: there is no such entry.
+        ConfigError: there is no such entry.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
-    if not re.fullmatch(r"[\w.]+:\w+", name):
-        raise ValueError(f"should be {', '.join(map(repr, ALGORITHMS))} or 'package.module:object'")
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(str(error)) from error
+        raise ConfigError(f"algorithm={name!r}: {error}") from error
     if not isinstance(found, Algorithm):
-        raise ValueError(f"is a {type(found).__name__}, should be a hypo_train.algorithms.registry.Algorithm")
+        raise ConfigError(
+            f"algorithm={name!r}: {attribute} is a {type(found).__name__}, should be a "
+            "hypo_train.algorithms.registry.Algorithm"
+        )
     return found

@@ -66,6 +66,7 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     with offline_if_unreachable(config):
         with found.collected():
             refuse_to_overwrite(config)
+        config.require_no_conflicts()
         _check(DryRunInputs(config, dry_run, found), device, found, dry_run)
     return found
 

