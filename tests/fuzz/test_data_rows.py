@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from budget import examples
+from data_rows import config_for, make_tokenizer, row
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_data import config_for, make_tokenizer, row
 from tiny import CHATML
 from values import readable_text, scalars, text, values
 

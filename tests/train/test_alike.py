@@ -70,7 +70,7 @@ def with_settings(processes, config):
     consistency.require_same_settings(processes, config, device_type="cpu")
 
 
-def test_other_settings_are_refused_with_both_values_and_other_places_are_not():
+def test_different_settings_are_refused_and_different_paths_not():
     config = Config(model_name_or_path="m", dataset_name="d")
     elsewhere = config.model_copy(update={"model_name_or_path": "/local/m", "dataset_name": "/local/d"})
     assert errors(with_settings, [config, elsewhere, config]) == [None] * 3
@@ -104,7 +104,7 @@ def check_inputs(processes, own):
     consistency.require_same_inputs(processes, inputs, SimpleNamespace(trained=model, reward=None))
 
 
-def test_other_rows_weights_model_settings_or_rewards_are_refused_by_name():
+def test_different_rows_weights_or_rewards_are_refused_by_name():
     config = Config(model_name_or_path="m", dataset_name="d")
     plan, model = Plan(config, ROWS, ROWS[:1]), Policy(new_model("llama"), is_peft=False)
     same = (plan, model, tiny.reward_of_length)
@@ -129,7 +129,7 @@ def test_other_rows_weights_model_settings_or_rewards_are_refused_by_name():
 
 
 @pytest.mark.slow
-def test_a_process_with_other_data_is_refused_in_a_line_that_torchrun_shows_as_the_cause(tmp_path):
+def test_torchrun_shows_that_a_process_has_different_data(tmp_path):
     config = tiny.make_config(tmp_path, save(new_model("llama"), tmp_path / "model"), per_device_train_batch_size=2)
     other = write_rows(tmp_path / "other.jsonl", pair_rows(seed=1))
     configs = [config, config.model_copy(update={"dataset_name": str(other)})]

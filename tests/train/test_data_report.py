@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_data import CHAT_FORMS, assistant, config_for, examples_of, make_tokenizer, pairs_of, row, user
+from data_rows import CHAT_FORMS, assistant, config_for, examples_of, make_tokenizer, pairs_of, row, user
 from tiny import CHATML
 
 from hypo_train.data.load import load_split_rows
@@ -113,7 +113,7 @@ def test_prompts_on_both_sides_of_a_split_are_named(tmp_path, plain):
         ),
     ],
 )
-def test_what_is_cut_is_a_warning_with_the_length_that_would_hold_it(plain, limits, line):
+def test_cut_rows_are_a_warning_with_the_length_they_need(plain, limits, line):
     _, report = pairs_of(many(3), plain, **limits)
     assert warning(report) == line
 
@@ -123,7 +123,7 @@ def test_the_text_of_a_bos_in_a_prompt_is_a_warning(with_bos):
     assert warning(report).endswith("take the BOS token's text out of the data: the tokenizer writes one")
 
 
-def test_the_text_of_an_eos_behind_a_prompt_is_a_warning_and_a_tokenizers_own_is_none(plain):
+def test_an_eos_in_a_prompts_text_is_a_warning(plain):
     [pair], report = pairs_of([row("Q: hi</s>")], plain)
     assert plain.decode(pair.prompt) == "Q: hi"
     assert warning(report) == (
@@ -171,6 +171,6 @@ def test_a_chat_template_that_is_not_applied_is_a_warning(chat):
     assert warning(report).startswith("plain text, and the tokenizer has a chat template that is not applied: ")
 
 
-def test_text_that_was_written_by_a_template_before_is_no_warning(chat):
+def test_text_that_a_template_wrote_is_no_warning(chat):
     _, report = pairs_of([row("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")], chat)
     assert report.warnings() == []

@@ -45,7 +45,7 @@ def teacher_forced(model, prompt, completion):
 
 @pytest.mark.parametrize("architecture", tiny._CONFIGS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_every_architecture_of_the_tests_is_served_with_its_attention(architecture, attention):
+def test_every_tested_architecture_decodes_with_its_attention(architecture, attention):
     if (architecture, attention) == ("gemma2", "sdpa"):
         pytest.skip("its softcap needs eager attention")
     model = new_model(architecture, attn_implementation=attention)
@@ -88,7 +88,7 @@ def test_a_model_that_decodes_wrongly_is_found_out():
     assert "other logits than a plain forward pass" in serves(model)
 
 
-def test_a_model_that_takes_no_mask_of_branches_is_refused_with_its_own_words():
+def test_a_model_without_4d_masks_is_refused_with_its_error():
     model = new_model()
     attention = model.model.layers[0].self_attn
     plain = attention.forward
@@ -102,7 +102,7 @@ def test_a_model_that_takes_no_mask_of_branches_is_refused_with_its_own_words():
     assert "a square mask, please" in serves(model)
 
 
-def test_rows_longer_than_a_sliding_window_are_refused_and_shorter_ones_drawn_exactly():
+def test_only_rows_longer_than_a_sliding_window_are_refused():
     model = new_model("mistral", sliding_window=16)
     sampler = sampler_of(model)
     samples = sampler.sample(PROMPTS, 2, 9, seed=1)
@@ -125,7 +125,7 @@ def counted_tokens(model):
     return counts
 
 
-def test_a_prompt_is_computed_once_whatever_the_number_of_its_samples():
+def test_a_prompt_is_computed_once_for_all_its_samples():
     model = new_model()
     sampler = sampler_of(model, eos_token_ids=())
     counts = counted_tokens(model)
@@ -171,7 +171,7 @@ def own_prefill(model, prompts, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("max_kv_bytes", [None, 1], ids=["one batch", "a prompt each"])
-def test_prompt_kv_of_the_callers_gives_the_same_draws_without_a_prefill(architecture, side, max_kv_bytes):
+def test_given_prompt_kv_gives_the_same_draws_without_prefill(architecture, side, max_kv_bytes):
     model = new_model(architecture)
     sampler = sampler_of(model, max_kv_bytes=max_kv_bytes)
     expected = sampler.sample(PROMPTS, 3, 8, seed=1)
@@ -293,7 +293,7 @@ def test_a_step_never_waits_for_the_device(architecture, options, monkeypatch):
 # Autocast
 
 
-def test_under_autocast_the_draws_come_from_what_autocast_computes():
+def test_under_autocast_draws_come_from_autocast_logits():
     """Three runs: fp32 truth, the model's plain forward under autocast, and the engine under autocast."""
     model = new_model()
     with torch.autocast(DEVICE, torch.bfloat16):

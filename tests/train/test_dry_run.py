@@ -124,7 +124,7 @@ def test_the_largest_micro_batch_is_the_one_of_most_tokens(settings):
 
 
 @pytest.mark.parametrize(("budget", "rows"), [(None, 4), (1, 1), (10_000, 24)])
-def test_steps_are_not_gone_through_for_a_micro_batch_larger_than_the_largest_there_can_be(settings, budget, rows):
+def test_no_steps_are_checked_for_an_impossible_micro_batch(settings, budget, rows):
     everything = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6}  # in every step
     run = prepare(settings(max_tokens_per_micro_batch=budget, max_steps=10**12, **everything))
     assert run.plan.largest_micro_batch == run.plan.rows_of_step(0)[:rows]
@@ -225,7 +225,7 @@ def test_mistakes_in_the_settings_come_before_everything(dry_run):
 # A model that is not there yet
 
 
-def test_what_a_chain_of_runs_starts_from_stands_in_for_what_it_has_yet_to_make(dry_run, tmp_path):
+def test_a_chain_of_runs_is_checked_before_its_first_run(dry_run, tmp_path):
     recipe = "algorithm: {}\nmodel_name_or_path: {}\ndataset_name: pairs.jsonl\noutput_dir: runs/chain/{}\n"
     start = f"{tmp_path}/model"
     (tmp_path / "a.yaml").write_text(recipe.format("sft", start, "sft"), encoding="utf-8")
@@ -261,7 +261,7 @@ def test_another_model_stands_in_for_one_that_is_not_there_yet(dry_run, tmp_path
     assert any(line.startswith("train: prompt tokens: ") for line in lines_of(page, "data"))
 
 
-def test_a_built_in_architecture_stands_in_without_the_hub_and_without_lengths(dry_run):
+def test_a_built_in_architecture_needs_no_hub_and_no_lengths(dry_run):
     changes = {"model_name_or_path": PYTHIA, "num_layers_unfrozen": 2, "dtype": "bfloat16", "bf16": True}
     status, page, _ = dry_run("--dry_run_device=cuda", **changes)
     assert status == 0
@@ -274,13 +274,13 @@ def test_a_built_in_architecture_stands_in_without_the_hub_and_without_lengths(d
     assert any(line.startswith("tokens of the data") for line in lines_of(page, "not checked"))
 
 
-def test_a_name_that_is_neither_built_in_nor_reached_is_a_problem(dry_run):
+def test_a_model_name_that_cannot_be_resolved_is_a_problem(dry_run):
     status, _, problems = dry_run(model_name_or_path="someone/some-model")
     assert status == 2
     assert problems[0].startswith("cannot read the config of 'someone/some-model': no local folder, and from the Hub: ")
 
 
-def test_a_reward_model_that_is_not_there_yet_is_counted_as_the_policy(dry_run):
+def test_a_missing_reward_model_is_counted_as_the_policy(dry_run):
     status, page, _ = dry_run(algorithm="rloo", reward_model_path="runs/chain/reward/final")
     assert status == 0
     line = "reward model runs/chain/reward/final: not there yet, counted as one of the policy's architecture"
@@ -299,7 +299,7 @@ def test_a_shipped_recipe_runs_dry_with_a_local_stand_in(saved_model, tmp_path, 
     assert " of 138 rows used" in lines_of(page, "data")[0]
 
 
-def test_a_reward_model_on_a_hub_that_is_not_reached_is_not_checked(dry_run):
+def test_a_reward_model_on_an_unreachable_hub_is_not_checked(dry_run):
     status, page, _ = dry_run(algorithm="rloo", reward_model_path="someone/some-reward-model")
     assert status == 0
     assert "reward model someone/some-reward-model, nor its memory: the Hub was not reached" in lines_of(

@@ -58,7 +58,7 @@ def outline_of(name, *, num_layers=None, **changes):
 @pytest.mark.parametrize(
     ("name", "count"), [(PYTHIA, 1_414_647_808), (PYTHIA_LARGE, 2_775_208_960), (LLAMA, 8_030_261_248)]
 )
-def test_a_built_in_architecture_has_the_published_number_of_parameters(name, count):
+def test_built_in_architectures_have_the_published_sizes(name, count):
     policy = outline_of(name)
     assert sum(p.numel() for p in policy.parameters()) == count
     assert {p.device.type for p in policy.parameters()} == {"meta"}
@@ -209,7 +209,7 @@ def of_devices(count, *, num_layers=NUM_LAYERS, **changes):
     return estimate(plan, trained, Conditions("cuda", True, True, SAMPLERS["decode"])), trained
 
 
-def test_processes_that_share_the_weights_hold_a_part_of_what_training_keeps_of_them():
+def test_sharding_divides_weights_gradients_and_optimizer_state():
     (alone, trained), (eighth, _) = of_devices(1), of_devices(8)
     for name in ("trained weights (float32)", "the reference's copy of them", "AdamW's two moments (float32)"):
         assert eighth.of(name).training == -(-alone.of(name).training // 8)
@@ -221,7 +221,7 @@ def test_processes_that_share_the_weights_hold_a_part_of_what_training_keeps_of_
     assert alone.peak > 2 * eighth.peak
 
 
-def test_zero_spreads_the_optimizers_state_and_at_stage_2_gradients_and_no_weights():
+def test_zero_divides_optimizer_state_and_then_gradients():
     ddp, first, second = (of_devices(8, fsdp=False, zero_stage=stage)[0] for stage in (0, 1, 2))
     moments, weights = "AdamW's two moments (float32)", "trained weights (float32)"
     for zero in (first, second):
@@ -249,7 +249,7 @@ def test_what_is_too_much_for_a_device_in_ddp_is_advised_fsdp():
     assert "fsdp: true" not in [*advice(of_devices(1)[0]), *advice(of_devices(8)[0], fsdp=True)]
 
 
-def test_whole_weights_for_samples_that_exceed_the_device_are_refused(monkeypatch):
+def test_gathered_weights_that_exceed_the_device_are_refused(monkeypatch):
     numbers, config = of_devices(64, algorithm="hypo")[0], config_of(fsdp=True)
     room = numbers.of("weights put together").sampling  # and the parts of everything else beside
     monkeypatch.setattr(memory, "available_memory", lambda device: room)
@@ -259,13 +259,13 @@ def test_whole_weights_for_samples_that_exceed_the_device_are_refused(monkeypatc
         )
 
 
-def test_where_sampling_has_all_weights_whole_the_advice_is_not_to_sample():
+def test_if_sampling_gathers_all_weights_the_advice_says_so():
     numbers, _ = of_devices(64, algorithm="hypo")
     assert "algorithm: dpo, as samples need all weights whole" in memory._advice(config_of(), numbers)
     assert "algorithm: dpo" not in memory._advice(config_of(), of_devices(1)[0])
 
 
-def test_parts_of_a_vocabulary_are_never_put_together_in_training():
+def test_a_sharded_vocabulary_is_never_gathered_in_training():
     (whole, trained), (parts, _) = (of_devices(8, num_layers=32, vocab_parallel=cut) for cut in (False, True))
     head = trained.base.get_output_embeddings().weight
     together = "weights put together"

@@ -92,7 +92,7 @@ def test_a_wrong_algorithm_is_refused_in_one_line(name, message, settings, reade
     assert f"algorithm={name!r}" in str(refused.value) or f"input_value={name!r}" in str(refused.value)
 
 
-def test_settings_that_do_not_fit_an_outside_algorithm_are_refused(settings, readers_folder):
+def test_settings_unfit_for_an_outside_algorithm_are_refused(settings, readers_folder):
     with pytest.raises(ConfigError, match=r"rollout_steps=2 with algorithm=my_losses:hinge: it draws no samples"):
         train(settings(algorithm="my_losses:hinge", rollout_steps=2), progress=False)
 

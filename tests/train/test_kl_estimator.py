@@ -36,7 +36,7 @@ def exact(request, settings, saved_model):
     return lambda **changes: settings(model=model, kl_estimator="exact", **WAYS[request.param], **changes)
 
 
-def test_three_steps_log_the_same_names_and_a_kl_that_is_never_negative(exact):
+def test_three_steps_log_the_same_names_and_no_negative_kl(exact):
     config = exact(num_eval_rows=4)
     result = train(config, progress=False)
     *lines, _ = metrics_of(config)
@@ -97,7 +97,7 @@ def plain_gradients(policy, initial, pairs, samples, config):
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_the_gradients_of_a_step_are_those_of_the_formula_on_separate_rows(exact, impl):
+def test_a_steps_gradients_match_the_formula_on_separate_rows(exact, impl):
     config = exact(
         beta=0.3, kl_coef=0.5, length_penalty=0.1, num_generations=3, max_grad_norm=0, learning_rate=1e-2,
         max_new_tokens=40, impl=impl,

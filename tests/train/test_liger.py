@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny
 import torch
-from test_model import LORA, policy_of
+from policies import LORA, policy_of
 from transformers.models.llama import modeling_llama
 
 from hypo_train.model.liger import use_layer_kernels

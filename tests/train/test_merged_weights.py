@@ -100,7 +100,7 @@ def test_only_long_responses_are_worth_a_copy():
     assert sampler.live
 
 
-def test_a_copy_leaves_the_live_model_alone_and_shares_what_it_does_not_change():
+def test_a_merged_copy_shares_all_unchanged_weights():
     model = lora_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     addresses = [p.data_ptr() for p in model.parameters()]
@@ -116,7 +116,7 @@ def test_a_copy_leaves_the_live_model_alone_and_shares_what_it_does_not_change()
     assert not any("lora" in name for name, _ in copied.model.named_modules())
 
 
-def test_weights_cast_once_compute_what_autocast_computes_with_them():
+def test_weights_cast_once_give_the_same_logits_as_autocast():
     model = tiny.new_model("gpt_neox", vocab_size=12, tie_word_embeddings=True).to(DEVICE)
     copied = MergedWeights(model, torch.bfloat16)
     ids = torch.tensor([[3, 1, 4, 1, 5]], device=DEVICE)
@@ -152,7 +152,7 @@ def test_dora_draws_from_the_weights_of_the_last_update(merge_lora):
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=lambda o: next(iter(o), "lora"))
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_merged_weights_have_the_names_and_values_of_a_model_without_adapters(architecture, options):
+def test_merged_weights_match_a_model_without_adapters(architecture, options):
     model = lora_model(architecture, **options)
     tiny.perturb(trained(model), size=0.2)  # a magnitude of DoRA starts as the length of its row
     found = dict(merged_weights(model))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from policies import LORA, PAIRS, SAMPLES, logprobs, model_config, policy_of, tree
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -28,51 +29,22 @@ from transformers import (
 from benchmarks.measure import peak_extra_bytes
 from hypo_train.algorithms.preference import preference_loss_call
 from hypo_train.algorithms.reference import Reference
-from hypo_train.config import Config
-from hypo_train.data.rows import Pair
 from hypo_train.model.exactness import check_exactness
-from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import load_policy, load_reward_model
 from hypo_train.model.policy import Policy
 from hypo_train.model.source import eos_token_ids, load_tokenizer
 from hypo_train.model.tree_model import ModelError
 from hypo_train.trees.attention import NAME
-from hypo_train.trees.pack import Batcher
 
-# The ways to train, and what each asks of the config.
-LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
-# Every linear layer and the head, by the names that the architectures below have for them.
+# Every linear layer and the head, as the architectures below name them.
 LORA_HEAD = {**LORA, "lora_target_modules": ".*(proj|query_key_value|dense.*|fc.*|c_attn|lm_head|embed_out)"}
+# The ways to train, with the settings of each.
 WAYS = {"full": {}, "lora": LORA, "lora, head": LORA_HEAD, "last layer": {"num_layers_unfrozen": 1}}
-
-PAIRS = [
-    Pair(0, (7, 20, 9), (11, 12, 13, tiny.EOS), (14, tiny.EOS)),
-    Pair(1, (5,), (16, tiny.EOS), (17, 18, 19, 21, 22, tiny.EOS)),
-]
-SAMPLES = [[8, 9, 10], [23, tiny.EOS], [24, tiny.EOS], [6, 7, 8, 9, 10, 11, 12]]
 
 
 @pytest.fixture(params=WAYS)
 def way(request):
     return WAYS[request.param]
-
-
-def model_config(folder, **changes):
-    settings = {"max_prompt_length": 16, "max_completion_length": 16, **changes}
-    return Config(model_name_or_path=str(folder), dataset_name="-", bf16=False, **settings)
-
-
-def policy_of(folder, *, autocast=False, **changes):
-    return load_policy(model_config(folder, **changes), autocast=autocast)
-
-
-def tree(*, shares_prompts=True):
-    return Batcher(tiny.PAD, shares_prompts=shares_prompts).pairs(PAIRS, SAMPLES)
-
-
-def logprobs():
-    """A head function: the (S,) log-probs of ``tree()``."""
-    return sequence_logprobs_call(tree(), model_config("-"))
 
 
 def sequences():
@@ -172,7 +144,7 @@ def test_another_attention_trains_on_separate_rows_alike(saved_model, attention)
 
 
 @torch.no_grad()
-def test_log_probs_at_a_temperature_are_those_of_the_tempered_logits(saved_model):
+def test_log_probs_at_a_temperature_divide_the_logits_by_it(saved_model):
     policy = policy_of(saved_model(), temperature=0.7)
     original = AutoModelForCausalLM.from_pretrained(saved_model()).eval()
     expected = []
@@ -270,7 +242,7 @@ def test_all_linear_is_all_but_the_head_as_in_peft(saved_model):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_an_adapter_on_the_head_is_saved_without_the_weights_below_it(saved_model, tmp_path, tied):
+def test_an_adapter_on_the_head_is_saved_without_base_weights(saved_model, tmp_path, tied):
     policy = train(policy_of(saved_model(tie_word_embeddings=tied), **LORA_HEAD)).eval()
     policy.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -294,7 +266,7 @@ def test_an_adapter_on_the_head_is_saved_without_the_weights_below_it(saved_mode
     ],
     ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
 )
-def test_an_adapter_that_does_more_to_the_head_than_lora_is_refused(saved_model, changes, message):
+def test_a_head_adapter_other_than_plain_lora_is_refused(saved_model, changes, message):
     with pytest.raises(ModelError, match=message):
         check_exactness(adapted(saved_model("llama"), **changes))
 
@@ -370,7 +342,7 @@ def test_the_references_memory_is_the_trained_parameters_alone(saved_model):
     assert sizes["lora"] == sizes["lora, head"] == 0 < sizes["last layer"] < sizes["full"]
 
 
-def test_lora_dropout_is_off_in_the_reference_and_on_in_the_policy(saved_model):
+def test_lora_dropout_is_on_in_the_policy_alone(saved_model):
     policy = train(policy_of(saved_model(), **LORA, lora_dropout=0.5))
     reference = [policy.reference(tree(), logprobs()) for _ in range(2)]
     with torch.no_grad():
@@ -553,14 +525,14 @@ def test_selective_checkpointing_keeps_no_low_rank_result(saved_model):
     ("asked", "enabled"),
     [(None, not torch.cuda.is_available()), ("selective", True), (True, True), (False, False)],
 )
-def test_checkpointing_is_what_was_asked_for_and_on_a_cpu_selective(saved_model, monkeypatch, asked, enabled):
+def test_checkpointing_follows_the_setting_and_the_device(saved_model, monkeypatch, asked, enabled):
     assert not policy_of(saved_model()).base.is_gradient_checkpointing, "a small model keeps what it computes"
     monkeypatch.setattr("hypo_train.model.trainable.SELECTIVE_FROM", 1000)
     policy = policy_of(saved_model(), gradient_checkpointing=asked)
     assert policy.base.is_gradient_checkpointing is enabled
 
 
-def test_a_model_without_checkpointing_trains_unless_it_is_asked_for(saved_model, monkeypatch):
+def test_a_model_without_checkpointing_trains_unless_required(saved_model, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     policy_of(saved_model())
     with pytest.raises(ModelError, match="gradient_checkpointing: LlamaForCausalLM has none: set it to false"):
@@ -580,7 +552,7 @@ def test_a_saved_model_has_the_policys_logits_in_transformers(saved_model, tmp_p
     assert (plain_logprobs(loaded) - plain_logprobs(initial)).abs().max() > 0.1
 
 
-def test_a_saved_adapter_is_a_peft_folder_on_top_of_the_base_model(saved_model, tmp_path):
+def test_a_saved_adapter_is_a_peft_folder_for_the_base_model(saved_model, tmp_path):
     policy = train(policy_of(saved_model(), **LORA)).eval()
     policy.save_pretrained(tmp_path / "final")
     assert json.loads((tmp_path / "final" / "adapter_config.json").read_text())["r"] == 4
@@ -703,7 +675,7 @@ def test_a_decoder_that_loses_the_tree_trains_on_separate_rows(saved_model, monk
     assert policy.base.config._attn_implementation == "sdpa"
 
 
-def test_a_decoder_that_cannot_take_a_tree_trains_on_separate_rows(saved_model, monkeypatch):
+def test_a_decoder_without_tree_support_trains_on_separate_rows(saved_model, monkeypatch):
     original = LlamaModel.forward
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None, **known):
@@ -748,7 +720,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     assert refusal(tmp_path) == message
 
 
-def test_an_adapter_in_the_place_of_a_model_is_told_how_to_become_one(tmp_path, saved_model):
+def test_an_adapter_given_as_the_model_is_refused_with_the_fix(tmp_path, saved_model):
     policy_of(saved_model(), use_peft=True).save_pretrained(tmp_path)
     message = f"model_name_or_path: {str(tmp_path)!r} is an adapter and not a whole model: merge it"
     assert refusal(tmp_path).startswith(message)

@@ -111,7 +111,7 @@ def test_what_a_library_says_in_its_second_line_is_said(said, folder):
     assert "is not a multiple of the number of attention heads (5)" in said()
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_named_with_one_that_is_needed(said, saved_model, folder):
+def test_a_tokenizer_larger_than_the_model_is_refused(said, saved_model, folder):
     shutil.copytree(saved_model(vocab_size=20), folder, dirs_exist_ok=True)
     message = said()
     assert "the model knows 20 tokens, and its tokenizer has 37, of which 'and' (32) is needed" in message
@@ -124,7 +124,7 @@ def test_a_padding_token_that_the_model_does_not_know_is_named(said, folder):
     assert "of which '[PAD]' (37) is needed" in said()
 
 
-def test_tokens_that_no_text_needs_may_be_more_than_the_model_has(settings, folder):
+def test_unused_tokens_may_exceed_the_models_vocabulary(settings, folder):
     tokenizer = tiny.word_tokenizer()
     tokenizer.add_tokens(["<image>"])
     tokenizer.save_pretrained(folder)
@@ -136,7 +136,7 @@ def test_weights_of_another_shape_are_named_with_both(settings, folder):
     assert "lm_head.weight is (37, 32) there, and the config makes it (64, 32)" in loaded(settings, folder)
 
 
-def test_a_config_with_fewer_layers_than_the_checkpoint_is_refused(settings, folder):
+def test_a_config_with_too_few_layers_is_refused(settings, folder):
     """transformers would read the first of them in silence."""
     changed_config(folder, num_hidden_layers=1)
     message = loaded(settings, folder)
@@ -166,13 +166,11 @@ def test_weights_that_are_not_finite_are_named_as_such(settings, folder):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are about a machine without a GPU")
-def test_a_setting_that_the_device_or_the_model_cannot_serve_is_refused_before_weights(
-    said, monkeypatch, changes, message
-):
+def test_unsupported_settings_are_refused_before_weights_load(said, monkeypatch, changes, message):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert said(**changes).startswith(message)
 
 
-def test_an_engine_that_is_not_installed_is_refused_before_weights(said, monkeypatch):
+def test_a_missing_engine_is_refused_before_weights_load(said, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert said(sampler="vllm") == "sampler=vllm needs vLLM: pip install 'hypo-kernels[vllm]' (or use sampler: auto)"

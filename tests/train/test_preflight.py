@@ -75,7 +75,7 @@ def test_a_healthy_run_prints_one_screen_and_no_warning(page):
     assert part(lines, "memory")[0].startswith("at least ")
 
 
-def test_the_page_comes_before_the_weights_and_warnings_come_first(settings, monkeypatch):
+def test_the_report_precedes_weights_and_starts_with_warnings(settings, monkeypatch):
     shown = []
 
     def stop(*_, **__):
@@ -135,7 +135,7 @@ def test_problems_of_the_settings_are_all_named(settings, tmp_path, nothing_heav
     assert "No module named 'no_such_module'" in lines[2]
 
 
-def test_a_run_that_is_named_where_its_checkpoint_is_meant_is_told_so(settings, tmp_path, nothing_heavy):
+def test_a_run_folder_given_as_a_checkpoint_is_refused(settings, tmp_path, nothing_heavy):
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"is not a checkpoint folder \(checkpoint-<step>\): "):
         prepare(settings(resume_from_checkpoint=str(tmp_path / "run")))
@@ -185,7 +185,7 @@ def test_more_than_nine_tenths_of_the_device_is_a_warning(page, monkeypatch):
     assert " are more than nine tenths of 1.00 MiB: try " in warning
 
 
-def test_a_structure_that_cannot_be_rehearsed_is_a_warning_and_trains(page, monkeypatch):
+def test_a_model_that_cannot_be_traced_trains_with_a_warning(page, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no such operation on meta tensors")
 
@@ -193,7 +193,7 @@ def test_a_structure_that_cannot_be_rehearsed_is_a_warning_and_trains(page, monk
     assert part(page(), "warnings") == ["memory is not estimated: no such operation on meta tensors"]
 
 
-def test_a_model_that_only_its_checkpoint_builds_is_a_warning_and_trains(page, monkeypatch):
+def test_a_model_built_only_by_its_checkpoint_gets_a_warning(page, monkeypatch):
     def fail(*_, **__):
         raise model_load.StructureError("cannot build a new model: no")
 
@@ -224,7 +224,7 @@ def test_a_containers_limit_is_read(tmp_path, text, limit):
         {"optim": "muon"},
     ],
 )
-def test_what_checkpoints_and_the_final_model_take_is_what_is_written(settings, changes, monkeypatch, tmp_path):
+def test_the_disk_estimate_equals_the_bytes_that_are_written(settings, changes, monkeypatch, tmp_path):
     expected = []
     monkeypatch.setattr(
         checks, "check_disk", lambda c, p, t, f: expected.extend([disk.checkpoint_bytes(c, t), disk.final_bytes(t)])
@@ -245,7 +245,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(settings, monkeypatch
         prepare(settings())
 
 
-def test_a_run_that_goes_on_needs_room_for_one_more_checkpoint_unless_it_is_at_its_end(settings, page, monkeypatch):
+def test_a_resumed_run_needs_room_for_one_more_checkpoint(settings, page, monkeypatch):
     train(settings(max_steps=2, save_steps=1), progress=False)
     with_free_disk(monkeypatch, 200_000)
     going_on = {"max_steps": 2, "save_steps": 1, "resume_from_checkpoint": "auto"}
@@ -265,7 +265,7 @@ def test_a_disk_without_room_for_all_that_is_kept_is_a_warning(page, monkeypatch
     assert "warnings" not in page(save_total_limit=2), "the last step's alone, and the final model"
 
 
-def test_the_checkpoints_of_a_run_that_goes_on_make_room_for_its_new_ones(settings, page, monkeypatch):
+def test_a_resumed_runs_old_checkpoints_make_room_for_new_ones(settings, page, monkeypatch):
     train(settings(max_steps=2, save_steps=1), progress=False)
     with_free_disk(monkeypatch, 250_000)
     lines = page(max_steps=2, save_steps=1, resume_from_checkpoint="auto")

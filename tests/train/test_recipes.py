@@ -124,7 +124,7 @@ def test_a_chat_recipe_has_the_papers_values(recipe):
 
 
 @pytest.mark.parametrize("size", ["1.4b", "2.8b"])
-def test_the_runs_of_a_size_start_where_others_end_and_keep_to_folders_of_their_own(size):
+def test_chained_recipes_use_separate_folders(size):
     runs = {kind: configuration(f"tldr/{kind}-{size}") for kind in ("sft", "reward", "dpo", "ipo", "hypo", "rloo")}
     sft, reward = runs["sft"], runs["reward"]
     assert sft.model_name_or_path == f"EleutherAI/pythia-{size}-deduped"
@@ -158,7 +158,7 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in re.findall(r"python -m hypo_train (--config .*)", text)]
 
 
-def test_the_commands_of_the_readme_are_of_recipes_and_flags_that_there_are(monkeypatch):
+def test_readme_commands_name_existing_recipes_and_flags(monkeypatch):
     monkeypatch.chdir(ROOT)
     readme = (RECIPES / "README.md").read_text(encoding="utf-8")
     found = {load_config(arguments).output_dir.removeprefix("runs/") for arguments in commands(readme)}
@@ -284,7 +284,7 @@ ONLINE = {"kl", "completions/mean_length"}
 
 
 @pytest.mark.parametrize("recipe", mark_slow(TLDR + CHAT))
-def test_a_miniature_of_a_recipe_trains_three_steps_of_its_algorithm(world, capsys, recipe):
+def test_each_recipes_miniature_trains_three_steps(world, capsys, recipe):
     config, [*lines, evaluation] = world.trained(recipe, capsys)
     assert config.algorithm in recipe
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -299,7 +299,7 @@ def test_a_miniature_of_a_recipe_trains_three_steps_of_its_algorithm(world, caps
 
 
 @pytest.mark.parametrize("recipe", mark_slow(TLDR))
-def test_a_tldr_miniature_reads_the_splits_and_cuts_what_is_too_long(world, capsys, recipe):
+def test_a_tldr_miniature_reads_the_splits_and_cuts_long_posts(world, capsys, recipe):
     config, _ = world.trained(recipe, capsys)
     log = [line.strip() for line in world.logs[recipe].splitlines()]
     dropped = "train: 2 of 26 rows dropped: 2 with a news article (CNN/DM) where the post should be (rows 24, 25)"
@@ -316,7 +316,7 @@ def test_a_tldr_miniature_reads_the_splits_and_cuts_what_is_too_long(world, caps
 @pytest.mark.parametrize(
     "recipe", mark_slow([recipe for recipe in TLDR if not recipe.startswith(("tldr/sft", "tldr/reward"))])
 )
-def test_a_tldr_policy_is_trained_by_lora_on_query_key_value_alone(world, capsys, recipe):
+def test_a_tldr_policy_trains_lora_on_query_key_value_alone(world, capsys, recipe):
     config, _ = world.trained(recipe, capsys)
     adapter = json.loads(Path(config.output_dir, "final", "adapter_config.json").read_text())
     assert adapter["target_modules"] == ["query_key_value"]
@@ -342,7 +342,7 @@ def test_sft_and_the_reward_model_train_every_weight(world, capsys, recipe):
     assert still <= ({"gpt_neox.final_layer_norm.bias"} if config.algorithm == "reward" else set())
 
 
-def test_rloo_learns_from_the_tokens_of_the_reward_model_that_was_trained_before(world, capsys):
+def test_rloo_uses_the_reward_model_that_was_trained_before(world, capsys):
     world.trained("tldr/rloo-1.4b", capsys)
     run = prepare(world.config("tldr/rloo-1.4b", output_dir="runs/again"))
     row = run.plan.train_rows[0]
@@ -353,7 +353,7 @@ def test_rloo_learns_from_the_tokens_of_the_reward_model_that_was_trained_before
 
 
 @pytest.mark.parametrize("recipe", mark_slow(CHAT))
-def test_a_chat_miniature_trains_the_last_four_layers_the_norm_and_the_head(world, capsys, recipe):
+def test_a_chat_miniature_trains_the_last_layers_norm_and_head(world, capsys, recipe):
     config, _ = world.trained(recipe, capsys)
     before = load_file(Path(config.model_name_or_path, "model.safetensors"))
     after = load_file(Path(config.output_dir, "final", "model.safetensors"))
@@ -365,7 +365,7 @@ def test_a_chat_miniature_trains_the_last_four_layers_the_norm_and_the_head(worl
 
 
 @pytest.mark.parametrize("recipe", mark_slow(CHAT))
-def test_a_chat_miniature_writes_questions_and_answers_with_llamas_template(world, capsys, recipe):
+def test_a_chat_miniature_uses_llamas_template(world, capsys, recipe):
     world.trained(recipe, capsys)
     log = [line.strip() for line in world.logs[recipe].splitlines()]
     assert "train: 24 of 24 rows used" in log

@@ -110,7 +110,7 @@ def test_logprobs_equal_teacher_forcing(engine, architecture, max_batch_tokens):
     assert_scored_as_teacher_forced(model, samples, n=3)
 
 
-def test_capped_scores_are_no_nan_where_a_shorter_prompt_is_padded():
+def test_capped_scores_are_not_nan_for_padded_prompts():
     """Gemma 2's attention, under which a padding token sees no key."""
     model = tiny.new_model("gemma2", vocab_size=12, attn_logit_softcapping=2.0, attn_implementation="eager").to(DEVICE)
     model.set_attn_implementation(NAME)
@@ -118,7 +118,7 @@ def test_capped_scores_are_no_nan_where_a_shorter_prompt_is_padded():
     assert_scored_as_teacher_forced(model, samples, n=2)
 
 
-def test_logprobs_are_those_of_the_truncated_and_tempered_distribution(engine, architecture):
+def test_logprobs_follow_temperature_and_truncation(engine, architecture):
     model = tiny_model(architecture)
     sampler = build(engine, model, score=True, distribution=Distribution(1.7, top_k=5, top_p=0.8))
     prompt, n = [5, 3, 8], 64
@@ -139,7 +139,7 @@ def test_logprobs_are_absent_unless_asked_for(engine):
     assert build(engine, tiny_model("llama")).sample(PROMPTS, 1, 2, seed=0).logprobs is None
 
 
-def test_logprobs_do_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch):
+def test_logprobs_do_not_depend_on_the_rows_scored_at_once(monkeypatch):
     sampler = build(GenerateSampler, tiny_model("llama"), score=True)
     together = sampler.sample(PROMPTS, 2, 6, seed=1)
     monkeypatch.setattr("hypo_train.sampling.generate._SCORE_BYTES", 1)  # a row at a time
@@ -204,7 +204,7 @@ def chi_square_p_value(completions, joint):
 @pytest.mark.parametrize(
     "max_batch_tokens", [None, pytest.param(2500, marks=pytest.mark.slow)], ids=["one batch", "several batches"]
 )
-def test_the_first_two_tokens_follow_the_exact_joint_distribution(engine, architecture, max_batch_tokens):
+def test_the_first_two_tokens_follow_the_joint_distribution(engine, architecture, max_batch_tokens):
     model = tiny_model(architecture)
     prompt = [5, 3, 8]
     # A second, longer prompt makes the rows that are tested left-padded ones.
@@ -257,7 +257,7 @@ def test_nothing_is_truncated_by_default(engine, architecture):
     assert samples.tokens.unique().numel() > 400  # top_k = 50 leaves 50; near-uniform draws leave about 500
 
 
-def test_the_checkpoints_generation_config_takes_no_part_and_stays(engine, architecture):
+def test_the_checkpoints_generation_config_is_ignored_and_kept(engine, architecture):
     model = tiny_model(architecture, vocab_size=64)
     expected = build(engine, model).sample(PROMPTS, 4, 12, seed=1)
     model.generation_config = shipped = checkpoint_settings(64)
@@ -362,7 +362,7 @@ def lora_model(architecture):
     return model
 
 
-def test_a_caller_in_train_mode_with_checkpointing_and_lora_dropout_gets_the_right_samples(engine, architecture):
+def test_train_mode_checkpointing_and_dropout_keep_the_samples(engine, architecture):
     model = lora_model(architecture)
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
@@ -445,7 +445,7 @@ def test_the_trainers_state_is_untouched(engine, architecture):
 
 
 @pytest.mark.parametrize("max_batch_tokens", [None, 40], ids=["one batch", "several batches"])
-def test_a_seed_names_its_samples_whatever_the_global_random_state(engine, architecture, max_batch_tokens):
+def test_samples_depend_on_the_seed_not_on_global_random_state(engine, architecture, max_batch_tokens):
     sampler = build(engine, tiny_model(architecture), max_batch_tokens=max_batch_tokens)
     torch.manual_seed(5)
     first = sampler.sample(PROMPTS, 4, 8, seed=1)

@@ -59,20 +59,18 @@ def own_modules(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
-def test_a_model_with_code_of_its_own_is_refused_and_its_code_not_run(settings, model_with_code, marker, own_modules):
+def test_a_models_remote_code_is_refused_and_not_run(settings, model_with_code, marker, own_modules):
     with pytest.raises(ModelError, match="trust_remote_code"):
         prepare(settings(model=model_with_code))
     assert not marker.exists()
 
 
-def test_it_runs_where_it_is_trusted_so_that_the_test_above_can_fail(settings, model_with_code, marker, own_modules):
+def test_trusted_remote_code_runs(settings, model_with_code, marker, own_modules):
     train(settings(model=model_with_code, trust_remote_code=True, max_steps=1), progress=False)
     assert marker.exists()
 
 
-def test_a_runs_folder_does_not_ask_for_code_in_the_place_of_who_reads_it(
-    settings, model_with_code, own_modules, tmp_path, capsys
-):
+def test_reading_a_run_folder_does_not_trust_remote_code(settings, model_with_code, own_modules, tmp_path, capsys):
     config = settings(algorithm="dpo", model=model_with_code, trust_remote_code=True, max_steps=1, num_eval_rows=4)
     train(config, progress=False)
     for source in (config.output_dir, f"{config.output_dir}/checkpoint-1"):

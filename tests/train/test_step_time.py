@@ -42,14 +42,14 @@ def predicted(settings):
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_peft": True}, {"num_layers_unfrozen": 1}])
-def test_a_model_without_memory_has_the_flops_that_it_has_with_weights(settings, changes):
+def test_a_meta_model_has_the_flops_of_the_real_model(settings, changes):
     config = settings(**changes)
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
     without = build_on_meta(config, architecture, device_type="cpu", autocast=False)
     assert ModelFlops.of_outline(without, autocast=False) == ModelFlops.of(prepare(config).policy)
 
 
-def test_passes_take_their_flops_and_tokens_the_time_to_read_weights(predicted):
+def test_passes_cost_flops_and_sampling_costs_weight_reads(predicted):
     parts, work, exchanged = predicted(gradient_checkpointing=True)
     assert exchanged == []
     assert parts["backward"].seconds == pytest.approx(
@@ -65,7 +65,7 @@ def test_passes_take_their_flops_and_tokens_the_time_to_read_weights(predicted):
     assert parts["optimizer"].seconds == pytest.approx((3 + 4) * 4 * (2 * per_layer + 2 * 37 * 32) / MEMORY, rel=0.02)
 
 
-def test_the_reference_is_asked_for_samples_alone_where_pairs_are_known(predicted):
+def test_cached_pairs_leave_only_samples_to_the_reference(predicted):
     _, asked, _ = predicted(algorithm="hypo", precompute_ref_log_probs=False)
     _, known, _ = predicted(algorithm="hypo", precompute_ref_log_probs=True)
     assert asked.reference == asked.policy
@@ -76,7 +76,7 @@ def test_the_reference_is_asked_for_samples_alone_where_pairs_are_known(predicte
     assert "sample" not in parts
 
 
-def test_gradients_hide_behind_the_backward_pass_of_the_last_micro_batch(predicted):
+def test_gradient_traffic_overlaps_with_the_last_backward_pass(predicted):
     parts, _, [exchange] = predicted(2, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     part = parts["backward"]
     assert exchange.sent(2) == exchange.whole
@@ -84,7 +84,7 @@ def test_gradients_hide_behind_the_backward_pass_of_the_last_micro_batch(predict
     assert part.waiting + part.hidden == pytest.approx(exchange.whole / LINKS)
 
 
-def test_weights_for_sampling_are_waited_for_and_a_layer_s_hide_behind_another_s_computation(predicted):
+def test_only_the_gathers_of_layers_overlap_with_computation(predicted):
     parts, _, exchanged = predicted(2, fsdp=True, per_device_train_batch_size=2)
     sample, forward = (next(e for e in exchanged if e.phase == phase) for phase in ("sample", "forward"))
     assert parts["sample"].waiting == pytest.approx(sample.sent(2) / LINKS)
@@ -93,12 +93,12 @@ def test_weights_for_sampling_are_waited_for_and_a_layer_s_hide_behind_another_s
     assert {part.hidden for part in without.values()} == {0}
 
 
-def test_a_ring_sends_almost_all_of_it_once_for_a_gather_and_twice_for_a_sum():
+def test_an_all_reduce_sends_twice_the_bytes_of_a_gather():
     assert Exchange("forward", "gather", 100, 700).sent(8) == 700
     assert Exchange("backward", "reduce", 0, 800).sent(8) == 1400
 
 
-def test_between_nodes_the_adapters_of_a_node_carry_what_leaves_it():
+def test_nodes_exchange_data_over_their_network_adapters():
     h100 = DEVICES["H100"]
     assert bandwidth(h100, 8, Assumed()) == 450e9
     assert bandwidth(h100, 9, Assumed()) == 8 * 50e9
@@ -119,7 +119,7 @@ def page_of(config, *flags):
     return check(config, dry_run).page()
 
 
-def test_the_page_says_what_is_sent_and_how_long_a_step_takes_and_what_that_assumes(settings):
+def test_the_report_shows_traffic_step_time_and_assumptions(settings):
     page = page_of(
         settings(fsdp=True, per_device_train_batch_size=1),
         "--dry_run_device",

@@ -143,7 +143,7 @@ def test_a_prompt_is_cut_by_the_plain_rule(tokenizer, seed):
         ("\none", 3, ""),
     ],
 )
-def test_lines_go_from_the_end_and_letters_only_where_no_line_break_is_left(post, letters, kept):
+def test_a_post_is_cut_by_lines_and_then_by_letters(post, letters, kept):
     head, tail = "SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: ", "\n\nTL;DR:"
     letter_by_letter = Post("a", "b", post).shorten(tuple, len(head) + letters + len(tail))
     assert "".join(letter_by_letter) == head + kept + tail
@@ -217,7 +217,7 @@ def test_a_row_that_cannot_be_used_is_dropped_with_its_reason(tokenizer, row, re
     assert report.dropped == {reason: [1]}
 
 
-def test_a_prompt_that_is_too_long_without_its_post_is_no_endless_loop():
+def test_a_prompt_too_long_without_its_post_ends_the_loop():
     with pytest.raises(Unusable, match="without its post"):
         Post("a", "b", "c d").shorten(lambda prompt: tuple(prompt.split()), 5)
 

@@ -151,7 +151,7 @@ def flash(monkeypatch):
 
 @pytest.mark.parametrize("batch", ["ragged", "rows of one length", "one row"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "qwen3"])
-def test_flash_attention_gets_separate_rows_without_their_padding(flash, architecture, batch):
+def test_flash_attention_gets_separate_rows_without_padding(flash, architecture, batch):
     model = tiny.new_model(architecture, vocab_size=VOCAB)
     prompts, sequences = ragged_batch()
     if batch == "rows of one length":
@@ -167,7 +167,7 @@ def test_flash_attention_gets_separate_rows_without_their_padding(flash, archite
     assert flash == ([tokens] * 2 if batch == "ragged" else [])
 
 
-def test_a_small_trees_branches_are_attended_together_and_a_large_ones_each_alone():
+def test_only_small_trees_attend_all_branches_together():
     layout = Layout((40, 40, 3), ((28, 0, 28), (28, 29), (0,)))
     assert layout.branch_groups == [(0, (28, 28)), (1, (28,)), (1, (29,))]
 
@@ -260,7 +260,7 @@ def test_completions_of_no_tokens_alone_leave_nothing_to_count():
     assert tree.input_ids.tolist() == [[1, 2]]
 
 
-def test_moving_a_tree_leaves_what_the_loss_plans_with_on_the_host():
+def test_moving_a_tree_keeps_its_loss_plan_on_the_host():
     for tree in (pack([[1, 2]], [(0, [3, 4])]), separate_rows([[1, 2]], [(0, [3, 4])], pad_token_id=PAD)):
         moved = tree.to("meta")
         assert moved.targets.device.type == moved.cu_seqlens.device.type == "cpu"

@@ -1,10 +1,10 @@
-"""What policy and reference share runs once, and what a step ran already is gone on from: the results are the same."""
+"""Reusing the frozen layers and prompts of a step does not change the results."""
 
 import pytest
 import tiny
 import torch
-from test_model import LORA, PAIRS, logprobs, model_config, policy_of
-from test_model import tree as whole_tree
+from policies import LORA, PAIRS, logprobs, model_config, policy_of
+from policies import tree as whole_tree
 from torch.testing import assert_close
 
 from hypo_train.algorithms.preference import preference_loss_call
@@ -96,7 +96,7 @@ def test_separate_rows_have_no_prompts_to_run_first(saved_model):
         policy.run_prompts(whole_tree(shares_prompts=False))
 
 
-def test_a_tree_is_refused_where_attention_would_take_it_for_one_text(saved_model):
+def test_a_tree_is_refused_by_an_attention_without_tree_masks(saved_model):
     policy = policy_of(saved_model(), attn_implementation="sdpa")
     with pytest.raises(ValueError, match="sdpa attention takes no trees"):
         policy(whole_tree(), logprobs())

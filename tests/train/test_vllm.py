@@ -88,7 +88,7 @@ def assert_fresh(engine, model):
 
 
 @pytest.mark.parametrize("make", [new_model, lora_model], ids=["full", "lora"])
-def test_weights_are_fresh_and_the_prefix_cache_empty_before_every_draw(sampler, make):
+def test_every_draw_has_fresh_weights_and_an_empty_prefix_cache(sampler, make):
     model = make()
     engine = (drawn := sampler(model))._engine
     for step in range(3):
@@ -125,7 +125,7 @@ def test_rows_are_prompt_by_prompt_with_their_ends_and_log_probs(sampler):
     assert torch.equal(samples.logprobs, rows.masked_fill(~samples.mask, 0.0))
 
 
-def test_nothing_but_the_callers_settings_shapes_the_distribution(sampler):
+def test_only_the_callers_settings_shape_the_distribution(sampler):
     drawn = sampler(new_model(), distribution=Distribution(temperature=1.5, top_k=7, top_p=0.9))
     drawn.sample([PROMPTS[0]] * 3, 2, 5, seed=1)
     engine = drawn._engine
@@ -160,7 +160,7 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch):
         VLLMSampler(new_model(), "checkpoint", eos_token_ids=(EOS,), pad_token_id=PAD)
 
 
-def test_an_adapter_that_parts_a_head_from_its_embeddings_is_refused(sampler):
+def test_an_adapter_that_unties_head_and_embeddings_is_refused(sampler):
     """vLLM's loader leaves out a head's weights where its model ties them: samples would come from another policy."""
     tied = tiny.new_model("llama", vocab_size=12, tie_word_embeddings=True)
     sampler(get_peft_model(copy.deepcopy(tied), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")))
