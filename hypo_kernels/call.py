@@ -1,4 +1,4 @@
-"""One call of the loss, checked and laid out: the input and the output of every implementation."""
+"""The checked arguments of one call of the loss, and its output: the interface of every implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypo_kernels.projection import Projection
 
 
 class Reference(NamedTuple):
-    """The caller's arguments about the reference: log-probs, or hidden states and a head."""
+    """The arguments that describe the reference model: log-probs, or hidden states and a head."""
 
     logps: Tensor | None  # (S,)
     hidden: Tensor | None  # the shape of the policy's
@@ -29,8 +29,8 @@ class LossOutput(NamedTuple):
     loss: Tensor  # ()
     logps: Tensor  # (S,)
     ref_logps: Tensor  # (S,)
-    kl: Tensor  # (N,) of each online sample, by the objective's estimator
-    importance: Importance | None = None  # (N,) each, if there are behavior_logps
+    kl: Tensor  # (N,) KL of each online sample, by the objective's estimator
+    importance: Importance | None = None  # fields of (N,); None without behavior_logps
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Call:
     max_chunk_bytes: int
     ref_logps: Tensor | None  # (S,)
     ref: Projection | None
-    behavior_logps: Tensor | None  # (N,) of the counted rows; those of pairs are not read
+    behavior_logps: Tensor | None  # (N,) of the counted rows; the values of pairs are not read
     order: Tensor  # (S,), each sequence's index in the caller's order, on the device
     lengths: Tensor  # (S,), counted tokens in the caller's order, on the device
 
     def largest_group(self) -> int:
-        """Return the number of rows of the largest pair or group: the smallest chunk that splits none of them."""
+        """Return the number of rows of the largest pair or group. A chunk of this size splits no group."""
         pairs, samples = self.layout.lengths.split(
             [2 * self.objective.num_pairs, len(self.layout.lengths) - 2 * self.objective.num_pairs]
         )
@@ -58,7 +58,7 @@ class Call:
         return int(sizes.max())
 
     def in_call_order(self, output: LossOutput) -> LossOutput:
-        """Return ``output`` with log-probs in the caller's order. Samples are last, and equally ordered, in both."""
+        """Return ``output`` with log-probs in the caller's order. The samples are not permuted."""
         logps, ref_logps = (torch.empty_like(x).index_copy_(0, self.order, x) for x in (output.logps, output.ref_logps))
         return output._replace(logps=logps, ref_logps=ref_logps)
 
@@ -75,7 +75,7 @@ def prepare(
     validate: bool,
     impl: str,
 ) -> Call:
-    """Check the arguments of ``fused_hypo_loss`` and lay them out. Raises ValueError if one is wrong."""
+    """Check the arguments of ``fused_hypo_loss`` and return them as a ``Call``. Raises ValueError if one is wrong."""
     hidden = policy.hidden
     checks.inputs(policy, targets, cu_seqlens)
     layout = sequence_layout(targets, cu_seqlens)

@@ -1,7 +1,7 @@
 """The ValueErrors of the public functions, shared by all implementations.
 
-The checks look at shapes, dtypes, devices and tensors on the host, so that none of them waits for a GPU.
-``values_are_finite`` does wait, and runs only if asked for.
+The checks read shapes, dtypes, devices and CPU tensors, so none of them waits for a GPU. The exception is
+``values_are_finite``, which runs only with ``validate=True``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def inputs(projection: Projection, targets: Tensor | TargetLayout, cu_seqlens: T
 
 
 def targets_in_vocabulary(layout: TargetLayout, head: LMHead) -> None:
-    """Check on the host that every counted target is a row of the full weight."""
+    """Raise ValueError unless every counted target is in the vocabulary. Runs on the host."""
     vocab_size = head.vocab_size if head.vocab_shard is None else head.vocab_shard.vocab_size
     if len(layout.targets) == 0:
         return
@@ -128,7 +128,7 @@ def reference_logps(ref_logps: Tensor, num_sequences: int, device: torch.device)
 def behavior_logps(
     behavior_logps: Tensor, targets: Tensor | TargetLayout, device: torch.device, kl_estimator: str
 ) -> None:
-    """Check the tokens' log-probs under the policy that drew them: constants, in at least fp32."""
+    """Raise ValueError unless ``behavior_logps`` are constants, in fp32 or fp64, with the shape of the targets."""
     shape = tuple(behavior_logps.shape)
     require(
         shape == tuple(targets.shape),
@@ -159,7 +159,7 @@ def one_reference(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
 ) -> None:
-    """Check that the reference is given either as log-probs, or as hidden states with a head that is not trained."""
+    """Raise ValueError unless the reference is given as ``ref_logps``, or as ``ref_hidden`` with a frozen head."""
     hidden, head = policy.hidden, policy.head
     require(
         ref_logps is not None or ref_hidden is not None,
@@ -188,7 +188,7 @@ def one_reference(
 
 
 def same_vocabulary(head: LMHead, ref_head: LMHead) -> None:
-    """Check that policy and reference have equally many vocabulary entries."""
+    """Raise ValueError unless policy and reference have the same vocabulary size."""
     require(
         head.weight.shape[0] == ref_head.weight.shape[0],
         f"lm_head_weight has {head.weight.shape[0]} vocabulary entries and ref_lm_head_weight "
@@ -197,7 +197,7 @@ def same_vocabulary(head: LMHead, ref_head: LMHead) -> None:
 
 
 def exact_kl_has_distributions(kl_estimator: str, ref_hidden: Tensor | None) -> None:
-    """Check that the exact KL gets the reference's hidden states: log-probs of sequences are not enough."""
+    """Raise ValueError if the exact KL is asked for without ``ref_hidden``: it needs full distributions."""
     require(
         kl_estimator != "exact" or ref_hidden is not None,
         "kl_estimator='exact' needs the reference's full distributions, which ref_logps does not hold: pass "
@@ -206,12 +206,12 @@ def exact_kl_has_distributions(kl_estimator: str, ref_hidden: Tensor | None) -> 
 
 
 def chunk_budget(max_chunk_bytes: int) -> None:
-    """Check that the budget is positive."""
+    """Raise ValueError unless ``max_chunk_bytes`` is positive."""
     require(max_chunk_bytes > 0, f"max_chunk_bytes={max_chunk_bytes}: must be positive")
 
 
 def values_are_finite(**tensors: Tensor | None) -> None:
-    """Check that no tensor holds NaN or infinity. Waits for the device."""
+    """Raise ValueError if a tensor holds NaN or infinity. Waits for the device."""
     for name, tensor in tensors.items():
         if tensor is not None:
             count = int((~tensor.isfinite()).sum())

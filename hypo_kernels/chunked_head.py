@@ -2,16 +2,15 @@
 
 A chunk of rows passes through the head once. Library GEMMs write its raw logits into one reused buffer. The row step
 (``blockwise.rows`` or ``kernels.rows``) reduces them to softmax norms and a log-prob a row and, where gradients are
-wanted, turns the buffer into unit gradients U = softmax − onehot. With the derivative c of the loss by each row's
-log-prob, two more GEMMs give ``dHidden = −c ⊙ (U·W)`` and ``dWeight += Uᵀ·(−c ⊙ hidden)``: coefficients never touch
-the (C, V) buffer.
+wanted, turns the buffer into unit gradients U = softmax − onehot. With c = ∂loss/∂log-prob of each row, two more GEMMs
+give ``dHidden = −c ⊙ (U·W)`` and ``dWeight += Uᵀ·(−c ⊙ hidden)``. So no pass multiplies the (C, V) buffer by c.
 
-Two Triton kernels multiply by the head themselves where they serve it. ``kernels.statistics`` (fused statistics) stores
-no logits at all, and is used wherever only statistics are wanted. ``kernels.exponentials`` (the epilogue schedule)
-writes exponentials into the buffer instead of logits: they equal U up to a factor a row.
+Two Triton kernels contain the GEMM themselves, for the heads that they support. ``kernels.statistics`` (fused
+statistics) stores no logits, and is used where only statistics are needed. ``kernels.exponentials`` (the epilogue
+schedule) writes exponentials into the buffer instead of logits: they equal U up to one factor for each row.
 
-For a loss that also depends on each row's divergence from a reference, the reference's logits stand in a second
-buffer, and the row step (``blockwise.divergence`` or ``kernels.divergence``) mixes the two derivatives.
+If the loss also depends on each row's divergence from a reference, the reference's logits are in a second buffer, and
+the row step (``blockwise.divergence`` or ``kernels.divergence``) adds the two derivatives.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ FP16_GRADIENT_SCALE = 2.0**12
 class ChunkedLMHead:
     """The LM heads of one call, their matrices as GEMM operands, and the workspace.
 
-    ``heads`` may hold several heads of one vocabulary (policy and reference). With ``buffers=1`` they take turns; a
-    call that needs both heads' logits together asks for 2. A row is named by its position in the layout, not in the
-    hidden states.
+    ``heads`` may hold several heads of one vocabulary (policy and reference). With ``buffers=1`` the buffer holds the
+    logits of one head at a time; a call that needs the logits of both together passes 2. Row indices are positions
+    in the layout, not in the hidden states.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class ChunkedLMHead:
             objective_bytes=objective_bytes,
         )
         self.workspace = Workspace(buffers * self.max_rows, weight.shape[0], buffer_dtype, weight.device)
-        # Fused statistics leave the buffer's memory to further rows.
+        # Fused statistics need no logits buffer, so more rows fit into the budget.
         self.rows_of_statistics = self.max_rows
         if self.fused_statistics and statistics_only:
             unused = self.max_rows * workspace.pitch(largest, weight.device) * buffer_dtype.itemsize
@@ -102,9 +101,9 @@ class ChunkedLMHead:
             self.rows_of_statistics += unused // per_row
 
     def raw_logits(self, projections: Sequence[Projection], rows: slice) -> list[Tensor]:
-        """Return ``Σ features·matrixᵀ`` (C, V) of ``rows`` by each projection, one below the other in the workspace.
+        """Return ``Σ features·matrixᵀ`` (C, V) of ``rows`` for each projection, stacked in the workspace.
 
-        Together they must fit in the workspace. Projections by one and the same weight are one GEMM.
+        Together they must fit in the workspace. Projections with the same weight are computed by one GEMM.
         """
         count, first = rows.stop - rows.start, projections[0].head
         stacked = self.workspace.rows(len(projections) * count)
@@ -155,9 +154,9 @@ class ChunkedLMHead:
         """Return (U, row factor, log-probs) of at most ``max_rows`` rows.
 
         ``row factor ⊙ U`` is softmax − onehot times ∂z/∂raw. U is (C, V) in the workspace; a row factor (C,) of None
-        is 1. ``norms`` (C, 2) of an earlier pass save the statistics, except those of fused statistics: the logits of
-        another product differ in their last digits, and probabilities would no longer add up to 1. ``raw`` are logits
-        that are already in the workspace.
+        is 1. With ``norms`` (C, 2) from an earlier pass, the statistics are not computed again. Norms from fused
+        statistics must not be passed: that GEMM rounds differently, so the probabilities would not sum to 1. ``raw``
+        are logits that are already in the workspace.
         """
         targets, logps = self.targets[rows], None
         norms = None if self.fused_statistics else norms
@@ -190,7 +189,7 @@ class ChunkedLMHead:
     def divergence_statistics(
         self, projection: Projection, raw: Tensor, ref: Projection | None, ref_raw: Tensor | None, rows: slice
     ) -> tuple[RowStatistics, RowStatistics | None]:
-        """Return the statistics, with moment, of raw logits (C, V) of ``rows``, and those of the reference's logits."""
+        """Return the statistics (with moment) of the policy's raw logits (C, V), and those of the reference's."""
         ref_head = None if ref is None else ref.head
         stats, ref_stats = self.divergence_step.statistics(raw, ref_raw, self.targets[rows], projection.head, ref_head)
         return (stats, ref_stats) if self.shard is None else over_ranks(stats, ref_stats, self.shard)
@@ -265,7 +264,7 @@ class ChunkedLMHead:
             self._add_products(sums.bias[:, None], unit, ones, factor, gradients.begun(sums.bias))
 
     def _add_products(self, out: Tensor, unit: Tensor, x: Tensor, factor: Tensor, begun: bool) -> None:
-        """Add ``Uᵀ·(factor ⊙ x)`` to ``out``, summed in fp32; write it if nothing is in ``out`` yet."""
+        """Add ``Uᵀ·(factor ⊙ x)`` to ``out``, summed in fp32. If not ``begun``, overwrite ``out``."""
         if self.operand_dtype != torch.float16:
             gemm.mm_(out, unit.t(), (x * factor).to(self.operand_dtype), accumulate=begun)
             return
@@ -285,15 +284,15 @@ class ChunkedLMHead:
         return operand
 
     def _can_fuse_statistics(self, head: LMHead) -> bool:
-        """Return whether Triton multiplies by this head as fast as a library does.
+        """Return whether the GEMM of fused statistics is as fast as a library's for this head.
 
-        That holds for a single matrix of 16 bits (or interpreted) that is one operand, not panels.
+        It is for a single 16-bit matrix (any dtype in the interpreter) that is one operand, not panels.
         """
         fast = self.operand_dtype.itemsize == 2 or head.weight.device.type == "cpu"
         return fast and head.lora is None and self.panels[id(head.weight)].operand is not None
 
     def _share_a_weight(self, heads: Sequence[LMHead]) -> bool:
-        """Return whether ``raw_logits`` of all heads is one GEMM."""
+        """Return whether one GEMM computes ``raw_logits`` of all heads."""
         first = heads[0].weight
         return (
             len(heads) > 1

@@ -1,4 +1,4 @@
-"""The chunk schedule: which rows go through the LM head together, in whole pairs and groups."""
+"""Split a batch into chunks of rows that pass through the LM head together. No chunk splits a pair or group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole pairs and groups: consecutive sequences in group order, and their rows."""
+    """Consecutive complete pairs and groups: their sequences in group order, and their rows."""
 
     sequences: slice
     rows: slice
@@ -21,13 +21,13 @@ class Chunk:
 
 
 def split(rows: slice, max_rows: int) -> Iterator[slice]:
-    """Yield consecutive slices of at most ``max_rows``. An empty slice is yielded as it is."""
+    """Yield consecutive slices of at most ``max_rows``. An empty slice is yielded once."""
     for start in range(rows.start, max(rows.stop, rows.start + 1), max_rows):
         yield slice(start, min(start + max_rows, rows.stop))
 
 
 def chunks(lengths: Sequence[int], num_pairs: int, num_generations: int, max_rows: int) -> list[Chunk]:
-    """Return chunks of whole groups with at most ``max_rows`` rows each. A larger group is a chunk by itself."""
+    """Return chunks of complete groups with at most ``max_rows`` rows each. A larger group becomes one chunk."""
     sizes = [2] * num_pairs + [num_generations] * ((len(lengths) - 2 * num_pairs) // num_generations)
     out: list[Chunk] = []
     seq = row = first_seq = first_row = pairs = 0

@@ -1,4 +1,4 @@
-"""The one way in which this package reports a wrong argument."""
+"""The check that all functions of this package use for their arguments."""
 
 
 def require(condition: bool, message: str) -> None:

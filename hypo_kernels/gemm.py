@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A head that has to be converted is converted once if the copy takes at most 1/PANEL_SHARE of the budget, else in
-# panels.
+# A head that must be converted is converted once if the copy takes at most 1/PANEL_SHARE of the budget; otherwise panel
+# by panel.
 PANEL_SHARE = 4
 
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Disable autocast, and make ``device`` the current one, for products and kernel launches inside."""
+    """Disable autocast and make ``device`` current inside the ``with`` block, for GEMMs and kernel launches."""
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.autocast(device.type, enabled=False), current:
         yield
@@ -44,7 +44,7 @@ def convert(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-    """Compute ``out = a @ b``, or ``out += a @ b``. ``out`` (fp32 or fp64) may be wider than the operands."""
+    """Compute ``out = a @ b``, or ``out += a @ b``. ``out`` (fp32 or fp64) may have a wider dtype than the operands."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif accumulate:
@@ -55,7 +55,7 @@ def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Panels:
-    """A weight (V, D) as GEMM operands, in panels of rows where it has to be converted."""
+    """A weight (V, D) as GEMM operands: one operand, or panels of rows that are converted one at a time."""
 
     weight: Tensor
     compute_dtype: torch.dtype
@@ -66,8 +66,8 @@ class Panels:
     def copy_bytes(weight: Tensor, compute_dtype: torch.dtype, budget: int, largest: int) -> int:
         """Return the bytes of converted copies of the weight: 0 if the weight itself can be an operand.
 
-        ``largest`` is its number of rows; where ranks share a vocabulary, the number on the rank that holds most, so
-        that all ranks plan alike.
+        ``largest`` is its number of rows. Under a vocabulary shard it is the largest number on any rank, so that all
+        ranks choose the same plan.
         """
         per_row = _bytes_per_row(weight, compute_dtype)
         return min(per_row * largest, max(2 * per_row, budget // PANEL_SHARE))

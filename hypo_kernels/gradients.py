@@ -1,4 +1,4 @@
-"""The gradients of a call: which inputs can have one, and the tensors in which they are summed."""
+"""The gradients of a call: the inputs that can have one, and the buffers in which they are summed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Leaves(NamedTuple):
         return cls(projection.hidden, head.weight, head.bias, projection.lora, head.lora_weight)
 
     def put_into(self, projection: Projection) -> Projection:
-        """Return ``projection`` with these tensors in the place of its own."""
+        """Return a copy of ``projection`` that uses these tensors."""
         assert self.hidden is not None
         assert self.weight is not None
         return Projection(
@@ -41,8 +41,8 @@ class Leaves(NamedTuple):
 class Gradients:
     """Gradients that are summed chunk by chunk: (rows, features), or in the shape of the matrix; None if not needed.
 
-    A 16-bit matrix's gradient is summed in fp32 and rounded once, at the end. If a single product makes it
-    (``in_one_product``), it needs no sum: a GEMM of 16-bit operands rounds it once.
+    A 16-bit matrix's gradient is summed in fp32 and rounded once, at the end. If it is a single product
+    (``in_one_product``), no sum is needed: a GEMM of 16-bit operands rounds it once.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Gradients:
         return any(x is not None for x in self.sums)
 
     def begun(self, matrix: Tensor) -> bool:
-        """Return whether a matrix's gradient has been written before, and note that it is written now."""
+        """Return whether this matrix's gradient was written before, and mark it as written."""
         begun = id(matrix) in self._begun
         self._begun.add(id(matrix))
         return begun
 
     def close(self, shard: VocabShard | None) -> None:
-        """Finish after the last product: set unwritten gradients to zero, and sum partial ones over a shard's ranks."""
+        """Finish after the last product: zero unwritten gradients, and sum partial ones over the shard's ranks."""
         for matrix in (self.sums.weight, self.sums.bias, self.sums.lora_weight):
             if matrix is not None and id(matrix) not in self._begun:
                 matrix.zero_()
@@ -109,7 +109,7 @@ class Gradients:
 def shapes_of_sums(
     leaves: Leaves, compute_dtype: torch.dtype, shard: VocabShard | None, *, in_one_product: bool = False
 ) -> list[Tensor | None]:
-    """Return tensors without memory that have the shapes, dtypes and devices of the leaves' summed gradients."""
+    """Return the leaves' summed gradients as tensors without memory: shapes, dtypes and devices only."""
     accumulator_dtype = gemm.accumulator_dtype(compute_dtype)
 
     def row_sum(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class LoRA(NamedTuple):
 class LMHead:
     """An LM head: ``logits = softcap(logit_scale · (h·Wᵀ + bias)) / temperature``, softcap(z) = c·tanh(z / c).
 
-    Every public function takes an ``LMHead`` in the place of ``lm_head_weight`` and the head's keyword arguments.
+    Every public function accepts an ``LMHead`` instead of ``lm_head_weight`` and the head's keyword arguments.
     """
 
     weight: Tensor
@@ -37,7 +37,7 @@ class LMHead:
     logit_scale: float = 1.0
     """Cohere's factor. Granite divides: pass the reciprocal."""
     temperature: float = 1.0
-    """Divides the logits last; positive."""
+    """Positive; the logits are divided by it after all else."""
     lora: LoRA | None = None
     """A low-rank update of ``weight``."""
     vocab_shard: VocabShard | None = None
@@ -45,7 +45,7 @@ class LMHead:
 
     @classmethod
     def of(cls, weight: Tensor | LMHead, **arguments: Any) -> LMHead:
-        """Return the head that a public function was called with: an ``LMHead``, or a weight and its arguments.
+        """Return ``weight`` if it is an ``LMHead``, else the ``LMHead`` of a weight and its keyword arguments.
 
         Raises ValueError if an ``LMHead`` comes together with another head argument.
         """
@@ -61,12 +61,12 @@ class LMHead:
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary entries on this rank."""
+        """The number of vocabulary entries on this rank."""
         return self.weight.shape[0]
 
     @property
     def largest_share(self) -> int:
-        """Vocabulary entries of the rank that holds most. All ranks plan their chunks with this number."""
+        """The largest number of vocabulary entries on any rank. All ranks plan their chunks with it."""
         return self.vocab_size if self.vocab_shard is None else self.vocab_shard.largest
 
     @property
@@ -76,12 +76,12 @@ class LMHead:
 
     @property
     def weights(self) -> list[Tensor]:
-        """The matrices that hidden states, and LoRA's r features of them, are multiplied by."""
+        """The matrices of the head's GEMMs: the weight, and LoRA's B."""
         return [self.weight] if self.lora is None else [self.weight, self.lora.B]
 
     @property
     def inner_factor(self) -> float:
-        """The factor of ``raw + bias``, inside of tanh where there is a softcap."""
+        """The factor of ``raw + bias``, inside tanh if there is a softcap."""
         return self.logit_scale / (self.temperature if self.logit_softcap is None else self.logit_softcap)
 
     @property
@@ -91,11 +91,11 @@ class LMHead:
 
     @property
     def slope(self) -> float:
-        """The constant factor of ∂logits/∂raw, which is all of it without a softcap."""
+        """The constant factor of ∂logits/∂raw. Without a softcap it is the full derivative."""
         return self.logit_scale / self.temperature
 
     def constants(self) -> dict[str, Any]:
-        """Return the bias and the numbers of the head, as keyword arguments of the public functions."""
+        """Return the bias and the scalars of the head, as keyword arguments of the public functions."""
         return {
             "bias": self.bias,
             "logit_softcap": self.logit_softcap,
@@ -104,14 +104,14 @@ class LMHead:
         }
 
     def with_tensors(self, weight: Tensor, bias: Tensor | None, lora_weight: Tensor | None) -> LMHead:
-        """Return a copy of the head with other tensors. LoRA's A is kept."""
+        """Return a copy of the head with these tensors and the same LoRA A."""
         lora = None if self.lora is None or lora_weight is None else self.lora._replace(B=lora_weight)
         return replace(self, weight=weight, bias=bias, lora=lora)
 
     def logits(self, raw: Tensor) -> Tensor:
         """Return the model's logits of ``raw = h·Wᵀ`` (..., V), out of place, in the dtype of ``raw``.
 
-        Every operation is as models write it; :meth:`logits_` merges constant factors, and rounds less often.
+        The operations are in the order of model code. :meth:`logits_` merges constant factors, and rounds less often.
         """
         if self.bias is not None:
             raw = raw + self.bias.to(raw.dtype)
@@ -130,7 +130,7 @@ class LMHead:
         return raw.mul_(self.inner_factor) if self.inner_factor != 1.0 else raw
 
     def slope_at(self, logits: Tensor) -> Tensor | float:
-        """Return ∂logits/∂raw at ``logits`` (rows, V): a number, or (rows, V) where there is a softcap."""
+        """Return ∂logits/∂raw at ``logits`` (rows, V): a number, or (rows, V) with a softcap."""
         if self.logit_softcap is None:
             return self.slope
         tanh = logits * (self.temperature / self.logit_softcap)

@@ -1,8 +1,7 @@
-"""The layout of a batch: which rows are counted, and to which sequence each belongs. Computed on the CPU.
+"""The layout of a batch: the counted rows, and the sequence of each. Computed on the CPU.
 
-With ``targets`` and ``cu_seqlens`` on the CPU, computing a layout never waits for the GPU. A :class:`TargetLayout`
-that is computed once and passed to several calls also saves the copy to the device, which lets a CUDA graph
-capture these calls.
+With ``targets`` and ``cu_seqlens`` on the CPU, computing a layout never waits for the GPU. Pass one
+:class:`TargetLayout` to several calls to copy it to the device only once; a CUDA graph can capture these calls.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class OnDevice(NamedTuple):
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """The counted rows, sequence after sequence. Every function takes it in the place of targets and cu_seqlens.
+    """The counted rows, sequence after sequence. Public functions accept it instead of targets and cu_seqlens.
 
     The first call on a device copies the layout there; later calls reuse the copy.
     """
@@ -76,7 +75,7 @@ class TargetLayout:
         return int(self.lengths[:num_sequences].sum())
 
     def in_groups(self, num_pairs: int, device: torch.device) -> tuple[TargetLayout, Tensor]:
-        """Return the layout in group order (each pair's two sequences side by side), and that order (S,) on ``device``.
+        """Return the layout in group order (see :func:`group_order`), and that order (S,) on ``device``.
 
         Cached.
         """
@@ -106,7 +105,7 @@ def sequence_layout(targets: Tensor | TargetLayout, cu_seqlens: Tensor | None) -
 
 
 def group_order(num_sequences: int, num_pairs: int) -> Tensor:
-    """Return the sequences' indices (S,) with each pair's two next to each other, then the samples as they are."""
+    """Return sequence indices (S,): each chosen followed by its rejected, then the samples in their order."""
     pairs = torch.arange(2 * num_pairs).view(2, num_pairs).t().flatten()
     return torch.cat([pairs, torch.arange(2 * num_pairs, num_sequences)])
 

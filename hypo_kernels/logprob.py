@@ -58,8 +58,8 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name only the argumen
 
     Args:
         hidden: (T, D) or (S, L, D), float; row t predicts ``targets[t]`` (shift before the call).
-        lm_head_weight: (V, D), the dtype of ``hidden`` (any float dtype under autocast); or an :class:`LMHead` in
-            the place of this and of ``bias``, ``logit_softcap``, ``logit_scale``, ``temperature``, ``lora`` and
+        lm_head_weight: (V, D), the dtype of ``hidden`` (any float dtype under autocast); or an :class:`LMHead`
+            instead of this and of ``bias``, ``logit_softcap``, ``logit_scale``, ``temperature``, ``lora`` and
             ``vocab_shard``.
         targets: (T,) or (S, L), integers; rows with -100 are ignored and cost nothing. If they are on the CPU, the
             call never waits for the GPU. Or a :class:`TargetLayout`.
@@ -152,7 +152,7 @@ def sequence_logprobs(
 
 
 def _rows(plan: TokenPass) -> tuple[Tensor, ...]:
-    """Return the log-prob (N,) of each counted row and, if asked for, the entropy (N,)."""
+    """Return the log-prob (N,) and, if the call returns entropies, the entropy (N,) of each counted row."""
     if plan.impl == "reference":
         log_p = reference.row_distributions(plan.projection, plan.layout, plan.compute_dtype)
         return reference.logprobs_and_entropies(log_p, plan.layout)[: 1 + plan.with_entropy]
@@ -160,7 +160,7 @@ def _rows(plan: TokenPass) -> tuple[Tensor, ...]:
 
 
 class _Rows(torch.autograd.Function):
-    """Log-prob and entropy of each counted row, (N,) each. Backward computes the logits again."""
+    """Compute the log-prob (N,) and entropy (N,) of each counted row. Backward computes the logits again."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""``fused_hypo_loss``: checks a call, runs an implementation, and returns results in the caller's order."""
+"""The public function ``fused_hypo_loss`` and its result ``HypoLoss``."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def fused_hypo_loss(
 
     The reverse KL is estimated at trajectory level on samples of the current policy; its gradient is RLOO's:
     with ``r_i = sg(ρ(x, y_i)) + length_penalty · |y_i|`` over the k samples of a prompt,
-    ``kl_coef · mean_i (r_i − mean_{j≠i} r_j) ∇log π(y_i|x)``. The value of ``loss`` is the objective, with mean r_i
-    in the place of the KL.
+    ``kl_coef · mean_i (r_i − mean_{j≠i} r_j) ∇log π(y_i|x)``. The value of ``loss`` is the objective, with the mean
+    of r_i as the KL term.
 
     ``kl_estimator="exact"`` estimates the same KL with less noise, by the divergence of the full distributions at
     every position of a sample, ``D_t = KL(π(·|s_t)‖π_ref(·|s_t))``. The value is ``kl_coef`` times the mean over
@@ -98,15 +98,15 @@ def fused_hypo_loss(
 
     Args:
         hidden: (T, D) packed or (S, L, D) padded, float: final hidden states; row t predicts ``targets[t]``.
-        lm_head_weight: (V, D), the dtype of ``hidden`` (any float dtype under autocast); or an :class:`LMHead` in
-            the place of this and of ``bias``, ``logit_softcap``, ``logit_scale``, ``temperature``, ``lora`` and
+        lm_head_weight: (V, D), the dtype of ``hidden`` (any float dtype under autocast); or an :class:`LMHead`
+            instead of this and of ``bias``, ``logit_softcap``, ``logit_scale``, ``temperature``, ``lora`` and
             ``vocab_shard``.
         targets: (T,) or (S, L) integers; rows with -100 (prompt, padding) are ignored and cost nothing.
         cu_seqlens: (S+1,) integers, the bounds of the packed sequences. Sequences are ``num_pairs`` chosen,
             ``num_pairs`` rejected in the same order, then online samples, ``num_generations`` consecutive
             ones a prompt. Without samples the loss is DPO's or IPO's; without pairs it is RLOO's.
             ``targets`` and ``cu_seqlens`` are read on the host: if they are on the CPU, the call never waits for the
-            GPU. Pass a :class:`TargetLayout` in their place to capture the call in a CUDA graph.
+            GPU. Pass a :class:`TargetLayout` instead of them to capture the call in a CUDA graph.
         num_pairs: P ≥ 0.
         num_generations: k ≥ 2, samples a prompt.
         ref_logps: (S,) log-probs of the reference model. Give either these or ``ref_hidden``.
@@ -192,7 +192,7 @@ def fused_hypo_loss(
 
 
 class _FusedHypo(torch.autograd.Function):
-    """A :class:`LossOutput` whose gradients forward finishes. Backward returns them, times the upstream gradient."""
+    """Compute a :class:`LossOutput` and its gradients in forward. Backward multiplies them by the upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | Importance | None, ...]:

@@ -1,10 +1,10 @@
 """The HyPO objective on per-sequence log-probabilities: plain torch, used by every implementation.
 
 Notation (arXiv 2406.01462): ``ratio`` is ρ(x, y) = log π(y|x) − log π_ref(y|x), summed over the counted tokens.
-Each term returns its value and the derivative of the loss by each sequence's log π(y|x); a kernel needs no more to
-finish the gradients. The exact KL estimator works on rows: it returns the derivatives by each row's log-prob and by
-its divergence. Samples that another policy drew have one importance weight a row, which multiplies their sequence's
-derivative.
+Each term returns its value and the derivative of the loss by each sequence's log π(y|x); from these a kernel computes
+the gradients. The exact KL estimator works on rows: it returns the derivatives by each row's log-prob and by its
+divergence. If another policy drew the samples, each row has an importance weight, which multiplies the derivative of
+its sequence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KL_ESTIMATORS = ("sampled", "exact")
 
 
 class Importance(NamedTuple):
-    """How far the policy μ that drew the N online samples is from π. Each field sums over a sample's counted tokens.
+    """The distance of π from the policy μ that drew the N online samples, as sums over each sample's counted tokens.
 
     A token's ratio is ``π(y_t)/μ(y_t)`` and its weight ``w_t = min(ratio, C)``; both are 1 where μ is π. Over the n
     counted tokens of a batch, the mean ratio is ``ratio.sum() / n``, the fraction of truncated tokens
@@ -75,8 +75,8 @@ PREFERENCES: dict[str, PreferenceLoss] = {"sigmoid": sigmoid_preference, "ipo": 
 class Objective:
     """``mean preference loss of the pairs + kl_coef · reverse KL``: its options and the sizes of the batch.
 
-    The one declaration of the loss's options: ``fused_hypo_loss`` builds it, its operator for ``torch.compile`` takes
-    its fields. Raises ValueError if a value is out of range.
+    Declares all options of the loss: ``fused_hypo_loss`` builds it, and its operator for ``torch.compile`` takes its
+    fields. Raises ValueError if a value is out of range.
     """
 
     beta: float
@@ -130,7 +130,7 @@ class Objective:
             raise ValueError(f"num_generations={self.num_generations}: RLOO needs at least 2 samples a prompt")
 
     def for_sequences(self, num_sequences: int) -> Objective:
-        """Return the objective of a batch of ``num_sequences``. Raises ValueError if they are no pairs and groups."""
+        """Return the objective of a batch of ``num_sequences``. Raises ValueError if the number does not fit."""
         require(num_sequences > 0, "there are no sequences: the batch is empty")
         pairs = 2 * self.num_pairs
         samples = num_sequences - pairs
@@ -143,7 +143,7 @@ class Objective:
         return replace(self, num_prompts=samples // self.num_generations)
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields by name, from which ``Objective(**fields)`` makes an equal one."""
+        """Return the fields by name: ``Objective(**objective.fields())`` is an equal objective."""
         return {name: getattr(self, name) for name in OBJECTIVE_FIELDS}
 
     @property
@@ -207,11 +207,11 @@ class Objective:
         return ExactOnline(kl, loss, scale * (later_costs - positions.mean_of_the_others(later_costs, k)), scale)
 
     def __call__(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
-        """Return the summed loss () and the coefficients ∂loss/∂logps (S,) of whole pairs and groups.
+        """Return the summed loss () and the coefficients ∂loss/∂logps (S,) of complete pairs and groups.
 
         The S sequences are in group order: ``num_pairs`` times a chosen and its rejected one, then online samples,
-        ``num_generations`` consecutive ones a prompt. They may be any subset of the batch's pairs and groups: the
-        divisors are those of the whole batch.
+        ``num_generations`` consecutive ones a prompt. They may be any subset of the batch's pairs and groups; means
+        still divide by the numbers of the full batch.
         """
         ratio = logps - ref_logps
         loss, pair_slopes = self._pairs_in_group_order(ratio[: 2 * num_pairs])
@@ -228,7 +228,7 @@ class Objective:
         divergences: Tensor,
         longest: int,
     ) -> tuple[Tensor, Tensor, ExactOnline]:
-        """Return the loss of whole pairs and groups with the exact KL estimator.
+        """Return the loss of complete pairs and groups with the exact KL estimator.
 
         ``logps``, ``ref_logps`` and ``lengths`` (S,) are in group order, as in ``__call__``; only the pairs'
         log-probs are used. ``divergences`` (n,) and ``longest`` are those of :meth:`exact_online`, of the samples
@@ -241,7 +241,7 @@ class Objective:
         return loss + online.loss.sum(), pair_slopes, online
 
     def _pairs_in_group_order(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed loss () and its derivative by ``ratio`` (2P,), where a pair's two are neighbours."""
+        """Return the summed loss () and its derivative by ``ratio`` (2P,), in group order."""
         pairs = ratio.view(-1, 2)
         loss, slope = self.pairs(pairs[:, 0], pairs[:, 1])
         return loss.sum(), torch.stack([slope, -slope], dim=1).flatten()
@@ -252,7 +252,7 @@ OBJECTIVE_FIELDS: dict[str, str] = {field.name: str(field.type) for field in fie
 
 
 class Positions:
-    """Of n rows: each one's sequence, its position in it, and the number of rows that follow it there."""
+    """The sequence of each of n rows, its position in the sequence, and the number of rows after it in the sequence."""
 
     def __init__(self, lengths: Tensor, num_rows: int) -> None:
         self.lengths = lengths  # (S,)
@@ -270,7 +270,7 @@ class Positions:
         return sums
 
     def mean_of_the_others(self, rows: Tensor, k: int) -> Tensor:
-        """Return the mean over the k − 1 other sequences of the group at the same position; ended ones count as 0."""
+        """Return the mean over the k − 1 other sequences of the group at the same position. An ended one adds 0."""
         member = self.sequence % k
         shifts = torch.arange(1, k, device=rows.device)
         others = (self.sequence - member)[:, None] + (member[:, None] + shifts) % k  # (n, k − 1)
@@ -279,5 +279,5 @@ class Positions:
         return torch.where(exists, rows[index], 0.0).mean(dim=1)
 
     def _later(self, rows: Tensor, distance: int) -> Tensor:
-        """Return the row ``distance`` later in the same sequence, 0 where the sequence has ended."""
+        """Return the row ``distance`` rows later in the same sequence, or 0 after the end of the sequence."""
         return torch.where(self.following >= distance, rows.roll(-distance), 0.0)

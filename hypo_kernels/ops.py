@@ -1,7 +1,7 @@
-"""The operators that ``torch.compile`` sees: opaque, with fake kernels and gradients of their own.
+"""Custom operators for ``torch.compile``, with fake kernels and registered gradients.
 
-The computation depends on the targets' values, so a tracer has to take each call as one node. Eager calls do not use
-these operators: their autograd Functions keep a call's plan between forward and backward.
+The computation depends on the targets' values, so each call must be one opaque node of the graph. Eager calls do not
+use these operators: their autograd Functions save a call's plan between forward and backward.
 
     hypo_kernels::hypo_loss                 loss, statistics and finished gradients
     hypo_kernels::token_logprobs            log-probs, entropies and softmax norms
@@ -102,7 +102,7 @@ def _parse(arguments: Sequence[Any]) -> tuple[Projection, torch.dtype | None, li
     softcap, scale, temperature, autocast, needed = arguments[NUM_LEAVES:_NUM_HEAD]
     assert leaves.hidden is not None
     assert leaves.weight is not None
-    lora = None  # A is applied before the operator, which gets its features
+    lora = None  # A was applied before the operator, which receives the product
     if leaves.lora_weight is not None:
         lora = LoRA(_absent(leaves.hidden), leaves.lora_weight)
     head = LMHead(leaves.weight, leaves.bias, softcap, scale, temperature, lora)
@@ -115,7 +115,7 @@ def _compute_dtype(arguments: Sequence[Any]) -> torch.dtype:
 
 
 def _as_traced(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Restore the autocast state of the traced call, which has ended when the compiled one runs."""
+    """Restore the autocast state at tracing: the compiled call may run outside that autocast block."""
     if autocast is None:
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype=autocast)
@@ -126,7 +126,7 @@ def _absent(like: Tensor) -> Tensor:
 
 
 def _sums(arguments: Sequence[Any]) -> list[Tensor]:
-    """Return new tensors of the shapes of the needed gradients' sums, and empty ones for the others."""
+    """Return new tensors for the sums of the needed gradients, and empty tensors for the others."""
     projection, _, needed = _parse(arguments)
     likes = shapes_of_sums(Leaves.of(projection), _compute_dtype(arguments), None)
     out = []
@@ -158,7 +158,7 @@ def _shapes(arguments: Sequence[Any]) -> list[tuple[bool, Any, Any]]:
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _hypo_loss(*args: Any, max_chunk_bytes: int, validate: bool, impl: str, **objective: Any) -> tuple[Tensor, ...]:
-    """Return a LossOutput in the caller's order, the lengths, and the gradients' sums, which autograd needs later.
+    """Return a LossOutput in the caller's order, the lengths, and the gradients' sums for the backward pass.
 
     The fields of ``importance`` are the columns of one tensor, which is empty without ``behavior_logps``.
     """

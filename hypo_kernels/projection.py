@@ -1,4 +1,4 @@
-"""Hidden states and the head that they are multiplied by, with LoRA applied and sharded weights gathered."""
+"""The product of hidden states and a head, with LoRA applied and sharded weights gathered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypo_kernels.head import LMHead, LoRA
 
 @dataclass(frozen=True)
 class Projection:
-    """The factors of the raw product: packed (T, ·) or padded (S, L, ·) features, and the head's matrices."""
+    """The factors of the raw logits: packed (T, ·) or padded (S, L, ·) features, and the head."""
 
     head: LMHead
     hidden: Tensor  # (..., D), multiplied by the head's weight
@@ -22,8 +22,8 @@ class Projection:
     def of(cls, hidden: Tensor, head: LMHead) -> Projection:
         """Return the projection of ``hidden`` by ``head``.
 
-        A LoRA update becomes a second, narrow term of the product, so that ``W + scale·B·A`` is never formed and
-        autograd finishes A. A DTensor weight (FSDP2) is gathered, and its gradient averaged over the ranks.
+        A LoRA update becomes a second, narrow term of the product: ``W + scale·B·A`` is never formed, and autograd
+        computes the gradient of A. A DTensor weight (FSDP2) is gathered, and its gradient averaged over the ranks.
         """
         head = replace(
             head,

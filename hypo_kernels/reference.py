@@ -1,6 +1,6 @@
 """The specification: eager torch over full logits, in at least fp32, with gradients by autograd.
 
-It is written to be read; the other implementations are tested against it. Memory is O(N · V).
+It is written for readers; the other implementations are tested against it. Memory is O(N · V).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from hypo_kernels.statistics import sequence_sums
 def row_distributions(projection: Projection, layout: TargetLayout, compute_dtype: torch.dtype) -> Tensor:
     """Return log p of the full vocabulary at each counted row, (N, V), differentiable: ``log_softmax(h·Wᵀ)``.
 
-    The operands are rounded to ``compute_dtype``, as for a GEMM of that dtype. The product and everything after it
-    is computed in fp32, or in fp64 for fp64 inputs.
+    The operands are rounded to ``compute_dtype``, as for a GEMM of that dtype. All later computation is in fp32, or in
+    fp64 for fp64 inputs.
     """
     accumulator_dtype = torch.promote_types(compute_dtype, torch.float32)
     rows = layout.on(projection.hidden.device).rows

@@ -1,12 +1,12 @@
 """The group-closed schedule: the loss of pairs and groups is finished while the chunk's logits are in memory.
 
-The derivative of the loss by a sequence's log-prob depends only on its own pair or group. So a chunk of whole groups
+The derivative of the loss by a sequence's log-prob depends only on its pair or group. So a chunk of complete groups
 needs its logits once: GEMM → row step → sequence sums → coefficients → two GEMMs. That costs 6 NVD with a trained head
 and 4 NVD with a frozen one, where a per-token loss has to compute the logits again. Only a group that does not fit in
 the workspace takes a second pass (8 and 6 NVD), and only that group.
 
 The exact KL estimator works on rows: it needs derivatives by each row's log-prob and by its divergence from the
-reference, whose logits stand below the policy's in the workspace.
+reference, whose logits follow the policy's in the workspace.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hypo_kernels.workspace import BYTES_PER_OTHER_SAMPLE, BYTES_PER_WEIGHTED_RO
 def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> tuple[LossOutput, Gradients]:
     """Return loss and statistics, and the gradients of the :class:`Leaves` that are ``needed``.
 
-    ``sums_are_wide`` asks for gradient dtypes that do not depend on the number of chunks.
+    With ``sums_are_wide``, the gradients' dtypes do not depend on the number of chunks.
     """
     objective = call.objective
     lm_head = ChunkedLMHead(
@@ -69,7 +69,7 @@ def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> t
 
 
 def _objective_bytes(call: Call) -> int:
-    """Return the bytes that the objective keeps for each counted row, beside what every call keeps."""
+    """Return the bytes for each counted row that this objective stores in addition to what every call stores."""
     if call.objective.is_exact:
         return BYTES_PER_OTHER_SAMPLE * (call.objective.num_generations - 1)
     return 0 if call.behavior_logps is None else BYTES_PER_WEIGHTED_ROW
@@ -82,9 +82,9 @@ def _concatenated(parts: Sequence[Importance]) -> Importance | None:
 def _sampled_chunk(
     call: Call, lm_head: ChunkedLMHead, gradients: Gradients, chunk: Chunk, lengths: Tensor
 ) -> LossOutput:
-    """Run a chunk with the sampled KL: one coefficient a sequence, times the rows' importance weights."""
+    """Run a chunk with the sampled KL: each sequence has one coefficient; importance weights multiply it by row."""
     rows, count = chunk.rows, chunk.rows.stop - chunk.rows.start
-    # A single pass: the unit gradients of the whole chunk stay in the workspace until the coefficients are known.
+    # Single pass: the chunk's unit gradients stay in the workspace until the coefficients are known.
     single_pass = count <= lm_head.max_rows and gradients.any
     raw = None
     if (
@@ -126,7 +126,7 @@ def _sampled_chunk(
 
 
 def _ref_logps(call: Call, lm_head: ChunkedLMHead, chunk: Chunk, lengths: Tensor) -> Tensor:
-    """Return the reference's log-probs of the chunk's sequences: given, or computed in the workspace."""
+    """Return the reference's log-probs of the chunk's sequences: the caller's, or computed in the workspace."""
     if call.ref is None:
         assert call.ref_logps is not None
         return call.ref_logps[chunk.sequences]
@@ -134,7 +134,7 @@ def _ref_logps(call: Call, lm_head: ChunkedLMHead, chunk: Chunk, lengths: Tensor
 
 
 def _exact_chunk(call: Call, lm_head: ChunkedLMHead, gradients: Gradients, chunk: Chunk, lengths: Tensor) -> LossOutput:
-    """Run a chunk with the exact KL: two coefficients a row, by its log-prob and by its divergence."""
+    """Run a chunk with the exact KL: each row has a coefficient for its log-prob and one for its divergence."""
     policy, ref, objective = call.policy, call.ref, call.objective
     assert ref is not None
     blocks = list(chunk.blocks(lm_head.max_rows))

@@ -2,8 +2,8 @@
 
     top = max_v z_v        total = Σ_v exp(z_v − top)        log p_v = z_v − top − log total
 
-The norms of a row, top and total, are stored apart: their log-sum-exp would be rounded at the size of the logits, and
-with it every probability. The moment of a row with reference logits w is
+The norms of a row, top and total, are stored separately: their log-sum-exp would be rounded at the magnitude of the
+logits, and so would every probability. The moment of a row with reference logits w is
 ``Σ_v exp(z_v − top)·((z_v − top) − (w_v − top_w))``. Then
 ``KL(p‖q) = Σ_v p_v (log p_v − log q_v) = moment/total − log total + log total_w``. Without reference logits
 (w − top_w = 0, total_w = 1) this expression is minus the entropy.
@@ -45,7 +45,7 @@ class RowStatistics:
 
     @staticmethod
     def cat(parts: Sequence[RowStatistics]) -> RowStatistics:
-        """Return the statistics of all parts' rows."""
+        """Concatenate the rows of ``parts``."""
         moments = [part.moment for part in parts if part.moment is not None]
         return RowStatistics(
             torch.cat([part.norms for part in parts]),
@@ -57,7 +57,7 @@ class RowStatistics:
 def over_ranks(
     stats: RowStatistics, ref: RowStatistics | None, shard: VocabShard
 ) -> tuple[RowStatistics, RowStatistics | None]:
-    """Return the statistics over the full vocabulary, on every rank, from those of each rank's part."""
+    """Merge the ranks' statistics into those of the full vocabulary, on every rank."""
     merged_ref = None if ref is None else over_ranks(ref, None, shard)[0]
     top, total = stats.norms.unbind(1)
     merged_top = shard.max_(top.clone())

@@ -22,16 +22,16 @@ from hypo_kernels.projection import Projection
 
 
 class TokenResults(NamedTuple):
-    """What the forward pass computes for each counted row."""
+    """The results of the forward pass for each counted row."""
 
     logps: Tensor  # (N,)
     entropies: Tensor | None  # (N,)
-    norms: Tensor  # (N, 2), which save the backward pass the statistics
+    norms: Tensor  # (N, 2), reused by the backward pass
 
 
 @dataclass(frozen=True)
 class TokenPass:
-    """A call of ``token_logprobs`` or ``sequence_logprobs``, checked and laid out."""
+    """The checked arguments of a call of ``token_logprobs`` or ``sequence_logprobs``."""
 
     projection: Projection
     layout: TargetLayout
@@ -41,7 +41,7 @@ class TokenPass:
     with_entropy: bool
 
     def forward(self) -> TokenResults:
-        """Return log-probs, entropies if asked for, and norms."""
+        """Return log-probs, entropies if ``with_entropy``, and norms."""
         with gemm.undisturbed(self.projection.hidden.device):
             lm_head = self._lm_head(self.projection, statistics_only=True)
             stats = lm_head.statistics(self.projection, lm_head.all_rows, with_moment=self.with_entropy)
@@ -61,7 +61,7 @@ class TokenPass:
     ) -> Gradients:
         """Return the gradients of ``leaves``, the tensors of the call as autograd has saved them.
 
-        ``sums_are_wide`` asks for gradient dtypes that do not depend on the number of chunks.
+        With ``sums_are_wide``, the gradients' dtypes do not depend on the number of chunks.
         """
         projection = leaves.put_into(self.projection)
         with gemm.undisturbed(projection.hidden.device):
@@ -81,7 +81,7 @@ class TokenPass:
                 else:
                     (raw,) = lm_head.raw_logits([projection], rows)
                     row_norms, divergence = norms[rows], -entropies[rows]
-                    if lm_head.fused_statistics:  # these are not of this product (see ChunkedLMHead.unit_gradients)
+                    if lm_head.fused_statistics:  # they come from another GEMM (see ChunkedLMHead.unit_gradients)
                         stats, _ = lm_head.divergence_statistics(projection, raw, None, None, rows)
                         row_norms, divergence = stats.norms, stats.divergence(None)
                     unit, coefficients = lm_head.mixed_gradients(
@@ -122,7 +122,7 @@ def token_pass(
     *,
     of_sequences: bool = False,
 ) -> TokenPass:
-    """Check the arguments of ``token_logprobs`` or ``sequence_logprobs``, and lay them out."""
+    """Check the arguments of ``token_logprobs`` or ``sequence_logprobs``, and return them as a ``TokenPass``."""
     checks.inputs(projection, targets, cu_seqlens)
     if of_sequences or isinstance(targets, TargetLayout):
         layout = sequence_layout(targets, cu_seqlens)

@@ -1,4 +1,4 @@
-"""Vocabulary parallelism: each rank of a process group multiplies by its own rows of the head."""
+"""Vocabulary parallelism: each rank of a process group holds and multiplies a part of the head's rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class VocabShard:
     """This rank's part of the vocabulary: entries ``start`` to ``start + size`` of ``vocab_size``.
 
-    ``largest`` is the size of the largest part. All ranks plan their chunks with it, so that their plans agree.
+    ``largest`` is the size of the largest part. All ranks plan their chunks with it, so that their plans are equal.
     """
 
     group: dist.ProcessGroup
@@ -23,7 +23,7 @@ class VocabShard:
 
     @classmethod
     def even(cls, vocab_size: int, group: dist.ProcessGroup | None = None) -> VocabShard:
-        """Split as ``torch.chunk`` and DTensor do: ⌈V/n⌉ entries a rank, fewer or none for the last ranks."""
+        """Return this rank's part as ``torch.chunk`` and DTensor split: ⌈V/n⌉ entries, fewer on the last ranks."""
         group = dist.group.WORLD if group is None else group
         assert group is not None
         largest = -(-vocab_size // dist.get_world_size(group))

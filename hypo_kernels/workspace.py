@@ -1,4 +1,4 @@
-"""The memory of a call: how many rows fit within ``max_chunk_bytes``, and the buffer for their logits."""
+"""Memory planning of a call: the number of rows that fit in ``max_chunk_bytes``, and the buffer of their logits."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor
 from hypo_kernels import gemm
 from hypo_kernels.head import LMHead
 
-# fp16 gradients of the weight are summed through a block of products of this size.
+# fp16 gradients of the weight are added block by block, through a temporary of this size.
 FP16_BLOCK_BYTES = 2**26
-# More than either of these makes a CPU no faster, unless a group needs the rows to stay together: the buffer leaves
-# its caches, while the weight's gradient is read and written once a chunk.
+# The buffer on a CPU has the larger of these sizes. A larger buffer would not be faster, as it would leave the caches.
+# Fewer rows would read and write the weight's gradient more often. A group that needs more rows gets them.
 CPU_BUFFER_BYTES = 2**25
 CPU_ROWS = 512
 
-# Kept for the whole call, for each counted row: index, target, length, log-prob, softmax norms, coefficient.
+# Bytes for each counted row that live during the full call: index, target, length, log-prob, norms, coefficient.
 BYTES_PER_COUNTED_ROW = 64
 
-# The exact estimator's baseline, for each row and each other sample of its group: position, index and value.
+# Bytes of the exact estimator's baseline for each row and each other sample of its group: position, index, value.
 BYTES_PER_OTHER_SAMPLE = 32
 
-# Importance weights, for each row: log-prob of the behaviour policy, weight, and statistics in fp32 and fp64.
+# Bytes of importance weighting for each row: log-prob of the behaviour policy, weight, statistics in fp32 and fp64.
 BYTES_PER_WEIGHTED_ROW = 128
 
 
 class BudgetError(ValueError):
-    """``max_chunk_bytes`` is less than a single row takes; the message says how much would be enough."""
+    """``max_chunk_bytes`` is too small for a single row; the message gives the smallest value that works."""
 
 
 def row_bytes(vocab: int, logits_bytes: int, width: int, device: torch.device, compute_dtype: torch.dtype) -> int:
@@ -43,7 +43,7 @@ def row_bytes(vocab: int, logits_bytes: int, width: int, device: torch.device, c
 
 
 def rows_on_cpu(rows: int, row_bytes: int, largest_group: int) -> int:
-    """Return how many of ``rows`` a CPU takes together: as many as its caches hold, but a whole group."""
+    """Return the number of ``rows`` in one chunk on a CPU: those that fit its caches, at least the largest group."""
     return min(rows, max(largest_group, CPU_BUFFER_BYTES // row_bytes, CPU_ROWS))
 
 
@@ -59,7 +59,7 @@ def estimated_bytes(
     largest_group: int,
     buffers: int,
 ) -> int:
-    """Estimate the bytes of a call's temporaries: ``max_chunk_bytes``, or less where all rows need less.
+    """Estimate the bytes of a call's temporaries: ``max_chunk_bytes``, or less if all rows fit in less.
 
     ``vocab`` and ``width`` are the head's on this rank. ``num_rows`` are counted rows, ``largest_group`` those of the
     largest pair or group. ``buffers`` is 2 with an exact KL, else 1.
@@ -87,7 +87,7 @@ def max_rows(
     stacked: int,
     objective_bytes: int = 0,
 ) -> int:
-    """Return how many rows go through the head together with all temporaries within ``max_chunk_bytes``.
+    """Return the number of rows in one chunk, such that all temporaries fit in ``max_chunk_bytes``.
 
     Args:
         num_rows: counted rows of the call.
@@ -96,12 +96,12 @@ def max_rows(
         largest_group: rows of the largest pair or group.
         buffers: 2 if the logits of two heads are needed together, else 1.
         buffer_dtype: dtype of the buffer.
-        fused_statistics: whether kernels that multiply allocate partial results.
-        stacked: how often a row may stand in the buffer: 2 if one GEMM makes the policy's and the reference's logits.
-        objective_bytes: bytes that the objective keeps for each counted row.
+        fused_statistics: whether kernels with a GEMM allocate partial results.
+        stacked: 2 if one GEMM computes the logits of policy and reference, which are then both in the buffer; else 1.
+        objective_bytes: bytes that the objective stores for each counted row.
 
     Raises:
-        BudgetError: not even one row fits.
+        BudgetError: a single row does not fit.
     """
     weights = [weight for head in heads for weight in head.weights]
     device, vocab = weights[0].device, heads[0].largest_share
@@ -139,17 +139,17 @@ def max_rows(
 
 
 def fused_statistics_bytes(vocab_size: int) -> int:
-    """Return the most that a row's partial results take in ``kernels.statistics`` and ``kernels.exponentials``."""
+    """Return the largest size of a row's partial results in ``kernels.statistics`` and ``kernels.exponentials``."""
     return 3 * 4 * -(-vocab_size // 64)
 
 
 def pitch(vocab_size: int, device: torch.device) -> int:
-    """Return the columns to allocate for a row of logits: CUDA's GEMMs want rows to start at aligned addresses."""
+    """Return the row stride of the logits buffer, in elements: CUDA's GEMMs need aligned row addresses."""
     return -(-vocab_size // 32) * 32 if device.type == "cuda" else vocab_size
 
 
 class Workspace:
-    """The buffer that every chunk's logits are written to. It is allocated when it is first used."""
+    """The buffer for every chunk's logits, allocated on first use."""
 
     def __init__(self, num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_rows, self.vocab_size = num_rows, vocab_size

@@ -1,1 +1,1 @@
-"""The row steps in torch, on cache-sized blocks of rows. ``kernels`` has the same functions in Triton."""
+"""The row steps in torch, on cache-sized blocks of rows. ``hypo_kernels.kernels`` holds them in Triton."""

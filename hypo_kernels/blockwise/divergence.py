@@ -16,12 +16,12 @@ from hypo_kernels.blockwise.rows import scratch_bytes as row_scratch_bytes
 from hypo_kernels.head import LMHead
 from hypo_kernels.statistics import RowStatistics
 
-# The least value of (logit − largest): an entry of probability 0 then adds 0 · finite, not 0 · inf.
+# Lower bound of (logit − top): an entry of probability 0 then adds 0 · finite = 0, where 0 · inf would be NaN.
 LEAST = -1.0e30
 
 
 def scratch_bytes(num_rows: int, row_bytes: int) -> int:
-    """Return the most that a call allocates beside the chunks: policy's and reference's logits, and products."""
+    """Return an upper bound on the bytes that a call allocates besides the chunks' logits."""
     return 2 * row_scratch_bytes(num_rows, row_bytes)
 
 
@@ -30,7 +30,7 @@ def statistics(
 ) -> tuple[RowStatistics, RowStatistics | None]:
     """Return norms (C, 2), target logit (C,) and moment (C,) of raw logits (C, V), and the reference's statistics.
 
-    The reference's have no moment. Both logits stay unchanged.
+    The reference's statistics have no moment. Neither tensor of logits is modified.
     """
     out = RowStatistics(raw.new_empty(len(raw), 2), raw.new_empty(len(raw)), raw.new_empty(len(raw)))
     ref = None if ref_raw is None else RowStatistics(raw.new_empty(len(raw), 2), raw.new_empty(len(raw)))
@@ -48,7 +48,7 @@ def statistics(
 
 
 def _shifted(raw: Tensor, targets: Tensor, head: LMHead, out: RowStatistics, rows: slice) -> Tensor:
-    """Return logits minus their largest, (rows, V); write the largest and the target's logit to ``out``."""
+    """Return logits minus their maximum, (rows, V); write the maximum and the target's logit to ``out``."""
     z = head.logits_(copy_of(raw))
     out.target[rows] = at_targets(z, targets, head)
     top = z.amax(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
 """The row step in torch: raw logits of a chunk -> softmax norms, target log-prob, unit gradients.
 
-``kernels/rows.py`` has the same functions in Triton. Rows are taken a few at a time, so that a block stays in a CPU's
-cache and its temporaries stay within ``scratch_bytes``.
+``kernels/rows.py`` has the same functions in Triton. Each loop processes a few rows at a time, so that a block stays in
+the CPU's cache and its temporaries stay within ``scratch_bytes``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COPIES_PER_BLOCK = 2  # the logits and an intermediate product
 
 
 def scratch_bytes(num_rows: int, row_bytes: int) -> int:
-    """Return the most that a call allocates beside a chunk of ``num_rows`` rows."""
+    """Return an upper bound on the bytes that a call allocates besides a chunk of ``num_rows`` rows."""
     return COPIES_PER_BLOCK * min(num_rows * row_bytes, max(BLOCK_BYTES, row_bytes))
 
 
@@ -40,8 +40,8 @@ def unit_gradients(
     """Return (U, row factor, target's log-prob): ``row factor ⊙ U = scale · ∂(−log p(target))/∂raw``.
 
     U is (C, V) in ``out_dtype``; ``raw`` is overwritten. Row factor and log-probs are (C,); a row factor of None is 1.
-    ``norms`` (C, 2) of an earlier pass save the statistics. Under a vocabulary shard they are required, and the
-    log-prob is valid on the rank that holds the target.
+    With ``norms`` (C, 2) from an earlier pass, the statistics are not computed again. Under a vocabulary shard they
+    are required, and the log-prob is valid only on the rank that holds the target.
     """
     logps, row_factor = raw.new_empty(len(raw)), None if norms is not None else raw.new_empty(len(raw))
     for rows in blocks(raw):
@@ -72,7 +72,7 @@ def _softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     top = z.amax(dim=1)
     torch.softmax(z, dim=1, out=z)
     sum_of_p = z.sum(dim=1)
-    return top, sum_of_p / z.amax(dim=1), sum_of_p  # the largest entry is exp(0) over the softmax's own total
+    return top, sum_of_p / z.amax(dim=1), sum_of_p  # the maximum is exp(0) / (torch's total)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

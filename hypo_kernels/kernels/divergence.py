@@ -23,7 +23,7 @@ from hypo_kernels.statistics import RowStatistics
 
 __all__ = ["gradients", "scratch_bytes", "statistics"]
 
-# The least value of (logit − largest): an entry of probability 0 then adds 0 · finite, not 0 · inf.
+# Lower bound of (logit − top): an entry of probability 0 then adds 0 · finite = 0, where 0 · inf would be NaN.
 LEAST = tl.constexpr(-1.0e30)
 
 
@@ -68,7 +68,7 @@ def _statistics_kernel(
         )
         tl.store(ref_target_logit_ptr + row, tl.where(inside, w_target, 0.0))
 
-    # One maximum, sum and moment a lane; finite maxima, so that a lane of masked columns never computes inf − inf.
+    # Each lane has a maximum, sum and moment. Finite initial maxima: a lane of masked columns would compute inf − inf.
     top = tl.full([BLOCK_V], -1.0e38, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     moment = tl.zeros([BLOCK_V], tl.float32)
@@ -182,7 +182,7 @@ def statistics(
 ) -> tuple[RowStatistics, RowStatistics | None]:
     """Return norms (C, 2), target logit (C,) and moment (C,) of raw logits (C, V), and the reference's statistics.
 
-    The reference's have no moment. Both logits stay unchanged.
+    The reference's statistics have no moment. Neither tensor of logits is modified.
     """
     rows = len(raw)
     out = RowStatistics(raw.new_empty(rows, 2), raw.new_empty(rows), raw.new_empty(rows))
@@ -244,7 +244,7 @@ def gradients(
 
 
 def _heads(head: LMHead, ref_raw: Tensor | None, ref_head: LMHead | None) -> dict[str, object]:
-    """Return the kernels' arguments about both heads."""
+    """Return the kernels' arguments for the heads of policy and reference."""
     ref = head_arguments(ref_head if ref_head is not None else LMHead(head.weight))
     return {
         **head_arguments(head),

@@ -55,7 +55,7 @@ from hypo_kernels.kernels.tiles import EPILOGUE_PARTS, POINTER_TILE, GemmTile, g
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float32)
 OFFSET_ABOVE_TARGET = 20.0  # nats
-LARGEST_TOTAL = 2.0**40  # and the smallest is its reciprocal
+LARGEST_TOTAL = 2.0**40  # the smallest is its reciprocal
 # One rank's part of the vocabulary, with the target in it, may hold almost none of the softmax. Its r would underflow;
 # with this minimum, a part that holds less than 2^−40 of the softmax still counts as less.
 SMALLEST_FACTOR = 2.0**-80
@@ -100,7 +100,7 @@ def _offset_kernel(
     if HAS_BIAS:
         raw += tl.load(bias_ptr + target).to(tl.float32)
     z_target, _tanh = shaped(raw, factor, softcap, HAS_SOFTCAP)
-    # Without a target, 0: most heads have logits around 0.
+    # 0 if the row has no target here: most heads have logits around 0.
     tl.store(norms_ptr + 2 * row, tl.where(inside, z_target + above, 0.0))
 
 
@@ -114,7 +114,7 @@ def _exponentials_kernel(
     norms_ptr,  # (C, 2) fp32: its offset
     partial_ptr,  # (tiles along V, C) fp32, sums of exponentials: unless LISTED
     target_logit_ptr,  # (C,) fp32: unless LISTED
-    row_ptr,  # (C,) int32, the rows to take, of which the first *count_ptr count: if LISTED
+    row_ptr,  # (C,) int32, if LISTED: row indices, of which the first *count_ptr are valid
     count_ptr,  # (1,) int32
     C,
     V,
@@ -279,7 +279,7 @@ def _scratch_shapes(num_rows: int, vocab_size: int, tile: GemmTile) -> tuple[tup
 
 
 def _repair_tile(tile: GemmTile) -> GemmTile:
-    """Return the tile for a list of rows: TMA cannot gather them."""
+    """Return ``tile`` without TMA, which cannot gather the rows of a list."""
     return POINTER_TILE if tile.descriptors else tile
 
 
@@ -321,7 +321,7 @@ def exponentials(
     _fill(x, weight, targets, head, out, norms, sums, target_logits, tile)
     listed = _add_up(sums, norms)
     statistics_kernels.reduce_tiles(x, weight, targets, head, statistics, target_logits, repair_tile, listed=listed)
-    statistics_kernels.merge(statistics, norms, None, listed)  # their top becomes their offset
+    statistics_kernels.merge(statistics, norms, None, listed)  # a repaired row's offset is its top
     _fill(x, weight, targets, head, out, norms, sums, target_logits, repair_tile, listed=listed)
     return norms[:, 0], norms, target_logits
 
@@ -332,7 +332,7 @@ def fix_targets(
     """Write the targets' entries of E (C, V); return the row factor (C,) fp32.
 
     After this, row factor × E is the gradient of −logp by raw. ``norms`` (C, 2) and ``target_logits`` (C,) are
-    those of the whole vocabulary, ``offset`` (C,) that of ``out``.
+    those of the full vocabulary, ``offset`` (C,) that of ``out``.
     """
     row_factor = torch.empty(len(out), dtype=torch.float32, device=out.device)
     if len(out) == 0:
@@ -407,7 +407,7 @@ def _fill(
 
 
 def _add_up(sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Write totals to norms[:, 1]; return the list (C,) of rows whose total is out of range, and its length (1,)."""
+    """Write totals to norms[:, 1]; return the indices (C,) and the count (1,) of rows with a total out of range."""
     num_partials, num_rows = sums.shape
     repair, rows = torch.empty(2, num_rows, dtype=torch.int32, device=sums.device)
     count = torch.empty(1, dtype=torch.int32, device=sums.device)

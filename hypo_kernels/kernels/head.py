@@ -1,4 +1,4 @@
-"""The head's map from raw products to logits in Triton, and its arguments for kernels."""
+"""The map from raw products to logits in Triton, and the kernels' arguments for it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tile_logits(raw, bias_ptr, cols, V, factor, softcap, HAS_BIAS: tl.constexpr,
 
 
 def head_arguments(head: LMHead) -> dict[str, Any]:
-    """Return the kernels' arguments about a head.
+    """Return the kernels' arguments for a head.
 
     ``z = (raw + bias)·factor``, or ``tanh((raw + bias)·factor)·softcap`` under a softcap: ``factor`` is logit_scale /
     temperature, or logit_scale / softcap under a softcap; ``softcap`` is softcap / temperature.

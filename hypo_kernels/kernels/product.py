@@ -1,6 +1,6 @@
-"""One tile of h·Wᵀ in Triton: the part that the kernels with a GEMM in them share.
+"""One tile of h·Wᵀ in Triton, shared by the kernels that contain a GEMM.
 
-    C rows, V vocabulary entries, D features; x (C, D), W (V, D), raw = x·Wᵀ (C, V), which is never in memory
+    C rows, V vocabulary entries, D features; x (C, D), W (V, D), raw = x·Wᵀ (C, V), never stored in memory
 
 A persistent grid, about one program a multiprocessor, walks the (BLOCK_M, BLOCK_N) tiles of (C, V).
 Operands arrive as host tensor descriptors (TMA, sm_90 and newer) where their addresses allow it, else
@@ -21,14 +21,14 @@ from hypo_kernels.head import LMHead
 from hypo_kernels.kernels.tiles import GemmTile
 
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base address and of all its strides but the last
-INTERPRETED_PROGRAMS = 3  # few, so that each program takes several tiles
+INTERPRETED_PROGRAMS = 3  # few, so that each program processes several tiles
 
 
 @triton.jit
 def tile_position(tile, num_m, num_n, GROUP: tl.constexpr):
     """Return (m, n) of the ``tile``-th tile.
 
-    Tiles are taken down GROUP columns at a time: the programs that run together share GROUP panels of W, so that each
+    Tiles are ordered down GROUP columns at a time: the programs that run together share GROUP panels of W, so that each
     panel is read from HBM once and the rows of x come from L2.
     """
     per_group = GROUP * num_m
@@ -171,19 +171,19 @@ def load_targets(target_ptr, rows, V):
 def picked(z, cols, target):
     """Return each row's logit at its target (BLOCK_M,), fp32; 0 unless the target is one of ``cols``.
 
-    Columns are compared by their index in the vocabulary. Their index in the tile is the same for every tile, so a
-    compiler keeps it in registers, and spills.
+    Columns are compared by their index in the vocabulary. Comparing indices in the tile, which are the same for every
+    tile, would make the compiler keep them in registers, and spill.
     """
     return tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
 
 
 def is_shaped(head: LMHead) -> bool:
-    """Return whether the logits are more than a multiple of the product."""
+    """Return whether the head has a bias or a softcap, so that logits are not a multiple of the product."""
     return head.bias is not None or head.logit_softcap is not None
 
 
 def num_programs(device: torch.device, num_tiles: int) -> int:
-    """Return the size of a persistent grid: a program a multiprocessor, but none without a tile."""
+    """Return the size of a persistent grid: one program for each multiprocessor, at most one for each tile."""
     if device.type != "cuda":
         return min(INTERPRETED_PROGRAMS, num_tiles)
     return min(torch.cuda.get_device_properties(device).multi_processor_count, num_tiles)
@@ -200,7 +200,7 @@ def aligned(*matrices: Tensor) -> bool:
 
 
 def descriptor(matrix: Tensor, block_shape: list[int], tile: GemmTile) -> TensorDescriptor | Tensor:
-    """Return the kernel's argument for a matrix: a descriptor of such blocks if the tile uses them, else the matrix."""
+    """Return a kernel's argument for a matrix: a descriptor of such blocks if the tile uses TMA, else the matrix."""
     return TensorDescriptor.from_tensor(matrix, block_shape) if tile.descriptors else matrix
 
 

@@ -74,7 +74,7 @@ def _row_kernel(
         row_top = tl.load(norms_ptr + 2 * row)
         row_total = tl.load(norms_ptr + 2 * row + 1)
     else:
-        # Finite, so that a lane with only masked columns never computes inf − inf.
+        # Finite: a lane with only masked columns would compute inf − inf.
         top = tl.full([BLOCK_V], -1.0e38, tl.float32)
         total = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, V, BLOCK_V):
@@ -112,7 +112,7 @@ def _row_kernel(
 
 
 def scratch_bytes(num_rows: int, row_bytes: int) -> int:
-    """Return 0: nothing is allocated beside the chunk."""
+    """Return 0: a call allocates no temporaries."""
     return 0
 
 
@@ -126,8 +126,8 @@ def unit_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return (U, None, target's log-prob (C,)) with U = ``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``.
 
-    U overwrites ``raw``. ``norms`` (C, 2) of an earlier pass save the statistics. Under a vocabulary shard they are
-    required, and the log-prob is valid on the rank that holds the target.
+    U overwrites ``raw``. With ``norms`` (C, 2) from an earlier pass, the statistics are not computed again. Under a
+    vocabulary shard they are required, and the log-prob is valid only on the rank that holds the target.
     """
     unit = packed(raw, out_dtype)
     return unit, None, _launch(raw, targets, head, norms=norms, grad=unit, scale=scale).logps()

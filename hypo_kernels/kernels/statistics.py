@@ -6,8 +6,8 @@
 
 Each (BLOCK_M, BLOCK_N) tile of logits stays in registers and is reduced to a few numbers a row. A second, small kernel
 merges the partials of a row in a fixed order: there are no atomics, so that calls are bitwise reproducible. The norms
-of a row, top and total, are stored apart: their log-sum-exp would be rounded at the size of the logits, and with it
-every probability.
+of a row, top and total, are stored separately: their log-sum-exp would be rounded at the magnitude of the logits, and
+so would every probability.
 
 The target's logit comes from the same fp32 accumulators, so that a likely target's p exceeds 1 by no more than the
 rounding of one exponential. Exactly one tile of a row holds it, and writes it.
@@ -32,13 +32,13 @@ from hypo_kernels.kernels.product import (
 from hypo_kernels.kernels.tiles import GemmTile, gemm_tile
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The merge takes this many rows and partials at a time.
+# Block sizes of the merge kernel: rows, and partials of each row.
 MERGE_ROWS, MERGE_PARTIALS = 16, 64
 
 
 @triton.jit
 def _merged(top, total, moment, new_top, new_total, new_moment, WITH_MOMENT: tl.constexpr):
-    """Return (top, total, moment) of two disjoint sets of entries together. An empty set's top is −1e38, finite."""
+    """Return (top, total, moment) of the union of two disjoint sets of entries. The top of an empty set is −1e38."""
     both = tl.maximum(top, new_top)
     shift, new_shift = top - both, new_top - both
     factor, new_factor = tl.exp(shift), tl.exp(new_shift)
@@ -55,7 +55,7 @@ def _statistics_kernel(
     bias_ptr,  # (V,) or unused
     partial_ptr,  # (2 or 3, tiles along V, C) fp32: top, total and moment
     target_logit_ptr,  # (C,) fp32
-    row_ptr,  # (C,) int32, the rows to take, of which the first *count_ptr count: if LISTED
+    row_ptr,  # (C,) int32, if LISTED: row indices, of which the first *count_ptr are valid
     count_ptr,  # (1,) int32
     C,
     V,
@@ -119,7 +119,7 @@ def _statistics_kernel(
             cols = first + tl.arange(0, BLOCK_N // 4)
             z = tile_logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
             z_target += picked(z, cols, target)
-            # Finite, so that columns of only −inf (from V on, or by the bias) never compute inf − inf.
+            # Finite: a tile with only −inf (columns from V on, or by the bias) would compute inf − inf.
             part_top = tl.maximum(tl.max(z, axis=1), -1.0e38)
             below = z - part_top[:, None]
             e = tl.exp(below)
@@ -144,7 +144,7 @@ def _merge_kernel(
     partial_ptr,  # (2 or 3, num_partials, C) fp32
     norms_ptr,  # (C, 2) fp32
     moment_ptr,  # (C,) fp32 or unused
-    row_ptr,  # (C,) int32: where the norms of each place in the partials go, if LISTED
+    row_ptr,  # (C,) int32, if LISTED: the row that each partial belongs to
     count_ptr,  # (1,) int32
     C,
     num_partials,
@@ -162,7 +162,7 @@ def _merge_kernel(
     top = tl.full([BLOCK_P, BLOCK_C], -1.0e38, tl.float32)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     moment = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    # Programs beyond a list's end read no partials.
+    # Programs after the end of the list read no partials.
     for start in range(0, tl.where(tl.program_id(0) * BLOCK_C < num_rows, num_partials, 0), BLOCK_P):
         partials = start + tl.arange(0, BLOCK_P)
         mask = (partials < num_partials)[:, None] & counted[None, :]
@@ -240,9 +240,9 @@ def reduce_tiles(
 ) -> None:
     """Compute partials (2 or 3, tiles along V, C) of all rows of ``x``, or of those ``listed``.
 
-    ``listed`` is (rows (C,) int32, count (1,) int32), both on the device: the first ``count`` rows are taken, and
-    their partials are in the order of the list. An empty list costs one empty launch. The tile of a list must have no
-    descriptors: TMA cannot gather.
+    ``listed`` is (rows (C,) int32, count (1,) int32), both on the device: only the first ``count`` rows are
+    processed, and their partials are in the order of the list. An empty list costs one empty launch. The tile must not
+    use descriptors: TMA cannot gather.
     """
     rows, count = listed if listed is not None else (None, None)
     num_tiles = triton.cdiv(len(x), tile.BLOCK_M) * triton.cdiv(weight.shape[0], tile.BLOCK_N)

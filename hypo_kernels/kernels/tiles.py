@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class RowTile:
-    """How one program of the row kernel reads a row of logits."""
+    """Block width and warps of the row kernel: one program reads a row of logits."""
 
     BLOCK_V: int
     num_warps: int
@@ -23,7 +23,7 @@ ROW_TILES = {
     (9, 0): RowTile(BLOCK_V=4096, num_warps=8),
     (10, 0): RowTile(BLOCK_V=4096, num_warps=8),
 }
-# An unlisted device, and Triton's interpreter, take the oldest listed one.
+# An unlisted device and Triton's interpreter use the entry of the oldest listed device.
 DEFAULT_ROW_TILE = ROW_TILES[(8, 0)]
 
 
@@ -43,19 +43,19 @@ def row_tile(vocab_size: int, capability: tuple[int, int]) -> RowTile:
 
 @dataclass(frozen=True)
 class GemmTile:
-    """How a kernel with a GEMM in it cuts (C, V) logits and D features."""
+    """Block sizes and launch options of a kernel with a GEMM: (C, V) logits, D features."""
 
     BLOCK_M: int  # rows
     BLOCK_N: int  # vocabulary entries
     BLOCK_K: int  # features
     num_warps: int
     num_stages: int  # blocks of features in flight
-    group: int = 16  # columns of tiles that are taken together
+    group: int = 16  # columns of tiles that are processed together
     descriptors: bool = False  # operands through TMA, sm_90 and newer
     # Not used on Hopper: a program of 128 rows with descriptors from the host does not compile there
     # (triton-lang/triton#11587).
     warp_specialize: bool = False
-    flatten: bool = False  # one pipeline through a program's tiles, so that the next tile's loads start early
+    flatten: bool = False  # one software pipeline over all tiles of a program: loads of the next tile start early
 
     def constants(self) -> dict[str, Any]:
         """Return the kernel's compile-time constants."""
@@ -110,15 +110,16 @@ GEMM_TILES = {
 
 
 # Each (compute capability, operand dtype) where benchmarks/bench_loss.py has measured impl="triton-epilogue" to be
-# faster than "triton-rows". There, "triton" means the former. Empty: no such device has been measured.
+# faster than "triton-rows". For these, impl="triton" uses the epilogue schedule. Empty: none was measured yet.
 EPILOGUE_IS_FASTER: frozenset[tuple[tuple[int, int], torch.dtype]] = frozenset()
 
 
 def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, shaped: bool, aligned: bool) -> GemmTile:
     """Return the tile of a kernel.
 
-    ``shaped``: whether the head has a bias or a softcap. ``aligned``: whether the operands' rows start at addresses
-    that TMA and wide loads accept.
+    Args:
+        shaped: the head has a bias or a softcap.
+        aligned: the operands' rows start at addresses that TMA and wide loads accept.
     """
     if operand_bytes == 4:
         return INTERPRETED_TILE if capability == INTERPRETER else FP32_TILE
@@ -128,7 +129,7 @@ def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, s
 
 
 def gemm_fits(tile: GemmTile, capability: tuple[int, int], operand_bytes: int, out_bytes: int = 0) -> bool:
-    """Return whether stages and a staged store fit in shared memory, and accumulators in half of the registers."""
+    """Return whether pipeline stages and a store fit in shared memory, and accumulators in half of the registers."""
     stages = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * operand_bytes
     staged = tile.BLOCK_M * tile.BLOCK_N // EPILOGUE_PARTS * out_bytes
     accumulators = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
@@ -136,7 +137,7 @@ def gemm_fits(tile: GemmTile, capability: tuple[int, int], operand_bytes: int, o
 
 
 def gemm_candidates(capability: tuple[int, int], operand_bytes: int, out_bytes: int = 0) -> list[GemmTile]:
-    """Return the tiles to time on a device: the usual shapes that fit, with every option that they allow."""
+    """Return the tiles to time on a device: the usual shapes that fit, with all of their valid options."""
     tma, blackwell = capability >= (9, 0), capability >= (10, 0)
     depths = [(64, 3), (64, 4), (128, 2)] if tma else [(32, 3), (32, 4), (32, 5), (64, 3)]
     options = [(False, False)] + [(False, True)] * tma + [(True, False)] * blackwell

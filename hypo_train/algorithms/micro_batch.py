@@ -1,4 +1,4 @@
-"""A micro-batch, and the passes through the policy that all algorithms share."""
+"""A micro-batch, and the forward passes of the policy that all algorithms use."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one micro-batch, with what the step computed for them before."""
+    """The rows of one micro-batch, their samples, and the pass over their prompts."""
 
     rows: Sequence[Any]  # Pair, Example or Prompt
-    indices: Sequence[int]  # of the rows among all training rows
+    indices: Sequence[int]  # the rows' indices in the training rows
     samples: StepSamples | None  # completions of the rows' prompts
     prompts: PromptPass | None  # the policy's pass over the rows' prompts
     loss_weight: float  # the mean loss is multiplied by it before ``backward``
@@ -33,7 +33,7 @@ class MicroBatch:
 
 
 def run_trunk(run: Run, batch: MicroBatch, tree: Tree) -> Trunk | None:
-    """Run the frozen layers below the trained ones once, for the policy and its reference; None: there are none."""
+    """Run the frozen layers that policy and reference share. Return None if they share no layers."""
     if not run.shares_trunk:
         return None
     with run.timer.phase("forward"), run.accelerator.autocast():
@@ -41,7 +41,7 @@ def run_trunk(run: Run, batch: MicroBatch, tree: Tree) -> Trunk | None:
 
 
 def run_model(run: Run, batch: MicroBatch, tree: Tree, call: HeadCall[T], **passes: Any) -> T:
-    """Return the result of ``call`` on the trained model's hidden states; the call's time counts as phase "loss"."""
+    """Return the result of ``call`` on the trained model's hidden states. The call is timed as phase "loss"."""
     timed = replace(call, around=lambda: run.timer.phase("loss"))
     with run.timer.phase("forward"), run.accelerator.autocast():
         result: T = run.model(tree, timed, **passes)
@@ -52,7 +52,7 @@ def run_model(run: Run, batch: MicroBatch, tree: Tree, call: HeadCall[T], **pass
 def run_loss(
     run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | None, call: HeadCall[HypoLoss], meter: Meter
 ) -> HypoLoss:
-    """Return the policy's loss on a tree of pairs and samples, and add its statistics to ``meter``."""
+    """Return the policy's loss on a tree of pairs and samples; add its statistics to ``meter``."""
     out = run_model(run, batch, tree, call, prompts=batch.prompts, trunk=trunk)
     add_loss(meter, out, run.config.num_generations)
     add_importance(meter, out)

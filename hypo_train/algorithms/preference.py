@@ -43,15 +43,15 @@ def preference_loss_call(
     *,
     loss_weight: float = 1.0,
 ) -> HeadCall[HypoLoss]:
-    """Return the call that computes the configured preference loss of a tree of pairs and samples.
+    """Return a call that computes the configured preference loss of a tree of pairs and samples.
 
     Args:
         tree: P chosen, P rejected, then the samples.
-        reference: of the tree's sequences.
+        reference: the reference model's results for the tree's sequences.
         num_pairs: P.
-        config: the run's.
+        config: the configuration of the run.
         behavior_logps: (T,) log-probs under the earlier policy that drew the samples.
-        loss_weight: the factor that the caller multiplies the loss with before ``backward``.
+        loss_weight: the factor by which the caller multiplies the loss before ``backward``.
     """
     preference = config.spec.preference
     if callable(preference):
@@ -79,7 +79,7 @@ def preference_loss_call(
 def _pair_loss_call(
     tree: Tree, reference: Reference, config: Config, pair_loss: PairLoss, loss_weight: float
 ) -> HeadCall[HypoLoss]:
-    """Return the call that computes a loss from outside this package, a function of the pairs' log-probs."""
+    """Return a call that computes a user-defined loss, a function of the pairs' log-probs."""
 
     def loss(hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, ref_logps: Tensor) -> HypoLoss:
         logps = sequence_logprobs(hidden, head.weight, targets, cu_seqlens, **head_options(head, config))

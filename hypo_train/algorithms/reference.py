@@ -1,4 +1,4 @@
-"""The frozen reference model's part of a preference loss."""
+"""Compute the inputs of a preference loss that come from the frozen reference model."""
 
 from __future__ import annotations
 
@@ -23,15 +23,12 @@ class Reference:
 
     logps: Tensor | None = None  # (S,)
     hidden: Tensor | None = None  # (T, D)
-    weight: Tensor | None = None  # (V, D), where the head is trained and the policy's head differs
+    weight: Tensor | None = None  # (V, D), only if the policy's head is trained
     bias: Tensor | None = None  # (V,), together with ``weight``
 
 
 def compute_reference(policy: Policy, tree: Tree, config: Config, *, trunk: Trunk | None = None) -> Reference:
-    """Run the reference model on ``tree`` and return what the configured loss needs of it.
-
-    The exact KL estimator needs hidden states; every other loss needs log-probs alone.
-    """
+    """Run the reference model on ``tree``; return hidden states for the exact KL estimator, else log-probs."""
     if config.kl_estimator != "exact":
         return Reference(logps=policy.reference(tree, sequence_logprobs_call(tree, config), trunk=trunk))
     hidden = policy.reference(tree, lambda hidden, head: hidden, trunk=trunk)
@@ -40,13 +37,13 @@ def compute_reference(policy: Policy, tree: Tree, config: Config, *, trunk: Trun
 
 
 def reference_of_batch(run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | None) -> Reference:
-    """Return the reference of a micro-batch's ``tree``; log-probs that were precomputed are not computed again."""
+    """Return the reference of a micro-batch's ``tree``, using precomputed log-probs of the pairs if there are any."""
     precomputed, samples = _precomputed_logps(run, batch.indices), batch.samples
     if precomputed is None:
         remaining = tree
     elif samples is None:
         return Reference(logps=precomputed)
-    elif trunk is not None:  # few layers are left above the trunk: the pairs cost less there than a second trunk
+    elif trunk is not None:  # running the pairs through the layers above the trunk costs less than a second trunk
         remaining = tree.sequences_from(len(precomputed))
     else:
         remaining = run.batcher.samples(batch.prompt_ids, samples.completions).to(precomputed.device)
@@ -58,9 +55,9 @@ def reference_of_batch(run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | N
 
 
 def _precomputed_logps(run: Run, indices: Sequence[int]) -> Tensor | None:
-    """Return the rows' log-probs, (2 P,) with all chosen first, or None where they were not precomputed."""
+    """Return the rows' precomputed log-probs (2 P,), all chosen first, or None if there are none."""
     logps = run.train_ref_logps
     if logps is None:
         return None
-    # Not blocking: an index on the host would wait for the device.
+    # The index is copied without blocking; indexing by a list would wait for the device.
     return logps[torch.tensor(indices).to(logps.device, non_blocking=True)].T.flatten()

@@ -1,8 +1,8 @@
-"""The algorithms that ``algorithm:`` can name: one entry says everything that the rest of the code asks.
+"""The registry of algorithms, which ``algorithm:`` names. One entry holds all properties of an algorithm.
 
-An algorithm from outside this package is an :class:`Algorithm` in a module of yours, named as
-``algorithm: package.module:object`` (``docs/extending.md``). This module imports nothing heavy: a configuration is
-checked against it before torch is loaded.
+To add an algorithm without editing this package, write an :class:`Algorithm` in your own module and name it as
+``algorithm: package.module:object`` (``docs/extending.md``). This module imports nothing heavy, because a configuration
+is checked against it before torch is loaded.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, Literal, NamedTuple
 from hypo_train.utils.errors import ConfigError
 
 RowType = Literal["pair", "example", "prompt"]
-# A loss (P,) of the log-probs (P,) of P pairs: chosen, rejected, reference's chosen, reference's rejected; and beta.
+# Takes log-probs (P,) of chosen and rejected, the reference's log-probs of both, and beta. Returns losses (P,).
 PairLoss = Callable[[Any, Any, Any, Any, float], Any]
 
 
 class Citation(NamedTuple):
-    """The paper that an algorithm is from."""
+    """The paper that introduced an algorithm."""
 
     key: str
     title: str
@@ -32,29 +32,29 @@ class Citation(NamedTuple):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is trained, on which rows, and by which loss.
+    """The properties of an algorithm: its model, its rows and its loss.
 
     Raises:
-        ValueError: properties that contradict each other.
+        ValueError: the properties contradict each other.
     """
 
     name: str
     title: str
-    """Name in a model card and a report."""
+    """The name in model cards and reports."""
     row_type: RowType = "pair"
-    """A row of the data set: a preference pair, an example to imitate, or a prompt."""
+    """The kind of row in the data set: a preference pair, an SFT example, or a prompt."""
     micro_batch_loss: str = "hypo_train.algorithms.preference:micro_batch_loss"
     """``module:function`` of ``(run, batch, meter)`` that returns the mean loss () of a micro-batch."""
     preference: str | PairLoss | None = None
-    """The loss of a pair: a name that ``fused_hypo_loss`` knows ("sigmoid" or "ipo"), or a function."""
+    """The loss of a pair: a ``preference`` of ``fused_hypo_loss`` ("sigmoid" or "ipo"), or a function."""
     has_reference: bool = True
     """The loss compares the policy with the frozen reference model."""
     draws_samples: bool = False
     """Every step samples completions from the current policy."""
     learns_from_reward: bool = False
-    """The samples' rewards are what it learns from."""
+    """The loss uses the rewards of the samples."""
     trains_reward_model: bool = False
-    """The model has a score in the place of the LM head."""
+    """The trained model has a score head instead of the LM head."""
     citation: Citation | None = None
 
     def __post_init__(self) -> None:
@@ -63,17 +63,17 @@ class Algorithm:
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether the loss is of pairs and of online samples (HyPO)."""
+        """True if the loss uses both pairs and online samples (HyPO)."""
         return self.row_type == "pair" and self.draws_samples
 
     @property
     def asks_reference_about_pairs(self) -> bool:
-        """Whether the reference model's log-probs of the pairs are part of the loss."""
+        """True if the loss uses the reference model's log-probs of the pairs."""
         return self.row_type == "pair" and self.has_reference
 
     @property
     def row_noun(self) -> str:
-        """The plural of its row type, for messages."""
+        """The plural of the row type, for messages."""
         return f"{self.row_type}s"
 
     def load_micro_batch_loss(self) -> Callable[..., Any]:
@@ -162,21 +162,21 @@ def check_algorithm_name(name: str) -> None:
 
 @cache
 def find_algorithm(name: str) -> Algorithm:
-    """Return the entry called ``name``, or import the one that ``package.module:object`` names.
+    """Return the algorithm called ``name``; import it if ``name`` is ``package.module:object``.
 
     Raises:
-        ConfigError: there is no such entry.
+        ConfigError: there is no such algorithm.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        algorithm = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"algorithm={name!r}: {error}") from error
-    if not isinstance(found, Algorithm):
+    if not isinstance(algorithm, Algorithm):
         raise ConfigError(
-            f"algorithm={name!r}: {attribute} is a {type(found).__name__}, should be a "
+            f"algorithm={name!r}: {attribute} is a {type(algorithm).__name__}, should be a "
             "hypo_train.algorithms.registry.Algorithm"
         )
-    return found
+    return algorithm

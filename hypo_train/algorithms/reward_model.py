@@ -24,5 +24,5 @@ def micro_batch_loss(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
 
 
 def bradley_terry_loss(rewards: Tensor) -> Tensor:
-    """Return −log σ(r(x, y⁺) − r(x, y⁻)) of each pair, (P,), from rewards (P, 2) of chosen and rejected."""
+    """Return the loss −log σ(r(x, y⁺) − r(x, y⁻)) (P,) of P pairs, from rewards (P, 2) of chosen and rejected."""
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])

@@ -1,4 +1,4 @@
-"""RLOO (Ahmadian et al. 2024): RLHF on samples of the prompts, with the reward minus beta times the KL."""
+"""RLOO (Ahmadian et al. 2024): policy gradient on samples, with the reward minus beta times the KL."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def rloo_loss_call(
     *,
     loss_weight: float = 1.0,
 ) -> HeadCall[HypoLoss]:
-    """Return the call that computes −(reward − beta · KL) of a tree of N samples, by RLOO.
+    """Return a call that computes the RLOO loss −(reward − beta · KL) of a tree of N samples.
 
-    ``ref_logps`` and ``rewards`` are (N,), in the order of the samples. The tilted reference
-    ``π_ref(y|x) · exp(r(x, y) / beta)`` needs no normaliser here. With it, a sample's log-ratio times beta is
-    ``beta · ρ − r``, and the loss is HyPO's online half with λ = beta. :func:`untilted` gives the statistics of the
-    reference model itself.
+    ``ref_logps`` and ``rewards`` are (N,), in the order of the samples. The reference is
+    replaced by the tilted reference ``π_ref(y|x) · exp(r(x, y) / beta)``, whose normaliser cancels. Then a sample's
+    log-ratio times beta is ``beta · ρ − r``, and the loss is the online term of HyPO with λ = beta. :func:`untilted`
+    converts the statistics back to the reference model.
     """
     rows = {"num_pairs": 0, "ref_logps": ref_logps + rewards / config.beta, "behavior_logps": behavior_logps}
     return fused_loss_call(tree, config, rows, loss_weight, kl_coef=config.beta)
 
 
 def untilted(out: HypoLoss, ref_logps: Tensor, rewards: Tensor, config: Config) -> HypoLoss:
-    """Return ``out`` with the reference model's log-probs and KL in the place of the tilted reference's."""
+    """Return ``out`` with the log-probs and KL of the reference model instead of the tilted reference."""
     return out._replace(ref_logps=ref_logps, kl=out.kl + rewards / config.beta)

@@ -18,7 +18,7 @@ from hypo_train.trees.tree import Tree
 
 
 class TokenLosses(NamedTuple):
-    """A mean loss, and the loss of every token."""
+    """The mean loss, and the loss of each token."""
 
     loss: Tensor  # ()
     per_token: Tensor  # (T,), detached
@@ -34,7 +34,7 @@ def micro_batch_loss(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
 
 
 def token_losses_call(tree: Tree, config: Config, *, loss_weight: float = 1.0) -> HeadCall[TokenLosses]:
-    """Return the call that computes the negative log-prob of each counted token."""
+    """Return a call that computes the negative log-prob of each counted token."""
 
     def losses(hidden: Tensor, head: Head, targets: Tensor) -> TokenLosses:
         per_token = -token_logprobs(hidden, head.weight, targets, **head_options(head, config))

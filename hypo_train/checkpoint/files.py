@@ -1,9 +1,9 @@
 """Checkpoint folders: safetensors and JSON, never pickle, written atomically.
 
 output_dir/checkpoint-<step>/
-    model.safetensors      the tensors that the caller passed
+    model.safetensors      the caller's tensors
     optimizer.safetensors  state/<parameter index>/<name>, e.g. state/0/exp_avg
-    trainer.json           param groups, scheduler, the caller's own JSON
+    trainer.json           param groups, scheduler, the caller's JSON
     checkpoint.json        step, format version, size and SHA-256 of the three files above
 """
 
@@ -61,19 +61,19 @@ def save_checkpoint(
     extra: Mapping[str, Any],
     processes: Processes | None = None,
 ) -> None:
-    """Write one checkpoint atomically, in place of whatever ``folder`` held.
+    """Write one checkpoint atomically; it replaces ``folder``.
 
     Args:
         folder: ``checkpoint_folder(output_dir, step)``.
         model_state: the tensors that cannot be rebuilt otherwise, in general the trained parameters.
-        extra: the caller's own state, as JSON (data cursor, random states).
-        processes: every process of the run calls this, because gathering sharded tensors is collective; the main one
-            writes. None: this process is alone.
+        extra: other state of the caller, as JSON.
+        processes: every process of the run must call this, because gathering sharded tensors is collective; the main
+            process writes. None for a single process.
 
     Raises:
         ValueError: ``folder`` is not named after ``step``.
-        TypeError: ``extra`` or a state holds a value that JSON cannot hold.
-        CheckpointError: the checkpoint cannot be written, as on a full disk. Earlier checkpoints are unchanged.
+        TypeError: ``extra`` or a state holds a value that is not JSON.
+        CheckpointError: the checkpoint cannot be written, for example on a full disk. Older ones are unchanged.
     """
     folder = Path(folder)
     if folder.name != checkpoint_folder(folder.parent, step).name:
@@ -106,10 +106,10 @@ def save_checkpoint(
 
 
 def save_folder(folder: Path, fill: Callable[[Path], None], *, advice: str) -> None:
-    """Replace ``folder`` atomically by a new one that ``fill`` fills.
+    """Replace ``folder`` atomically by a new folder that ``fill`` writes.
 
     Raises:
-        CheckpointError: it cannot be written, as on a full disk; the message ends with ``advice``.
+        CheckpointError: it cannot be written, for example on a full disk; the message ends with ``advice``.
     """
     try:
         write_folder(folder, fill)
@@ -129,8 +129,9 @@ def load_checkpoint(
 
     Args:
         optimizer, scheduler: built as for the saved run. None: their state is not read.
-        verify: compare the tensors with their checksums first. Pass False right after ``latest_checkpoint``, which did.
-        accept: called with the caller's own ``extra`` before anything is loaded; raises if it belongs to another run.
+        verify: compare the tensors with their checksums first. Not needed right after ``latest_checkpoint``, which
+            does the same.
+        accept: called with the saved ``extra`` before anything is loaded; raises if it belongs to another run.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or its optimizer has other parameters. Nothing is loaded then.
@@ -149,9 +150,9 @@ def load_checkpoint(
 
 
 def latest_checkpoint(output_dir: Path, *, tensors: bool = True) -> Path | None:
-    """Return the newest complete checkpoint, or None. Each newer damaged one is named in a warning.
+    """Return the newest complete checkpoint, or None. Warn about each newer checkpoint that is damaged.
 
-    ``tensors``: compare the checksums of the tensors; False looks only at their presence and size.
+    ``tensors``: compare the checksums of the tensors; False checks only that the files exist and their sizes.
     """
     for folder in _newest_first(Path(output_dir)):
         damage = _damage(folder, tensors=tensors)
@@ -162,7 +163,7 @@ def latest_checkpoint(output_dir: Path, *, tensors: bool = True) -> Path | None:
 
 
 def damaged_checkpoints(output_dir: Path, *, tensors: bool) -> list[str]:
-    """Describe the damage of each damaged checkpoint, newest first."""
+    """Return one line for each damaged checkpoint, newest first."""
     damages = {folder.name: _damage(folder, tensors=tensors) for folder in _newest_first(Path(output_dir))}
     return [f"{name}: {damage}" for name, damage in damages.items() if damage]
 
@@ -173,7 +174,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def read_extra(folder: Path) -> dict[str, Any]:
-    """Return the caller's own JSON of a checkpoint without reading tensors. Raises CheckpointError."""
+    """Return the ``extra`` of a checkpoint without reading tensors. Raises CheckpointError."""
     extra: dict[str, Any] = _read_trainer(folder, verify_tensors=False)["extra"]
     return extra
 
@@ -181,7 +182,7 @@ def read_extra(folder: Path) -> dict[str, Any]:
 def prune(output_dir: Path, keep: int) -> None:
     """Remove all checkpoints older than the newest ``keep`` complete ones.
 
-    Only presence and size of the tensor files are checked: reading them at every save would take too long.
+    Only the existence and size of the tensor files are checked: reading them at every save would take too long.
 
     Raises:
         ValueError: ``keep`` is below 1.
@@ -222,7 +223,7 @@ def _read_trainer(folder: Path, *, verify_tensors: bool) -> dict[str, Any]:
 
 
 def _damage(folder: Path, *, tensors: bool) -> str | None:
-    """Return why a folder is no complete checkpoint, or None if it is one."""
+    """Return the reason why a folder is not a complete checkpoint, or None if it is complete."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         version, step, files = manifest["format_version"], manifest["step"], manifest["files"]

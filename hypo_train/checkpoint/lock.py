@@ -1,8 +1,8 @@
-"""Allow one run at a time in an output_dir: two would cut each other's metrics and remove each other's checkpoints.
+"""Lock an output_dir for one run: two runs would cut each other's metrics and remove each other's checkpoints.
 
-The lock is a POSIX record lock on ``.lock``. The system releases it when the process ends, however it ends. Network
-file systems pass it on to other machines. No child process inherits it, unlike the flock lock of the filelock library,
-which a forked worker would keep after its run was killed. On a file system without locks a run has no lock.
+The lock is a POSIX record lock on ``.lock``. The system releases it when the process ends, even if it is killed. It
+also works between machines on network file systems. Child processes do not inherit it; the flock lock of the filelock
+library would stay with a forked worker after its run was killed. On a file system without locks, nothing is locked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def require_unlocked(output_dir: Path) -> None:
     """Raise ConfigError if another run holds the lock of ``output_dir``. Creates no file."""
     try:
         file = (output_dir / LOCK_FILE).open("r+")
-    except OSError:  # no run has been here; a folder that cannot be written to is reported elsewhere
+    except OSError:  # no run used this folder; another check reports a folder that cannot be written to
         return
     with file:
         _lock(file, output_dir)

@@ -1,6 +1,6 @@
-"""The model card (``README.md``) of a saved model: what it is, and how it was trained.
+"""Write the model card (``README.md``) of a saved model.
 
-Metadata that is not known, such as a licence that the base model does not state, is a comment to be filled in.
+Unknown metadata, such as the licence of a base model that states none, becomes a comment for the user to fill in.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hypo_train.algorithms.registry import Citation
 
 DATA_FILE = "data.json"
-# Settings of the machine and of the logs; they say nothing of the model.
+# Settings of the machine and the logs, which do not affect the model.
 _NOT_SHOWN = {
     "output_dir",
     "resume_from_checkpoint",
@@ -42,23 +42,23 @@ _PACKAGES = ("hypo-kernels", "torch", "transformers", "peft", "datasets")
 
 
 def write_data_report(run: Path, report: dict[str, list[str]]) -> None:
-    """Save, for the model cards of the run, how many rows of each split were used and dropped."""
+    """Save the numbers of used and dropped rows of each split, for the model cards of the run."""
     write_json(run / DATA_FILE, report)
 
 
 def write_card(folder: Path, config: Config, run: Path, *, step: int | None = None) -> None:
-    """Write ``README.md`` into a model's folder, in place of the one that peft writes.
+    """Write ``README.md`` into a model's folder; it replaces the one from peft.
 
     Args:
         run: the run's folder, with its metrics and its data report.
-        step: the step after which the weights were saved; None for the last one.
+        step: the step after which the weights were saved; None for the last step.
     """
     text = card_text(config, run, is_adapter=(folder / "adapter_config.json").is_file(), step=step)
     (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
 
 def card_text(config: Config, run: Path, *, is_adapter: bool, step: int | None = None) -> str:
-    """Return the card's text. No text from data or settings can end the block that it is shown in."""
+    """Return the card's text. Texts from data and settings are fenced or escaped, so they cannot break its layout."""
     values = redacted(config.model_dump())
     metadata, missing = _metadata(config, values, is_adapter)
     return _template().render(
@@ -78,7 +78,7 @@ def card_text(config: Config, run: Path, *, is_adapter: bool, step: int | None =
 
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    # Markdown is not HTML: a fence longer than any in the text, or _escaped, keeps a text in its place.
+    # Jinja's autoescape is for HTML. Markdown is made safe by _fenced and _escaped.
     environment = jinja2.Environment(
         loader=loader, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -87,7 +87,7 @@ def _template() -> jinja2.Template:
 
 
 def _metadata(config: Config, values: dict[str, Any], is_adapter: bool) -> tuple[str, list[str]]:
-    """Return the card's metadata as YAML, and a line for each field that the Hub needs and that is not known."""
+    """Return the card's metadata as YAML, and a line for each unknown field that the Hub needs."""
     base_model, dataset = config.model_name_or_path, config.dataset_name
     licence = _licence_of(base_model)
     data = ModelCardData(
@@ -107,7 +107,7 @@ def _metadata(config: Config, values: dict[str, Any], is_adapter: bool) -> tuple
 
 
 def _licence_of(base_model: str) -> dict[str, Any]:
-    """Return the licence that the base model's card states, from its folder or the Hub's cache; never downloads."""
+    """Return the licence in the base model's card, from its folder or the Hub's cache. Never downloads."""
     path: Any = Path(base_model).expanduser() / "README.md"
     if not path.is_file():
         path = try_to_load_from_cache(base_model, "README.md") if _is_hub_name(base_model) else None
@@ -146,7 +146,7 @@ def _settings(config: Config, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(run: Path, step: int | None) -> dict[str, Any] | None:
-    """Return the step and the rows (name, value ± error) of the last evaluation up to ``step``; None without one."""
+    """Return the step and the rows (name, value ± error) of the last evaluation up to ``step``, or None."""
     path = run / METRICS_FILE
     lines = read_metrics(path) if path.is_file() else []
     evaluations = [x for x in lines if any(n.startswith("eval_") for n in x) and (step is None or x["step"] <= step)]

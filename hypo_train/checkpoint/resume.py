@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run continues from, and check before reading weights that it belongs to the same run."""
+"""Find the checkpoint to resume from, and check that it belongs to this run before weights are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypo_train.data.plan import Plan
 from hypo_train.metrics.log import METRICS_FILE
 from hypo_train.utils.errors import ConfigError
 
-# Settings that do not change what the steps compute: they may differ between a run and its continuation.
+# Settings that may change when a run is resumed, because they do not change the results of the steps.
 FREE_TO_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
@@ -31,7 +31,7 @@ FREE_TO_CHANGE = {
     "zero_stage",
     "vocab_parallel",
 }
-# Free as well for the algorithms that do not learn from the reward.
+# These may change too if the algorithm does not learn from the reward.
 FREE_WITHOUT_REWARD = {"reward", "reward_model_path", "missing_eos_penalty"}
 
 
@@ -93,9 +93,11 @@ def _suggestion(wanted: Path, output_dir: Path) -> str:
 
 
 def check_resume(plan: Plan, folder: Path | None, *, rows: bool = True) -> None:
-    """Raise ConfigError if the checkpoint in ``folder`` (None: there is none) belongs to another run; weights aside.
+    """Raise ConfigError if the checkpoint in ``folder`` belongs to another run. Weights are not compared.
 
-    ``rows``: compare the rows too; False if the plan does not hold the rows of the run.
+    Args:
+        folder: None if there is no checkpoint; then nothing is checked.
+        rows: compare the rows too; False if the plan does not hold the rows of the run.
     """
     if folder is not None:
         check_same_run(plan, read_extra(folder), folder, rows=rows)
@@ -106,14 +108,14 @@ def check_same_run(plan: Plan, extra: dict[str, Any], folder: Path, *, rows: boo
     config, num_processes = plan.config, len(extra["processes"])
     free = FREE_TO_CHANGE if config.spec.learns_from_reward else FREE_TO_CHANGE | FREE_WITHOUT_REWARD
     if num_processes != plan.world_size:
-        free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # they may divide the batch differently
+        free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # their product stays equal
         if extra["rows_a_step"] != plan.batch_size:
             raise ConfigError(
                 f"{folder} belongs to a run with {extra['rows_a_step']} rows per step on {num_processes} processes, "
                 f"and this one has {plan.batch_size} on {plan.world_size}: change gradient_accumulation_steps or "
                 "per_device_train_batch_size so that the rows per step are equal"
             )
-    # A setting that is newer than the checkpoint had its default value.
+    # An older checkpoint lacks newer settings: they had their default values.
     saved = {name: field.default for name, field in Config.model_fields.items()} | extra["config"]
     changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
@@ -126,10 +128,10 @@ def check_same_run(plan: Plan, extra: dict[str, Any], folder: Path, *, rows: boo
             "output_dir"
         )
     hashes = extra["origin"]["rows"] if rows and "origin" in extra else {}
-    others = [split for split, saved_hash in hashes.items() if saved_hash != plan.rows_hashes[split]]
-    if others:
+    changed_splits = [split for split, saved_hash in hashes.items() if saved_hash != plan.rows_hashes[split]]
+    if changed_splits:
         raise ConfigError(
-            f"{folder} belongs to other data: the tokenized {' and '.join(others)} rows of dataset_name="
+            f"{folder} belongs to other data: the tokenized {' and '.join(changed_splits)} rows of dataset_name="
             f"{config.dataset_name!r} have changed since the run began; restore them, or start a new run in another "
             "output_dir"
         )

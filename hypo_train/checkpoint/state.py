@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def save(run: Run, meter: Meter, step: int) -> None:
-    """Save a checkpoint of all processes; every process calls this and the main one writes."""
+    """Save a checkpoint. Every process must call this; the main process writes."""
     process_state = {
         "meter": meter.state(),
         "num_tokens": run.throughput.num_tokens,
@@ -51,7 +51,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
 
 
 def resume(run: Run, meter: Meter) -> int:
-    """Restore weights, optimizer, scheduler and meter from a checkpoint. Return the next step, 0 without one."""
+    """Restore weights, optimizer, scheduler and meter. Return the next step: 0 if there is no checkpoint."""
     wanted = run.config.resume_from_checkpoint
     if wanted is None:
         return 0
@@ -72,7 +72,7 @@ def resume(run: Run, meter: Meter) -> int:
     _load_process_state(run, meter, checkpoint.extra["processes"], folder)
     if run.sampler is not None:
         run.sampler.weights_changed(checkpoint.step)
-    # Here and not only at the next save: a run whose steps are all done saves no more checkpoints.
+    # The next save would do this too, but a finished run saves no more checkpoints.
     run.processes.run_on_main(lambda: remove_temporaries(run.output_dir))
     run.notes.append(f"continuing from {folder}, step {checkpoint.step}")
     if checkpoint.step >= run.plan.total_steps:
@@ -81,7 +81,7 @@ def resume(run: Run, meter: Meter) -> int:
 
 
 def _load_process_state(run: Run, meter: Meter, states: list[dict[str, Any]], folder: Path) -> None:
-    """Restore each process's own state. If the number of processes has changed, the main one gets the sums."""
+    """Restore this process's state. If the number of processes has changed, the main process gets the sums."""
     if len(states) == run.plan.world_size:
         state = states[run.plan.rank_share.rank]
     elif any(saved["rollouts"] for saved in states):

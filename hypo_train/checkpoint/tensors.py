@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from hypo_train.distributed.fsdp import full_tensor, local, shard_like
 from hypo_train.utils.errors import CheckpointError
 
-# Settings of the machine's optimizer kernel: a checkpoint does not bring them back.
+# Settings of the optimizer's kernel depend on the machine, so they are not restored from a checkpoint.
 _MACHINE_SETTINGS = ("fused", "foreach", "capturable")
 
 
 def without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return each tied tensor once, and {its other name: the name it is kept under}."""
+    """Return ``state`` with each tied tensor once, and {removed name: remaining name}."""
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[Any, str] = {}
@@ -33,9 +33,9 @@ def without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def full_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Return contiguous CPU copies, each in its own memory, as safetensors requires.
+    """Return contiguous CPU copies that share no memory, as safetensors requires.
 
-    Sharded tensors are gathered, so every process must call this. ``keep``: False returns nothing.
+    Sharded tensors are gathered, so every process must call this. With ``keep=False`` the result is empty.
     """
     result: dict[str, Tensor] = {}
     storages = set()
@@ -84,14 +84,14 @@ def load_optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], sa
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     # load_state_dict casts each state to its parameter's dtype, which would round the fp32 state of a bf16 weight.
     for number, parameter in enumerate(parameters):
-        loaded = optimizer.state.get(parameter, {})  # empty under ZeRO-2, whose partitions are fp32
+        loaded = optimizer.state.get(parameter, {})  # empty under ZeRO-2, where all state is fp32
         for name, tensor in state.get(number, {}).items():
             if torch.is_tensor(tensor) and name in loaded and loaded[name].dtype != tensor.dtype:
                 optimizer.state[parameter][name] = tensor.to(parameter.device)
 
 
 def _flatten(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge inner dicts: bitsandbytes hides its 8-bit tensors from FSDP in one, and loads them without it too."""
+    """Merge inner dicts: bitsandbytes puts its 8-bit tensors in one for FSDP, but also loads them from a flat dict."""
     inner = [value for value in entries.values() if isinstance(value, dict)]
     outer = {name: value for name, value in entries.items() if not isinstance(value, dict)}
     return {name: value for part in (outer, *inner) for name, value in part.items()}

@@ -1,4 +1,4 @@
-"""The demo: a language model, its preference pairs, and DPO and HyPO from the same start."""
+"""Run the demo: train a language model, sample preference pairs from it, then train DPO and HyPO on them."""
 
 from __future__ import annotations
 

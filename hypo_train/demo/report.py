@@ -49,7 +49,7 @@ _COLUMNS = (("reward", 2), ("win_rate", 3), ("accuracy", 3))
 
 
 def _figures(outcome: Outcome, name: str) -> dict[str, float]:
-    """Return the columns of one run from its last evaluation; a win against SFT counts 1, a tie one half."""
+    """Return the table's values of one run, from its last evaluation. A win against SFT is 1, a tie one half."""
     last = _evaluations(outcome.runs[name])[-1]
     path = outcome.runs[name] / "samples" / f"step-{last['step']}.jsonl"
     samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

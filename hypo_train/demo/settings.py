@@ -11,8 +11,8 @@ from hypo_train.utils.flags import NonNegativeInt, PositiveInt, Settings, help_p
 
 class DemoSettings(Settings):
     """Train a small language model from scratch on reviews, sample preference pairs from it, and train
-    DPO and HyPO side by side on them. What a review is worth is known: a table and curves show the
-    true reward and the KL of both. One seed takes three to six minutes on two CPU cores."""
+    DPO and HyPO side by side on them. The true reward of a review is known: a table and curves show
+    the true reward and the KL of both. One seed takes three to six minutes on two CPU cores."""
 
     usage: ClassVar = "python -m hypo_train demo [--output_dir FOLDER] [--seeds N] [--seed N]"
 

@@ -1,4 +1,4 @@
-"""The demo's first stages, which the paper's experiments share: a language model, and preference pairs from it."""
+"""Train the demo's language model and sample its preference pairs. The paper's experiments use these stages too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypo_train.demo import world
 from hypo_train.sampling import GenerateSampler
 from hypo_train.train import train
 
-SAMPLES_SEED = 10_000  # away from the seeds of the runs
+SAMPLES_SEED = 10_000  # differs from the seeds of the runs
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def train_language_model(folder: Path, rng: random.Random, seed: int, sizes: Siz
 
 
 def write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int, sizes: Sizes) -> dict[int, float]:
-    """Sample Bradley–Terry pairs from the language model and write them to ``path``, the held-out ones last.
+    """Sample Bradley–Terry pairs from the language model and write them to ``path``, held-out pairs last.
 
-    Returns the true reward of one more sample for each held-out row, which a policy's samples are compared with.
+    Returns the true reward of one additional sample for each held-out row, the baseline for a policy's samples.
     """
     model = AutoModelForCausalLM.from_pretrained(model_dir, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -79,7 +79,7 @@ def write_pairs(model_dir: Path, path: Path, rng: random.Random, seed: int, size
 
 
 def _labelled(prompt: str, texts: Sequence[str], rng: random.Random) -> dict[str, str] | None:
-    """Return two covered texts, labelled by a Bradley–Terry judge of the true reward; None without two."""
+    """Return a pair of covered texts, labelled by Bradley–Terry with the true reward; None for fewer than two texts."""
     covered = [text for text in dict.fromkeys(texts) if text and world.is_covered(text)]
     if len(covered) < 2:
         return None
@@ -90,7 +90,7 @@ def _labelled(prompt: str, texts: Sequence[str], rng: random.Random) -> dict[str
 
 
 def _sample(sampler: GenerateSampler, tokenizer: Any, prompts: Sequence[str], n: int, seed: int) -> list[list[str]]:
-    """Sample ``n`` texts for each prompt."""
+    """Return ``n`` sampled texts for each prompt."""
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
     completions = sampler.sample(ids, n, world.MAX_COMPLETION_TOKENS, seed=seed).completions()
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)

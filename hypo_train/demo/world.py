@@ -1,10 +1,10 @@
-"""A small world of reviews: prompts, responses, and the reward that a reader of them would give.
+"""A small world of reviews: prompts, responses and their true reward.
 
-A review has two to four clauses about a place. Its reader reads four clauses: the reward is the number of kind words
-minus the number of unkind ones, and minus one for each clause that breaks the grammar. Reviews name eight subjects,
+A review has two to four clauses about a place. The reward counts its first four clauses: the number of kind words minus
+the number of unkind words, and minus one for each clause that breaks the grammar. Reviews name eight subjects,
 mostly the first four. The offline pairs hold only reviews of these four, and the language model that wrote them seldom
-breaks the grammar. So the pairs say little about the other subjects and about grammar: they cover a part of what the
-policy can write, as in the paper's analysis.
+breaks the grammar. So the pairs contain little information about the other subjects and about grammar: they cover only
+a part of what the policy can write, as in the paper's analysis.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def prompt(rng: random.Random) -> str:
 
 
 def review(rng: random.Random) -> str:
-    """Return a random review of two to four clauses, which are kind with one probability: the writer's mood."""
+    """Return a random review of two to four clauses. Its random mood is the probability that a clause is kind."""
     mood = rng.random()
     clauses = [_clause(rng, mood) for _ in range(rng.randint(2, CLAUSES_READ))]
     return f" {rng.choice(['and', 'but', ', also'])} ".join(clauses) + " ."

@@ -1,1 +1,1 @@
-"""What a policy is worth on rows it was not trained on: during training, and of a finished run or any model."""
+"""Evaluation on held-out rows: during training, of a finished run, or of any model."""

@@ -1,4 +1,4 @@
-"""One evaluation of a finished run or a model: metrics and samples on disk, and a table on the screen."""
+"""Evaluate a finished run or a model: write metrics and samples, and print a table."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def run(settings: EvaluateSettings) -> int:
         write_json_lines(folder / "samples.jsonl", evaluation.samples)
         write_csv(folder / "samples.csv", evaluation.samples)
     metrics = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
-    # Written last: a folder that has it holds a complete evaluation.
+    # Written last, so that its existence marks a complete evaluation.
     write_json(folder / "metrics.json", {**conditions, "metrics": metrics})
     print(_page(settings, evaluation))
     return 0
 
 
 def _conditions(settings: EvaluateSettings, finished: FinishedRun) -> dict[str, Any]:
-    """Return the settings that a metric depends on: two evaluations can be compared where these are the same."""
+    """Return the settings that metrics depend on. Compare only evaluations with equal conditions."""
     config = finished.config
     conditions: dict[str, Any] = {
         "model": str(settings.model_dir),
@@ -68,7 +68,7 @@ def _conditions(settings: EvaluateSettings, finished: FinishedRun) -> dict[str, 
 
 
 def _page(settings: EvaluateSettings, evaluation: Evaluation) -> str:
-    """Return the table of the metrics, each with its standard error where there is one."""
+    """Return the printed table of the metrics, with standard errors if they are known."""
     shown = {name: value for name, value in evaluation.metrics.items() if not name.endswith("_se")}
     width = max(map(len, shown), default=0)
     lines = [""]

@@ -1,4 +1,4 @@
-"""A trained model, ready to be evaluated: like a ``Run``, without what only training needs."""
+"""Load a trained model for evaluation, as a ``Run`` without the parts that only training needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hypo_train.trees.pack import Batcher
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The attributes of a ``Run`` that an evaluation reads."""
+    """A trained model with the attributes of a ``Run`` that an evaluation reads."""
 
     config: Config
     accelerator: Accelerator
@@ -37,12 +37,12 @@ class FinishedRun:
     trained: Policy | RewardModel
     has_reference: bool
     batcher: Batcher
-    sampler: Sampler | None  # None: a reward model draws no samples
+    sampler: Sampler | None  # None for a reward model
     eval_rows: Sequence[Any]
     reward: Reward | None
     eos_token_ids: Sequence[int]
     report: list[str]
-    eval_ref_logps: Tensor | None = None  # None: computed with the loss; they are needed once
+    eval_ref_logps: Tensor | None = None  # not precomputed, because they are used once
 
     @property
     def policy(self) -> Policy:
@@ -59,7 +59,7 @@ class FinishedRun:
 def prepare_finished(settings: EvaluateSettings) -> FinishedRun:
     """Load and check everything, cheapest first, as ``build.prepare`` does.
 
-    The policy is loaded as the run loaded it, then it gets its final weights: weights that it shares with its reference
+    The policy is loaded as for training, then gets its final weights. So weights that it shares with its reference
     (LoRA, or a few trained layers) are in memory once.
 
     Raises:
@@ -112,7 +112,7 @@ def prepare_finished(settings: EvaluateSettings) -> FinishedRun:
 
 def _config_to_load(settings: EvaluateSettings) -> Config:
     """Return the configuration of the model that is loaded before its final weights."""
-    config = settings.config.model_copy(update={"gradient_checkpointing": False})  # there is no backward pass
+    config = settings.config.model_copy(update={"gradient_checkpointing": False})  # no backward pass
     if config.spec.trains_reward_model:
         return whole_model_config(config, settings.model_dir)
     if settings.reference_is_start:
@@ -122,7 +122,7 @@ def _config_to_load(settings: EvaluateSettings) -> Config:
             "the run trained on weights of 4 bits, which another reference does not have: export it with --merge, and "
             "evaluate the result with --model_name_or_path"
         )
-    # Any weight may differ from the other reference's, so none is shared.
+    # All weights may differ from those of another reference, so no weights are shared.
     other = {"model_name_or_path": settings.reference, "use_peft": False, "num_layers_unfrozen": None}
     return config.model_copy(update=other)
 
@@ -153,6 +153,6 @@ def _check_tokenizers(settings: EvaluateSettings, tokenizer: Any) -> None:
 
 
 def _tokenizer_source(settings: EvaluateSettings) -> str:
-    """Return the model's folder, or that of the start where the final folder holds an adapter without a config."""
+    """Return the model's folder, or the start model's if the final folder holds an adapter without a config."""
     has_config = not settings.model_dir.is_dir() or Path(settings.model_dir / "config.json").is_file()
     return str(settings.model_dir) if has_config else settings.config.model_name_or_path

@@ -39,17 +39,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class KLRule:
-    """The temperature of both distributions in the reverse KL, and the positions of a sample that it sums over."""
+    """The temperature of both distributions in the reverse KL, and the positions that it sums over."""
 
-    temperature: float | None = None  # of both log-probs; None: the policy's own
-    # EOS tokens of samples that were drawn on past their EOS, so that every position counts: text, length and reward
-    # end at the first of them. Empty: sampling stops at the EOS, which is the last position that counts.
+    temperature: float | None = None  # of both log-probs; None: the sampling temperature
+    # Not empty: sampling continues after an EOS, and the KL sums over all positions; text, length and reward end at the
+    # first of these tokens. Empty: sampling stops at the EOS, which is the last position in the KL.
     eos_token_ids: Collection[int] = ()
 
 
 @torch.no_grad()
 def evaluate(run: Run | FinishedRun, kl_rule: KLRule | None = None, *, progress: bool = False) -> Evaluation:
-    """Evaluate on the run's held-out rows, with the same random numbers at every step.
+    """Return metrics and samples on the run's held-out rows. Each call uses the same random numbers.
 
     Preference rows give ``eval_loss``, ``eval_rewards/*`` and ``eval_logps/*``, or a reward model's ``eval_accuracy``
     and ``eval_margin``; examples give ``eval_loss``, the mean over tokens in nats. A policy also samples completions
@@ -84,7 +84,7 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
     """Add loss and rewards of the held-out rows ``start`` to ``stop`` to ``meter``."""
     rows: Sequence[Any] = run.eval_rows[start:stop]
     device = run.accelerator.device
-    if isinstance(rows[0], Prompt):  # only its samples are evaluated
+    if isinstance(rows[0], Prompt):  # only samples are evaluated
         return
     if isinstance(rows[0], Example):
         tree = run.batcher.examples(rows).to(device)
@@ -107,19 +107,19 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
 
 
 def _samples(run: Run | FinishedRun, kl_rule: KLRule, *, progress: bool) -> list[dict[str, Any]]:
-    """Return one record for each of ``num_eval_samples`` completions of each evaluation prompt, of all processes."""
+    """Return a record for each completion of each evaluation prompt, gathered from all processes."""
     config = run.config
     starts = range(0, min(config.num_eval_prompts, len(run.eval_rows)), config.per_device_eval_batch_size)
-    batches_here = []
+    rank_batches = []
     for start, counts in _bar(run.processes.divide(starts, same_count=config.fsdp), "samples", progress):
         records = _sample_batch(run, kl_rule, start)
-        batches_here += [records] if counts else []
-    batches = run.processes.gather(batches_here)
+        rank_batches += [records] if counts else []
+    batches = run.processes.gather(rank_batches)
     return [record for i in range(len(starts)) for record in batches[i % len(batches)][i // len(batches)]]
 
 
 def _sample_batch(run: Run | FinishedRun, kl_rule: KLRule, start: int) -> list[dict[str, Any]]:
-    """Return the records of one batch of prompts, which has its own seed."""
+    """Return the records of one batch of prompts. The seed of sampling is ``start``."""
     assert run.sampler is not None
     config, records = run.config, []
     n = config.num_eval_samples
@@ -146,13 +146,13 @@ def _sample_batch(run: Run | FinishedRun, kl_rule: KLRule, start: int) -> list[d
 
 
 def _up_to_end(completion: list[int], ends: Collection[int]) -> list[int]:
-    """Return the tokens through the first EOS."""
+    """Return the tokens up to and including the first EOS."""
     stop = next((count for count, token in enumerate(completion, start=1) if token in ends), len(completion))
     return completion[:stop]
 
 
 def _reference_response(row: Pair | Example | Prompt) -> Ids | None:
-    """Return the response that the data has for the row's prompt, for a judge to compare a sample with."""
+    """Return the response in the data for the row's prompt: a judge compares samples with it."""
     if isinstance(row, Pair):
         return row.chosen
     return row.completion if isinstance(row, Example) else None
@@ -166,7 +166,7 @@ def _text(run: Run | FinishedRun, ids: Sequence[int]) -> str:
 def _log_ratios(
     run: Run | FinishedRun, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], kl_rule: KLRule
 ) -> Sequence[float | None]:
-    """Return log π − log π_ref of each completion; None for each where there is no reference model."""
+    """Return log π − log π_ref of each completion, or None for each if there is no reference model."""
     if not run.has_reference:
         return [None] * len(completions)
     tree = run.batcher.samples(prompts, completions).to(run.accelerator.device)

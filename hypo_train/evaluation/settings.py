@@ -1,4 +1,4 @@
-"""``python -m hypo_train evaluate``: what is evaluated, against which reference and on which rows.
+"""The arguments of ``python -m hypo_train evaluate``: the model, its reference and the rows.
 
 Nothing heavy is imported here, so that a mistake is reported at once.
 """
@@ -14,7 +14,7 @@ from hypo_train.config import Config, load_config, require_trust
 from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.flags import PositiveFloat, Settings, Text, flag_lines, flag_name, help_page, parse, split_argv
 
-# The fields of a run that an evaluation may change; all others are about training.
+# The fields of a run that an evaluation may change; all others affect only training.
 FIELDS = (
     "model_name_or_path",
     "trust_remote_code",
@@ -45,7 +45,7 @@ FIELDS = (
     "num_eval_samples",
     "per_device_eval_batch_size",
 )
-# A flag -> the field that excludes it, and the value that field gets unless it is given too.
+# flag -> (the field that contradicts it, the value of that field if only the flag is given)
 _INSTEAD = {
     "dataset_test_split": ("num_eval_rows", "0"),
     "num_eval_rows": ("dataset_test_split", "none"),
@@ -72,8 +72,8 @@ class EvaluateFlags(Settings):
     kl_temperature: PositiveFloat | None = None
     """Temperature of both log-probs in the KL; none means that of the samples."""
     kl_mask: Literal["eos", "all"] = "eos"
-    """Which positions of a sample count in the KL: those up to its EOS, or all max_new_tokens of one drawn on past its
-    EOS."""
+    """Positions of a sample that the KL sums over: those up to its EOS, or all max_new_tokens, for which sampling
+    continues after the EOS."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class EvaluateSettings:
     output_dir: Path
 
     def warnings(self) -> list[str]:
-        """Return one line for each setting that is allowed and makes the KL mean something else."""
+        """Return one line for each allowed setting that changes the meaning of the KL."""
         c = self.config
         lines: list[str] = []
         if self.reference is None:
@@ -113,7 +113,7 @@ def load_settings(argv: Sequence[str]) -> EvaluateSettings:
     """Return the evaluation that ``argv`` asks for.
 
     Raises:
-        ConfigError: no such run or an unfinished one, flags that only training has, a used output_dir.
+        ConfigError: the run does not exist or is not finished, a flag belongs to training, or output_dir is in use.
     """
     run, argv = (Path(argv[0]), argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     chosen, fields = split_argv(argv, EvaluateFlags)
@@ -151,7 +151,7 @@ def help_text() -> str:
 
 
 def _check_fields(argv: Sequence[str]) -> set[str]:
-    """Return the fields that ``argv`` sets. Raises ConfigError for one that an evaluation does not have."""
+    """Return the fields that ``argv`` sets. Raises ConfigError for a field that an evaluation does not have."""
     names = {flag_name(token) for token in argv if token.startswith("--")}
     if refused := sorted((names & set(Config.model_fields)) - set(FIELDS)):
         listed = ", ".join(f"--{name}" for name in refused)
@@ -185,7 +185,7 @@ def _config_of_run(run: Path, argv: Sequence[str], given: set[str]) -> tuple[flo
 
 
 def _config_of_model(argv: Sequence[str], given: set[str], *, has_reference: bool) -> Config:
-    """Return the configuration of a model that no run of this project made."""
+    """Return the configuration of a model that is not from a run of this project."""
     if "model_name_or_path" not in given:
         raise ConfigError("nothing to evaluate: name a run's folder first, or a model with --model_name_or_path")
     return load_config([*argv, "--algorithm", "dpo" if has_reference else "sft"])

@@ -1,4 +1,4 @@
-"""One export: load the weights, and write the folder atomically."""
+"""Export a run: load its weights, and write them as a folder, atomically."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def run(settings: ExportSettings) -> int:
 
 
 def _writes_whole_model(settings: ExportSettings, source: Source) -> bool:
-    """Return whether to write a whole model rather than an adapter. Raises ConfigError for flags that do not fit."""
+    """Return True to write a full model, False for an adapter. Raises ConfigError for flags that do not fit."""
     adapter = source.config.use_peft and not source.config.spec.trains_reward_model
     if settings.merge and not source.config.use_peft:
-        raise ConfigError("--merge: the run trained no adapter and its model is whole, leave it out")
+        raise ConfigError("--merge: the run trained no adapter, so there is nothing to merge: leave it out")
     if adapter and not settings.merge and settings.dtype is not None:
         raise ConfigError(f"--dtype {settings.dtype}: an adapter keeps the float32 it was trained in, add --merge")
     return settings.merge or not adapter
@@ -79,9 +79,10 @@ def save_whole_model(
     weights |= {name: buffer for name, buffer in trained.base.named_buffers() if name in plain.state_dict()}
     unknown = plain.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     plain.tie_weights()
-    left = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]
-    if unknown or left:
-        raise ModelError(f"{type(plain).__name__} cannot be written: {(unknown + left)[0]} has no place or no value")
+    missing = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]
+    if unknown or missing:
+        name = (unknown + missing)[0]
+        raise ModelError(f"{type(plain).__name__} cannot be written: {name} is not in the model or has no value")
     if generation is not None:
         plain.generation_config = generation
     plain.save_pretrained(folder)

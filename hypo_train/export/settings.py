@@ -11,9 +11,9 @@ from hypo_train.utils.flags import Settings, help_page, parse
 
 
 class ExportSettings(Settings):
-    """Write what a run trained as a folder of safetensors and JSON: a model that
+    """Write the weights of a run as a folder of safetensors and JSON: a model that
     AutoModelForCausalLM.from_pretrained and vLLM load (a reward model:
-    AutoModelForSequenceClassification), or, of a LoRA run, the adapter that
+    AutoModelForSequenceClassification), or, for a LoRA run, the adapter that
     PeftModel.from_pretrained loads. The folder also holds the tokenizer, the chat template, the
     generation config and a model card."""
 
@@ -24,13 +24,13 @@ class ExportSettings(Settings):
     run_or_checkpoint: Path
     """A run's folder (its final model, or the newest checkpoint of one that has not ended), or a checkpoint."""
     output_dir: Path
-    """A new folder for what is written."""
+    """The folder to write; it must not exist."""
     merge: bool = False
-    """Add the adapter to the weights, in fp32, and write the whole model."""
+    """Add the adapter to the weights, in fp32, and write the full model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights of a whole model; none means that of the model that the run started from."""
+    """Dtype of the weights of a full model; none means that of the model that the run started from."""
     trust_remote_code: bool = False
-    """Run the Python code of the model that the run started from, where the run did."""
+    """Run the Python code of the model that the run started from, if the run itself ran it."""
 
 
 def load_settings(argv: Sequence[str]) -> ExportSettings:

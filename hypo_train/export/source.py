@@ -1,4 +1,4 @@
-"""Where an export's weights come from: a run's final model, or one of its checkpoints."""
+"""Find and load the weights to export: a run's final model, or one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RECIPE, _CHECKPOINT = "config.yaml", "checkpoint.json"
 
 @dataclass(frozen=True)
 class Source:
-    """The folder of the weights that are exported, and their run."""
+    """The folder of the weights to export, and the run that they belong to."""
 
     folder: Path
     config: Config  # of the run
@@ -44,7 +44,9 @@ class Source:
                 return cls(path / "final", _config_of_run(path), path, False)
             newest = latest_checkpoint(path)
             if newest is None:
-                raise ConfigError(f"{str(path)!r} has neither a final model nor a whole checkpoint: nothing to export")
+                raise ConfigError(
+                    f"{str(path)!r} has neither a final model nor a complete checkpoint: nothing to export"
+                )
             return cls(newest, _config_of_checkpoint(newest), path, True)
         run = path.resolve().parent
         if path.resolve().name == "final" and (run / _RECIPE).is_file():
@@ -68,8 +70,8 @@ class Source:
 
 
 def _load(config: Config, pad_token_id: int) -> Policy | RewardModel:
-    torch.manual_seed(config.seed)  # of new weights, which a checkpoint then replaces
-    autocast = config.dtype == "bfloat16"  # of the check that the loss is exact on these weights
+    torch.manual_seed(config.seed)  # about new weights, which the checkpoint then replaces
+    autocast = config.dtype == "bfloat16"  # from the check that the loss is exact on these weights
     if config.spec.trains_reward_model:
         return load_reward_model(config, pad_token_id=pad_token_id, autocast=autocast)
     return load_policy(config, autocast=autocast)

@@ -196,7 +196,7 @@ def test_nothing_is_ever_overwritten(settings, tmp_path, capsys):
 def test_flags_that_do_not_fit_the_run_are_refused(settings, tmp_path, capsys):
     run = trained_run(settings(algorithm="dpo"))
     out = ["--output_dir", tmp_path / "out"]
-    assert "neither a final model nor a whole checkpoint" in refused(capsys, run.output_dir, *out)
+    assert "neither a final model nor a complete checkpoint" in refused(capsys, run.output_dir, *out)
     save_model(run)
     assert "--merge: the run trained no adapter" in refused(capsys, run.output_dir, *out, "--merge")
     assert "is no run (it has no config.yaml) and no checkpoint" in refused(capsys, tmp_path, *out)
