@@ -197,7 +197,7 @@ def same_vocabulary(head: LMHead, ref_head: LMHead) -> None:
 
 
 def exact_kl_has_distributions(kl_estimator: str, ref_hidden: Tensor | None) -> None:
-    """Raise ValueError if the exact KL is asked for without ``ref_hidden``: it needs full distributions."""
+    """Raise ValueError if ``kl_estimator`` is "exact" without ``ref_hidden``: it needs full distributions."""
     require(
         kl_estimator != "exact" or ref_hidden is not None,
         "kl_estimator='exact' needs the reference's full distributions, which ref_logps does not hold: pass "

@@ -1,6 +1,6 @@
-"""Builds a run: its models with their weights, its sampler, optimizer and schedule.
+"""Build a run: its models with their weights, its sampler, optimizer and schedule.
 
-Nothing is checked here: :mod:`hypo_train.prepare` loads the inputs, has them checked, and then builds.
+Inputs are not checked here: :mod:`hypo_train.prepare` loads them, checks them, and then builds the run.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from hypo_train.trees.pack import Batcher
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a training step needs."""
+    """The objects that a training step needs."""
 
-    plan: Plan  # the configuration, the rows, and which of them each step trains on
+    plan: Plan  # the configuration, and the rows of each step
     accelerator: Accelerator
     processes: Processes
     tokenizer: Any
-    trained: Policy | RewardModel  # unwrapped, for its parameters
-    model: Any  # ``trained`` as accelerate or DeepSpeed wraps it, for the forward pass that trains
+    trained: Policy | RewardModel  # not wrapped, for access to its parameters
+    model: Any  # ``trained`` as wrapped by accelerate or DeepSpeed, for training forward passes
     batcher: Batcher
     sampler: Sampler | None  # None for a reward model
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     reward: Reward | None
-    notes: list[str]  # for the user: what is known only since the weights are loaded
+    notes: list[str]  # facts for the user that are known only after loading the weights
     timer: PhaseTimer
     throughput: Throughput
     finite: FiniteWatch
     origin: dict[str, Any]  # hashes of the rows and the initial weights, for checkpoints
-    data_report: dict[str, list[str]]  # by split: lines on its rows
-    # By split: the reference's log-probs of chosen and rejected, fp32 (rows, 2). ``precompute_ref_logps`` fills it.
+    data_report: dict[str, list[str]]  # split -> lines about its rows
+    # Split -> the reference's log-probs of chosen and rejected, fp32 (rows, 2). ``precompute_ref_logps`` fills it.
     ref_logps: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -97,12 +97,12 @@ class Run:
 
     @property
     def zero(self) -> ZeroOptimizer | None:
-        """The optimizer if DeepSpeed's ZeRO divides it, else None."""
+        """The optimizer if DeepSpeed's ZeRO shards it, else None."""
         return self.optimizer if isinstance(self.optimizer, ZeroOptimizer) else None
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss compares the policy with a reference model."""
+        """True if the loss compares the policy with a reference model."""
         return self.config.has_reference
 
     @property
@@ -111,18 +111,18 @@ class Run:
 
     @property
     def steps_ask_reference(self) -> bool:
-        """Whether training steps run the reference model."""
+        """True if training steps run the reference model."""
         return self.has_reference and (self.config.draws_samples or self.train_ref_logps is None)
 
     @property
     def shares_trunk(self) -> bool:
-        """Whether the frozen layers below the trained ones run once for both policy and reference."""
-        can_share = self.config.share_trunk and not self.config.fsdp  # FSDP gathers the layers of a whole pass
+        """True if one pass of the frozen layers below the trained ones serves both policy and reference."""
+        can_share = self.config.share_trunk and not self.config.fsdp  # FSDP gathers layers only for full passes
         return can_share and self.steps_ask_reference and bool(self.trained.trunk_layers)
 
     @property
     def prompts_run_first(self) -> bool:
-        """Whether the sampler starts from keys and values of the training pass over the prompts."""
+        """True if the sampler uses keys and values of the training pass over the prompts."""
         if self.sampler is None or not self.plan.may_run_prompts_first:
             return False
         return self.policy.shares_prompts and self.sampler.takes_prompt_kv
@@ -145,9 +145,9 @@ class Run:
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """Return accelerate's Accelerator for the run: its device, its mixed precision and DDP's options."""
+    """Return accelerate's Accelerator for the run, with its device, mixed precision and DDP options."""
     bf16 = torch.cuda.is_available() if config.bf16 is None else config.bf16
-    # Gradients are views of the buckets that DDP exchanges, so that they take memory once.
+    # With gradients as views of DDP's buckets, they are in memory once.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     precision = "bf16" if bf16 else "no"
     return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
@@ -155,7 +155,7 @@ def build_accelerator(config: Config) -> Accelerator:
 
 @dataclass
 class Models:
-    """The trained model and the reward, as one process has loaded them, and notes for the user."""
+    """The trained model and the reward of one process, with explanations for the user."""
 
     trained: Policy | RewardModel
     reward: Reward | None
@@ -167,17 +167,17 @@ class Models:
 def load_models(inputs: Inputs, accelerator: Accelerator, *, is_main: bool) -> Models:
     """Load the reward and the trained model, onto the device unless it will be sharded.
 
-    With ``fsdp``, the main process alone reads the weights; others make the model on the meta device.
+    With ``fsdp``, only the main process reads the weights; the others create the model on the meta device.
 
     Raises:
-        ModelError: a model cannot be loaded, or not trained exactly.
+        ModelError: a model cannot be loaded, or its loss would not be exact.
     """
     config, source = inputs.config, inputs.source
     assert source is not None
     tokenizer, autocast = source.tokenizer, accelerator.mixed_precision == "bf16"
     pad = tokenizer.pad_token_id
     reward = load_reward(config, inputs.reward_function, tokenizer, source.eos_token_ids, accelerator)
-    torch.manual_seed(config.seed)  # for the initial weights of an adapter or a score
+    torch.manual_seed(config.seed)  # for the initial weights of an adapter or a score head
     if config.fsdp and not is_main:
         device_type = accelerator.device.type
         return Models(load_on_meta(config, pad_token_id=pad, device_type=device_type, autocast=autocast), *reward)
@@ -199,7 +199,7 @@ def load_models(inputs: Inputs, accelerator: Accelerator, *, is_main: bool) -> M
 
 
 def shard(models: Models, config: Config, accelerator: Accelerator, processes: Processes) -> None:
-    """Give every process its part of the weights that the main process has read, and what it learned from them."""
+    """Distribute the weights, and the facts about the model, from the main process to all processes."""
     trained = models.trained
     models.flops, models.why_uncounted, trained.why_separate_rows, attention = processes.run_on_main(
         lambda: (
@@ -215,7 +215,7 @@ def shard(models: Models, config: Config, accelerator: Accelerator, processes: P
 
 
 def build_sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token_id: int) -> tuple[Sampler, str | None]:
-    """Return the configured sampler and, if ``sampler: auto`` chose the slow one, why.
+    """Return the configured sampler and, if ``sampler: auto`` chose ``generate``, the reason.
 
     Args:
         ends: tokens that end a completion.
@@ -238,7 +238,7 @@ def build_sampler(config: Config, policy: Policy, ends: Sequence[int], pad_token
 
 
 def build_throughput(config: Config, flops: ModelFlops | None, accelerator: Accelerator) -> Throughput:
-    """Return the counter of the steps' work, with the peak of the device where that is known."""
+    """Return the counter of tokens and FLOPs, with the peak of the device if it is known."""
     device, peak = accelerator.device, None
     if config.peak_tflops is not None:
         peak = config.peak_tflops * 1e12
@@ -251,7 +251,7 @@ def build_run(inputs: Inputs, models: Models, accelerator: Accelerator, processe
     """Shard the trained model if configured, add its sampler, optimizer and schedule, and return the run.
 
     Raises:
-        ModelError: the configured sampler cannot serve the model.
+        ModelError: the configured sampler does not support the model.
     """
     config, source, plan, trained = inputs.config, inputs.source, inputs.plan, models.trained
     assert source is not None
@@ -295,7 +295,7 @@ def build_run(inputs: Inputs, models: Models, accelerator: Accelerator, processe
 def _build_optimizer(
     config: Config, trained: Policy | RewardModel, total_steps: int, accelerator: Accelerator, processes: Processes
 ) -> tuple[Any, torch.optim.lr_scheduler.LRScheduler, Any]:
-    """Return optimizer and scheduler, and the model as DDP or DeepSpeed wraps it for training."""
+    """Return the optimizer, the scheduler, and the model wrapped by DDP or DeepSpeed."""
     optimizer: Any = build_optimizer(
         trained.trained_parameters().items(),
         optim=config.optim,
@@ -338,9 +338,9 @@ def _notes(models: Models, plan: Plan, device: torch.device, why_generate: str |
 
 
 def precompute_ref_logps(run: Run, *, progress: bool) -> None:
-    """Fill ``run.ref_logps`` where computing them once is cheaper, and free reference weights that no step needs.
+    """Precompute ``run.ref_logps`` if that is cheaper, and free reference weights that no step needs.
 
-    Evaluations that sample still need the reference: its weights wait for them on the CPU.
+    If only evaluations need the reference, its weights are moved to the CPU until then.
     """
     config, device = run.config, run.accelerator.device
     if not isinstance(run.trained, Policy):

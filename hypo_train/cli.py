@@ -1,6 +1,6 @@
-"""The command line: training by default, the demo without arguments, a subcommand by its name.
+"""The command line: the demo without arguments, a subcommand if one is named, else training.
 
-Each command checks its arguments before anything heavy is imported.
+Each command checks its arguments before it imports anything heavy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hypo_train.utils.errors import NotFiniteError, OtherProcessError, Stopped, 
 from hypo_train.utils.flags import flag_lines
 from hypo_train.utils.safe_print import safe_print
 
-# A command's folder: its settings module reads the arguments and imports nothing heavy, its command module runs.
+# Command -> folder. Its settings module reads the arguments and imports nothing heavy; its command module runs.
 COMMANDS = {
     "demo": "hypo_train.demo",
     "evaluate": "hypo_train.evaluation",
@@ -33,8 +33,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` names and return the exit status.
 
-    It is 0; 2 with one line for every mistake in the arguments, the data or the model; 1 after a loss that is not
-    finite; 128 and a signal's number after a signal has stopped a run.
+    The status is 0 on success, 1 after a loss that is not finite or a failure of another process, 2 after mistakes in
+    the arguments, the data or the model (one line for each), and 128 + signal number after a signal.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         safe_print(f"hypo_train: {stopped}", sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        safe_print("hypo_train: stopped by SIGINT where it was; what was saved before is kept", sys.stderr)
+        safe_print("hypo_train: stopped at once by SIGINT; everything that was saved before is unchanged", sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -90,18 +90,18 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _dry_run(config: Config, dry_run: DryRun) -> int:
-    """Print what the dry run finds; return 2 where the run would be refused, else 0."""
+    """Print the findings of the dry run; return 2 if the run would be refused, else 0."""
     from hypo_train.preflight import check
     from hypo_train.utils.quiet import quiet_libraries
 
     quiet_libraries()
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own next release
-    found = check(config, dry_run)
-    for problem in found.problems:
+    warnings.simplefilter("ignore", FutureWarning)  # transformers warns about its next release
+    findings = check(config, dry_run)
+    for problem in findings.problems:
         print(f"hypo_train: {problem}", file=sys.stderr)
     sys.stderr.flush()
-    print("\n".join(["dry run: nothing was trained or written, and no weights were read", "", *found.page()]))
-    return 2 if found.problems else 0
+    print("\n".join(["dry run: nothing was trained or written, and no weights were read", "", *findings.page()]))
+    return 2 if findings.problems else 0
 
 
 def _asks_for_help(argv: Sequence[str]) -> bool:

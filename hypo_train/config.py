@@ -1,7 +1,7 @@
-"""One flat, frozen ``Config`` for a run, read from a YAML file and from command-line flags.
+"""The flat, frozen ``Config`` of a run, read from a YAML file and command-line flags.
 
-Nothing heavy is imported here, so that a mistake is reported at once: ``load_config`` collects all problems of a file
-and a command line in one ``ConfigError``. A field that TRL has as well has TRL's name.
+``load_config`` reports all problems of a file and a command line in one ``ConfigError``. Nothing heavy is imported
+here, so that it does so at once. Fields that TRL has too have TRL's names.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Config(Settings):
     algorithm: Annotated[Text, Field(examples=[*ALGORITHMS, "package.module:object"])] = "hypo"
     """What is trained: hypo is DPO plus the online reverse KL, dpo and ipo are these losses alone, rloo maximises a
     reward minus beta times the KL, reward trains a reward model on preferences, and sft is supervised fine-tuning.
-    "package.module:object" names an algorithm of yours (docs: Extending)."""
+    "package.module:object" names your own algorithm (docs: Extending)."""
     output_dir: Text = "runs/hypo"
     """Folder for metrics, checkpoints and the final model; created if it does not exist."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -122,7 +122,7 @@ class Config(Settings):
     not fit one device. Without it every process holds all of them (DDP)."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed's ZeRO; needs deepspeed. 1 shards the optimizer's state, 2 also the gradients; every process holds all
-    weights. 0 is off. In the place of 3, which also shards the weights, use fsdp."""
+    weights. 0 is off. Instead of 3, which also shards the weights, use fsdp."""
     vocab_parallel: bool = False
     """With fsdp: each process keeps one part of the vocabulary of embedding and LM head, and computes it for the rows
     of all processes. Processes exchange hidden states; they never gather these two weights or their gradients."""
@@ -173,22 +173,22 @@ class Config(Settings):
     num_generations: PositiveInt = 2
     """Samples for each prompt; each is a baseline for the others, so hypo and rloo need at least 2."""
     length_penalty: NonNegativeFloat = 0.0
-    """Added to a sample's log-ratio for each of its tokens, so that length has a cost as KL has; hypo and rloo."""
+    """Added to a sample's log-ratio for each of its tokens, so that length has a cost too; hypo and rloo."""
 
     reward: Text | None = None
     """Reward function, "package.module:function", called with the texts (prompt, completion). rloo learns from it, and
     evaluations of every algorithm report it. If it uses the global generators of Python, NumPy or torch, its random
     numbers depend on seed and step alone, so a resumed run draws the same."""
     reward_model_path: Text | None = None
-    """Reward model in the place of a function: a Hub name or a local folder of a sequence classifier with one label. It
+    """Reward model instead of a function: a Hub name or a local folder of a sequence classifier with one label. It
     reads the policy's token ids if both have the same tokenizer, as after algorithm: reward, and texts otherwise."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Subtracted from the reward of a sample that does not end within max_new_tokens."""
 
     sampler: Text = "auto"
-    """Engine that draws the samples. decode is ours and generate that of transformers, both on the live weights; vllm
-    has a copy that follows them. auto means decode if it supports the model, else generate. "package.module:object"
-    names a sampler of yours (docs: Extending)."""
+    """Engine that draws the samples. decode is this project's own and generate that of transformers; both use the live
+    weights, and vllm a copy that is updated. auto means decode if it supports the model, else generate.
+    "package.module:object" names your own sampler (docs: Extending)."""
     reuse_prompt_kv: bool = True
     """Sample from the keys and values that the training pass computes for the prompts, so that no prompt is computed
     twice; used where a step has one micro-batch."""
@@ -273,17 +273,17 @@ class Config(Settings):
 
     @property
     def spec(self) -> Algorithm:
-        """The registry's entry of the algorithm."""
+        """The registry entry of the algorithm."""
         return find_algorithm(self.algorithm)
 
     @property
     def draws_samples(self) -> bool:
-        """Whether a step samples from the policy."""
+        """True if a step samples from the policy."""
         return self.spec.draws_samples
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss compares the policy with a reference model."""
+        """True if the loss compares the policy with a reference model."""
         return self.spec.has_reference
 
     @property
@@ -329,7 +329,7 @@ class Config(Settings):
             raise ConfigError("; ".join(problems))
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed but seldom meant, one line each."""
+        """Return one line for each setting that is allowed but probably a mistake."""
         lines = []
         if self.draws_samples and (self.top_k, self.top_p) != (0, 1.0):
             lines.append(
@@ -339,12 +339,12 @@ class Config(Settings):
         return lines + _without_effect(self)
 
     def to_yaml(self) -> str:
-        """All fields as a YAML mapping that ``load_config`` reads back to an equal ``Config``."""
+        """Return all fields as a YAML mapping, from which ``load_config`` reads an equal ``Config``."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def _conflicts(c: Config) -> list[str]:
-    """Fields that are valid alone but not together, one line each."""
+    """Return one line for each conflict between fields that are valid alone."""
     no_eval_rows = c.dataset_test_split is None and not c.num_eval_rows
     rules = [
         (
@@ -353,7 +353,7 @@ def _conflicts(c: Config) -> list[str]:
         ),
         (
             not c.spec.is_hybrid and c.kl_estimator != "sampled",
-            f"kl_estimator={c.kl_estimator} with algorithm={c.algorithm}: only hypo can estimate its KL so, leave it "
+            f"kl_estimator={c.kl_estimator} with algorithm={c.algorithm}: only hypo has this estimator, leave it "
             "out (or use algorithm: hypo)",
         ),
         (
@@ -363,12 +363,12 @@ def _conflicts(c: Config) -> list[str]:
         ),
         (
             c.precompute_ref_log_probs is True and not c.spec.asks_reference_about_pairs,
-            f"precompute_ref_log_probs=true with algorithm={c.algorithm}: it asks the reference about no pair, leave "
-            "it out",
+            f"precompute_ref_log_probs=true with algorithm={c.algorithm}: its loss uses no reference log-probs of "
+            "pairs, leave it out",
         ),
         (
             c.precompute_ref_log_probs is True and c.kl_estimator == "exact",
-            "precompute_ref_log_probs=true with kl_estimator=exact: that needs the reference's whole distributions in "
+            "precompute_ref_log_probs=true with kl_estimator=exact: that needs the reference's full distributions in "
             "every step, leave it out (or use kl_estimator: sampled)",
         ),
         (
@@ -387,24 +387,24 @@ def _conflicts(c: Config) -> list[str]:
         *(
             (
                 getattr(c, name) and not c.use_peft,
-                f"{name}=true without use_peft: it is about a LoRA adapter, set use_peft: true (or leave it out)",
+                f"{name}=true without use_peft: it works only with LoRA, set use_peft: true (or leave it out)",
             )
             for name in ("use_rslora", "use_dora", "load_in_4bit")
         ),
         (
             c.load_in_4bit and c.spec.trains_reward_model,
-            "load_in_4bit=true with algorithm=reward: a reward model is saved whole, its adapter merged, which 4 bits "
-            "would round; use load_in_4bit: false",
+            "load_in_4bit=true with algorithm=reward: a reward model is saved with its adapter merged, and 4-bit "
+            "weights would round it; use load_in_4bit: false",
         ),
         (
             c.fsdp and not c.optim.startswith("adamw_torch"),
-            f"fsdp=true with optim={c.optim}: it is not served on sharded weights, use optim: adamw_torch",
+            f"fsdp=true with optim={c.optim}: it does not support sharded weights, use optim: adamw_torch",
         ),
         (c.fsdp and c.load_in_4bit, "fsdp=true with load_in_4bit=true: 4-bit weights cannot be sharded, choose one"),
         (
             c.fsdp and c.use_peft and c.spec.trains_reward_model,
-            "fsdp=true with use_peft=true and algorithm=reward: its adapter could not be merged in the end, leave fsdp "
-            "out",
+            "fsdp=true with use_peft=true and algorithm=reward: its adapter could not be merged after training, leave "
+            "fsdp out",
         ),
         (c.zero_stage == 3, "zero_stage=3: weights are sharded by PyTorch's FSDP2 here, set fsdp: true instead"),
         (
@@ -413,13 +413,12 @@ def _conflicts(c: Config) -> list[str]:
         ),
         (
             c.zero_stage > 0 and not c.optim.startswith("adamw_torch"),
-            f"zero_stage={c.zero_stage} with optim={c.optim}: its state has a tensor's shape, which ZeRO flattens; use "
-            "optim: adamw_torch",
+            f"zero_stage={c.zero_stage} with optim={c.optim}: its state needs the tensors' shapes, which ZeRO "
+            "flattens; use optim: adamw_torch",
         ),
         (
             c.vocab_parallel and not c.fsdp,
-            "vocab_parallel=true without fsdp: it is about weights that processes share, set fsdp: true (or leave it "
-            "out)",
+            "vocab_parallel=true without fsdp: it needs sharded weights, set fsdp: true (or leave it out)",
         ),
         (
             c.vocab_parallel and c.spec.trains_reward_model,
@@ -427,7 +426,7 @@ def _conflicts(c: Config) -> list[str]:
         ),
         (
             c.vocab_parallel and c.impl == "reference",
-            "vocab_parallel=true with impl=reference: that takes the whole vocabulary, use impl: auto",
+            "vocab_parallel=true with impl=reference: that needs the full vocabulary, use impl: auto",
         ),
         (
             c.dataset_test_split is not None and c.num_eval_rows > 0,
@@ -452,7 +451,7 @@ def _conflicts(c: Config) -> list[str]:
         ),
         (
             c.missing_eos_penalty > 0 and not c.has_reward,
-            f"missing_eos_penalty={c.missing_eos_penalty:g} without a reward to take it from: set reward or "
+            f"missing_eos_penalty={c.missing_eos_penalty:g} without a reward to subtract it from: set reward or "
             "reward_model_path",
         ),
         (
@@ -464,7 +463,7 @@ def _conflicts(c: Config) -> list[str]:
 
 
 def _without_effect(c: Config) -> list[str]:
-    """Fields that have been set and that nothing reads, one line each."""
+    """Return one line for each field that was set but has no effect."""
     draws = "algorithm: hypo or rloo"
     needs = [
         (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), c.use_peft, "use_peft: true"),
@@ -475,19 +474,19 @@ def _without_effect(c: Config) -> list[str]:
     ]
     return [
         f"{name}={shown(getattr(c, name))} has no effect without {what}"
-        for names, is_there, what in needs
+        for names, has_effect, what in needs
         for name in names
-        if not is_there and getattr(c, name) != Config.model_fields[name].default
+        if not has_effect and getattr(c, name) != Config.model_fields[name].default
     ]
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """Return the configuration that ``argv`` (without the program's name) asks for.
+    """Return the configuration from the arguments ``argv``, without the program's name.
 
-    Flags override ``--config``'s file, which overrides its ``base``.
+    Flags override the file of ``--config``, which overrides its ``base``.
 
     Raises:
-        ConfigError: with every problem of the file and the flags together.
+        ConfigError: lists every problem of the file and the flags.
     """
     problems: list[str] = []
     _, flags = read_flags(Config, argv, problems)
@@ -501,7 +500,7 @@ def load_config(argv: Sequence[str]) -> Config:
 
 
 def checked(values: dict[str, Any]) -> Config:
-    """Return the configuration with these values by field. Raises ConfigError with every problem in one line."""
+    """Return the ``Config`` of these values. Raises ConfigError, which lists every problem on one line."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -509,9 +508,9 @@ def checked(values: dict[str, Any]) -> Config:
 
 
 def require_trust(saved: Config, *, given: bool, where: Path) -> None:
-    """Raise ConfigError if the run ``saved`` needs ``trust_remote_code`` and the reader has not ``given`` it.
+    """Raise ConfigError if the run ``saved`` needs ``trust_remote_code`` and the user has not ``given`` it.
 
-    The files of a run may be somebody else's: what they say alone never runs foreign code.
+    The files of a run may come from somebody else, so they alone must not make this process run remote code.
     """
     if saved.trust_remote_code and not given:
         raise ConfigError(
@@ -521,9 +520,9 @@ def require_trust(saved: Config, *, given: bool, where: Path) -> None:
 
 
 def _read_recipe(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the known keys of a flat YAML mapping, over those of the recipe that its ``base`` names, if it names one.
+    """Return the known keys of a flat YAML mapping. They override those of the recipe in its ``base``, if there is one.
 
-    ``heirs``: the recipes that this one is the base of, the first given on the command line.
+    ``heirs``: the recipes that this one is the base of, starting with that of the command line.
     """
     where = f"base {shown_name(path)} of {heirs[-1]}" if heirs else f"--config {shown_name(path)}"
     values, repeated = read_mapping(path, where)
@@ -538,7 +537,7 @@ def _read_recipe(path: str, problems: list[str], heirs: Sequence[str] = ()) -> d
 
 
 def _read_base(base: Any, problems: list[str], heirs: Sequence[str]) -> dict[str, Any]:
-    """Return the values of the recipe ``base``, whose path is relative to the folder of the last of ``heirs``."""
+    """Return the values of the recipe ``base``, a path relative to the folder of the last recipe in ``heirs``."""
     if not isinstance(base, str) or not base or why_unusable(base):
         raise ConfigError(f"base={shown(base)} in {heirs[-1]}: should be the path of a recipe, relative to this one")
     path = Path(heirs[-1]).parent / Path(base).expanduser()

@@ -1,4 +1,4 @@
-"""What a run reads before its weights: the model's config, the tokenizer, the rows and the reward function."""
+"""The inputs of a run without weights: the model's config, the tokenizer, the rows and the reward function."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
 class Source:
     """The model's transformers config and its tokenizer."""
 
-    config: Config  # in a dry run, its model may be a substitute
+    config: Config  # in a dry run, it may name a substitute model
     architecture: Any
-    tokenizer: Any  # None in a dry run that cannot read one
-    description: str  # lines of the first page
-    is_of_run: bool = True  # False if a dry run was told to use another model's
+    tokenizer: Any  # None in a dry run without a readable tokenizer
+    description: str  # lines for the overview that is printed at the start
+    is_of_run: bool = True  # False if a dry run uses a substitute
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -33,7 +33,7 @@ class Source:
 
 
 class Inputs:
-    """Loads what a run reads before its weights: each part when it is first used, and once."""
+    """Load the inputs of a run. Each is loaded once, on first use."""
 
     def __init__(self, config: Config, rank_share: RankShare = SINGLE_PROCESS) -> None:
         self.config = config
@@ -46,7 +46,7 @@ class Inputs:
 
     @cached_property
     def source(self) -> Source | None:
-        """The model's config and tokenizer; None only in a dry run. Raises ModelError if they cannot be read."""
+        """The model's config and tokenizer, None only in a dry run. Raises ModelError if they cannot be read."""
         name = self.config.model_name_or_path
         check_source(name)
         check_weights(name)
@@ -56,7 +56,7 @@ class Inputs:
 
     @cached_property
     def rows(self) -> tuple[Plan, dict[str, DataReport]]:
-        """The rows, planned into steps, and a report on each split. Raises DataError if they cannot be read."""
+        """The plan (rows and steps), and a report on each split. Raises DataError if the rows cannot be read."""
         assert self.source is not None
         return load_plan(self.config, self.source.tokenizer, self.source.eos_token_ids, self.rank_share)
 
@@ -66,7 +66,7 @@ class Inputs:
 
     @property
     def data_report(self) -> dict[str, list[str]]:
-        """Lines on the rows of each split: how many are used, how long they are, what was cut."""
+        """Lines about the rows of each split: numbers of used and cut rows, and lengths."""
         return {split: report.lines() for split, report in self.rows[1].items()}
 
 
@@ -77,5 +77,5 @@ def check_weights(name: str, field: str = "model_name_or_path") -> None:
 
 
 def origin(name: str) -> str:
-    """Return where a model called ``name`` is read from, in words."""
+    """Return a text that says where the model ``name`` is read from."""
     return "local folder" if Path(name).expanduser().is_dir() else "the Hub, or its cache"

@@ -1,6 +1,6 @@
-"""The run's optimizer and learning rate schedule.
+"""Build the optimizer and the learning rate schedule.
 
-Names and settings are those of transformers, and so of TRL. All parameters share one learning rate.
+Names and settings are those of transformers and TRL. All parameters have the same learning rate.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hypo_train.config import Config, ConfigError
 
-# What a parameter does, as far as optimizers distinguish.
+# The role of a parameter, which decides how optimizers treat it.
 Role = Literal["embedding", "head", "matrix", "vector"]
 
 _MIN_8BIT_SIZE = 4096  # bitsandbytes keeps the moments of smaller parameters in fp32
-_BLOCK = 256  # elements that share one fp32 scale there
+_BLOCK = 256  # elements that share one fp32 scale in bitsandbytes
 
 
 def require_optimizer(config: Config) -> None:
@@ -95,7 +95,7 @@ def _groups(parameters: Sequence[nn.Parameter], weight_decay: float, **options: 
 def _split(
     named: Sequence[tuple[str, nn.Parameter]], roles: Mapping[str, Role] | None, wanted: Role
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the parameters of a role, and all others."""
+    """Return the parameters with the role ``wanted``, and all others."""
     split: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in named:
         role = roles[name] if roles is not None else "matrix" if parameter.ndim == 2 else "vector"
@@ -116,10 +116,12 @@ def _adamw_8bit(
     weight_decay: float,
     adam: Mapping[str, Any],
 ) -> Optimizer:
-    """Build bitsandbytes' AdamW with 8-bit moments, and 32-bit ones for embeddings, as transformers' Trainer does."""
+    """Build bitsandbytes' AdamW as transformers' Trainer does: 8-bit moments, 32-bit for embeddings."""
     from bitsandbytes.optim import AdamW8bit
 
-    class AdamW8bitByGroup(AdamW8bit):  # its own way to choose keeps a table by parameter id for the whole process
+    class AdamW8bitByGroup(
+        AdamW8bit
+    ):  # bitsandbytes' way to set bits by parameter is a global table that is never cleared
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             return super().get_config(gindex, pindex, group) | {"optim_bits": group["optim_bits"]}
 
@@ -143,7 +145,7 @@ def _muon(
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for the matrices between the embeddings and the head, AdamW for everything else; one state, one step."""
+    """One optimizer of two: Muon for the matrices between embeddings and head, AdamW for all other parameters."""
 
     def __init__(self, muon: Muon, adamw: AdamW | None) -> None:
         self._parts: list[Optimizer] = [muon] if adamw is None else [muon, adamw]
@@ -152,7 +154,7 @@ class MuonAndAdamW(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters."""
         start = 0
-        for part in self._parts:  # a loaded state replaces this optimizer's groups and state
+        for part in self._parts:  # loading a state replaces this optimizer's groups and state
             stop = start + len(part.param_groups)
             part.param_groups, part.state = self.param_groups[start:stop], self.state
             start = stop
@@ -160,7 +162,7 @@ class MuonAndAdamW(Optimizer):
 
 
 class Footprint(NamedTuple):
-    """Bytes that an optimizer needs beside weights and gradients."""
+    """The bytes that an optimizer needs in addition to weights and gradients."""
 
     what: str
     state: int
@@ -170,7 +172,7 @@ class Footprint(NamedTuple):
 def footprint(
     optim: str, named: Iterable[tuple[str, nn.Parameter]], *, roles: Mapping[str, Role], device_type: str
 ) -> Footprint:
-    """Return what the optimizer called ``optim`` needs on ``device_type`` for the trained fp32 parameters."""
+    """Return the footprint of the optimizer called ``optim`` on ``device_type`` for the trained fp32 parameters."""
     shapes = [(roles[name], p.shape, p.numel()) for name, p in named if p.requires_grad]
     largest = 4 * max(count for _, _, count in shapes)
     eight = [(2 * count + 8 * math.ceil(count / _BLOCK), count) for _, _, count in shapes]
@@ -194,9 +196,9 @@ def footprint(
 
 
 def _newton_schulz(shape: torch.Size) -> int:
-    """Return the bytes of Muon's orthogonalisation, without what a BLAS library adds for its products.
+    """Return the bytes of Muon's orthogonalisation, without temporaries of the BLAS library.
 
-    They are the fp32 update, two bf16 matrices of its size, and two of its short side squared.
+    They are the fp32 update, two bf16 matrices of its size, and two square ones of its shorter side.
     """
     return 4 * shape.numel() + 2 * 2 * shape.numel() + 2 * 2 * min(shape) ** 2
 

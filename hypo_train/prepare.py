@@ -1,4 +1,4 @@
-"""From a configuration to a run that is ready to train: load what is cheap, check it, load the weights, build."""
+"""Turn a configuration into a run: load cheap inputs, check them, load the weights, build."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hypo_train.sampling.registry import candidates
 
 
 def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) -> Run:
-    """Return the run of ``config``, checked and built. The cheapest checks come first.
+    """Check ``config`` and its inputs, the cheapest checks first, and return the built run.
 
     Args:
-        show: is called with the lines of the first page, before weights are read.
+        show: called with the lines of the overview before weights are read.
 
     Raises:
         ValueError: the run cannot start.
@@ -40,7 +40,7 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
     with processes.report_failures():
         require_same_settings(processes, config, device_type=accelerator.device.type)
         _check_num_processes(config, processes.world_size)
-        # If a process fails alone, for example because its machine lacks a file, it says so before others wait for it.
+        # If one process fails, for example because its machine lacks a file, it reports this before the others wait.
         with offline_if_unreachable(config):
             models = processes.run_on_all(load)
         require_same_inputs(processes, inputs, models)
@@ -51,12 +51,12 @@ _REFUSED_VARIABLES = {
     "ACCELERATE_USE_FSDP": "set fsdp: true here, and start with torchrun or accelerate launch --multi_gpu",
     "ACCELERATE_USE_DEEPSPEED": "set zero_stage: 1 or 2 here (fsdp: true for ZeRO-3's sharding), and start with "
     "torchrun or accelerate launch --multi_gpu",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not served, set fsdp: true here and start with torchrun",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported, set fsdp: true here and start with torchrun",
 }
 
 
 def _check_launcher() -> None:
-    """Raise ConfigError if accelerate's launcher was told to shard a model itself."""
+    """Raise ConfigError if accelerate's launcher is configured to shard the model."""
     for variable, fix in _REFUSED_VARIABLES.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise ConfigError(f"{variable} is set: {fix}")

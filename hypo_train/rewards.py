@@ -1,4 +1,4 @@
-"""Rewards of completions: from a Python function that the configuration names, or from a reward model."""
+"""Compute rewards of completions with a Python function or a reward model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RewardError(ValueError):
 
 class Reward(Protocol):
     def __call__(self, prompts: Tokens, completions: Tokens) -> Tensor:
-        """Return the rewards (N,) of N completions (token ids), each prompt's next to each other, on any device."""
+        """Return rewards (N,), on any device, of N completions (token ids), grouped by prompt."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class EndedReward:
 
 @dataclass(frozen=True)
 class ClassifierReward:
-    """Compute rewards with a frozen sequence classifier of the texts, which has a tokenizer of its own."""
+    """Compute rewards with a frozen sequence classifier of texts, which uses its own tokenizer."""
 
     model: Any
     tokenizer: Any
@@ -120,7 +120,7 @@ def load_reward(
     eos_token_ids: Sequence[int],
     accelerator: Accelerator,
 ) -> tuple[Reward | None, str | None]:
-    """Return the configured reward, and the reason if a reward model reads texts and not the policy's token ids.
+    """Return the configured reward. If a reward model reads texts instead of token ids, also return the reason.
 
     Raises:
         ModelError: the reward model cannot be loaded, or is not a reward model.
@@ -138,9 +138,9 @@ def load_reward(
 
 def _reward_model(config: Config, tokenizer: Any, accelerator: Accelerator) -> tuple[Reward, str | None]:
     classifier = load_classifier(config, autocast=accelerator.mixed_precision == "bf16").to(accelerator.device)
-    own_tokenizer = load_classifier_tokenizer(config, classifier)
+    classifier_tokenizer = load_classifier_tokenizer(config, classifier)
     device, size = accelerator.device, config.per_device_eval_batch_size
-    if own_tokenizer.get_vocab() != tokenizer.get_vocab():
+    if classifier_tokenizer.get_vocab() != tokenizer.get_vocab():
         why = "its tokenizer is not the policy's"
     else:
         try:
@@ -150,11 +150,11 @@ def _reward_model(config: Config, tokenizer: Any, accelerator: Accelerator) -> t
         else:
             batcher = Batcher(classifier.config.get_text_config().pad_token_id, shares_prompts=model.shares_prompts)
             return ModelReward(model, batcher, size, device, accelerator.autocast), None
-    return ClassifierReward(classifier, own_tokenizer, tokenizer, size, device, accelerator.autocast), why
+    return ClassifierReward(classifier, classifier_tokenizer, tokenizer, size, device, accelerator.autocast), why
 
 
 def finite_score(source: str, value: Any, completion: str) -> float:
-    """Return ``value``, which the user's function returned for ``completion``, as a float.
+    """Return ``value``, the result of the user's function for ``completion``, as a float.
 
     Raises:
         RewardError: it is not a finite number.
@@ -169,7 +169,7 @@ def finite_score(source: str, value: Any, completion: str) -> float:
 
 
 def load_function(path: str, field: str = "reward") -> RewardFunction:
-    """Import and return the function that ``path``, ``package.module:function``, names.
+    """Import and return the function at ``path``, ``package.module:function``.
 
     Raises:
         ConfigError: there is no such function; the message names ``field``.

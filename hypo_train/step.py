@@ -1,8 +1,8 @@
 """One optimizer step (Algorithm 1): ``batch → samples → loss of each micro-batch → backward → clip → update``.
 
-The batch and everything random in a step depend on the seed and the step's number alone, a reward function's use of
-Python's, NumPy's and torch's generators included. So a resumed run needs only the weights, the optimizer's state, the
-step's number and the samples drawn ahead.
+The batch and all random numbers of a step depend only on the seed and the step's number. This includes the generators
+of Python, NumPy and torch, which a reward function may use. So a resumed run needs only the weights, the optimizer's
+state, the step's number and samples that were drawn for later steps.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from hypo_train.utils.seeding import seed_everything
 
 
 def train_step(run: Run, step: int, meter: Meter) -> None:
-    """Train one optimizer step; add its statistics to ``meter`` and its time and FLOPs to the run's counters."""
+    """Do one optimizer step; add its statistics to ``meter`` and its time and FLOPs to the run's counters."""
     timer = run.timer
     seed_everything(run.plan.own_seed(step))
     with timer.phase("data"):
         all_indices = run.plan.rows_of_step(step)  # of all ranks
         indices = run.plan.rank_share.select(all_indices)
         rows: list[Any] = [run.plan.train_rows[i] for i in indices]
-        # The gradients are averaged over ranks, so a rank divides by the mean number of losses a rank has.
+        # Gradients are averaged over ranks, so each rank divides by the mean number of losses per rank.
         losses_per_rank = _num_losses([run.plan.train_rows[i] for i in all_indices]) / run.plan.world_size
     micro_batch_loss = run.config.spec.load_micro_batch_loss()
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
@@ -42,8 +42,8 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         part_samples = samples.of_prompts(part.start, part.stop) if samples else None
         loss_weight = _num_losses(rows[part]) / losses_per_rank
         batch = MicroBatch(rows[part], indices[part], part_samples, prompts, loss_weight)
-        last = part.stop == len(rows)
-        with _gradient_exchange(run, last=last):
+        is_last = part.stop == len(rows)
+        with _gradient_exchange(run, last=is_last):
             loss = micro_batch_loss(run, batch, meter)
             run.finite.see(step, loss.detach())
             with timer.phase("backward"):
@@ -63,8 +63,8 @@ def _micro_batches(run: Run, lengths: Sequence[int]) -> list[slice]:
     """Split rows of these lengths into micro-batches; under FSDP and ZeRO-2 every rank gets the same number."""
     parts = list(run.plan.micro_batches(lengths))
     exchanges_in_each = run.config.fsdp or run.config.zero_stage == 2
-    wanted = run.processes.max(len(parts)) if exchanges_in_each else len(parts)
-    while len(parts) < wanted:  # every rank has as many rows, so one part has two rows or more
+    num_parts = run.processes.max(len(parts)) if exchanges_in_each else len(parts)
+    while len(parts) < num_parts:  # all ranks have equally many rows, so one part has two rows or more
         i = max(range(len(parts)), key=lambda i: parts[i].stop - parts[i].start)
         start, stop = parts[i].start, parts[i].stop
         parts[i : i + 1] = [slice(start, (start + stop) // 2), slice((start + stop) // 2, stop)]
@@ -72,7 +72,7 @@ def _micro_batches(run: Run, lengths: Sequence[int]) -> list[slice]:
 
 
 def _lengths(rows: Sequence[Any], samples: StepSamples | None) -> list[int]:
-    """Return the number of tokens of each row, with its samples."""
+    """Return the number of tokens of each row, including its samples."""
     if samples is None:
         return [row.num_tokens for row in rows]
     k = samples.num_generations
@@ -85,7 +85,7 @@ def _num_losses(rows: Sequence[Any]) -> int:
 
 
 def _run_prompts(run: Run, rows: Sequence[Any]) -> PromptPass:
-    """Run the policy on the step's prompts, with gradients, for sampling and training to continue from."""
+    """Run the policy on the step's prompts, with gradients. Sampling and training reuse the result."""
     with run.timer.phase("data"):
         tree = run.batcher.prompts([row.prompt for row in rows]).to(run.accelerator.device)
     with run.timer.phase("forward"), run.accelerator.autocast():
@@ -116,7 +116,7 @@ def _prompt_kv(run: Run, prompts: PromptPass) -> PromptKV:
 
 
 def _gradient_exchange(run: Run, *, last: bool) -> AbstractContextManager[Any]:
-    """Return the context of a micro-batch: ranks exchange gradients after the last one only (ZeRO-2: after each)."""
+    """Return a context in which ranks exchange gradients only after the last micro-batch (ZeRO-2: after each)."""
     if run.zero is not None:
         run.zero.exchanges_after(last=last)
     elif not last:

@@ -45,10 +45,10 @@ class Result:
 
 
 def train(config: Config, *, progress: bool = True) -> Result:
-    """Train as ``config`` says, from its data to a saved model.
+    """Train and save the model that ``config`` describes.
 
     Raises:
-        ValueError: the run is refused; nothing was trained.
+        ValueError: the run cannot start; nothing was trained.
         NotFiniteError: a loss or gradient is NaN or infinite.
         Stopped: SIGTERM, SIGINT or SIGHUP arrived; the step in progress was finished and saved.
     """
@@ -65,7 +65,7 @@ def _train(run: Run, *, progress: bool) -> Result:
 
 
 def _lock_output_dir(config: Config, held: ExitStack) -> None:
-    """Lock output_dir against other runs, and check again that none has started in it."""
+    """Lock output_dir, and check again that no other run has started in it."""
     held.enter_context(locked(Path(config.output_dir)))
     refuse_to_overwrite(config)
 
@@ -86,7 +86,7 @@ def _train_in_locked_folder(run: Run, *, progress: bool) -> Result:
 
 @contextmanager
 def _recorded(run: Run, first_step: int, trackers: Trackers | None, *, progress: bool) -> Iterator[SilentLog]:
-    """Open the run's log and write its configuration, environment and report; on the main process only."""
+    """Open the run's log, and write its configuration, environment and report. Only the main process writes."""
     if not run.processes.is_main:
         yield SilentLog()
         return
@@ -119,14 +119,14 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
     for step in range(first_step, run.plan.total_steps):
         _step(run, step, meter)
         done = step + 1
-        last = done == run.plan.total_steps
-        stopped_by = None if last else run.processes.max(stop.number or 0) or None
+        is_last = done == run.plan.total_steps
+        stopped_by = None if is_last else run.processes.max(stop.number or 0) or None
         log.advance(done)
-        logs = last or done % config.logging_steps == 0
-        evaluates = last or (config.eval_steps and done % config.eval_steps == 0)
-        saves = last or stopped_by is not None or (config.save_steps and done % config.save_steps == 0)
+        logs = is_last or done % config.logging_steps == 0
+        evaluates = is_last or (config.eval_steps and done % config.eval_steps == 0)
+        saves = is_last or stopped_by is not None or (config.save_steps and done % config.save_steps == 0)
         if logs or evaluates or saves:
-            # The host waits for the device here and nowhere else in the loop.
+            # Only here the loop makes the host wait for the device.
             stop_if_not_finite(run, step, saves=bool(saves))
         if logs:
             metrics = meter.read(run.processes)
@@ -147,8 +147,8 @@ def _step(run: Run, step: int, meter: Meter) -> None:
     try:
         with run.timer.step():
             train_step(run, step, meter)
-    except (RuntimeError, LookupError):  # weights that are not finite break a sampler before they are checked
-        if (bad := run.finite.first_bad()) is not None:  # of this rank: other ranks may not have failed
+    except (RuntimeError, LookupError):  # weights that are not finite can make a sampler fail before the check for them
+        if (bad := run.finite.first_bad()) is not None:  # this rank only: other ranks may not have failed
             raise_not_finite(run, bad)
         raise
 

@@ -84,7 +84,7 @@ def load_optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], sa
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     # load_state_dict casts each state to its parameter's dtype, which would round the fp32 state of a bf16 weight.
     for number, parameter in enumerate(parameters):
-        loaded = optimizer.state.get(parameter, {})  # empty under ZeRO-2, where all state is fp32
+        loaded = optimizer.state.get(parameter, {})  # empty under ZeRO-2, where state belongs to fp32 partitions
         for name, tensor in state.get(number, {}).items():
             if torch.is_tensor(tensor) and name in loaded and loaded[name].dtype != tensor.dtype:
                 optimizer.state[parameter][name] = tensor.to(parameter.device)

@@ -1,1 +1,1 @@
-"""Pairwise judges, which say which of two responses to a prompt is better, and the win-rate of their verdicts."""
+"""Pairwise judges, which choose the better of two responses to a prompt, and the win-rate of their verdicts."""

@@ -1,7 +1,7 @@
-"""A file of the answers so far, so that a judging that was stopped pays for no answer twice.
+"""A cache file of answers, so that a judging that is stopped and started again does not pay twice.
 
 Each answer is appended as one line when it arrives: ``{"key": ..., "text": ..., "prompt_tokens": ..., ...}``. The key
-is a hash of the request and the address; the API key is no part of it, nor of the file.
+is a hash of the request and the address. The API key is neither in the hash nor in the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """An endpoint's answer, and the tokens that it counts (None: it counts none)."""
+    """An endpoint's answer, and its token counts (None if the endpoint sends none)."""
 
     text: str
     prompt_tokens: int | None
@@ -25,7 +25,7 @@ class Answer:
 
 
 class AnswerCache:
-    """Answers by request; several threads may use one cache."""
+    """Cached answers by request. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,22 +39,22 @@ class AnswerCache:
         self._torn = bool(content) and not content.endswith(b"\n")
 
     def get(self, request: Mapping[str, Any]) -> Answer | None:
-        """Return the answer to an equal request, or None."""
+        """Return the cached answer to ``request``, or None."""
         return self._answers.get(_key(request))
 
     def put(self, request: Mapping[str, Any], answer: Answer) -> None:
-        """Keep an answer; a killed process does not lose it once this returns."""
+        """Store an answer in memory and in the file."""
         key = _key(request)
         line = json.dumps({"key": key, **asdict(answer)}) + "\n"
         with self._lock:
             self._answers[key] = answer
             with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n" + line if self._torn else line)  # begin a new line after a half-written one
+                file.write("\n" + line if self._torn else line)  # start a new line after an incomplete one
             self._torn = False
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a complete line; None for a torn one, whose request is sent again."""
+    """Return the record of a line, or None if it is incomplete; then its request is sent again."""
     try:
         record = json.loads(line)
     except ValueError:

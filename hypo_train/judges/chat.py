@@ -1,4 +1,4 @@
-"""A chat model as a pairwise judge: asked in both orders, many comparisons at once, nothing asked twice."""
+"""A chat model as a pairwise judge. It sees each comparison in both orders; answers are cached."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hypo_train.judges.settings import JudgeSettings
 from hypo_train.judges.template import load_template, preferred
 from hypo_train.judges.verdicts import Comparison, JudgeError, Verdict
 
-FAILURES_IN_A_ROW = 10  # after this many the endpoint is probably down, or an account empty
+FAILURES_IN_A_ROW = 10  # then the endpoint is probably down, or the account has no credit
 
 
 class ChatJudge:
-    """A judge that asks about each comparison twice, as A/B and as B/A: a verdict that changes is a tie."""
+    """A judge that asks a chat model about each comparison as A/B and as B/A. Different verdicts are a tie."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self.endpoint = ChatEndpoint(settings)
         self.template = load_template(settings.judge_template)
         self.cache = AnswerCache(settings.cache)
-        self.usage_from_cache = Usage()  # of answers that an earlier run paid for
+        self.usage_from_cache = Usage()  # usage of cached answers, which an earlier run paid for
         self._lock = threading.Lock()
 
     def conditions(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class ChatJudge:
         }
 
     def estimate(self, comparisons: Sequence[Comparison]) -> str:
-        """Return a line about the requests that are not in the cache, and the most that they can cost."""
+        """Return a line with the number of requests that are not in the cache, and an upper bound of their cost."""
         messages = [message for c in comparisons if not _are_equal(c) for message in self._messages(c)]
         messages = [message for message in messages if self.cache.get(self._cache_key(message)) is None]
         line = f"{len(comparisons)} comparisons in both orders: {len(messages)} requests to {self.endpoint.url}"
@@ -52,17 +52,17 @@ class ChatJudge:
             return line
         if max_tokens is None:
             return f"{line}; answers without --judge_max_tokens have no upper estimate of their cost"
-        # A token is at least a byte of UTF-8; a message has a few more around it.
+        # A token has at least one byte of UTF-8. The chat template adds a few tokens to each message.
         tokens_in = sum(len(message.encode("utf-8", "replace")) + 20 for message in messages)
         bound = (tokens_in * prices[0] + len(messages) * max_tokens * prices[1]) / 1e6
         return f"{line}, at most {bound:.2f} USD without retries (a token a byte; English has about four bytes a token)"
 
     def cost(self) -> dict[str, Any]:
         """Return tokens and USD of the requests of this run, and of the cached answers that it used."""
-        now, before, prices = self.endpoint.usage, self.usage_from_cache, self.settings.prices
-        usage: dict[str, Any] = {"usage": asdict(now), "usage_from_cache": asdict(before)}
+        new, cached, prices = self.endpoint.usage, self.usage_from_cache, self.settings.prices
+        usage: dict[str, Any] = {"usage": asdict(new), "usage_from_cache": asdict(cached)}
         if prices is not None:
-            usage |= {"cost_usd": now.cost(prices), "cost_usd_from_cache": before.cost(prices)}
+            usage |= {"cost_usd": new.cost(prices), "cost_usd_from_cache": cached.cost(prices)}
         return usage
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
@@ -120,10 +120,10 @@ class ChatJudge:
         return answer
 
     def _cache_key(self, message: str) -> dict[str, Any]:
-        """Return all that an answer depends on; at another address, the same name may be another model."""
+        """Return the request and the address. At another address, the same name may mean another model."""
         return {"url": self.endpoint.url, **self.endpoint.request(message)}
 
 
 def _are_equal(comparison: Comparison) -> bool:
-    """Return whether both responses are the same, which is a tie without asking."""
+    """Return whether both responses are equal. That is a tie without a request."""
     return comparison.completion.strip() == comparison.other.strip()

@@ -1,4 +1,4 @@
-"""One judging: comparisons, their verdicts on disk, and a table on the screen."""
+"""Judge comparisons: write the verdicts, and print a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REASONS_SHOWN = 3
 def run(settings: JudgeSettings) -> int:
     """Judge, write ``verdicts.jsonl``, ``verdicts.csv`` and ``summary.json``, and print the table.
 
-    Returns the exit status: 0, or 1 where comparisons failed, which the same command tries again.
+    Returns the exit status: 0, or 1 if comparisons failed. The same command tries them again.
     """
     comparisons = read_comparisons(settings.samples, settings.against, settings.num_comparisons)
     judge = _judge(settings)
@@ -51,7 +51,7 @@ def run(settings: JudgeSettings) -> int:
 def _judge(settings: JudgeSettings) -> PairwiseJudge:
     if settings.judge_url is not None:
         return ChatJudge(settings)
-    # These import torch, which an endpoint does not need.
+    # These import torch, which a judge behind an endpoint does not need.
     from hypo_train.judges.scores import FunctionJudge, RewardModelJudge
     from hypo_train.utils.quiet import quiet_libraries
 
@@ -62,7 +62,7 @@ def _judge(settings: JudgeSettings) -> PairwiseJudge:
 
 
 def _refuse_other_verdicts(settings: JudgeSettings, conditions: dict[str, Any]) -> None:
-    """Raise ConfigError if the folder holds the verdicts of another judging; the same one may resume there."""
+    """Raise ConfigError if the folder holds verdicts under other conditions. Under equal conditions it resumes them."""
     path = settings.folder / "summary.json"
     if not path.exists():
         return
@@ -88,7 +88,7 @@ def _page(
     cost: dict[str, Any],
     verdicts: Sequence[Verdict],
 ) -> str:
-    """Return the table that is printed."""
+    """Return the printed table."""
     error = "" if result["win_rate_se"] is None else f" ± {result['win_rate_se']:.4f}"
     lines = {
         "judge": " at ".join(str(conditions[name]) for name in ("judge", "judge_url") if name in conditions),

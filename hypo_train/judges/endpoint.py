@@ -1,8 +1,8 @@
-"""A chat model behind an OpenAI-compatible address: it is sent a message and asked again where that helps.
+"""A client for a chat model behind an OpenAI-compatible address, with retries.
 
-The ``openai`` client is not used. It takes half a second of CPU to import, waits in each thread alone where all should
+The ``openai`` client is not used. It takes half a second of CPU to import, waits in one thread where all threads should
 wait, ignores a Retry-After above two minutes, follows redirects, sends facts about the machine in its headers, and
-asks for a key where an endpoint needs none.
+requires a key even if the endpoint does not.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from hypo_train.judges.cache import Answer
 from hypo_train.judges.settings import JudgeSettings
 from hypo_train.judges.verdicts import JudgeError
 
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second attempt; it doubles up to the longest
-LONGEST_RETRY_AFTER = 600.0  # seconds; a comparison fails where the endpoint asks to wait longer
-_NEVER = {401, 403, 404}  # every other comparison would fail too
-_LATER = {408, 409, 425, 429}  # worth another attempt, as is all from 500 on
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second attempt; doubles up to the longest wait
+LONGEST_RETRY_AFTER = 600.0  # seconds; if the endpoint asks for a longer wait, the comparison fails
+_NEVER = {401, 403, 404}  # all other comparisons would fail too
+_LATER = {408, 409, 425, 429}  # retried, as is every status of 500 or more
 
 
 class AskError(Exception):
-    """One message that was not answered; the message is the reason."""
+    """A message got no answer; the text of the error is the reason."""
 
 
 @dataclass
 class Usage:
-    """Tokens of answers; ``uncounted`` answers came without a count."""
+    """Token counts of answers. ``uncounted`` is the number of answers without a count."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -52,39 +52,39 @@ class Usage:
             self.completion_tokens += answer.completion_tokens
 
     def cost(self, prices: tuple[float, float]) -> float:
-        """Return USD, at ``prices`` in USD per million tokens of questions and of answers."""
+        """Return the cost in USD. ``prices`` are USD per million prompt tokens and per million completion tokens."""
         return (self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]) / 1e6
 
 
 class ChatEndpoint:
-    """The address and the model that the settings name, asked by several threads.
+    """The client for the address and model in the settings. Thread-safe.
 
-    The API key is sent as a bearer token to this address alone, and kept nowhere else.
+    The API key is sent as a bearer token to this address only, and is stored nowhere.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self.url = str(settings.judge_url).rstrip("/")
-        self.usage = Usage()  # of every answer that came in, used or not
+        self.usage = Usage()  # of all answers, also those without a verdict
         self._api_key = settings.api_key()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._not_before = 0.0  # time.monotonic() until which the endpoint asked every thread to wait
-        self._opener = urllib.request.build_opener(_NoRedirect)  # a redirect would take the key to another address
+        self._not_before = 0.0  # every thread waits until this time.monotonic()
+        self._opener = urllib.request.build_opener(_NoRedirect)  # a redirect would send the key to another address
 
     def request(self, message: str) -> dict[str, Any]:
-        """Return the body of the request that asks ``message``."""
+        """Return the body of the request for ``message``."""
         limits = {"temperature": self.settings.judge_temperature, "max_tokens": self.settings.judge_max_tokens}
         messages = [{"role": "user", "content": message}]
         body = {"model": self.settings.judge_model_name, "messages": messages, **limits}
         return {name: value for name, value in body.items() if value is not None}
 
     def ask(self, request: dict[str, Any], accept: Callable[[str], bool]) -> Answer:
-        """Return the first answer whose text is acceptable.
+        """Send ``request`` until the text of an answer passes ``accept``; return that answer.
 
         Raises:
-            AskError: there was none in all attempts, or the endpoint refuses this one request.
-            JudgeError: it refuses every request.
+            AskError: all attempts failed, or the endpoint refuses this request.
+            JudgeError: the endpoint would refuse every request.
         """
         reason, wait, attempts = "", 0.0, self.settings.judge_retries + 1
         for attempt in range(attempts):
@@ -106,7 +106,7 @@ class ChatEndpoint:
         raise AskError(f"{reason} ({attempts} attempts)")
 
     def stop(self) -> None:
-        """Make every thread that waits give up."""
+        """Make all waiting threads stop."""
         self._stopped.set()
 
     def _wait(self, seconds: float) -> None:
@@ -133,7 +133,7 @@ class ChatEndpoint:
             raise _TryLater(f"the connection broke: {type(error).__name__}") from None
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        """Return the exception for an HTTP status: of this attempt, of this comparison, or of all of them."""
+        """Return the exception for an HTTP status: to retry, to fail the comparison, or to stop the judging."""
         with error:
             text = " ".join(error.read(2000).decode("utf-8", "replace").split())
         text = text if self._api_key is None else text.replace(self._api_key, "***")
@@ -155,7 +155,7 @@ class ChatEndpoint:
 class _TryLater(Exception):
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
-        self.retry_after = retry_after  # seconds; 0: the endpoint names none
+        self.retry_after = retry_after  # seconds; 0 if the endpoint gives no time
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -164,7 +164,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _answer(body: bytes) -> Answer:
-    """Return the answer in a response's body. Raises _TryLater where it holds no chat completion."""
+    """Return the answer in a response's body. Raises _TryLater if it holds no chat completion."""
     try:
         data = json.loads(body)
         text = data["choices"][0]["message"]["content"]
@@ -176,7 +176,7 @@ def _answer(body: bytes) -> Answer:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Return the seconds that a Retry-After header asks for, as a number or a date; 0 where it holds neither."""
+    """Return the seconds to wait from a Retry-After header, which is a number or a date; 0 if it is neither."""
     try:
         return max(0.0, float(retry_after or ""))
     except ValueError:

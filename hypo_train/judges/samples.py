@@ -1,4 +1,4 @@
-"""Reading comparisons from files of samples.
+"""Read comparisons from files of samples.
 
 A line of SAMPLES.jsonl is an object with ``prompt``, ``completion`` and, unless other samples are named, the
 ``reference`` response of its row, as an evaluation writes them; ``row`` (default: the line's number, from 0) and
@@ -18,10 +18,10 @@ _TYPES: dict[str, type] = {"prompt": str, "completion": str, "row": int, "ended"
 
 
 def read_comparisons(path: Path, against: Path | None, limit: int | None) -> list[Comparison]:
-    """Return the first ``limit`` samples (None: all), compared with their references or with ``against``'s samples.
+    """Return comparisons of the first ``limit`` samples (None: all) with their references or with ``against``.
 
     Raises:
-        JudgeError: a file or line cannot be read, a sample has no counterpart, or its counterpart another prompt.
+        JudgeError: a file or line cannot be read, a sample has no counterpart, or a counterpart with another prompt.
     """
     samples = _numbered(_read(path)[:limit])
     if against is None:
@@ -56,7 +56,7 @@ def _with_other(
 
 
 def _numbered(samples: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
-    """Return each sample by its row and its number among the row's samples."""
+    """Return {(row, number of the sample in the row): sample}."""
     seen: Counter[int] = Counter()
     numbered = {}
     for sample in samples:

@@ -14,14 +14,14 @@ from hypo_train.rewards import Reward, RewardFunction, finite_score, load_functi
 
 
 class FunctionJudge:
-    """A judge by a Python function of the texts (prompt, completion), named as package.module:function."""
+    """A judge that scores with a Python function of (prompt, completion), named as package.module:function."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.function: RewardFunction = load_function(path, "judge")
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Return a verdict on each comparison. Raises RewardError where the function gives no finite number."""
+        """Return a verdict on each comparison. Raises RewardError if a score is not a finite number."""
         return [_higher(self._score(c.prompt, c.completion), self._score(c.prompt, c.other)) for c in comparisons]
 
     def conditions(self) -> dict[str, Any]:
@@ -32,14 +32,14 @@ class FunctionJudge:
 
 
 class RewardModelJudge:
-    """A judge by a sequence classifier with one label; its tokenizer reads the texts, with an EOS where they ended."""
+    """A judge that scores with a sequence classifier of one label. Texts that ended get an EOS of its tokenizer."""
 
     def __init__(self, path: str, *, batch_size: int) -> None:
         self.path = path
         self.batch_size = batch_size
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Return a verdict on each comparison. Raises ModelError where there is no such reward model."""
+        """Return a verdict on each comparison. Raises ModelError if the reward model does not exist."""
         config = self._config()
         tokenizer = load_text_tokenizer(config, self.path, "judge_model")
         prompts = tokenizer([c.prompt for c in comparisons]).input_ids
@@ -47,7 +47,7 @@ class RewardModelJudge:
 
         def ids(texts: list[str], ended: list[bool]) -> list[list[int]]:
             rows = tokenizer(texts, add_special_tokens=False).input_ids
-            # An empty text becomes an EOS: a sequence needs a token.
+            # An empty text becomes an EOS, because a sequence needs at least one token.
             return [row + eos * (end or not row) for row, end in zip(rows, ended, strict=True)]
 
         sides = [

@@ -1,4 +1,4 @@
-"""``python -m hypo_train judge``: whose samples are compared with what, and who judges.
+"""The arguments of ``python -m hypo_train judge``: samples, what to compare them with, and the judge.
 
 Nothing heavy is imported here, so that a mistake is reported at once.
 """
@@ -20,13 +20,13 @@ API_KEY_VARIABLE = "JUDGE_API_KEY"
 
 
 class JudgeSettings(Settings):
-    """The win-rate of samples, as an evaluation writes them, against the reference responses of their rows
-    or against other samples of the same rows. A tie counts one half. The exit status is 1 where comparisons
+    """Compute the win-rate of samples (as an evaluation writes them) against the reference responses of
+    their rows or against other samples of the same rows. A tie counts one half. The exit status is 1 where comparisons
     failed; the same command tries these again.
 
-    A chat model (--judge_url) is asked about every comparison in both orders; a verdict that changes with
-    the order is a tie. Its API key is read from the environment variable JUDGE_API_KEY; none is sent where
-    that is not set."""
+    A chat model (--judge_url) judges every comparison in both orders; a verdict that changes with
+    the order is a tie. Its API key is read from the environment variable JUDGE_API_KEY; if that is not
+    set, no key is sent."""
 
     usage: ClassVar = (
         "python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge package.module:function\n"
@@ -93,7 +93,7 @@ class JudgeSettings(Settings):
                 f"judge={self.judge!r}: write it as package.module:function",
             ),
             (
-                # Not shown: what does not belong into an address may be a key, and the address is written to disk.
+                # The message does not show the value, which may contain a key.
                 self.judge_url is not None and not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s@?#]*)?", self.judge_url),
                 "judge_url: write it as http://host:port/v1, without keys, passwords or a question mark",
             ),
@@ -119,19 +119,19 @@ class JudgeSettings(Settings):
 
     @property
     def prices(self) -> tuple[float, float] | None:
-        """Return USD per million tokens of questions and of answers, where they are given."""
+        """Return USD per million prompt tokens and per million completion tokens, or None if not given."""
         if self.judge_price_input is None or self.judge_price_output is None:
             return None
         return self.judge_price_input, self.judge_price_output
 
     def api_key(self) -> str | None:
-        """Return the key that the environment holds. Raises ConfigError where it lacks one or holds none."""
+        """Return the API key from the environment. Raises ConfigError if a named variable is missing or unusable."""
         name = self.judge_api_key_variable or API_KEY_VARIABLE
         key = os.environ.get(name, "").strip()
         if not key and self.judge_api_key_variable is not None:
             raise ConfigError(f"judge_api_key_variable={name!r}: there is no such environment variable, or it is empty")
         if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"the environment variable {name} holds no API key: no header can carry it")
+            raise ConfigError(f"the environment variable {name} is not an API key: an HTTP header cannot hold it")
         return key or None
 
 

@@ -16,7 +16,7 @@ from hypo_train.utils.errors import ConfigError
 FOLDER = Path(__file__).parent / "templates"
 PLACEHOLDERS = ("prompt", "response0", "response1")  # as TRL's judges name them
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-# "Preferred: A", whatever quotes, brackets and stars are around it, and nothing else on its line.
+# "Preferred: A" on its own line, with any quotes, brackets and stars.
 _PREFERRED = re.compile(r"^\W*(?i:preferred)\W+(?:(?i:summary|response)\W+)?([AB])\W*$", re.MULTILINE)
 
 
@@ -28,17 +28,17 @@ class Template:
     text: str
 
     def message(self, prompt: str, response0: str, response1: str) -> str:
-        """Return the message about these texts, without the white space around them: A is ``response0``."""
+        """Return the message for these texts, stripped of surrounding white space. A is ``response0``."""
         texts = {"prompt": prompt.strip(), "response0": response0.strip(), "response1": response1.strip()}
-        # In one pass, so that a placeholder inside a text stays as it is.
+        # One pass, so that a placeholder inside a text is not replaced.
         return _PLACEHOLDER.sub(lambda match: texts[match[1]], self.text)
 
 
 def load_template(name: str) -> Template:
-    """Return a built-in template by its name, or a file's.
+    """Return the built-in template called ``name``, or the template in the file ``name``.
 
     Raises:
-        ConfigError: it is missing, or its placeholders are wrong.
+        ConfigError: the template is missing, or its placeholders are wrong.
     """
     path = FOLDER / f"{name}.txt"
     if not path.is_file():
@@ -58,6 +58,6 @@ def load_template(name: str) -> Template:
 
 
 def preferred(answer: str) -> Literal["A", "B"] | None:
-    """Return the letter that the answer prefers; None where it names none or both."""
+    """Return the letter that the answer prefers, or None if it names none or both."""
     letters = set(_PREFERRED.findall(answer))
     return letters.pop() if len(letters) == 1 else None

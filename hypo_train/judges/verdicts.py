@@ -1,4 +1,4 @@
-"""Comparisons, a judge's verdicts on them, and the win-rate that these give."""
+"""Comparisons, verdicts on them, and their win-rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 
 class JudgeError(ValueError):
-    """Samples that cannot be judged, or a judge that cannot be asked; the message says what to do."""
+    """Samples cannot be judged, or the judge cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Comparison:
     """A sample and the response that it is compared with, as texts."""
 
     row: int  # index in the data's split
-    sample: int  # which of the row's samples, from 0
+    sample: int  # number of the sample among those of its row, from 0
     prompt: str
     completion: str
     other: str
@@ -34,25 +34,25 @@ class Comparison:
 class Verdict:
     """A judge's verdict on one comparison."""
 
-    outcome: Outcome | None  # for the completion; None: the judge failed, see ``details``
-    consistent: bool = True  # False: the other order gave another verdict, which makes it a tie
-    details: dict[str, Any] = field(default_factory=dict)  # scores or answers; "error" where there is no outcome
+    outcome: Outcome | None  # of the completion; None: the judge failed, see ``details``
+    consistent: bool = True  # False: the two orders gave different verdicts, so it is a tie
+    details: dict[str, Any] = field(default_factory=dict)  # scores or answers; "error" if there is no outcome
 
 
 class PairwiseJudge(Protocol):
-    """Anything that can say which of two responses to a prompt is better."""
+    """The interface of a judge, which chooses the better of two responses to a prompt."""
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Return a verdict on each comparison. Raises JudgeError where the judge cannot be asked at all."""
+        """Return a verdict on each comparison. Raises JudgeError if the judge cannot be used at all."""
 
     def conditions(self) -> dict[str, Any]:
-        """Return who judges, and how: verdicts under other conditions cannot be compared with these."""
+        """Return the judge and its settings. Only verdicts under equal conditions are comparable."""
 
 
 def summary(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Return counts, the win-rate (a tie is one half) and its standard error, inconsistent verdicts, mean characters.
+    """Return counts, the win-rate (a tie is one half) with its standard error, and mean lengths in characters.
 
-    All but ``failed`` count only comparisons that have a verdict. None stands for a value that needs more of them.
+    All but ``failed`` count only comparisons with a verdict. A value is None if there are too few of them.
     """
     judged = [(c, v) for c, v in zip(comparisons, verdicts, strict=True) if v.outcome is not None]
     scores = [_SCORES[v.outcome] for _, v in judged if v.outcome is not None]

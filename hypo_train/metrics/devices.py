@@ -1,4 +1,4 @@
-"""The name of the device of a run, data-sheet figures of known devices, and what a prediction of step time assumes."""
+"""Device names, data-sheet figures of known devices, and the assumptions of the prediction of step time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command line reads the table below and must not wait for torch
+if TYPE_CHECKING:  # the command line reads the table below and should not load torch
     import torch
 
 # Dense bf16 FLOP/s from the vendor's data sheets, whose larger figures hold for sparse weights. The first name that
@@ -35,12 +35,12 @@ class Device:
     gib: int  # memory size
     peak: float  # FLOP/s in bf16
     memory: float  # memory bandwidth
-    link: float  # to the other devices of its node, each way
-    network: float | None  # one device's part of the network between nodes, each way; None: machines differ
+    link: float  # to the other devices of its node, in each direction
+    network: float | None  # one device's part of the network between nodes, in each direction; None: not known
 
 
-# SXM parts, and the vendor's DGX machines for the network: one adapter of 400 Gb/s for each device (200 in DGX A100).
-# Data sheets count NVLink both ways, so their figure is halved here.
+# SXM variants. The network is that of the vendor's DGX machines: one adapter of 400 Gb/s for each device (200 in DGX
+# A100). Data sheets add both directions of NVLink, so their figure is halved here.
 DEVICES = {
     "A100": Device(80, PEAK_BF16["A100"], 2.039e12, 300e9, 25e9),
     "H100": Device(80, PEAK_BF16["H100"], 3.35e12, 450e9, 50e9),
@@ -84,8 +84,8 @@ def peak_bf16(device_name: str) -> float | None:
 def bandwidth(device: Device, count: int, assumed: Assumed) -> float | None:
     """Return the bytes a second that each of ``count`` devices can send in a ring over all of them.
 
-    Collectives run several rings at once, each through a network adapter of its own: all adapters of a node share
-    the traffic that enters and leaves it. None if the network's bandwidth is not known.
+    Collectives run several rings at once, each through another network adapter, so all adapters of a node share its
+    traffic. None if the network's bandwidth is not known.
     """
     link = assumed.link or device.link
     if count <= assumed.devices_per_node:

@@ -1,7 +1,7 @@
-"""Write `environment.json`: versions, device and outcome of each attempt of a run. It is sent nowhere.
+"""Write `environment.json`: versions, device and outcome of each attempt of a run. The file is never sent anywhere.
 
-It never holds who ran it or where: no environment variables, no host or user name, no paths, no command line (the
-command line of a program that calls ``train`` may hold anything; our own settings are in ``config.yaml``).
+It identifies neither user nor machine: no environment variables, no host or user name, no paths, no command line (that
+of a program that calls ``train`` may hold anything; the settings of a run are in ``config.yaml``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 class Attempt:
-    """Record one start of a run, from ``first_step``: a context manager that writes its start and its end.
+    """Context manager that records the start and the end of one attempt of a run, from ``first_step``.
 
     ``device``: the device's name, from :func:`hypo_train.metrics.devices.device_name`.
     """
@@ -70,7 +70,7 @@ class Attempt:
         self._record |= {"ended": _ending(error), "seconds": round(time.monotonic() - self._began, 1)}
         try:
             self._write()
-        except OSError as failed:  # must not hide the error that ended the run
+        except OSError as failed:  # do not hide the error that ended the run
             safe_print(f"{self._path} does not say how the run ended: {failed}", sys.stderr)
 
     def _write(self) -> None:
@@ -78,7 +78,7 @@ class Attempt:
 
 
 def read_attempts(output_dir: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """Return the attempts recorded in a run's folder, the first one first, and a message if the file is broken."""
+    """Return the recorded attempts of a run, oldest first, and a message if the file is broken."""
     path = output_dir / ENVIRONMENT_FILE
     if not path.is_file():
         return [], None
@@ -92,7 +92,7 @@ def read_attempts(output_dir: Path) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Return the versions, machine and commit that a run is recorded with."""
+    """Return the versions, the machine and the commit to record for a run."""
     return {
         "device": device,
         "cpus": os.cpu_count(),
@@ -104,7 +104,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the installed ones of ``PACKAGES``."""
+    """Return the versions of those ``PACKAGES`` that are installed."""
     return {name: found for name in PACKAGES if (found := _version(name)) is not None}
 
 
@@ -122,14 +122,14 @@ def _commit() -> str | None:
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        git = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return git.stdout.strip() or None
 
 
 def _ending(error: BaseException | None) -> str:
-    # Never the message of an error: it may quote data.
+    # The message of an error is not recorded: it may quote data.
     if error is None:
         return "finished"
     if isinstance(error, Stopped):

@@ -1,4 +1,4 @@
-"""Model FLOPs of a step's passes: the FLOPs of its matrix products, independent of the kernels that compute them.
+"""Count model FLOPs of a step: those of its matrix products, whichever kernels compute them.
 
 A multiply-add is two FLOPs. A linear layer of n weights costs 2 n FLOPs a token forward. Backward it costs 2 n for the
 weights' gradient if they are trained, and 2 n for the input's gradient if a layer below is trained. Attention costs
@@ -9,8 +9,8 @@ Not counted, as is usual: norms, activations, rotary embeddings, softmax, the op
 checkpointing, a second pass over the head). Shared work counts once: a prompt for all of its completions, frozen
 layers for policy and reference.
 
-``torch.utils.flop_counter`` counts a pass while it runs; here the FLOPs of any pass follow from its lengths. It also
-counts padding and misses 4-bit layers and custom kernels, so it is the test of this module and not a part of it.
+This module computes FLOPs from lengths. ``torch.utils.flop_counter`` counts a pass while it runs, includes padding and
+misses 4-bit layers and custom kernels, so only the tests of this module use it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Tokens = Sequence[Sequence[int]]
 
 
 class Size(NamedTuple):
-    """The size of a pass, known on the host."""
+    """The size of a forward or backward pass, known on the host."""
 
     tokens: int  # through the decoder layers, without padding
     attended: int  # pairs of a token and a token that it attends to
@@ -46,17 +46,17 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, tree: Tree) -> Size:
-        """Return the size of a pass over a tree."""
+        """Return the size of a pass over ``tree``."""
         return cls(tree.num_tokens, tree.num_attended, len(tree.targets))
 
     @classmethod
     def of_samples(cls, prompts: Tokens, completions: Tokens, *, prefill: bool) -> Size:
         """Return the size of sampling ``completions``, the same number of consecutive ones for each prompt.
 
-        ``prefill``: the prompts are run as well.
+        ``prefill``: count the pass over the prompts too.
         """
         each = len(completions) // len(prompts)
-        # The last token of a completion is sampled but is never an input.
+        # The last token of a completion is not an input.
         inputs = [max(0, len(completion) - 1) for completion in completions]
         branches = tuple(tuple(inputs[i * each : (i + 1) * each]) for i in range(len(prompts)))
         layout = Layout(tuple(map(len, prompts)), branches)
@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """FLOPs of a pass for each token, attended pair and row of the LM head."""
+    """FLOPs of a pass for each token, each attended pair and each row of the LM head."""
 
     token: float
     attended: float
@@ -80,12 +80,12 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOP rates of a step's passes; multiply them by a pass's :class:`Size`."""
+    """FLOP rates of the passes of a step. ``rates.of(size)`` gives the FLOPs of a pass."""
 
     policy: Rates  # without gradients, as in sampling
     backward: Rates
     reference: Rates
-    above_trunk: Rates  # the reference, if the frozen layers below the trained ones have run for the policy
+    above_trunk: Rates  # reference pass that starts above the frozen layers that it shares with the policy
 
     @classmethod
     def of_outline(cls, policy: Policy | RewardModel, *, autocast: bool) -> ModelFlops:
@@ -95,7 +95,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, policy: Policy | RewardModel) -> ModelFlops:
-        """Count the FLOPs of ``policy``, which runs a few tokens: its linear layers, and where gradients flow.
+        """Count the FLOP rates of ``policy`` from its linear layers. Runs the model on a few tokens.
 
         Raises:
             UncountedError: the model multiplies by weights outside of linear layers.
@@ -108,7 +108,7 @@ class ModelFlops:
         layers = [id(layer) for layer in _layers(policy)]
         head = _head_weights(policy.head())
         full = sum(linear.flops for linear in linears)
-        of_head = sum(2.0 * weight.numel() for weight in head)
+        head_flops = sum(2.0 * weight.numel() for weight in head)
         # With LoRA, the reference is the model with its adapter off.
         adapter = sum(linear.flops for linear in linears if linear.trained) if policy.is_peft else 0.0
         frozen = {id(layer) for layer in policy.trunk_layers}
@@ -116,7 +116,7 @@ class ModelFlops:
         with_gradient = {linear.layer for linear in linears if linear.input_gradient or linear.trained}
         reference = Rates(full - adapter, attention * len(layers), 2.0 * head[0].numel())
         return cls(
-            policy=Rates(full, attention * len(layers), of_head),
+            policy=Rates(full, attention * len(layers), head_flops),
             backward=Rates(
                 sum(linear.flops * (linear.input_gradient + linear.trained) for linear in linears),
                 2 * attention * len(with_gradient.intersection(layers)),
@@ -142,7 +142,7 @@ class _Linear(NamedTuple):
 
 
 def _probe(policy: Policy | RewardModel) -> tuple[list[_Linear], bool]:
-    """Run the decoder; return its linear layers as called, and whether the head's input needs a gradient."""
+    """Run the decoder. Return the linear layers that it calls, and whether the head's input needs a gradient."""
     layer_of = {id(module): id(layer) for layer in _layers(policy) for module in layer.modules()}
     weight = policy.base.get_input_embeddings().weight
     tree = _one_row() if isinstance(weight, FakeTensor) else _one_tree(policy).to(weight.device)
@@ -172,7 +172,7 @@ def _one_tree(policy: Policy | RewardModel) -> Tree:
 
 
 def _one_row() -> Tree:
-    """Return a tree of three tokens without values; its 4-D mask keeps transformers from reading them."""
+    """Return a tree of three tokens on the meta device. Its 4-D mask keeps transformers from reading token values."""
     ids, row = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     return Tree(ids, ids, None, mask, row, row, row, num_tokens=3, num_attended=causal_pairs(3))
@@ -181,10 +181,10 @@ def _one_row() -> Tree:
 def _check_complete(policy: Policy | RewardModel, linears: list[_Linear]) -> None:
     """Raise UncountedError if the decoder has matrices outside of linear layers, such as fused experts."""
     decoder = policy.base.get_decoder()
-    known = {linear.weight for linear in linears}
-    known |= {id(p) for m in decoder.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    counted = {linear.weight for linear in linears}
+    counted |= {id(p) for m in decoder.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for name, parameter in decoder.named_parameters():
-        if parameter.ndim >= 2 and id(parameter) not in known:
+        if parameter.ndim >= 2 and id(parameter) not in counted:
             raise UncountedError(f"{name} {tuple(parameter.shape)} is not the weight of a linear layer")
 
 
@@ -193,7 +193,7 @@ def _layers(policy: Policy | RewardModel) -> list[nn.Module]:
 
 
 def _head_weights(head: Head | nn.Module) -> Sequence[Tensor]:
-    """Return every matrix of the head, the model's own first."""
+    """Return all matrices of the head, the LM head's weight first."""
     if isinstance(head, nn.Module):
         return [p for p in head.parameters() if p.ndim == 2][-1:]
     return [head.weight, *([head.lora.A, head.lora.B] if head.lora is not None else [])]

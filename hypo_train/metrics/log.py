@@ -24,7 +24,7 @@ from hypo_train.utils.records import record_errors
 from hypo_train.utils.safe_print import safe_print
 
 METRICS_FILE = "metrics.jsonl"
-SHOWN = {  # metrics of the progress bar, and their labels
+SHOWN = {  # metric -> its label in the progress bar
     "loss": "loss",
     "kl": "kl",
     "reward": "reward",
@@ -37,7 +37,7 @@ SHOWN = {  # metrics of the progress bar, and their labels
 
 
 class SilentLog:
-    """The log of a process other than the main one: it writes nothing."""
+    """A log that writes nothing, for processes other than the main one."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step."""
@@ -98,7 +98,7 @@ class RunLog(SilentLog):
             self._file = path.open("a", encoding="utf-8")
         self._bar = None
         if progress and sys.stderr.isatty():
-            # smoothing=0: the time left follows from the mean of all steps; the newest ones may hold an evaluation.
+            # smoothing=0: estimate the time left from the mean of all steps; recent steps may contain an evaluation.
             self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", dynamic_ncols=True, smoothing=0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -110,7 +110,7 @@ class RunLog(SilentLog):
         if self._trackers is not None:
             self._trackers.log(step, metrics)
         self._show(step, metrics)
-        if step == self._first_step:  # an evaluation before the first step is not part of a step's time
+        if step == self._first_step:  # keeps an evaluation before the first step out of the time of a step
             self._started = time.monotonic()
             if self._bar is not None:
                 self._bar.unpause()
@@ -149,7 +149,7 @@ class RunLog(SilentLog):
         if self._bar is not None and trained:
             self._shown |= trained
             self._bar.set_postfix(self._shown)
-        else:  # no terminal, or an evaluation, whose values the bar would soon replace
+        else:  # no terminal, or values of an evaluation, which should stay visible
             values = "  ".join(f"{label} {value}" for label, value in (trained | _formatted(metrics, "eval_")).items())
             self.message(f"step {step}/{self.total_steps}{self._time_left(step)}  {values}")
 
@@ -189,7 +189,7 @@ COSTS = ("time/", "flops/", "memory/", "tokens_per_second", "train_samples_per_s
 
 
 def without_costs(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line of metrics without time, work and memory, which differ between machines and after a resume."""
+    """Return ``metrics`` without time, work and memory, which differ between machines and after a resume."""
     return {name: value for name, value in metrics.items() if not name.startswith(COSTS)}
 
 
@@ -217,7 +217,7 @@ def _parse(line: str | bytes) -> dict[str, Any] | None:
     return {name: _NUMBERS.get(value, value) if isinstance(value, str) else value for name, value in metrics.items()}
 
 
-# JSON has no such numbers, and null would not tell them apart.
+# JSON has no NaN or infinities, and null would not distinguish them.
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a run, and sizes as text."""
+"""Measure the peak memory of a run, and format sizes."""
 
 from __future__ import annotations
 

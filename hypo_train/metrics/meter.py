@@ -1,4 +1,4 @@
-"""Means of a step's metrics: sums stay on the device and are read once a log interval."""
+"""Collect means of metrics. Sums stay on the device and are read once a log interval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._spreads: dict[str, Tensor] = {}  # (2,) sum of the groups' means, sum of their squares
+        self._spreads: dict[str, Tensor] = {}  # (2,) sum of the groups' means, and sum of the means' squares
         self._groups: dict[str, int] = {}
 
     def add(self, name: str, values: Tensor) -> None:
@@ -94,7 +94,7 @@ def _standard_error(total: float, squares: float, count: int) -> float:
 
 
 class FiniteWatch:
-    """Remember, on the device, the first step with a number that is not finite."""
+    """Record, on the device, the first step with a number that is not finite."""
 
     def __init__(self, device: torch.device) -> None:
         self._first_bad = torch.full((), _NONE, dtype=torch.int64, device=device)
@@ -116,7 +116,7 @@ def add_loss(meter: Meter, out: HypoLoss, num_generations: int) -> None:
     """
     pairs = len(out.margins)
     chosen, rejected, _ = out.logps.split([pairs, pairs, len(out.kl)])
-    meter.add("loss", out.loss.expand(pairs or len(out.kl)))  # a smaller batch counts by its rows
+    meter.add("loss", out.loss.expand(pairs or len(out.kl)))  # a mean over rows: a smaller micro-batch has less weight
     meter.add("rewards/chosen", out.chosen_rewards)
     meter.add("rewards/rejected", out.rejected_rewards)
     meter.add("rewards/accuracies", (out.margins > 0).double())
@@ -128,10 +128,10 @@ def add_loss(meter: Meter, out: HypoLoss, num_generations: int) -> None:
 
 
 def add_importance(meter: Meter, out: HypoLoss) -> None:
-    """Add how far the samples of a loss are from the policy; add nothing where the loss corrected nothing.
+    """Add statistics of the importance weights of a loss. Does nothing if the loss has no importance weights.
 
-    Over the micro-batch's tokens: the mean ratio π/μ (under TRL's name), the share of truncated tokens, and the
-    effective sample size as a share of the tokens, which is 1 for samples of the policy itself.
+    Over the micro-batch's tokens: the mean ratio π/μ (under TRL's name), the fraction of truncated tokens, and the
+    effective sample size as a fraction of the tokens, which is 1 if the current policy drew the samples.
     """
     importance = out.importance
     if importance is None or len(importance.ratio) == 0:
@@ -146,8 +146,8 @@ def add_importance(meter: Meter, out: HypoLoss) -> None:
 def add_online_rewards(meter: Meter, rewards: Tensor, num_generations: int) -> None:
     """Add rewards (N,) of samples, ``num_generations`` consecutive ones a prompt.
 
-    Logs their mean, the standard deviation within a prompt, and the fraction of prompts where it is zero: from those
-    RLOO learns nothing.
+    Logs their mean, the standard deviation within a prompt, and the fraction of prompts where it is zero: their RLOO
+    gradient is zero.
     """
     spreads = rewards.view(-1, num_generations).std(dim=1)
     meter.add("reward", rewards)

@@ -1,4 +1,4 @@
-"""The standard error of a mean over samples, several of which may share a prompt."""
+"""Compute the standard error of a mean over samples, of which several may share a prompt."""
 
 from __future__ import annotations
 

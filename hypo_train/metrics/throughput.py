@@ -13,10 +13,10 @@ class Throughput:
     """Count rows, tokens and model FLOPs (see :mod:`hypo_train.metrics.flops`) since the last reading.
 
     ``mfu`` (model FLOP utilisation) is the model FLOPs of a whole step (policy forward and backward, reference,
-    sampling) over the step's time and the device's peak. Each part is logged too, for other definitions:
-    pre-training's MFU takes the policy's part and the time of its phases alone. Two cautions. Decoding is bound by
-    reading weights, so a step that samples has a lower ``mfu`` at equal quality of code. Saved work (a shared prompt,
-    a cached reference) is not counted, so compare ways to run a step by ``time/step``.
+    sampling) divided by the step's time and the device's peak. Each part is logged too, for other definitions:
+    the MFU of pre-training uses only the policy's passes and the time of their phases. Decoding is limited by memory
+    bandwidth, so a step that samples has a lower ``mfu``. Saved work (a shared prompt, a cached reference) is
+    not counted, so compare implementations of a step by ``time/step``.
 
     Args:
         flops: FLOPs of the model's passes; None if they are not known.
@@ -26,13 +26,13 @@ class Throughput:
     def __init__(self, flops: ModelFlops | None, peak_flops: float | None) -> None:
         self._flops = flops
         self._peak_flops = peak_flops
-        self.num_tokens = 0  # through the policy since the first step of the run; a resumed run restores it
+        self.num_tokens = 0  # tokens through the policy since the first step of the run; restored on resume
         self._rows = 0
         self._tokens = 0
         self._computed: defaultdict[str, float] = defaultdict(float)
 
     def policy(self, tree: Tree, num_rows: int) -> None:
-        """Count the policy's forward and backward pass over a tree of ``num_rows`` rows of the data."""
+        """Count the policy's forward and backward pass over a tree of ``num_rows`` data rows."""
         self._rows += num_rows
         self._tokens += tree.num_tokens
         self.num_tokens += tree.num_tokens
@@ -43,7 +43,7 @@ class Throughput:
     def reference(self, tree: Tree, *, trunk_known: bool) -> None:
         """Count the reference model's forward pass over a tree.
 
-        ``trunk_known``: the frozen layers were run for the policy, and only the layers above them are run.
+        ``trunk_known``: the policy's pass has run the shared frozen layers; the reference runs only those above.
         """
         if self._flops is not None:
             rates = self._flops.above_trunk if trunk_known else self._flops.reference
@@ -54,7 +54,7 @@ class Throughput:
     ) -> None:
         """Count the sampling of ``completions``, the same number of consecutive ones for each prompt.
 
-        ``prompts_known``: the prompts' keys and values come from the training pass.
+        ``prompts_known``: keys and values of the prompts come from the training pass, so there is no prefill.
         """
         if self._flops is not None:
             size = Size.of_samples(prompts, completions, prefill=not prompts_known)
@@ -87,7 +87,7 @@ _SUMS = ("num_tokens", "tokens_per_second", "train_samples_per_second", "tflops_
 
 
 def combine_processes(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Combine each process's costs of a step: sums of rates and counts, the maximum of memory, means of the rest."""
+    """Combine the costs from all processes: sums of rates and counts, the maximum of memory, else means."""
     combined = {}
     for name in dict.fromkeys(name for process in costs for name in process):
         values = [process[name] for process in costs if name in process]

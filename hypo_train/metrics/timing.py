@@ -1,4 +1,4 @@
-"""Measure how long each phase of a step takes, without making the host wait for the device."""
+"""Measure the time of each phase of a step without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-if TYPE_CHECKING:  # the report reads the names of the phases and must not wait for torch
+if TYPE_CHECKING:  # the report reads the phase names and should not load torch
     import torch
 
 PHASES = ("data", "sample", "reward", "reference", "forward", "loss", "backward", "optimizer")  # in a step's order
-OTHER = "other"  # the time of a step that no phase covers
+OTHER = "other"  # the rest of a step's time
 
 
 class PhaseTimer:
     """Measure the mean seconds that a step spends in each phase.
 
     ``with timer.step():`` surrounds a step, ``with timer.phase("forward"):`` a part of it. Times are exclusive: a
-    phase that starts inside another one pauses it. Nothing is timed outside of a step, so an evaluation may run the
-    same code.
+    phase that starts inside another one pauses it. Phases outside of a step are not timed, so an evaluation may run
+    the same code.
 
     On CUDA the times are events in the device's stream. A phase lasts from its first kernel to the first kernel of
     the next phase, including time in which the device waits for the host. Host work that overlaps the device's work
@@ -31,7 +31,7 @@ class PhaseTimer:
     def __init__(self, device: torch.device) -> None:
         self._clock: _Clock = _CudaClock(device) if device.type == "cuda" else _HostClock()
         self._open: list[str] = []  # phases of the current step: OTHER first, the innermost last
-        self._marks: list[_Mark] = []  # of the current step
+        self._marks: list[_Mark] = []  # marks of the current step
         self._ended: deque[list[_Mark]] = deque()  # marks of steps that the device may still be working on
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._steps = 0
@@ -110,14 +110,14 @@ class PhaseTimer:
 
 
 class _Mark(NamedTuple):
-    """A point in time, and the phase that starts there."""
+    """A time, and the phase that starts at it."""
 
     name: str
     moment: Any
 
 
 class _Clock(Protocol):
-    """A source of points in time, and of the seconds between two of them."""
+    """A clock: times (``now``), and the seconds between two of them."""
 
     def now(self) -> Any: ...
 
@@ -150,7 +150,7 @@ class _HostClock:
 
 
 class _CudaClock:
-    """Events of the device's current stream. Events are reused: one or two steps are in flight at a time."""
+    """A clock of events in the device's current stream. Events are reused."""
 
     def __init__(self, device: torch.device) -> None:
         import torch

@@ -1,7 +1,8 @@
-"""Copies of a run's metrics in TensorBoard, W&B, trackio or MLflow, through accelerate's trackers.
+"""Send a run's metrics to TensorBoard, W&B, trackio or MLflow, through accelerate's trackers.
 
-`metrics.jsonl` is the record of a run; a tracker's copy ends if the tracker fails. A resumed run continues its curves
-in TensorBoard. In the other trackers it starts a new run in the same group, because they cannot drop logged steps.
+`metrics.jsonl` is the record of a run. A tracker that fails receives no more metrics; the run continues. A resumed run
+continues its curves in TensorBoard. In the other trackers it starts a new run in the same group, because they cannot
+drop logged steps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hypo_train.config import Config, ConfigError
 from hypo_train.utils.redact import redacted
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
-# Keep the packages from sending usage, crashes, the host's name or the command line. The user's own values win.
+# Keeps the packages from sending usage, crashes, the host's name or the command line. Values that the user set win.
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
@@ -69,7 +70,7 @@ class Trackers:
                 ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send a step's metrics to each tracker; one that fails causes a warning and receives no more."""
+        """Send a step's metrics to each tracker. A tracker that fails is dropped with a warning."""
         for name, tracker in list(self._open.items()):
             try:
                 tracker.log(dict(metrics), step=step)
@@ -86,7 +87,7 @@ class Trackers:
         self._open = {}
 
     def _drop(self, name: str, error: Exception, consequence: str) -> None:
-        """Stop using a failed tracker: the run is worth more than a copy of its record."""
+        """Stop using a tracker that failed, with a warning."""
         del self._open[name]
         cause = f"{type(error).__name__}: {redacted(str(error))}"
         warnings.warn(f"{name} failed ({cause}): it {consequence}; metrics.jsonl has all steps", stacklevel=3)
@@ -141,7 +142,7 @@ def _flat(value: Any) -> str | int | float | bool:
 
 
 def _has_wandb_login() -> bool:
-    """Return whether W&B needs no login, has one, or can ask for one on a terminal."""
+    """Return True if W&B is offline, has a login, or can ask for one on a terminal."""
     if os.environ.get("WANDB_MODE", "online") != "online" or sys.stdin.isatty():
         return True
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -1,1 +1,1 @@
-"""Reports of runs: one HTML file that needs nothing else. :mod:`hypo_train.report.page` writes it."""
+"""Reports of runs: one self-contained HTML file, which :mod:`hypo_train.report.page` writes."""

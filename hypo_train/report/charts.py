@@ -1,7 +1,7 @@
-"""The geometry of line charts and stacked areas; the template writes them as SVG, the style sheet colours them.
+"""Compute the shapes of line charts and stacked areas. The template writes them as SVG; colours are in the style sheet.
 
-matplotlib's SVG was tried: eight times as large, 0.07 seconds a chart, with colours and inline styles that neither
-follow a dark page nor pass the page's content security policy.
+matplotlib's SVG is eight times as large and takes 0.07 seconds a chart. Its colours and inline styles do not follow
+dark mode, and the page's content security policy blocks them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from hypo_train.report.series import Point, Series
 from hypo_train.report.text import plain, short
 
-WIDTH, HEIGHT = 360, 200  # a phone shows this size unscaled
+WIDTH, HEIGHT = 360, 200  # fits a phone without scaling
 LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 24  # margins; the left one holds seven characters
 _CHARACTER = 7  # the width of a tick's widest digit
 
@@ -41,23 +41,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Axes:
-    """The ranges of a chart's two axes; neither is empty."""
+    """The ranges of a chart's two axes. A range has a positive length."""
 
     x: tuple[float, float]
     y: tuple[float, float]
 
     def place(self, step: float, value: float) -> tuple[float, float]:
-        """Return the place of a value in the picture."""
+        """Return the coordinates (x, y) of a value."""
         (x0, x1), (y0, y1) = self.x, self.y
         across, up = (step - x0) / (x1 - x0), (value - y0) / (y1 - y0)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     def y_ticks(self) -> list[tuple[float, str]]:
-        """Return the place and the text of each tick of the vertical axis."""
+        """Return the position and the text of each tick of the vertical axis."""
         return [(round(self.place(0, value)[1], 1), _tick_text(value)) for value in _ticks(*self.y, count=4)]
 
     def x_ticks(self) -> list[tuple[float, str]]:
-        """Return the place and the text of each tick of the horizontal axis; the last text ends with the picture."""
+        """Return the position and the text of each tick of the horizontal axis. The last text is right-aligned."""
         steps = [step for step in _ticks(*self.x, count=5) if step == int(step)]
         ends = [(self.place(step, 0)[0], short(step)) for step in steps]
         return [(round(min(x, WIDTH - len(text) * _CHARACTER / 2), 1), text) for x, text in ends]
@@ -65,7 +65,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its caption; without axes and shapes if no value is finite."""
+    """A chart with its caption. It has no axes and shapes if no value is finite."""
 
     title: str
     description: str = ""  # for screen readers
@@ -73,7 +73,7 @@ class Chart:
     shapes: list[Shape] = field(default_factory=list)
     legend: list[tuple[str, str]] = field(default_factory=list)  # (CSS classes, label)
     notes: str = ""
-    hover: list[dict[str, Any]] | None = None  # the page's script shows these values under the pointer
+    hover: list[dict[str, Any]] | None = None  # values that the page's script shows under the pointer
 
 
 def line_chart(title: str, curves: Sequence[Curve], legend: list[tuple[str, str]], notes: str) -> Chart:
@@ -164,7 +164,7 @@ def _line(axes: Axes, curve: Curve) -> list[Shape]:
 
 
 def _outline(axes: Axes, steps: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
-    """Return the places of ``values``; a single step is as wide as the picture."""
+    """Return the coordinates of ``values``. A single step gets the full width."""
     if len(steps) == 1:
         return [axes.place(x, values[0]) for x in axes.x]
     return [axes.place(step, value) for step, value in zip(steps, values, strict=True)]
@@ -175,7 +175,7 @@ def _written(places: Sequence[tuple[float, float]]) -> str:
 
 
 def _tick_text(value: float) -> str:
-    """Return at most seven characters: 1.25e-06 becomes 1.25e-6."""
+    """Return a number as at most seven characters: 1.25e-06 becomes 1.25e-6."""
     text = short(value)
     if len(text) <= 7:
         return text

@@ -1,4 +1,4 @@
-"""The charts of a report: which metrics share a chart, and the caption below it."""
+"""The charts of a report: the metrics in each chart, and its caption."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypo_train.report.text import first_of
 
 @dataclass(frozen=True)
 class Panel:
-    """The metrics of one chart, each with its value in evaluations; the second one is dashed."""
+    """The metrics of one chart. Values from evaluations are dots; the second metric is a dashed line."""
 
     title: str
-    metrics: tuple[tuple[str, str], ...]  # (metric, its part of the legend)
-    algorithm: str | None = None  # only the runs of this algorithm
+    metrics: tuple[tuple[str, str], ...]  # (metric, its label in the legend)
+    algorithm: str | None = None  # show only runs of this algorithm; None: all runs
 
 
 LEARNING = (
@@ -39,7 +39,7 @@ COSTS = (
     Panel("Fraction of the device's peak FLOP/s (MFU)", (("mfu", ""),)),
     Panel("Model TFLOP a second", (("tflops_per_second", ""),)),
 )
-_NO_CURVE = {"step", "epoch", "time/step", "loss"}  # the loss has panels of its own
+_NO_CURVE = {"step", "epoch", "time/step", "loss"}  # the loss has separate panels
 
 
 def run_colour(number: int) -> str:
@@ -58,7 +58,7 @@ def cost_charts(runs: Sequence[RecordedRun]) -> list[Chart]:
 
 
 def other_charts(runs: Sequence[RecordedRun]) -> list[Chart]:
-    """Return a chart of every metric that no other chart shows."""
+    """Return one chart for each metric that no other chart shows."""
     shown = {metric for panel in (*LEARNING, *COSTS) for metric, _ in panel.metrics} | _NO_CURVE
     logged = dict.fromkeys(name for run in runs for line in run.lines for name in line)
     names = dict.fromkeys(name.removeprefix("eval_") for name in logged if not name.endswith("_se"))
@@ -99,7 +99,7 @@ def _curves(panel: Panel, run: RecordedRun, number: int, among_others: bool) -> 
         ):
             parts = [run.name if among_others else "", part, "evaluation" if kind == "dots" else ""]
             label = ", ".join(filter(None, parts)) or "training"
-            # The range of values would hide the curves of other runs.
+            # With several runs, the bands of ranges would hide other curves.
             series = read_series(label, lines, name, spread=not among_others)
             if series is not None:
                 curves.append(Curve(series, colour, kind))
@@ -107,7 +107,7 @@ def _curves(panel: Panel, run: RecordedRun, number: int, among_others: bool) -> 
 
 
 def _phases(run: RecordedRun, among_others: bool) -> list[Chart]:
-    """Return a chart of the seconds of a step, phase on phase; none if no phase was logged."""
+    """Return a stacked chart of the seconds of a step by phase, in a list that is empty if no phase was logged."""
     logged = {phase: read_series(phase, run.trained, f"time/{phase}") for phase in (*PHASES, OTHER)}
     points = {phase: series.points for phase, series in logged.items() if series is not None and series.points}
     if not points:

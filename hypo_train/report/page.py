@@ -1,7 +1,7 @@
-"""Write `report.html`, one file about one run or several.
+"""Write `report.html`, one file about one or several runs.
 
-The file loads nothing from the network, can be read without its script (which shows values under the pointer), and
-does not trust the texts of data, samples and settings.
+The file loads nothing from the network and is readable without its script (which shows values under the pointer).
+Texts from data, samples and settings are escaped.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.safe_print import safe_print
 
 REPORT_FILE = "report.html"
-_GENERATOR = 'content="hypo_train report"'  # marks a file that a report may replace
+_GENERATOR = 'content="hypo_train report"'  # a file with this text may be replaced by a report
 _MISSING = "—"
 _MOST_PROMPTS = 24
 _NAMES_IN_TITLE = 3
-# Metrics by importance, with their titles: the first columns of the table of evaluations.
+# Metric -> title, by importance: the first columns of the table of evaluations.
 _TITLES = {
     "kl": "reverse KL",
     "reward": "reward",
@@ -59,7 +59,7 @@ _ATTEMPT = {"started": "started", "first_step": "from step", "ended": "ended", "
 def report_at_the_end(output_dir: Path) -> Iterator[None]:
     """Write ``output_dir/report.html`` when the block ends, with or without an error.
 
-    An error of the report is printed: it neither ends the run nor hides the error that did.
+    If the report fails, its error is printed and not raised, so it does not hide an error of the run.
     """
     try:
         yield
@@ -86,7 +86,7 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
 
 
 def page(runs: Sequence[RecordedRun]) -> str:
-    """Return the HTML of a report."""
+    """Return the HTML of a report about ``runs``."""
     several = len(runs) > 1
     names = ", ".join(run.name for run in runs[:_NAMES_IN_TITLE]) + (", …" if len(runs) > _NAMES_IN_TITLE else "")
     environment = jinja2.Environment(
@@ -120,7 +120,7 @@ def page(runs: Sequence[RecordedRun]) -> str:
 
 
 def _check_output(path: Path) -> None:
-    """Raise ConfigError if ``path`` cannot be a report, or is a file that is not a report and would be lost."""
+    """Raise ConfigError if ``path`` cannot be written, or is an existing file that is not a report."""
     if path.is_dir():
         raise ConfigError(f"--output {str(path)!r} is a folder: name a file, such as {str(path / REPORT_FILE)!r}")
     if not path.parent.is_dir():
@@ -135,7 +135,7 @@ def _digest(content: str) -> str:
     return f"sha256-{b64encode(sha256(content.encode()).digest()).decode()}"
 
 
-# Cards: the method, the end and the figures of each run
+# Cards: the method, the outcome and the main metrics of each run
 
 
 def _card(run: RecordedRun, number: int) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _card(run: RecordedRun, number: int) -> dict[str, Any]:
 
 
 def _last_part(path: Any) -> str:
-    """Return the last part of a path, or the last two if the last one does not name the run."""
+    """Return the last part of a path, or the last two parts if the last part does not identify it."""
     parts = str(path).rstrip("/").split("/")
     return "/".join(parts[-2 if re.fullmatch(r"final|checkpoint-\d+", parts[-1]) else -1 :])
 
@@ -208,7 +208,7 @@ def _evaluations(runs: Sequence[RecordedRun]) -> dict[str, Any] | None:
         return None
     logged = {n.removeprefix("eval_") for *_, metrics in evaluations for n in metrics if n.startswith("eval_")}
     if len({run.algorithm for run in runs}) > 1:
-        logged.discard("loss")  # has other terms in each algorithm
+        logged.discard("loss")  # its terms depend on the algorithm
     order = list(_TITLES)
     names = sorted(
         (n for n in logged if not n.endswith("_se")), key=lambda n: (order.index(n) if n in order else len(order), n)
@@ -223,7 +223,7 @@ def _metric(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def _settings(runs: Sequence[RecordedRun]) -> dict[str, Any]:
-    """Return the settings that differ between the runs, or from the defaults for one run, and all settings."""
+    """Return a table of settings that differ (between runs; from the defaults for one run), and one of all settings."""
     configs = [run.config for run in runs]
     names = [name for name in Config.model_fields if any(name in config for config in configs)]
     names = list(dict.fromkeys([*names, *(name for config in configs for name in config)]))
@@ -240,7 +240,7 @@ def _differs(name: str, configs: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _environment(runs: Sequence[RecordedRun]) -> dict[str, Any] | None:
-    """Return versions and device of each run's last attempt, and the start and end of every attempt."""
+    """Return a table of each run's versions and device, and one of the start and end of every attempt."""
     newest = [run.attempts[-1] if run.attempts else {} for run in runs]
     names = dict.fromkeys(name for attempt in newest for name in attempt if name not in (*_ATTEMPT, "total_steps"))
     rows = []
@@ -273,11 +273,11 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-# Samples: each prompt once, below it the data's response and the samples of every run
+# Samples: for each prompt, the response in the data and the samples of every run
 
 
 def _samples(runs: Sequence[RecordedRun]) -> dict[str, Any] | None:
-    """Return the prompts that most runs have samples of, in the data's order; None without samples."""
+    """Return the prompts with samples from the most runs, in the order of the data; None without samples."""
     answers: dict[tuple[int | None, str], list[list[dict[str, Any]]]] = {}
     for number, run in enumerate(runs):
         for sample in run.samples:

@@ -1,4 +1,4 @@
-"""Read a run's folder for its report: a run that is finished, still running, killed, or broken in places."""
+"""Read a run's folder for its report. The run may be finished, running or killed, and files may be damaged."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """The records that a run has written so far."""
+    """The records of one run."""
 
     folder: Path
     name: str  # unique in a report
-    config: dict[str, Any]  # settings as in config.yaml, without credentials
-    lines: list[dict[str, Any]]  # of metrics.jsonl
-    attempts: list[dict[str, Any]]  # of environment.json, one for each start
+    config: dict[str, Any]  # settings in config.yaml, without credentials
+    lines: list[dict[str, Any]]  # records of metrics.jsonl
+    attempts: list[dict[str, Any]]  # records of environment.json, one for each start
     samples_step: int | None  # the step of the last evaluation that drew samples
     samples: list[dict[str, Any]]
     final_evaluation: dict[str, Any] | None  # metrics that ``python -m hypo_train evaluate`` wrote into the folder
@@ -40,30 +40,30 @@ class RecordedRun:
 
     @property
     def algorithm(self) -> str:
-        """The name of its algorithm in config.yaml; "A run" if it is missing."""
+        """The name of the algorithm in config.yaml; "A run" if it is missing."""
         return str(self.config.get("algorithm", "A run"))
 
     @property
     def method(self) -> str:
-        """The title of its algorithm, such as "HyPO"."""
-        known = ALGORITHMS.get(self.algorithm)
-        title = known.title.partition(" (")[0] if known else self.algorithm
+        """The title of the algorithm, such as "HyPO"."""
+        spec = ALGORITHMS.get(self.algorithm)
+        title = spec.title.partition(" (")[0] if spec else self.algorithm
         return title[:1].upper() + title[1:]
 
     @property
     def loss_has_kl_term(self) -> bool:
-        """Whether its loss is a preference loss plus a KL term, which no loss of another algorithm has."""
-        known = ALGORITHMS.get(self.algorithm)
-        return known is not None and known.is_hybrid
+        """True if the loss is a preference loss plus a KL term, which is the case for HyPO alone."""
+        spec = ALGORITHMS.get(self.algorithm)
+        return spec is not None and spec.is_hybrid
 
     @cached_property
     def trained(self) -> list[dict[str, Any]]:
-        """The lines of training."""
+        """The metrics of training steps."""
         return [line for line in self.lines if not _is_evaluation(line)]
 
     @cached_property
     def evaluated(self) -> list[dict[str, Any]]:
-        """The lines of evaluations."""
+        """The metrics of evaluations."""
         return [line for line in self.lines if _is_evaluation(line)]
 
     @property
@@ -73,13 +73,13 @@ class RecordedRun:
 
     @property
     def total_steps(self) -> int | None:
-        """The number of steps of the whole run, or None if it is not known."""
+        """The planned number of steps, or None if it is not known."""
         total = self.attempts[-1].get("total_steps") if self.attempts else None
         return total if isinstance(total, int) else None
 
     @property
     def ending(self) -> str | None:
-        """How the run ended; None if no end is recorded."""
+        """The outcome of the run; None if none is recorded."""
         if self.attempts:  # other files may belong to an earlier attempt
             return str(self.attempts[-1]["ended"]) if self.attempts[-1].get("ended") else None
         if (self.folder / "final").is_dir():
@@ -88,12 +88,12 @@ class RecordedRun:
 
     @property
     def not_finite_step(self) -> int | None:
-        """The step whose rows were kept because of a NaN or an infinity, or None."""
+        """The last step with a NaN or an infinity whose rows were saved, or None."""
         return max(_numbered(self.folder, r"not-finite-step-(\d+)\.jsonl"), default=None)
 
     @property
     def last_written(self) -> datetime | None:
-        """When metrics.jsonl was last written."""
+        """The time of the last write to metrics.jsonl; None without the file."""
         path = self.folder / METRICS_FILE
         return datetime.fromtimestamp(path.stat().st_mtime, timezone.utc) if path.exists() else None
 
@@ -142,7 +142,7 @@ def _lines(folder: Path, name: str, problems: list[str]) -> list[dict[str, Any]]
 
 
 def _config(path: Path, problems: list[str]) -> dict[str, Any]:
-    """Return the settings as a dict and not as a ``Config``: an earlier version may have had other fields."""
+    """Return the settings as a dict. They may not fit ``Config``, because other versions have other fields."""
     if not path.is_file():
         problems.append(f"{CONFIG_FILE} is missing")
         return {}
@@ -172,7 +172,7 @@ def _final_evaluation(folder: Path, problems: list[str]) -> dict[str, Any] | Non
 
 
 def _without_undefined_accuracy(line: dict[str, Any]) -> dict[str, Any]:
-    """Drop the reward accuracy of a policy that still equals its reference: margins of 0, but for rounding."""
+    """Drop the reward accuracy while the policy equals its reference: all margins are 0 up to rounding."""
     margins = {kind: line.get(f"{kind}rewards/margins") for kind in ("", "eval_")}
     undefined = {f"{kind}rewards/accuracies" for kind, m in margins.items() if is_number(m) and abs(m) < 1e-5}
     return {name: value for name, value in line.items() if name not in undefined}
@@ -189,7 +189,7 @@ def _numbered(folder: Path, pattern: str) -> Iterator[int]:
 
 
 def _distinct_names(folders: list[Path]) -> list[str]:
-    """Return the last parts of each path, as many as it takes to tell the paths apart."""
+    """Return the shortest ends of the paths that are all different."""
     longest = max(len(folder.parts) for folder in folders)
     names = (["/".join(folder.parts[-parts:]) for folder in folders] for parts in range(1, longest + 1))
     return next(some for some in names if len(set(some)) == len(some))

@@ -1,4 +1,4 @@
-"""Series: the values of a metric over the steps, few enough to draw."""
+"""Read the values of a metric over the steps, averaged to a number of points that a chart can show."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 MOST_POINTS = 150
-_LARGEST = 1e100  # sums and squares of smaller values are finite
+_LARGEST = 1e100  # the sums and squares of values below this are finite
 
 
 class Point(NamedTuple):
-    """A value, and its bounds: one standard error, or the range of the values behind a mean; or the value itself."""
+    """A value at a step, with bounds: one standard error, the range of the averaged values, or the value itself."""
 
     step: float
     value: float
@@ -26,16 +26,16 @@ class Series:
 
     label: str
     points: list[Point]
-    per_point: int  # the number of logged values in a point, which is their mean
+    per_point: int  # number of logged values that a point is the mean of
     has_errors: bool  # ``low`` and ``high`` are one standard error away
-    not_finite: list[int]  # steps whose value is left out
+    not_finite: list[int]  # steps with values that are left out
 
 
 def read_series(label: str, lines: Sequence[dict[str, Any]], metric: str, *, spread: bool = True) -> Series | None:
     """Return the series of ``metric``, or None if no line holds it.
 
-    Its bounds are ``<metric>_se`` if the lines hold it. Otherwise ``spread`` makes them the smallest and the largest
-    of the values behind a point.
+    Bounds are one ``<metric>_se`` away if the lines hold it. Otherwise, with ``spread``, they are the minimum and the
+    maximum of the values of a point.
     """
     logged = [line for line in lines if is_number(line.get(metric))]
     if not logged:
@@ -55,7 +55,7 @@ def last(lines: Sequence[dict[str, Any]], metric: str) -> float | None:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether ``value`` is a number and not a bool, which is an int to Python."""
+    """Return whether ``value`` is a number. A bool is not, although Python's bool is an int."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

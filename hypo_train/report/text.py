@@ -1,4 +1,4 @@
-"""Text of a report: numbers as people read them, and foreign text without invisible characters."""
+"""Format texts of a report: readable numbers, and untrusted text without invisible characters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-# Controls, characters that UTF-8 cannot hold, and those that turn the direction of the text behind them. The joiners
-# of emoji and of Indic scripts are not among them, nor are line feed and tab.
+# Control characters, lone surrogates, and characters that change the text direction. Line feed, tab, and the joiners of
+# emoji and Indic scripts are allowed.
 _INVISIBLE = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff\\ufeff\\ufffe\\uffff]"
 )
@@ -18,9 +18,9 @@ _SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
 
 
 def visible(value: Any) -> Markup:
-    """Return ``value`` as escaped HTML, with the code points of invisible characters; Markup is left as it is.
+    """Return ``value`` as escaped HTML, with the code points of invisible characters; Markup is unchanged.
 
-    The template applies this to every expression. The spans have no quotes, so they cannot end an attribute.
+    The template applies this to every expression. The spans contain no quotes, so they cannot end an attribute.
     """
     if isinstance(value, Markup):
         return value

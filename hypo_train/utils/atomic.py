@@ -1,4 +1,4 @@
-"""Write files and folders so that a killed process, a full disk or a power failure never leaves half of one.
+"""Write files and folders atomically: a killed process, a full disk or a power failure leaves no incomplete one.
 
 Each is written under a temporary name in the same folder, flushed to the disk and renamed. Readers see the old
 content or the new content.
@@ -19,11 +19,11 @@ def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> Non
     """Write ``content`` (text as UTF-8) to ``path``, atomically.
 
     Args:
-        shared: other processes may write the same path at the same time, so each needs its own temporary name.
-            Without it, the temporary file that a killed process left is overwritten by the next write.
+        shared: other processes may write the same path at the same time, so each uses a random temporary name.
+            Otherwise the temporary name is fixed, and the next write overwrites what a killed process left.
 
     Raises:
-        OSError: the file cannot be written; ``path`` is as it was.
+        OSError: the file cannot be written; ``path`` is unchanged.
     """
     token = f".{secrets.token_hex(8)}" if shared else ""
     temporary = path.with_name(f"{path.name}{token}{TEMPORARY}")
@@ -39,13 +39,13 @@ def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> Non
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Replace ``folder`` by the one that ``write`` fills, atomically.
+    """Replace ``folder`` atomically by a new folder that ``write`` fills.
 
     ``write`` gets an empty folder with a temporary name. If ``folder`` is a link, the link is replaced and its target
-    is left alone.
+    is unchanged. If ``write`` raises, ``folder`` is unchanged.
 
     Raises:
-        OSError: the folder cannot be written. It is as it was, and so it is if ``write`` raises.
+        OSError: the folder cannot be written; it is unchanged.
     """
     temporary, replaced = folder.with_name(folder.name + TEMPORARY), _replaced_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
@@ -68,15 +68,15 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove ``folder``, renaming it first, so that a removal that is killed leaves no half folder under its name.
+    """Remove ``folder``. It is renamed first, so that a killed removal leaves no incomplete folder under its name.
 
-    If ``folder`` is a link, the link is removed and its target is left alone.
+    If ``folder`` is a link, the link is removed and its target is unchanged.
     """
     shutil.rmtree(_set_aside(folder))
 
 
 def inherit_read_permission(path: Path) -> None:
-    """Let everyone read (or write) the file ``path`` who may read (or write) its folder. Folders are left alone.
+    """Give the file ``path`` the read and write permissions of its folder. Does nothing if ``path`` is a folder.
 
     safetensors creates files that only their owner can read, so another user's inference server could not load them.
     """
@@ -85,7 +85,7 @@ def inherit_read_permission(path: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
+    """Flush a file, or the directory entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

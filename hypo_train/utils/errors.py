@@ -1,4 +1,4 @@
-"""The errors that a run can end with. Each message fits on one line and says what to do."""
+"""The exceptions that end a run. Each message is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CheckpointError(ValueError):
 
 
 class RecordError(ValueError):
-    """A run cannot write one of its records (metrics, samples, settings), for example because the disk is full."""
+    """A run cannot write a record (metrics, samples, settings), for example because the disk is full."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -28,7 +28,7 @@ class OtherProcessError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; the run has saved a checkpoint and ended."""
+    """A signal stopped the run after it saved a checkpoint."""
 
     def __init__(self, number: int, checkpoint: Path) -> None:
         self.signal = signal.Signals(number)
@@ -42,5 +42,5 @@ class Stopped(Exception):
 
 
 def is_users_mistake(error: ValueError) -> bool:
-    """Return whether this project raised ``error``: then its message says what is wrong and how to fix it."""
+    """Return whether this project raised ``error``, so that its message is written for the user."""
     return type(error).__module__.split(".")[0] in ("hypo_train", "hypo_kernels")

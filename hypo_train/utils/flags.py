@@ -1,6 +1,6 @@
 """Command-line flags from the fields of a pydantic model: reading, checking and the ``--help`` page.
 
-Every mistake is collected, and ``ConfigError`` lists them, one a line. Nothing heavy is imported here, so that a
+One ``ConfigError`` lists all mistakes, one a line. Nothing heavy is imported here, so that a
 mistake is reported at once.
 """
 
@@ -30,20 +30,20 @@ _BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0", "t", "f", "y",
 
 
 class Settings(BaseModel):
-    """Base of every set of flags: a field is a flag, the docstring below it is the flag's ``--help`` text."""
+    """Base class of a command's flags: each field is a flag, and the docstring below it is its ``--help`` text."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     usage: ClassVar[str] = ""
-    groups: ClassVar[Mapping[str, str]] = {}  # the first field of a group in --help -> the group's title
-    positional: ClassVar[str | None] = None  # the field that words without a flag set
-    short_flags: ClassVar[Mapping[str, str]] = {}  # a flag's other name -> its field
-    bare_flags: ClassVar[Mapping[str, str]] = {}  # a field -> what its flag means without a value
-    not_a_bool: ClassVar[Mapping[str, str]] = {}  # a field -> what to write in place of true or false
-    other_names: ClassVar[Mapping[str, str]] = {}  # an unknown name -> what to write in its place
-    more_flags: ClassVar[Sequence[str]] = ()  # flags that are no fields
+    groups: ClassVar[Mapping[str, str]] = {}  # first field of a group in --help -> title of the group
+    positional: ClassVar[str | None] = None  # the field for arguments without a flag
+    short_flags: ClassVar[Mapping[str, str]] = {}  # alias of a flag -> its field
+    bare_flags: ClassVar[Mapping[str, str]] = {}  # field -> value if its flag is given without one
+    not_a_bool: ClassVar[Mapping[str, str]] = {}  # field -> advice in the message about true or false
+    other_names: ClassVar[Mapping[str, str]] = {}  # unknown name -> advice in the message about it
+    more_flags: ClassVar[Sequence[str]] = ()  # flags that are not fields
     source: ClassVar[str] = "the command line"
     how_to_set: ClassVar[str] = "set it with --{}"
 
@@ -68,10 +68,10 @@ class Settings(BaseModel):
 
 
 def parse(model: type[S], argv: Sequence[str]) -> S:
-    """Return the settings that ``argv`` asks for.
+    """Return the settings from the arguments ``argv``.
 
     Raises:
-        ConfigError: with every mistake, one a line.
+        ConfigError: lists every mistake, one a line.
     """
     problems: list[str] = []
     words, flags = read_flags(model, argv, problems)
@@ -84,7 +84,7 @@ def parse(model: type[S], argv: Sequence[str]) -> S:
 
 
 def split_argv(argv: Sequence[str], model: type[Settings]) -> tuple[list[str], list[str]]:
-    """Return the part of ``argv`` that sets fields of ``model``, and the rest."""
+    """Return the arguments that set fields of ``model``, and the other arguments."""
     chosen: list[str] = []
     rest: list[str] = []
     part = rest
@@ -96,14 +96,14 @@ def split_argv(argv: Sequence[str], model: type[Settings]) -> tuple[list[str], l
 
 
 def flag_name(token: str) -> str:
-    """Return the field that ``--name``, ``--na-me`` or ``--name=value`` sets."""
+    """Return the field name in ``--name``, ``--na-me`` or ``--name=value``."""
     return token[2:].partition("=")[0].replace("-", "_")
 
 
 def read_flags(
     model: type[Settings], argv: Sequence[str], problems: list[str]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the words that belong to no flag, and the words after each flag by the flag's name."""
+    """Return the arguments without a flag, and {flag name: its values}."""
     words: list[str] = []
     flags: dict[str, list[str]] = {}
     name = None
@@ -125,7 +125,7 @@ def read_flags(
 
 
 def _takes(model: type[Settings], name: str, tokens: list[str], token: str) -> bool:
-    """Return whether ``token`` is a value of the flag ``name``, which has ``tokens`` so far."""
+    """Return whether ``token`` is a value of the flag ``name``, after the values ``tokens``."""
     types = types_of(model, name) if name in model.model_fields else []
     if bool in types:
         return not tokens and token.lower() in _BOOLEANS
@@ -175,7 +175,7 @@ def validated(model: type[S], values: Mapping[str, Any], problems: Sequence[str]
 
 
 def explain(model: type[Settings], error: ValidationError) -> list[str]:
-    """Return one line for each field or conflict; pydantic's list has one entry for each type of a union."""
+    """Return one line for each field or conflict in a pydantic error, which has one entry for each type of a union."""
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
         if not item["loc"]:
@@ -197,9 +197,9 @@ def explain(model: type[Settings], error: ValidationError) -> list[str]:
 
 
 def nearest(model: type[Settings], name: str, prefix: str = "", also: Sequence[str] = ()) -> str:
-    """Return the end of the message about an unknown name: the name that was probably meant.
+    """Return the end of the message about an unknown name: the most similar known name.
 
-    ``prefix`` is that of a flag; ``also`` are names that are no fields of ``model`` and may be meant too.
+    ``prefix`` is put before that name; ``also`` are known names that are not fields of ``model``.
     """
     if name in model.other_names:
         return f": {model.other_names[name]}"
@@ -256,7 +256,7 @@ def _type_names(types: Sequence[Any]) -> str:
 
 
 def why_unusable(text: str) -> str | None:
-    """Return what ``text`` should be where no file can have it as its name or hold it."""
+    """Return what ``text`` should be if it cannot be written to a file or be a file name, else None."""
     if "\0" in text:
         return "text without a NUL character"
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -265,14 +265,14 @@ def why_unusable(text: str) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """Return a value as one line of an error message can hold it."""
+    """Return a value as text of at most one line for an error message."""
     try:
         text = repr(value)
-    except ValueError:  # of Python's limit on an integer's digits
+    except ValueError:  # Python limits the digits of an integer
         return "an integer of thousands of digits"
     return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"
 
 
 def shown_name(name: str) -> str:
-    """Return a name as it is where it can stand in a line, else as ``shown`` does."""
+    """Return a printable name of up to 200 characters unchanged, any other name as ``shown`` does."""
     return name if name.isprintable() and len(name) <= 200 else shown(name)

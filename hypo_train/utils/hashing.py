@@ -1,8 +1,8 @@
-"""Hash the content of a tensor on the device where it lies.
+"""Hash the content of a tensor on its device.
 
 The bits are read as integers x of at most 32 bits, in blocks. Each block gives two sums Σ wᵢ·xᵢ mod 2⁶⁴ with fixed
-pseudo-random 64-bit weights w; they are exact in any order of summation, so every device gives the same. The digest is
-the SHA-256 of the length and of all sums in order.
+pseudo-random 64-bit weights w; they are exact in any order of summation, so every device gives the same digest. The
+digest is the SHA-256 of the length and of all sums in order.
 
 Two blocks that differ by d = 2ᵛ·odd at some position (v ≤ 31) have equal sums for one value mod 2⁶⁴⁻ᵛ of that
 position's weight: a chance of at most 2⁻³³ for one sum and 2⁻⁶⁶ for both, whatever the contents are. This protects
@@ -23,7 +23,7 @@ _INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16}  # wider elements are read as
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Return 64 hexadecimal digits for the bits of ``tensor`` in order; dtype and shape do not enter."""
+    """Return 64 hexadecimal digits that depend on the bits of ``tensor``, but not on its dtype and shape."""
     bits = tensor.detach().contiguous().flatten().view(_INTEGER_DTYPES.get(tensor.element_size(), torch.int32))
     weights = _weights(bits.device)
     full = len(bits) // _BLOCK * _BLOCK
@@ -36,6 +36,6 @@ def tensor_digest(tensor: Tensor) -> str:
 
 @cache
 def _weights(device: torch.device) -> Tensor:
-    """(2, _BLOCK) int64, the same in every process."""
+    """Return the weights w, (2, _BLOCK) int64, which are equal in every process."""
     stream = hashlib.shake_256(b"hypo_train.fingerprint").digest(2 * _BLOCK * 8)
     return torch.frombuffer(bytearray(stream), dtype=torch.int64).view(2, _BLOCK).to(device)

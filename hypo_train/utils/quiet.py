@@ -1,4 +1,4 @@
-"""Libraries that print less."""
+"""Reduce the output of libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def quiet_libraries() -> None:
-    """Turn off the logging of errors, which are raised too, and without a terminal the libraries' progress bars."""
+    """Turn off the libraries' error logs, because errors are raised too, and their progress bars without a terminal."""
     import datasets
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Which part of the work belongs to each rank."""
+"""Divide work among the ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RankShare:
-    """The items that one rank takes of a list: every ``world_size``-th item, from item number ``rank`` on.
+    """One rank's part of a list: every ``world_size``-th item, starting with item ``rank``.
 
     If the items are sorted by size, all ranks get about the same amount of work. The default is a single process.
     """

@@ -1,4 +1,4 @@
-"""Records for people and programs: JSON lines, which keep every text unchanged, and CSV for spreadsheets."""
+"""Write records as JSON lines, which keep every text unchanged, and as CSV for spreadsheets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from hypo_train.utils.atomic import write_file
 from hypo_train.utils.errors import ConfigError, RecordError
 
-# A spreadsheet runs a cell that begins with one of these as a formula, and a model's sample may begin with any of them.
+# A spreadsheet runs a cell that begins with one of these as a formula. A model's sample may begin with any of them.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 

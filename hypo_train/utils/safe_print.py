@@ -1,4 +1,4 @@
-"""Printing that never ends a run: the reader may have closed the pipe or the terminal, or the disk may be full."""
+"""Print without failing if the pipe or the terminal was closed, or the disk is full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seed every global random generator: a reward function may draw from any of them."""
+"""Seed all global random generators, because a reward function may use any of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch (on every device). ``seed``: 0 to 2**64 - 1.
 
-    Every step begins with this, so its random numbers do not depend on earlier code and repeat after a resume.
+    Called at the start of every step, so that its random numbers do not depend on earlier code, also after a resume.
     """
     random.seed(seed)
     numpy.random.seed([seed % 2**32, seed // 2**32])  # NumPy takes 32 bits a number  # noqa: NPY002
@@ -22,7 +22,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed every global generator inside the ``with`` block, and restore their states after it."""
+    """Seed the global generators inside the ``with`` block; restore their states after it."""
     python_state, numpy_state = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):

@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Context manager that notes the first signal instead of dying from it: ``number``, or None before it.
+    """Context manager that stores the first signal in ``number`` (None before) instead of ending the process.
 
     Python delivers signals to the main thread only; in other threads this does nothing. Signals that are ignored stay
     ignored: Ctrl-C must not stop a script's background jobs.

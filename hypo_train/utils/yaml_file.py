@@ -1,4 +1,4 @@
-"""Reading a flat YAML file, with one line for whatever is wrong with it."""
+"""Read a flat YAML file, with one-line error messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypo_train.utils.errors import ConfigError
 
 
 def read_mapping(path: str, where: str) -> tuple[dict[Any, Any], list[str]]:
-    """Return the mapping in the file ``path``, and its keys that occur more than once.
+    """Return the mapping in the file ``path``, and the keys that occur more than once.
 
     Raises:
         ConfigError: the file cannot be read or holds no mapping; the message begins with ``where``.
@@ -37,7 +37,7 @@ def read_mapping(path: str, where: str) -> tuple[dict[Any, Any], list[str]]:
 
 
 def _explain(error: Exception) -> str:
-    """Return the line that is wrong, the problem, and a fix where there is an obvious one."""
+    """Return the line number, the problem, and the fix if it is obvious."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
         return " ".join(str(error).split())
     mark, fix = error.problem_mark, ""

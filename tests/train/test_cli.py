@@ -283,4 +283,7 @@ def test_a_ctrl_c_outside_of_the_steps_ends_in_a_line(tmp_path, saved_model, mon
     monkeypatch.setattr("hypo_train.train.train", interrupt)
     capsys.readouterr()  # of the model that was saved
     assert main(["--config", str(recipe)]) == 130
-    assert capsys.readouterr().err == "hypo_train: stopped by SIGINT where it was; what was saved before is kept\n"
+    assert (
+        capsys.readouterr().err
+        == "hypo_train: stopped at once by SIGINT; everything that was saved before is unchanged\n"
+    )

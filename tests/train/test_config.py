@@ -186,7 +186,7 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
         ("--num_generations 1", "num_generations=1: hypo compares the samples of a prompt, use at least 2"),
         (
             "--algorithm dpo --kl_estimator exact",
-            "kl_estimator=exact with algorithm=dpo: only hypo can estimate its KL so",
+            "kl_estimator=exact with algorithm=dpo: only hypo has this estimator",
         ),
         ("--algorithm ipo --rollout_steps 2", "rollout_steps=2 with algorithm=ipo: it draws no samples"),
         ("--kl_estimator k3", "kl_estimator='k3': should be 'sampled' or 'exact'"),
@@ -195,7 +195,7 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
         ("--zero_stage 1 --fsdp", "zero_stage=1 with fsdp=true: both shard the optimizer's state, choose one"),
         (
             "--zero_stage 2 --optim muon",
-            "zero_stage=2 with optim=muon: its state has a tensor's shape, which ZeRO flattens; use optim: adamw_torch",
+            "zero_stage=2 with optim=muon: its state needs the tensors' shapes, which ZeRO flattens; use optim: adamw_torch",
         ),
         ("--use_peft --num_layers_unfrozen 4", "use_peft=true with num_layers_unfrozen=4: choose one"),
         ("--dataset_test_split test --num_eval_rows 9", "num_eval_rows=9 with dataset_test_split='test'"),
@@ -224,7 +224,7 @@ def test_conflicting_settings_are_all_listed():
     [
         ("", "vocab_parallel=true without fsdp"),
         ("--fsdp --algorithm reward", "vocab_parallel=true with algorithm=reward: a reward model has no LM head"),
-        ("--fsdp --impl reference", "vocab_parallel=true with impl=reference: that takes the whole vocabulary"),
+        ("--fsdp --impl reference", "vocab_parallel=true with impl=reference: that needs the full vocabulary"),
     ],
 )
 def test_vocab_parallel_is_refused_where_it_has_no_effect(flags, why):

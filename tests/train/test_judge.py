@@ -488,7 +488,7 @@ def test_a_key_that_is_missing_or_no_key_is_one_line(written, served, capsys, mo
     assert "there is no such environment variable" in refusal(capsys, written(), *flags)
     monkeypatch.setenv("JUDGE_API_KEY", "two\nlines")
     line = refusal(capsys, written(), *asking(server))
-    assert line.startswith("the environment variable JUDGE_API_KEY holds no API key")
+    assert line.startswith("the environment variable JUDGE_API_KEY is not an API key")
     assert "two" not in line
     assert server.asked == []
 

@@ -139,7 +139,7 @@ def test_a_reward_that_is_no_number_is_named_with_its_text(rloo):
         ({"reward": None}, "algorithm=rloo without a reward: set reward"),
         ({"num_generations": 1}, "num_generations=1: rloo compares the samples of a prompt"),
         ({"reward_model_path": "rm"}, "choose one"),
-        ({"kl_estimator": "exact"}, "only hypo can estimate its KL so"),
+        ({"kl_estimator": "exact"}, "only hypo has this estimator"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=true with algorithm=rloo"),
     ],
 )
