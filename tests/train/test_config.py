@@ -195,7 +195,7 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
         ("--zero_stage 1 --fsdp", "zero_stage=1 with fsdp=true: both shard the optimizer's state, choose one"),
         (
             "--zero_stage 2 --optim muon",
-            "zero_stage=2 with optim=muon: its state needs the tensors' shapes, which ZeRO flattens; use optim: adamw_torch",
+            "zero_stage=2 with optim=muon: its state needs the tensors' shapes, which ZeRO flattens",
         ),
         ("--use_peft --num_layers_unfrozen 4", "use_peft=true with num_layers_unfrozen=4: choose one"),
         ("--dataset_test_split test --num_eval_rows 9", "num_eval_rows=9 with dataset_test_split='test'"),
