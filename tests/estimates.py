@@ -1,10 +1,12 @@
-"""A run without the estimate of its memory, for the tests that are not about it."""
+"""Turn off the memory estimate of a run, for tests of something else."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def no_memory_estimate(monkeypatch):
-    """A run's first page is without its memory, which takes longer to rehearse than a tiny model to train. Modules that
-    are about it have a fixture of this name, and it."""
+    """Leave the memory estimate out of a run's first page, because it takes longer than training a tiny model.
+
+    Modules that test the estimate override this fixture.
+    """
     monkeypatch.setattr("hypo_train.preflight.checks._check_memory", lambda *_, **__: None)

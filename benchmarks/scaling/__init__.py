@@ -1,1 +1,1 @@
-"""What ``--dry-run --num_devices`` predicts of communication and step time, beside what small runs really do."""
+"""Compare the communication and step time that ``--dry-run --num_devices`` predicts with those of small runs."""

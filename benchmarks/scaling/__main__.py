@@ -1,10 +1,12 @@
-"""Predicted and measured seconds of small steps on a CPU, in one process and in two: ``python -m benchmarks.scaling``.
+"""Compare predicted and measured step times of small CPU runs: ``python -m benchmarks.scaling``.
 
-One run's measured phases give the speeds of computing and of memory, and collectives timed alone that of links; with
-them the steps of every other run are predicted: of another width, length, batch, way to train and number of processes.
-Gloo's collectives compute on the processes' own cores, so nothing is taken to hide behind anything. Seconds are those
-that a process's own core worked, of one thread, and of each phase the fastest of a run's steps counts: so other work
-on the machine disturbs least. What a process waits for another one is not in them.
+The speeds of computation and memory come from the measured phases of one run, and the speed of links from collectives
+that are timed alone. With these speeds the steps of the other runs are predicted, which differ in width, length, batch
+size, training method and number of processes (one or two).
+
+Gloo computes its collectives on the cores of the processes, so the prediction assumes no overlap. Times are CPU seconds
+of one thread, and each phase counts with its fastest step, so that other work on the machine has little influence. The
+time that a process waits for another one is not included.
 """
 
 from __future__ import annotations
@@ -39,20 +41,20 @@ from hypo_train.utils.rank_share import RankShare
 
 WARM_UP, STEPS = 2, 5
 VOCAB, LAYERS = 2048, 4
-# "loss" is a part of the forward pass for a prediction.
+# The phases of a prediction, with the measured phases of each: a predicted forward pass includes the loss.
 PHASES = {"sample": ["sample"], "reference": ["reference"], "forward": ["forward", "loss"], "backward": ["backward"]}
 PHASES |= {"optimizer": ["optimizer"]}
 
 
 class Case(NamedTuple):
-    """A run; lengths in tokens."""
+    """The settings of one run, with lengths in tokens."""
 
     name: str
     processes: int = 1
     width: int = 320
     prompt: int = 32
     completion: int = 32
-    batch: int = 4  # rows of a process
+    batch: int = 4  # rows for each process
     settings: tuple[tuple[str, Any], ...] = ()
 
 
@@ -72,7 +74,7 @@ CASES = [
 
 
 def config_of(case: Case, folder: Path) -> Config:
-    """Its model and rows, written."""
+    """Write the model and rows of a case to ``folder``, and return the configuration of its run."""
     torch.manual_seed(0)
     model, data = folder / "model", folder / "pairs.jsonl"
     shape = LlamaConfig(
@@ -114,7 +116,7 @@ def config_of(case: Case, folder: Path) -> Config:
 
 
 def run(cases: dict[Path, Config], processes: int, folder: Path) -> None:
-    """Train them, in one start of so many processes."""
+    """Train all ``cases`` in one launch of ``processes`` processes."""
     folder.mkdir()
     values = [config.model_dump() for config in cases.values()]
     (folder / "configs.json").write_text(json.dumps(values), encoding="utf-8")
@@ -123,7 +125,7 @@ def run(cases: dict[Path, Config], processes: int, folder: Path) -> None:
 
 
 def train_all(folder: Path) -> None:
-    """In each process that ``run`` starts."""
+    """Train the configurations in ``folder``; called in each process that ``run`` starts."""
     warnings.simplefilter("ignore")
     with patch.object(_HostClock, "now", lambda self: time.process_time()):
         for values in json.loads((folder / "configs.json").read_text(encoding="utf-8")):
@@ -133,19 +135,19 @@ def train_all(folder: Path) -> None:
 
 
 def _link(num_bytes: int = 2**21, calls: int = 50) -> float:
-    """Bytes a second that a process sends, in gathers and sums of about a layer's weights."""
-    whole = torch.zeros(num_bytes // 4)
-    part = torch.zeros(len(whole) // dist.get_world_size())
+    """Return the bytes a second that a process sends in all-gathers and reduce-scatters as large as a layer."""
+    full = torch.zeros(num_bytes // 4)
+    shard = torch.zeros(len(full) // dist.get_world_size())
     dist.barrier()
     started = time.process_time()
     for _ in range(calls):
-        dist.all_gather_into_tensor(whole, part)
-        dist.reduce_scatter_tensor(part, whole)
-    return 2 * calls * part.nbytes * (dist.get_world_size() - 1) / (time.process_time() - started)
+        dist.all_gather_into_tensor(full, shard)
+        dist.reduce_scatter_tensor(shard, full)
+    return 2 * calls * shard.nbytes * (dist.get_world_size() - 1) / (time.process_time() - started)
 
 
 def measured(config: Config) -> dict[str, float]:
-    """Seconds of each phase where it was fastest, the first steps left out."""
+    """Return the fewest seconds of each phase over the steps after the warm-up."""
     lines = [line for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if line["step"] > WARM_UP]
     return {
         phase: min(sum(line.get(f"time/{name}", 0.0) for name in names) for line in lines)
@@ -154,7 +156,7 @@ def measured(config: Config) -> dict[str, float]:
 
 
 def predicted(config: Config, count: int, speeds: Speeds) -> dict[str, float]:
-    """Seconds by phase."""
+    """Return the predicted seconds of each phase in one of ``count`` processes."""
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     plan, _ = load_plan(config, tokenizer, [EOS], RankShare(0, count))
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
@@ -167,7 +169,10 @@ def predicted(config: Config, count: int, speeds: Speeds) -> dict[str, float]:
 
 
 def calibrated(config: Config, seconds: dict[str, float], link: float) -> Speeds:
-    """Speeds with which the phases of ``config`` come out as they were measured, the passes' together."""
+    """Return the speeds for which the predictions for ``config`` equal the measured ``seconds``.
+
+    The three training passes share one speed, which makes their sum exact.
+    """
     passes = ("reference", "forward", "backward")
     unit = predicted(config, 1, Speeds(1.0, 1e30, link))
     compute = sum(unit[phase] for phase in passes) / sum(seconds[phase] for phase in passes)
@@ -176,13 +181,13 @@ def calibrated(config: Config, seconds: dict[str, float], link: float) -> Speeds
 
 
 def table(rows: list[tuple[Case, dict[str, float], dict[str, float]]]) -> list[str]:
-    """Measured and predicted seconds of each phase, and of all."""
-    names = [*PHASES, "together"]
+    """Return a Markdown table of the predicted and measured seconds of each phase and in total."""
+    names = [*PHASES, "total"]
     lines = ["| run | processes | " + " | ".join(names) + " | predicted / measured |", "|---" * (len(names) + 3) + "|"]
-    for case, expected, found in rows:
-        together = [sum(of.get(phase, 0) for phase in PHASES) for of in (expected, found)]
-        cells = [f"{expected.get(phase, 0):.3f} / {found.get(phase, 0):.3f}" for phase in PHASES]
-        cells += [f"{together[0]:.3f} / {together[1]:.3f}", f"{together[0] / together[1]:.2f}"]
+    for case, expected, seconds in rows:
+        total = [sum(times.get(phase, 0) for phase in PHASES) for times in (expected, seconds)]
+        cells = [f"{expected.get(phase, 0):.3f} / {seconds.get(phase, 0):.3f}" for phase in PHASES]
+        cells += [f"{total[0]:.3f} / {total[1]:.3f}", f"{total[0] / total[1]:.2f}"]
         lines.append(f"| {case.name} | {case.processes} | " + " | ".join(cells) + " |")
     return lines
 

@@ -31,17 +31,17 @@ def load_split_rows(
     Raises:
         DataError: the data cannot be read or no row can be used.
     """
-    found: dict[str, list[Row]] = {"eval": []}
+    split_rows: dict[str, list[Row]] = {"eval": []}
     reports = {}
     for name, (rows, first_row) in _splits(config).items():
         with _named(config, name):
-            found[name], reports[name] = tokenize(
+            split_rows[name], reports[name] = tokenize(
                 kind, rows, tokenizer, first_row=first_row, **_limits(config, eos_token_ids)
             )
     if "eval" in reports:
-        shared = prompts_in_both(found["train"], found["eval"])
+        shared = prompts_in_both(split_rows["train"], split_rows["eval"])
         reports["eval"] = replace(reports["eval"], also_trained_on=shared)
-    return found["train"], found["eval"], reports
+    return split_rows["train"], split_rows["eval"], reports
 
 
 def load_held_out(

@@ -1,4 +1,4 @@
-"""Tensors that ranks send each other within a pass, so that each can work on the others' rows."""
+"""Exchange tensors between ranks within a pass, so that each rank can compute with the rows of the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 class RowExchange:
     """All ranks call every method, in the same order.
 
-    Tensors go from device to device. What Python needs goes from host to host and waits for no accelerator.
+    Tensors go from device to device. Python objects go from host to host, without waiting for an accelerator.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class RowExchange:
         return received
 
     def reduce(self, owner: int, tensor: Tensor) -> Tensor:
-        """Sum the ranks' tensors in place on rank ``owner``; on the others the result means nothing."""
+        """Sum the ranks' tensors in place on rank ``owner``; on the other ranks the result is undefined."""
         if tensor.numel():
             dist.reduce(tensor, dst=owner)
         return tensor

@@ -1,7 +1,7 @@
 """Weights sharded over the ranks by PyTorch's FSDP2, which gathers a layer's only while the layer runs.
 
-Whatever does more than a forward and a backward pass needs a function from here: to run with other weights, to call
-layers several times, or to read full weights.
+Code that does more than a forward and a backward pass needs a function of this module: to run with other weights, to
+call layers several times, or to read full weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sharding:
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module], sharding: Sharding) -> None:
-    """Shard rank 0's weights over all ranks, in place: each of ``layers`` as a unit, and all the rest as another.
+    """Shard rank 0's weights over all ranks, in place: each of ``layers`` as one unit, and all other parameters as one.
 
     Parameters that are DTensors already stay as they are. Rank 0 has its weights in host memory; those of the other
     ranks may be on the meta device. No other rank and no device ever holds more than one layer beside its shards.

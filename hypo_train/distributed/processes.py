@@ -1,7 +1,7 @@
-"""The processes of a run, one a device, and how their hosts agree.
+"""The processes of a run, one for each device, and the communication between their hosts.
 
-accelerate exchanges what training itself needs: gradients and sharded weights. Here, hosts talk in a process group of
-their own, with CPU tensors, so that nobody waits for an accelerator.
+accelerate exchanges what training itself needs: gradients and sharded weights. Here, hosts use a
+separate process group with CPU tensors, so that no process waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FAILURE_KEY = "hypo_train/failure"
 
 
 class Processes:
-    """The processes of a run. A single process is its own main process and waits for nobody.
+    """The processes of a run. A single process is the main process and never waits.
 
     All processes call every method, in the same order.
     """
@@ -129,7 +129,7 @@ class Processes:
 
     @contextmanager
     def report_failures(self) -> Iterator[None]:
-        """Tell the other processes why this one fails, for them to report that instead of a broken connection.
+        """Tell the other processes why this one fails, so that they do not report a broken connection instead.
 
         Raises:
             OtherProcessError: in place of an error that follows from another process's.

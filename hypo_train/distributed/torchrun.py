@@ -1,4 +1,4 @@
-"""What torchrun learns about a process that fails, so that a run ends with the first process's error and no other.
+"""Record the error of a failed process for torchrun, so that it reports the process that failed first.
 
 PyTorch's own ``record`` writes a full traceback for every error. A user's mistake is one line here, so this module
 writes the same file itself.
@@ -52,9 +52,9 @@ def _write(file: Path, error: Exception) -> None:
 
 
 def wait_for_torchrun() -> None:
-    """Give the process that failed first the time to end first, because torchrun takes that one for the cause.
+    """Wait, so that the process that failed first also ends first.
 
-    torchrun then stops this process.
+    torchrun reports the process that ends first as the cause, and then stops this one.
     """
     if _FILE_VARIABLE in os.environ:
         time.sleep(_SECONDS)

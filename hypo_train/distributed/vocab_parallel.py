@@ -1,7 +1,7 @@
-"""Embedding and LM head split by the vocabulary: each rank keeps its own rows of both, and computes with those alone.
+"""Split the embedding and the LM head by the vocabulary: each rank stores its rows of both and computes with them.
 
 A tensor of the vocabulary is split as ``torch.chunk`` splits it, ⌈V/n⌉ entries a rank, and FSDP does not gather it.
-Each rank has rows of data of its own, so the ranks take turns: all of them work on one rank's rows, the owner's, each
+Each rank has different rows of data, so the ranks take turns: all of them work on one rank's rows, the owner's, each
 with its shard of the vocabulary, and their results are summed. In an owner's turn each rank sends or receives
 
     tokens looked up    T · D numbers forward (summed on the owner), T · D backward if the embedding is trained
@@ -10,7 +10,7 @@ with its shard of the vocabulary, and their results are summed. In an owner's tu
 for the owner's T tokens, in the compute dtype unless it says fp32, and a few numbers a token. Gathering a head instead
 takes V · D numbers forward, as many backward, and V · D in fp32 for its gradient, however few the tokens. So shards
 send less if a micro-batch has fewer tokens, over all ranks, than the vocabulary.
-Nothing of this overlaps with other work. There are as many products as ranks, each with an n-th of the columns. Memory
+This communication does not overlap with other work. There are n products, each with 1/n of the columns. Memory
 does not grow with the number of ranks: only one owner's rows are held at a time.
 """
 
@@ -32,7 +32,7 @@ from hypo_train.distributed.fsdp import Sharding, broadcast_from_first, full_ten
 
 
 def ranks_without_a_shard(vocab_size: int, world_size: int) -> int:
-    """Return how many ranks get nothing when the vocabulary is split into shards of ⌈V/n⌉ entries."""
+    """Return how many ranks have no entries if the vocabulary is split into shards of ⌈V/n⌉ entries."""
     return world_size - -(-vocab_size // -(-vocab_size // world_size))
 
 
@@ -41,7 +41,7 @@ class VocabShards:
 
     Args:
         embedding: full on rank 0.
-        head: the LM head, full on rank 0, then whatever else multiplies to logits.
+        head: the LM head, full on rank 0, then other modules whose products are added to the logits.
     """
 
     def __init__(self, embedding: nn.Embedding, head: Sequence[nn.Module], sharding: Sharding) -> None:
@@ -58,12 +58,12 @@ class VocabShards:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The distinct shards, in the same order on all ranks."""
+        """Return the distinct shards, in the same order on all ranks."""
         return list(dict.fromkeys(shard for _, _, shard in self._places))
 
     @contextmanager
     def replaced(self, others: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-        """Run a block with ``others``, by the shard that each replaces."""
+        """Run a block with ``others`` in place of shards, given as a mapping from the shard to its replacement."""
         self._put({shard: nn.Parameter(other, requires_grad=False) for shard, other in others.items()})
         try:
             yield

@@ -1,8 +1,8 @@
 """Optimizer state sharded over the ranks by DeepSpeed (ZeRO-1), and gradients too (ZeRO-2).
 
-Weights stay full on every rank, so sampling, the reference and the head work as without it. DeepSpeed concatenates
-each of an optimizer's groups into one flat tensor, of which every rank updates its part. The optimizer itself is the
-run's own.
+Weights stay full on every rank, so sampling, the reference model and the head need no change. DeepSpeed concatenates
+each of an optimizer's groups into one flat tensor, of which every rank updates its part. The optimizer is the one that
+the run has configured.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class ZeroOptimizer(Optimizer):
         max_grad_norm: float,
         autocast: bool,
     ) -> None:
-        """Make DeepSpeed's engine around ``model`` and ``optimizer``, whose groups then hold flat parts.
+        """Create DeepSpeed's engine for ``model`` and ``optimizer``, whose groups then hold flat parts.
 
         Args:
             optimizer: one that treats every element alike, such as AdamW.
             stage: 1 or 2.
-            max_grad_norm: of all gradients together; 0 = no clipping.
+            max_grad_norm: the largest norm of all gradients together; 0 = no clipping.
             autocast: compute under bfloat16; gradients are reduced in their own dtype.
         """
         super().__init__([{**group, "params": list(group["params"])} for group in optimizer.param_groups], {})
@@ -66,7 +66,7 @@ class ZeroOptimizer(Optimizer):
         self.engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of a loss () that has its weight in the step already."""
+        """Compute the gradients of a loss () that is already weighted within the step."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, closure: None = None) -> Tensor:  # type: ignore[override]
@@ -142,7 +142,7 @@ class ZeroOptimizer(Optimizer):
         return self._part_of(values, part)
 
     def _part_of(self, tensors: Iterable[Tensor], like: Tensor) -> Tensor:
-        """Return this rank's part of full tensors laid end to end, with zeros behind them."""
+        """Return this rank's part of full tensors laid end to end, padded with zeros."""
         size, pieces, offset = like.numel(), [], 0
         start = self._processes.rank_share.rank * size
         for tensor in tensors:  # not all at once: on a device that would hold the weights a second time

@@ -141,11 +141,11 @@ def _check_parts(policy: Policy) -> None:
 def _random_lora_b(policy: Policy) -> dict[str, Tensor]:
     """Return random values for the B of LoRA on the head: it is zero before training, which would hide a mistake."""
     generator = torch.Generator().manual_seed(0)
-    of_head = {id(p) for p in policy.base.get_output_embeddings().parameters()}
+    head_parameters = {id(p) for p in policy.base.get_output_embeddings().parameters()}
     return {
         name: torch.randn(p.shape, generator=generator).to(p)
         for name, p in policy.named_parameters()
-        if id(p) in of_head and ".lora_B." in name
+        if id(p) in head_parameters and ".lora_B." in name
     }
 
 

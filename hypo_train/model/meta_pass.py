@@ -1,17 +1,17 @@
-"""Simulate a training pass with fake tensors, which have no memory, to learn its peak memory.
+"""Simulate a training pass with fake tensors, which have no memory, to compute its peak memory.
 
 The model's own code runs forward and backward under torch's ``FakeTensorMode``, with autocast and checkpointing. Every
 tensor is counted from its creation until it is freed. Two parts are replaced:
 
-Attention: with fake tensors, SDPA would choose the path that computes all T x T scores, which the real kernels do not.
-An operator of our own saves what they save: queries, keys, values, output and the log-sum-exp of each row. Its name has
-"attention" in it, so that selective checkpointing keeps its output. On a CPU, attention copies a prompt's keys and
-values for each branch. Eager attention is simulated as it is.
+Attention: with fake tensors, SDPA would compute all T x T scores, which the real kernels do not. A custom operator
+saves the same tensors as the real kernels: queries, keys, values, output and the log-sum-exp of each row. Its name
+contains "attention", so that selective checkpointing keeps its output. On a CPU, attention copies a prompt's keys and
+values for each branch. Eager attention is not replaced.
 
-The head: the loss plans its chunks from values, so their size is an argument here.
+The head: the real loss plans its chunks from values, so their size is an argument here.
 
-Fake CUDA tensors need a CUDA build of torch, so these are on the CPU. Autocast differs: on CUDA it computes norms in
-fp32, which is added.
+Fake CUDA tensors need a CUDA build of torch, so all fake tensors are on the CPU. On CUDA, autocast computes norms in
+fp32; on a CPU it does not, so the norms are replaced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.trees.layout import Layout
 
-_NAME = "hypo_rehearsed"
+_NAME = "hypo_simulated"
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class PassShape:
     @classmethod
     def separate(cls, prompts: Sequence[int], branches: Sequence[Sequence[int]]) -> PassShape:
         """Return the shape of the same trees with one row for each branch, padded to the longest."""
-        lengths = [prompt + length - 1 for prompt, of in zip(prompts, branches, strict=True) for length in of]
+        lengths = [prompt + length - 1 for prompt, group in zip(prompts, branches, strict=True) for length in group]
         return cls(len(lengths), max(lengths), sum(map(sum, branches)), None)
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes that a pass holds at its peak, beside the model's own."""
+    """The bytes that a pass holds at its peak, without the model's own tensors."""
 
     casts: int = 0  # autocast's copies of weights
     activations: int = 0  # created by the forward pass
@@ -92,9 +92,9 @@ def simulate_memory(
 
     Args:
         trained: on the meta device; it is not changed.
-        device_type: "cuda" or "cpu", where it would train.
+        device_type: the device of the real pass, "cuda" or "cpu".
         autocast: compute under bfloat16.
-        chunk_bytes: the loss's temporaries.
+        chunk_bytes: bytes of the loss's temporaries.
         accumulates: whether gradients of earlier micro-batches exist.
         parts: number of shards of the vocabulary; the head's gradients are then those of a shard.
     """
@@ -113,8 +113,10 @@ def simulate_memory(
 def simulate_prompt_memory(
     trained: Policy | RewardModel, prompts: Sequence[int], *, device_type: str, autocast: bool, gradients: bool
 ) -> PeakMemory:
-    """Return the memory of a pass over prompts of these lengths: what it keeps for its backward pass, or, without
-    ``gradients``, its peak."""
+    """Return the memory of a forward pass over prompts of these lengths.
+
+    With ``gradients`` it is the memory kept for the backward pass, without them the peak of the forward pass.
+    """
     layout = Layout(tuple(prompts), tuple(() for _ in prompts))
     rows = PassShape(1, layout.num_tokens, 0, layout)
     with _faked(trained, device_type, autocast, training=gradients) as tracker:
@@ -132,14 +134,14 @@ def simulate_prompt_memory(
 
 @contextmanager
 def fake_weights(trained: Policy | RewardModel, *, autocast: bool) -> Iterator[None]:
-    """Make a model on the meta device run in a block, on fake tensors."""
+    """Let a model on the meta device run in a block, with fake tensors."""
     with _faked(trained, "cpu", autocast, training=False), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         yield
 
 
 def _decode(trained: Policy | RewardModel, rows: PassShape, device_type: str) -> Tensor:
     ids = torch.zeros(rows.rows, rows.width, dtype=torch.long)
-    # transformers passes a mask of four dimensions on as it is. It would build padded rows' masks from values.
+    # transformers does not change a mask of four dimensions. Other masks would be built from values.
     mask = (1, 1, 1, 1) if rows.layout else (rows.rows, 1, rows.width, rows.width)
     return (
         trained.base.get_decoder()(
@@ -147,23 +149,25 @@ def _decode(trained: Policy | RewardModel, rows: PassShape, device_type: str) ->
             position_ids=ids,
             attention_mask=torch.ones(mask, dtype=torch.bool),
             use_cache=False,
-            rehearsed_copies=_copied_by_runs(rows.layout, device_type),
+            simulated_copies=_copied_by_runs(rows.layout, device_type),
         )
     ).last_hidden_state
 
 
 def _copied_by_runs(layout: Layout | None, device_type: str) -> tuple[int, int]:
-    """Return how many tokens' keys and values attention copies on a CPU, and how many scores get a mask."""
+    """Return the number of tokens whose keys and values attention copies on a CPU, and the elements of its masks."""
     if layout is None or device_type != "cpu":
         return 0, 0
     groups = [(layout.prompts[t], sum(group)) for t, group in layout.branch_groups]
-    return sum(prompt + own for prompt, own in groups), sum(own * (prompt + own) for prompt, own in groups)
+    return sum(prompt + length for prompt, length in groups), sum(
+        length * (prompt + length) for prompt, length in groups
+    )
 
 
 # Attention
 
 
-@torch.library.custom_op("hypo_train::rehearsed_attention", mutates_args=())
+@torch.library.custom_op("hypo_train::simulated_attention", mutates_args=())
 def _attention(query: Tensor, key: Tensor, value: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output, (R, H, N, D) with the values' D, and the log-sum-exp (R, H, N) in fp32."""
     raise NotImplementedError("fake tensors have no values")
@@ -178,7 +182,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def _attention_backward(ctx: Any, by_out: Tensor, by_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _attention_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, *_ = ctx.saved_tensors
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
@@ -186,25 +190,25 @@ def _attention_backward(ctx: Any, by_out: Tensor, by_lse: Tensor) -> tuple[Tenso
 _attention.register_autograd(_attention_backward, setup_context=_keep)
 
 
-def _rehearsed_attention(
+def _simulated_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    rehearsed_copies: tuple[int, int] = (0, 0),
+    simulated_copies: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> tuple[Tensor, None]:
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
-    tokens, masked = rehearsed_copies
+    tokens, masked = simulated_copies
     copies = key.new_empty(tokens * key.shape[1] * (key.shape[-1] + value.shape[-1]) + masked)
     out, _ = _attention(query, key, value, copies)
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_NAME, _rehearsed_attention)
+AttentionInterface.register(_NAME, _simulated_attention)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
@@ -225,9 +229,9 @@ class _Loss(torch.autograd.Function):
                 ctx.gradients += [
                     torch.empty_like(m, dtype=torch.float32) if m.requires_grad else None for m in matrices
                 ]
-            else:  # a shard's gradients, kept here, beside those of one rank's turn
+            else:  # this rank's shard of the gradients, and temporaries for the rank whose rows are computed
                 ctx.gradients += [None] * len(matrices)
-                ctx.of_parts, of_a_turn = (
+                ctx.of_shard, of_a_turn = (
                     [m.new_empty(-(-m.numel() // parts), dtype=torch.float32) for m in trained] for _ in range(2)
                 )
                 temporary += [*of_a_turn, torch.empty_like(hidden), torch.empty_like(hidden, dtype=torch.float32)]
@@ -236,7 +240,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        gradients, ctx.gradients = ctx.gradients, []  # backward's caller is then the only owner
+        gradients, ctx.gradients = ctx.gradients, []  # so that only the caller keeps them alive
         return (None, None, None, *gradients)
 
 
@@ -250,33 +254,33 @@ def _head_loss(
     return _Loss.apply(tracker, chunk_bytes, parts, hidden, *(m for m in matrices if m is not None))
 
 
-# Fake tensors, and their count
+# Fake tensors, and the tracker that counts their bytes
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts the bytes of live storages by what created them."""
+    """Count the bytes of live storages by the part of the pass that created them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
-        self._kinds: dict[int, tuple[str, int]] = {}  # of live storages: what made them, and their bytes
+        self._kinds: dict[int, tuple[str, int]] = {}  # live storage -> kind and bytes
         self._live: Counter[str] = Counter()
         self._kind = "activations"
         self.start()
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
+                parameter.register_post_accumulate_grad_hook(self._gradient_accumulated)
 
     @property
     def peak(self) -> PeakMemory:
         return PeakMemory(**self._peak)
 
     def start(self) -> None:
-        """Restart the peak from what is live now."""
+        """Restart the peak from the storages that are live now."""
         self._peak = dict(self._live)
 
     def give_gradients(self, model: nn.Module) -> None:
-        """Create the gradients that earlier micro-batches leave."""
+        """Create gradients, as if earlier micro-batches had left them."""
         with self.making("gradients"):
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -284,6 +288,7 @@ class _Tracker(TorchDispatchMode):
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
+        """Count tensors that a block creates as ``kind``."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -315,8 +320,8 @@ class _Tracker(TorchDispatchMode):
         kind, nbytes = self._kinds.pop(key)
         self._live[kind] -= nbytes
 
-    def _gradient_is_there(self, parameter: Tensor) -> None:
-        if parameter.grad is None:  # a shard of the head: the loss keeps its gradient
+    def _gradient_accumulated(self, parameter: Tensor) -> None:
+        if parameter.grad is None:  # a shard of the head, whose gradient the loss keeps
             return
         key = self._key(parameter.grad)
         kind, nbytes = self._kinds[key]
@@ -326,7 +331,7 @@ class _Tracker(TorchDispatchMode):
 
 
 def _norms_in_fp32(model: nn.Module) -> Callable[[], None]:
-    """Make LayerNorms compute in fp32, as autocast does on CUDA but not on CPUs; return how to undo it."""
+    """Make LayerNorms compute in fp32, as autocast does on CUDA but not on CPUs; return a function that undoes it."""
     norms = [module for module in model.modules() if type(module) is nn.LayerNorm]
     for norm in norms:
         norm.forward = partial(_norm_in_fp32, norm)  # type: ignore[method-assign]
@@ -364,7 +369,7 @@ def _faked(
 
 
 def _replace_tensors(model: nn.Module) -> Callable[[], None]:
-    """Replace each of the model's tensors by a new one, shared ones once; return how to undo it."""
+    """Replace each of the model's tensors by a new one, shared ones once; return a function that undoes it."""
     new: dict[int, Tensor] = {}
     old: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():

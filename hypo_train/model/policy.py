@@ -97,11 +97,11 @@ class Policy(TreeModel[Head]):
         """Run a block of a sharded model with the reference's parameters in place of the policy's."""
         parameters = dict(self.named_parameters())
         in_vocab = set() if self.vocab_shards is None else set(self.vocab_shards.parameters)
-        of_layers = {n: p for n, p in self.reference_parameters.items() if parameters[n] not in in_vocab}
-        of_vocab = {parameters[n]: p for n, p in self.reference_parameters.items() if parameters[n] in in_vocab}
+        layer_copies = {n: p for n, p in self.reference_parameters.items() if parameters[n] not in in_vocab}
+        vocab_copies = {parameters[n]: p for n, p in self.reference_parameters.items() if parameters[n] in in_vocab}
         with (
-            swapped_parameters(self, of_layers),
-            nullcontext() if self.vocab_shards is None else self.vocab_shards.replaced(of_vocab),
+            swapped_parameters(self, layer_copies),
+            nullcontext() if self.vocab_shards is None else self.vocab_shards.replaced(vocab_copies),
         ):
             yield
 

@@ -122,9 +122,9 @@ def pair_reference_logps(
         ModelError: a log-prob is not finite.
     """
     path = folder / f"{cache_key(policy, rows, config, autocast=autocast)}.safetensors"
-    known = processes.run_on_main(lambda: _kept(path, len(rows), split))
-    if known is not None:
-        return known.to(device)
+    cached = processes.run_on_main(lambda: _kept(path, len(rows), split))
+    if cached is not None:
+        return cached.to(device)
     started = time.monotonic()
     label = f"{split}: reference log-probs"
     computed = _computed(policy, rows, config, batcher, device, processes, autocast, label, progress)
@@ -198,15 +198,15 @@ def _computed(
     size = config.per_device_eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     turns = processes.divide(batches, same_count=config.fsdp)
-    mine = [batch for batch, _ in turns]
-    found = []
+    own_batches = [batch for batch, _ in turns]
+    batch_logps = []
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        for batch in _shown(mine, label, sum(map(len, mine))) if progress else mine:
+        for batch in _shown(own_batches, label, sum(map(len, own_batches))) if progress else own_batches:
             tree = batcher.pairs([rows[i] for i in batch], []).to(device)
-            found.append(policy.reference(tree, sequence_logprobs_call(tree, config)).float().view(2, -1).T.cpu())
+            batch_logps.append(policy.reference(tree, sequence_logprobs_call(tree, config)).float().view(2, -1).T.cpu())
     logps = torch.empty(len(rows), 2, dtype=torch.float32)
-    for of_rank in processes.gather(list(zip(mine, found, strict=True))):
-        for batch, values in of_rank:
+    for rank_results in processes.gather(list(zip(own_batches, batch_logps, strict=True))):
+        for batch, values in rank_results:
             logps[batch] = values
     return logps
 

@@ -1,4 +1,4 @@
-"""What a model's name gives before any weights are read: its config, its tokenizer and its EOS tokens."""
+"""Read the config, the tokenizer and the EOS tokens of a model before any weights are read."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def check_source(name: str, field: str = "model_name_or_path") -> None:
             "tokenizer beside it; of a run of this project, python -m hypo_train export RUN --merge --output_dir FOLDER"
         )
     if not (path / "config.json").is_file():
-        of_gguf = (
+        gguf_advice = (
             ": convert it first, python -m hypo_train.convert_gguf FILE FOLDER" if any(path.glob("*.gguf")) else ""
         )
-        raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model{of_gguf}")
+        raise ModelError(f"{field}: the folder {name!r} has no config.json, so it is not a saved model{gguf_advice}")
     refuse_pickles(path, field)
 
 
@@ -52,9 +52,9 @@ def read_architecture(config: Config) -> Any:
         raise ModelError(f"cannot read the config of {config.model_name_or_path!r}: {where}{why_not(error)}") from error
 
 
-def check_architecture(found: Any, config: Config) -> None:
+def check_architecture(architecture: Any, config: Config) -> None:
     """Raise ModelError for an encoder, a sequence-to-sequence model or a quantised checkpoint, by its config."""
-    if (quantized := getattr(found, "quantization_config", None)) is not None:
+    if (quantized := getattr(architecture, "quantization_config", None)) is not None:
         fields = quantized if isinstance(quantized, dict) else vars(quantized)
         method = fields.get("quant_method", "unknown method")
         raise ModelError(
@@ -62,17 +62,17 @@ def check_architecture(found: Any, config: Config) -> None:
             "name the model that it was made from; load_in_4bit: true with use_peft: true holds its frozen weights in "
             "4 bits"
         )
-    listed = found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
-        getattr(found, "auto_map", None) or {}
+    listed = architecture.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
+        getattr(architecture, "auto_map", None) or {}
     )
-    architectures = getattr(found, "architectures", None) or []
-    known: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    architectures = getattr(architecture, "architectures", None) or []
+    suffixes: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if config.spec.trains_reward_model:
-        known += ("ForSequenceClassification",)
-    masked = architectures and not any(a.endswith(known) for a in architectures)
-    if not listed or masked or getattr(found, "is_encoder_decoder", False):
+        suffixes += ("ForSequenceClassification",)
+    masked = architectures and not any(a.endswith(suffixes) for a in architectures)
+    if not listed or masked or getattr(architecture, "is_encoder_decoder", False):
         raise ModelError(
-            f"{config.model_name_or_path!r} is a {found.model_type} model"
+            f"{config.model_name_or_path!r} is a {architecture.model_type} model"
             f"{f' ({architectures[0]})' if architectures else ''}, not a causal language model: "
             "choose a decoder that AutoModelForCausalLM loads"
         )

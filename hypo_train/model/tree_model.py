@@ -85,12 +85,12 @@ class TreeModel(nn.Module, ABC, Generic[H]):
 
     @property
     def base(self) -> Any:
-        """The transformers model, without peft's wrapper."""
+        """Return the transformers model without peft's wrapper."""
         return self.model.get_base_model() if self.is_peft else self.model
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a prompt is computed once for all of its completions."""
+        """Return whether a prompt is computed once for all of its completions."""
         return self.why_separate_rows is None
 
     @abstractmethod
@@ -204,7 +204,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         tokens = slice(None)
         if part is None:
             attention = {"attention_mask": tree.attention_mask}
-        elif self.base.config._attn_implementation != NAME:  # it would attend to the row as to one text
+        elif self.base.config._attn_implementation != NAME:  # it would treat the row as one text
             raise ValueError(f"{self.base.config._attn_implementation} attention takes no trees: use separate rows")
         else:
             self._check_window(part.layout)
@@ -233,7 +233,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
 
     @property
     def parameter_roles(self) -> dict[str, Role]:
-        """The role of each parameter, as optimizers distinguish them."""
+        """Return the role of each parameter, by which optimizers treat it."""
         return parameter_roles(self, getattr(self.base, "score", None) or self.base.get_output_embeddings())
 
     @abstractmethod

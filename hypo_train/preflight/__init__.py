@@ -1,4 +1,4 @@
-"""Checks a run before it starts: ``--dry-run``, and the first page of every run. Findings only; builds nothing."""
+"""Check a run before it starts, for ``--dry-run`` and for the first page of every run. Nothing is built here."""
 
 from hypo_train.preflight.checks import check, check_run
 from hypo_train.preflight.findings import Findings, PreflightError

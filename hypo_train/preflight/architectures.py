@@ -1,7 +1,6 @@
-"""Architectures that are known without the Hub: those that the paper fine-tunes and larger ones, as
-their config.json has them.
+"""Built-in copies of the config.json of some models: those that the paper fine-tunes, and larger ones.
 
-A dry run builds them without weights where the Hub cannot be reached. Training never asks for them.
+A dry run uses them if it cannot reach the Hub. Training never uses them.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ _KNOWN: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 
 def known_architecture(name: str) -> PretrainedConfig | None:
-    """The transformers config of a model by its name on the Hub; None where it is not one of these."""
+    """Return the transformers config of the Hub model ``name``, or None if it is not built in."""
     if name not in _KNOWN:
         return None
     kind, settings = _KNOWN[name]

@@ -1,7 +1,7 @@
-"""Checks a run before its weights are read: settings, model, data, memory and disk.
+"""Check the settings, model, data, memory and disk of a run before its weights are read.
 
-A dry run collects all problems. A run that is to start is refused at the end of the first stage with a problem; the
-cheapest stage comes first. What only the weights can show is checked when they are loaded.
+A dry run collects all problems. A real run is refused at the end of the first stage that has a problem. The cheapest
+stage comes first. Checks that need the weights are made when they are loaded.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from hypo_train.preflight.tiny_model import UNKNOWN, Structure, look_at_structur
 class _Device:
     kind: DeviceType
     autocast: bool
-    name: str | None = None  # a key of DEVICES, if a dry run names a device that need not be here
+    name: str | None = None  # a key of DEVICES, if a dry run names a device that this machine may lack
 
 
 @dataclass(frozen=True)
 class _Outline:
-    """The models on the meta device, and what a tiny model of the architecture shows."""
+    """The models on the meta device, and what a tiny model of the architecture has shown."""
 
     trained: Policy | RewardModel
     structure: Structure
@@ -58,139 +58,146 @@ class _Outline:
 
 
 def check(config: Config, dry_run: DryRun) -> Findings:
-    """Return all problems and the page of a dry run."""
+    """Check a run for a dry run, and return all problems and the page."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     kind = cast(DeviceType, "cuda" if dry_run.device in DEVICES else dry_run.device or default)
     device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16, dry_run.device)
-    found = Findings(config)
+    findings = Findings(config)
     with offline_if_unreachable(config):
-        with found.collected():
+        with findings.collected():
             refuse_to_overwrite(config)
         config.require_no_conflicts()
-        _check(DryRunInputs(config, dry_run, found), device, found, dry_run)
-    return found
+        _check(DryRunInputs(config, dry_run, findings), device, findings, dry_run)
+    return findings
 
 
 def check_run(inputs: Inputs, *, device_type: str, autocast: bool) -> Findings:
-    """Return the first page of a run that is to start now.
+    """Check a run that starts now, and return its first page.
 
     Raises:
-        ValueError: the run cannot start: the problem itself, or a PreflightError with all problems of a stage.
+        ValueError: the run cannot start. It is the only problem, or a PreflightError with all problems of a stage.
     """
-    found = Findings(inputs.config)
-    _check(inputs, _Device(cast(DeviceType, device_type), autocast), found, None)
-    found.unchecked.clear()  # the run itself will show it
-    return found
+    findings = Findings(inputs.config)
+    _check(inputs, _Device(cast(DeviceType, device_type), autocast), findings, None)
+    findings.unchecked.clear()  # a real run checks these itself
+    return findings
 
 
-def _check(inputs: Inputs, device: _Device, found: Findings, dry_run: DryRun | None) -> None:
-    """Fill ``found``. Without ``dry_run``, raise at the end of the first stage that has a problem."""
+def _check(inputs: Inputs, device: _Device, findings: Findings, dry_run: DryRun | None) -> None:
+    """Run all checks and fill ``findings``. Without ``dry_run``, raise after the first stage that has a problem."""
     config, starts = inputs.config, dry_run is None
 
     def end_stage() -> None:
         if starts:
-            found.refuse()
+            findings.refuse()
 
-    checkpoint = _check_settings(inputs, device, found)
+    checkpoint = _check_settings(inputs, device, findings)
     end_stage()
     if starts and inputs.rank_share.rank == 0:
         require_unlocked(Path(config.output_dir))
     source = None
-    with found.collected():
+    with findings.collected():
         source = inputs.source
     end_stage()
-    outlined = None if source is None else _check_model(config, source, device, found, must_exist=starts)
+    outline = None if source is None else _check_model(config, source, device, findings, must_exist=starts)
     end_stage()
     plan = None
-    with found.collected():
-        plan = _check_data(inputs, found)
+    with findings.collected():
+        plan = _check_data(inputs, findings)
     end_stage()
     if plan is not None:
         if inputs.rank_share.rank == 0:
-            has_its_rows = source is not None and source.tokenizer is not None and source.is_of_run
-            with found.collected():
-                check_resume(plan, checkpoint, rows=has_its_rows)
+            rows_are_those_of_run = source is not None and source.tokenizer is not None and source.is_of_run
+            with findings.collected():
+                check_resume(plan, checkpoint, rows=rows_are_those_of_run)
         end_stage()
-        describe_steps(config, plan, found)
-    elif outlined is not None:
-        found.warnings.append(f"without the data, memory is estimated for rows {LONGEST}")
-    if outlined is not None:
+        describe_steps(config, plan, findings)
+    elif outline is not None:
+        findings.warnings.append(f"without the data, memory is estimated for rows {LONGEST}")
+    if outline is not None:
         plan = plan or assumed_plan(config, inputs.rank_share)
-        shares_prompts = outlined.structure.shares_prompts is not False
-        sampler = expected_sampler(config, outlined.structure)
+        shares_prompts = outline.structure.shares_prompts is not False
+        sampler = expected_sampler(config, outline.structure)
         conditions = Conditions(device.kind, device.autocast, shares_prompts, sampler)
-        with found.collected():
-            check_disk(config, plan, outlined.trained, found)
-        _check_memory(plan, outlined, conditions, device.name, found, shows_table=not starts)
+        with findings.collected():
+            check_disk(config, plan, outline.trained, findings)
+        _check_memory(plan, outline, conditions, device.name, findings, shows_table=not starts)
         if dry_run is not None:
-            describe_time(plan, outlined.trained, conditions, dry_run, found)
+            describe_time(plan, outline.trained, conditions, dry_run, findings)
     end_stage()
     if starts and splits_to_precompute(inputs.plan):
         require_writable(cache_folder(config))
 
 
-def _check_settings(inputs: Inputs, device: _Device, found: Findings) -> Path | None:
-    """Check what needs neither model nor data; return the checkpoint to resume from, if there is one."""
+def _check_settings(inputs: Inputs, device: _Device, findings: Findings) -> Path | None:
+    """Check settings that need neither model nor data; return the checkpoint to resume from, or None."""
     config, checkpoint = inputs.config, None
-    with found.collected():
+    with findings.collected():
         check_output_dir(config)
-    with found.collected():
+    with findings.collected():
         check_kernels(config, device.kind)
     for require in (require_optimizer, require_quantization, require_deepspeed, require_sampler, require_trackers):
-        with found.collected():
+        with findings.collected():
             require(config)
-    with found.collected():
+    with findings.collected():
         checkpoint = checkpoint_to_resume(config, tensors=False)
-    with found.collected():
+    with findings.collected():
         _ = inputs.reward_function
     return checkpoint
 
 
 def _check_model(
-    config: Config, source: Source, device: _Device, found: Findings, *, must_exist: bool
+    config: Config, source: Source, device: _Device, findings: Findings, *, must_exist: bool
 ) -> _Outline | None:
-    """Return the models' outlines; None if the model has a problem, or cannot be built without its checkpoint."""
+    """Return the models on the meta device; None if the model has a problem or needs its checkpoint to be built."""
     trained, structure, reward_model = None, UNKNOWN, None
-    with found.collected():
+    with findings.collected():
         try:
             trained = build_on_meta(config, source.architecture, device_type=device.kind, autocast=device.autocast)
         except StructureError as error:
             if not must_exist:
                 raise
-            found.warnings.append(f"{error}: memory and disk are not estimated, and the model not looked at before")
+            findings.warnings.append(
+                f"{error}: memory and disk are not estimated, and the model is not checked before it is loaded"
+            )
     if trained is not None:
-        with found.collected():
+        with findings.collected():
             structure = look_at_structure(config, source.architecture)
-        describe_model(config, source, trained, structure, found)
-    with found.collected():
-        reward_model = check_reward_model(config, source, found, must_exist=must_exist)
+        describe_model(config, source, trained, structure, findings)
+    with findings.collected():
+        reward_model = check_reward_model(config, source, findings, must_exist=must_exist)
     return None if trained is None else _Outline(trained, structure, reward_model)
 
 
-def _check_data(inputs: Inputs, found: Findings) -> Plan:
-    """Load the rows and describe them. Raises DataError, or ModelError for tokens without an embedding."""
+def _check_data(inputs: Inputs, findings: Findings) -> Plan:
+    """Load the rows, put reports on them on the page, and return the plan.
+
+    Raises:
+        DataError: the data cannot be used.
+        ModelError: the model has no embedding for a token.
+    """
     plan, reports = inputs.rows
     if inputs.source is not None and inputs.source.tokenizer is not None:
         check_vocabulary(inputs.source, plan)
     for split, report in reports.items():
-        found.data[split] = report.lines()
-        found.warnings += [f"{split}: {line}" for line in report.warnings()]
+        findings.data[split] = report.lines()
+        findings.warnings += [f"{split}: {line}" for line in report.warnings()]
     return plan
 
 
 def _check_memory(
     plan: Plan,
-    outlined: _Outline,
+    outline: _Outline,
     conditions: Conditions,
     device_name: str | None,
-    found: Findings,
+    findings: Findings,
     *,
     shows_table: bool,
 ) -> None:
     try:
-        numbers = estimate(plan, outlined.trained, conditions, reward_model=outlined.reward_model)
+        numbers = estimate(plan, outline.trained, conditions, reward_model=outline.reward_model)
     except Exception as error:  # a structure that cannot be simulated may still be trained
-        found.warnings.append(f"memory is not estimated: {first_line(error)}")
+        findings.warnings.append(f"memory is not estimated: {first_line(error)}")
         return
-    with found.collected():
-        check_memory(plan.config, numbers, conditions, found, shows_table=shows_table, device_name=device_name)
+    with findings.collected():
+        check_memory(plan.config, numbers, conditions, findings, shows_table=shows_table, device_name=device_name)

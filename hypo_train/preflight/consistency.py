@@ -1,6 +1,6 @@
-"""Compares the processes of a run before they train together: settings, packages, code, rows, model and reward.
+"""Check that all processes of a run have the same settings, packages, code, rows, model and reward.
 
-Without it, gradients of different rows, losses or models would be averaged silently. Paths are not compared, because
+Otherwise gradients of different losses or models would be averaged without an error. Paths are not compared, because
 machines may keep the same files in different places.
 """
 
@@ -30,10 +30,10 @@ _MAX_SHOWN = 60  # characters of a value in a message
 
 
 def require_same_settings(processes: Processes, config: Config, *, device_type: str) -> None:
-    """Compare what is known before anything is read.
+    """Require the same settings, packages, code and kind of device in all processes.
 
     Raises:
-        ConfigError: on the main process, if a process has other settings, packages, code or another kind of device;
+        ConfigError: on the main process, if a process has different ones;
             ``OtherProcessError`` on the other processes.
     """
     settings = {name: value for name, value in config.model_dump().items() if name not in _PATHS}
@@ -44,10 +44,10 @@ def require_same_settings(processes: Processes, config: Config, *, device_type: 
 
 
 def require_same_inputs(processes: Processes, inputs: Inputs, models: Models) -> None:
-    """Compare what the processes have read: rows, tokens, model and reward.
+    """Require the same rows, tokens, model and reward in all processes.
 
     Raises:
-        ConfigError: on the main process, if a process has read something else; ``OtherProcessError`` on the others.
+        ConfigError: on the main process, if a process has different ones; ``OtherProcessError`` on the others.
     """
     if processes.world_size == 1:
         return
@@ -57,24 +57,24 @@ def require_same_inputs(processes: Processes, inputs: Inputs, models: Models) ->
     data |= {"tokens that end": source.eos_token_ids, "padding": source.tokenizer.pad_token_id}
     _require_equal_hashes(processes, data, f"dataset_name={config.dataset_name!r} and the model's tokenizer")
     model: dict[str, Any] = {"model settings": settings_computed_with(models.trained.base)}
-    if not config.fsdp:  # only the main process has read the weights
+    if not config.fsdp:  # with FSDP only the main process reads the weights
         model["weights"] = _read_weights(models)
     _require_equal_hashes(processes, model, f"model_name_or_path={config.model_name_or_path!r}")
     _require_equal_hashes(processes, {"reward": _reward(inputs, models)}, "the reward function or model")
 
 
 def require_equal(processes: Processes, values: Mapping[str, Any], fix: str) -> None:
-    """Raise ConfigError, with both values, if a process has other ``values`` than the main process."""
+    """Raise ConfigError, with both values, if ``values`` differ between a process and the main process."""
     main, *others = processes.gather(dict(values))
     for rank, other in enumerate(others, 1):
         different = [name for name in {**main, **other} if other.get(name) != main.get(name)]
         if different:
             shown = [f"{name} is {_shown(other.get(name))} and not {_shown(main.get(name))}" for name in different]
-            _refuse(processes, f"process {rank} is not as process 0: {', '.join(shown)}; {fix}")
+            _refuse(processes, f"process {rank} differs from process 0: {', '.join(shown)}; {fix}")
 
 
 def _require_equal_hashes(processes: Processes, values: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError, with the names of what differs, for values that are too long to exchange or to show."""
+    """Raise ConfigError if ``values`` differ. Only hashes are exchanged, and the message shows only names."""
     hashes = {name: hashlib.sha256(json.dumps(value, default=str).encode()).digest() for name, value in values.items()}
     main, *others = processes.gather(hashes)
     for rank, other in enumerate(others, 1):
@@ -88,23 +88,23 @@ def _refuse(processes: Processes, text: str) -> None:
     def refuse() -> None:
         raise ConfigError(text)
 
-    processes.run_on_all(refuse)  # so that the main process says it, once
+    processes.run_on_all(refuse)  # so that the message is printed once, by the main process
 
 
 def _shown(value: Any) -> str:
-    text = "not there" if value is None else str(value)
+    text = "missing" if value is None else str(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _source_code() -> list[list[str]]:
-    """Return the files of both packages: a checkout changes without its version."""
+    """Return the source files of both packages. Their version does not show changes in a checkout."""
     folders = [Path(package.__path__[0]) for package in (hypo_train, hypo_kernels)]
     files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*.py"))]
     return [[str(file.relative_to(folder)), file.read_text(encoding="utf-8")] for folder, file in files]
 
 
 def _read_weights(models: Models) -> dict[str, list[Any]]:
-    """Return digests of the decoder's weights, without new ones: DDP broadcasts an adapter from the main process."""
+    """Return digests of the decoder's weights, without a new adapter, which DDP broadcasts from the main process."""
     trained = models.trained
     weights = trained.base.get_decoder().state_dict(keep_vars=True)
     return weight_hashes({name: x for name, x in weights.items() if not (trained.is_peft and x.requires_grad)})

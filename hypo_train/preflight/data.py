@@ -1,4 +1,4 @@
-"""The page's lines on the steps of a run, and a check that the model knows the tokens of its rows."""
+"""Describe the steps of a run, and check that the model has an embedding for each token of the rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypo_train.preflight.findings import Findings
 
 
 def check_vocabulary(source: Source, plan: Plan) -> None:
-    """Raise ModelError if the rows or the padding hold a token that the model has no embedding of."""
+    """Raise ModelError if the model has no embedding for a token of the rows or for the pad token."""
     tokenizer, size = source.tokenizer, getattr(source.architecture.get_text_config(), "vocab_size", None)
     if size is None or len(tokenizer) <= size:
         return
@@ -26,7 +26,8 @@ def check_vocabulary(source: Source, plan: Plan) -> None:
         )
 
 
-def describe_steps(config: Config, plan: Plan, found: Findings) -> None:
+def describe_steps(config: Config, plan: Plan, findings: Findings) -> None:
+    """Put the lines on the steps of a run on the page."""
     kind = config.spec.row_noun
     epochs = plan.total_steps / plan.steps_per_epoch
     how = f"{config.gradient_accumulation_steps} micro-batches of {config.per_device_train_batch_size}"
@@ -34,24 +35,28 @@ def describe_steps(config: Config, plan: Plan, found: Findings) -> None:
         how = f"micro-batches of up to {config.max_tokens_per_micro_batch:,} tokens"
     elif plan.one_micro_batch:
         how = "one micro-batch"
-    everywhere = f" on {plan.world_size} processes, each" if plan.world_size > 1 else ""
-    found.steps.append(
-        f"{config.algorithm}: {plan.total_steps:,} steps of {plan.batch_size} {kind}{everywhere} in {how}, "
+    processes = f" on {plan.world_size} processes, each" if plan.world_size > 1 else ""
+    findings.steps.append(
+        f"{config.algorithm}: {plan.total_steps:,} steps of {plan.batch_size} {kind}{processes} in {how}, "
         f"{epochs:.3g} epochs"
     )
     rate = f"{config.lr_scheduler_type}, warm-up {round(config.warmup_ratio * plan.total_steps)} steps"
-    found.steps.append(f"{config.optim}, learning rate {config.learning_rate:g} ({rate})")
+    findings.steps.append(f"{config.optim}, learning rate {config.learning_rate:g} ({rate})")
     if config.draws_samples:
-        found.steps.append(f"{config.num_generations} samples of each prompt, of up to {plan.max_new_tokens} tokens")
+        findings.steps.append(f"{config.num_generations} samples of each prompt, of up to {plan.max_new_tokens} tokens")
     if plan.batch_size > len(plan.train_rows):
-        found.warnings.append(f"a step has room for {plan.batch_size} {kind}, and there are {len(plan.train_rows)}")
-    if known := splits_to_precompute(plan):
-        found.steps.append(f"the reference's log-probs of {' and '.join(sorted(known))} pairs are computed beforehand")
-    found.steps.append(f"largest micro-batch: {_size(plan)}")
-    found.steps.append(f"output in {config.output_dir}")
+        findings.warnings.append(
+            f"a step trains on up to {plan.batch_size} {kind}, but the data has only {len(plan.train_rows)}"
+        )
+    if splits := splits_to_precompute(plan):
+        findings.steps.append(
+            f"the reference's log-probs of {' and '.join(sorted(splits))} pairs are computed beforehand"
+        )
+    findings.steps.append(f"largest micro-batch: {_size(plan)}")
+    findings.steps.append(f"output in {config.output_dir}")
 
 
 def _size(plan: Plan) -> str:
     rows = plan.largest_micro_batch
     tokens = sum(plan.train_rows[i].num_tokens + plan.max_sampled for i in rows)
-    return f"{len(rows)} rows, {tokens:,} tokens" + (", samples at their longest" if plan.max_sampled else "")
+    return f"{len(rows)} rows, {tokens:,} tokens" + (", with samples of the maximal length" if plan.max_sampled else "")

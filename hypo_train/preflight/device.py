@@ -1,4 +1,4 @@
-"""Settings that need a GPU or an optional package."""
+"""Check the settings that need a GPU or an optional package."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def check_kernels(config: Config, device_type: str) -> None:
 
 
 def require_sampler(config: Config) -> None:
-    """Raise ConfigError if the sampler does not exist, or if a run that samples lacks its package."""
+    """Raise ConfigError if the sampler does not exist, or if a run that draws samples lacks its package."""
     sampler = candidates(config.sampler)[0]
     if config.draws_samples:
         sampler.require_package()
 
 
 def existing_samplers(config: Config) -> tuple[SamplerEntry, ...]:
-    """Return the samplers that the run may use; none if there is no such sampler, which ``require_sampler`` reports."""
+    """Return the samplers that the run may use; none if the name is unknown, which ``require_sampler`` reports."""
     try:
         return candidates(config.sampler)
     except ConfigError:

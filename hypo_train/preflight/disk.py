@@ -1,4 +1,4 @@
-"""Compares the disk space that a run needs with what is free at its output_dir."""
+"""Compare the disk space that a run needs with the free space at its output_dir."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypo_train.preflight.findings import Findings
 
 
 def check_output_dir(config: Config) -> None:
-    """Raise ConfigError if output_dir cannot be created or written. Creates nothing."""
+    """Raise ConfigError if output_dir cannot be created or written. Nothing is created."""
     parent = _existing_parent(config)
     if not parent.is_dir():
         raise ConfigError(f"output_dir={config.output_dir!r}: {str(parent)!r} is a file, choose another folder")
@@ -26,32 +26,34 @@ def check_output_dir(config: Config) -> None:
         raise ConfigError(f"output_dir={config.output_dir!r}: {str(parent)!r} cannot be written, choose another folder")
 
 
-def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, found: Findings) -> None:
-    """What is written beside what is free: trained weights and the optimizer's state in each checkpoint, one more of
-    them than are kept while it is saved, and the final model.
+def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, findings: Findings) -> None:
+    """Compare the disk space for checkpoints and the final model with the free space.
+
+    While a checkpoint is saved, the old ones are still there, so one more than ``save_total_limit`` needs space.
 
     Raises:
-        ConfigError: there is no room for one checkpoint.
+        ConfigError: there is not enough space for one checkpoint.
     """
     one, final = checkpoint_bytes(config, trained), final_bytes(trained)
     kept = min(config.save_total_limit, _num_saves(config, plan))
-    most = max(min(kept + 1, _num_saves(config, plan)) * one, kept * one + final)
+    peak = max(min(kept + 1, _num_saves(config, plan)) * one, kept * one + final)
     free = shutil.disk_usage(_existing_parent(config)).free
-    already = _bytes_of_checkpoints(Path(config.output_dir))
-    found.disk.append(
-        f"{readable(most)} for {kept} checkpoint{'s' * (kept > 1)} of {readable(one)} and the final model of "
+    replaced = _bytes_of_checkpoints(Path(config.output_dir))
+    findings.disk.append(
+        f"{readable(peak)} for {kept} checkpoint{'s' * (kept > 1)} of {readable(one)} and the final model of "
         f"{readable(final)}; {readable(free)} are free at output_dir"
     )
-    ends = checkpoint_folder(Path(config.output_dir), plan.total_steps).is_dir()  # the final model alone is to be saved
-    if one > free + _bytes_of_leftovers(Path(config.output_dir)) and not ends:
+    # After the last checkpoint, only the final model is left to save.
+    is_finished = checkpoint_folder(Path(config.output_dir), plan.total_steps).is_dir()
+    if one > free + _bytes_of_leftovers(Path(config.output_dir)) and not is_finished:
         raise ConfigError(
             f"output_dir={config.output_dir!r}: a checkpoint takes {readable(one)}, and {readable(free)} are free: "
-            "choose a folder on another disk, make room, or train fewer parameters (use_peft: true or "
+            "choose a folder on another disk, free some space, or train fewer parameters (use_peft: true or "
             "num_layers_unfrozen)"
         )
-    if most > free + already:
-        found.warnings.append(
-            f"disk: {readable(most)} for checkpoints and the final model, and {readable(free)} are free at output_dir: "
+    if peak > free + replaced:
+        findings.warnings.append(
+            f"disk: {readable(peak)} for checkpoints and the final model, and {readable(free)} are free at output_dir: "
             "lower save_total_limit, or choose a folder on another disk"
         )
 
@@ -64,14 +66,14 @@ def checkpoint_bytes(config: Config, trained: Policy | RewardModel) -> int:
 
 
 def final_bytes(trained: Policy | RewardModel) -> int:
-    """Return the bytes of the final model; of a policy with an adapter, of the adapter alone."""
+    """Return the bytes of the final model, or of its adapter alone if a policy has one."""
     if trained.is_peft and isinstance(trained, Policy):
         return num_bytes(trained.trained_parameters().values())
     return num_bytes(trained.parameters())
 
 
 def _num_saves(config: Config, plan: Plan) -> int:
-    """Return how many checkpoints the run writes, the last step's included."""
+    """Return how many checkpoints the run writes, including that of the last step."""
     return -(-plan.total_steps // config.save_steps) if config.save_steps else 1
 
 

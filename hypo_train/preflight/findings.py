@@ -1,4 +1,4 @@
-"""What preflight found out about a run, and the page that shows it."""
+"""The problems, warnings and facts that preflight finds, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Findings:
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Collect a mistake of the user as a problem, so that the checks go on."""
+        """Collect a mistake of the user as a problem, so that later checks still run."""
         try:
             yield
         except ValueError as error:
@@ -40,7 +40,7 @@ class Findings:
             self.problems.append(error)
 
     def refuse(self) -> None:
-        """Raise the only problem, or a PreflightError with all of them."""
+        """Raise the problem, or a PreflightError if there are several; do nothing if there is none."""
         if len(self.problems) == 1:
             raise self.problems[0]
         if self.problems:

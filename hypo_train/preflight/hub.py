@@ -1,4 +1,4 @@
-"""Asks once whether the Hub can be reached."""
+"""Set the Hugging Face libraries offline if the Hub cannot be reached."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from hypo_train.config import Config
 
 @contextmanager
 def offline_if_unreachable(config: Config) -> Iterator[None]:
-    """Set the Hugging Face libraries offline while the Hub cannot be reached, so that they use their cache at once.
+    """Set the Hugging Face libraries offline in a block if the Hub cannot be reached.
 
-    Online, they would ask five times, for half a minute. The Hub is asked only if the configuration names something
-    that is not here.
+    They then use their cache at once; otherwise they would retry for half a minute. The Hub is tried only if the
+    configuration names a path that does not exist on this machine.
     """
     settings: list[Any] = [huggingface_hub.constants, datasets.config]
     before = [module.HF_HUB_OFFLINE for module in settings]
     names = (config.model_name_or_path, config.dataset_name, config.reward_model_path)
-    all_here = all(Path(name).expanduser().exists() for name in names if name is not None)
-    unreachable = not all_here and _is_unreachable()
+    all_local = all(Path(name).expanduser().exists() for name in names if name is not None)
+    unreachable = not all_local and _is_unreachable()
     try:
         for module, was in zip(settings, before, strict=True):
             module.HF_HUB_OFFLINE = was or unreachable
@@ -38,7 +38,7 @@ def offline_if_unreachable(config: Config) -> Iterator[None]:
 
 
 def _is_unreachable() -> bool:
-    if getproxies():  # behind which the Hub may well be
+    if getproxies():  # the Hub may be reachable through a proxy alone
         return False
     host = urlsplit(huggingface_hub.constants.ENDPOINT)
     try:

@@ -1,4 +1,4 @@
-"""Compares the estimated memory of a run with its device, and gives advice."""
+"""Compare the estimated memory of a run with the memory of its device, and give advice."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hypo_train.preflight.findings import Findings
 from hypo_train.preflight.memory_estimate import GATHERED, Conditions, DeviceType, Estimate
 
 COMMON_SIZES = (24, 48, 80, 141)  # GiB, of common devices
-FREE = 0.9  # of a device: the rest is for CUDA's context, an allocator's slack and what is not estimated
+FREE = 0.9  # part of a device's memory; the rest is for CUDA's context, the allocator and what is not estimated
 
 
 def check_memory(
     config: Config,
     numbers: Estimate,
     conditions: Conditions,
-    found: Findings,
+    findings: Findings,
     *,
     shows_table: bool,
     device_name: str | None = None,
@@ -31,27 +31,29 @@ def check_memory(
 
     Args:
         shows_table: put the table of all components on the page.
-        device_name: a device known by its data sheet; None: the device that is here.
+        device_name: a key of ``DEVICES``; None means the device of this machine.
 
     Raises:
-        ConfigError: what every step holds, whatever its rows, is more than the device has.
+        ConfigError: the memory that every step needs, whatever its rows are, exceeds the device's.
     """
-    found.unchecked.append("memory of evaluations, of an allocator's slack, of CUDA's context and of libraries")
+    findings.unchecked.append(
+        "memory of evaluations, of CUDA's context and of libraries, and memory that the allocator does not use"
+    )
     if config.draws_samples and conditions.sampler is not None and conditions.sampler.memory is None:
-        found.unchecked.append(f"memory of the sampler {config.sampler}: its own weights, keys and values")
+        findings.unchecked.append(f"memory of the sampler {config.sampler}: its weights, keys and values")
     if shows_table:
-        found.memory += _table(numbers, conditions)
-    known = devices.DEVICES.get(device_name or "")
-    needed, available = numbers.least, known.gib * GIB if known else available_memory(conditions.device_type)
+        findings.memory += _table(numbers, conditions)
+    device = devices.DEVICES.get(device_name or "")
+    needed, available = numbers.least, device.gib * GIB if device else available_memory(conditions.device_type)
     if available is None:
         fitting = next((size for size in COMMON_SIZES if needed <= FREE * size * GIB), None)
         fits = f"fits a device of {fitting} GiB" if fitting else f"fits no device of {COMMON_SIZES[-1]} GiB"
-        found.memory.append(f"at least {readable(needed)}: {fits}, a tenth of it left free")
+        findings.memory.append(f"at least {readable(needed)}: {fits}, with 10% left free")
         if not fitting:
-            found.warnings.append(_too_much(config, numbers, needed, int(COMMON_SIZES[-1] * GIB)))
+            findings.warnings.append(_too_much(config, numbers, needed, int(COMMON_SIZES[-1] * GIB)))
         return
-    where = f"{device_name} has" if known else "are there"
-    found.memory.append(f"at least {readable(needed)} of the {readable(available)} that {where}")
+    where = f"{device_name} has" if device else "are there"
+    findings.memory.append(f"at least {readable(needed)} of the {readable(available)} that {where}")
     if (always := _states(numbers) + _gathered_for_samples(numbers)) > available:
         advice = _advice_on_samples(numbers) + _advice_on_states(config, numbers)
         raise ConfigError(
@@ -59,26 +61,26 @@ def check_memory(
             f"has {readable(available)}: try {', '.join(advice) or 'a larger device'}"
         )
     if needed > FREE * available:
-        found.warnings.append(_too_much(config, numbers, needed, available))
+        findings.warnings.append(_too_much(config, numbers, needed, available))
 
 
 def _table(numbers: Estimate, conditions: Conditions) -> list[str]:
-    """Return lines with the GiB of each component in each phase of a step."""
+    """Return a table with the GiB of each component in each phase of a step."""
     phases, dtype = numbers.phases, "bfloat16" if conditions.autocast else "float32"
-    lines = [f"GiB on {conditions.device_type}, computing in {dtype}, when a step's parts hold most"]
+    lines = [f"GiB on {conditions.device_type}, computing in {dtype}, at the peak of each phase of a step"]
     lines.append(f"{'':46}" + "".join(f"{name:>11}" for name in phases))
     for part in numbers.components:
         lines.append(f"{part.name:46}" + "".join(f"{_gib(getattr(part, name)):>11}" for name in phases))
-    lines.append(f"{'together':46}" + "".join(f"{_gib(number):>11}" for number in phases.values()))
+    lines.append(f"{'total':46}" + "".join(f"{_gib(number):>11}" for number in phases.values()))
     return lines
 
 
 def _too_much(config: Config, numbers: Estimate, needed: int, available: int) -> str:
-    return f"memory: {readable(needed)} are more than nine tenths of {readable(available)}: {_advice(config, numbers)}"
+    return f"memory: {readable(needed)} are more than 90% of {readable(available)}: {_advice(config, numbers)}"
 
 
 def _states(numbers: Estimate) -> int:
-    """Return the bytes that a run holds in all phases of a step, whatever its rows are."""
+    """Return the bytes that are held in all phases of a step, whatever its rows are."""
     return sum(min(part[1:]) for part in numbers.components)
 
 
@@ -92,7 +94,7 @@ def _gib(number: int) -> str:
 
 
 def available_memory(device: DeviceType) -> int | None:
-    """Return the bytes of memory that are free for the run; None if the device is not here."""
+    """Return the bytes of memory that are free for the run; None if this machine lacks the device."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
@@ -110,7 +112,7 @@ def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | No
 
 
 def _advice(config: Config, numbers: Estimate) -> str:
-    """Return what to change, by what takes most memory."""
+    """Return advice that depends on which components take most memory."""
     advice = _advice_on_samples(numbers)
     if numbers.of("activations").training > numbers.peak / 4:
         if config.per_device_train_batch_size > 1:
@@ -129,7 +131,7 @@ def _advice(config: Config, numbers: Estimate) -> str:
 def _advice_on_samples(numbers: Estimate) -> list[str]:
     if _gathered_for_samples(numbers) <= numbers.peak / 2:
         return []
-    return ["algorithm: dpo, as samples need all weights whole on each device and more devices do not help"]
+    return ["algorithm: dpo, because sampling gathers all weights on each device, so more devices do not help"]
 
 
 def _advice_on_states(config: Config, numbers: Estimate) -> list[str]:

@@ -1,10 +1,12 @@
-"""What memory a run will take, component by component, before it starts: exact where shapes decide, else rehearsed.
+"""Estimate the memory of a run, component by component, before it starts.
 
-Weights, copies, gradients and the optimizer's state follow from the model itself, made trainable as a run makes it.
-Activations come from a rehearsal of the run's largest micro-batch (:mod:`hypo_train.model.meta_pass`), with samples
-as long as they may be. Memory is what tensors take: an allocator's slack and CUDA's own context come on top.
-Evaluations are not counted. On a CPU this was 1 % below to 9 % above the peak of real steps of a small model (full,
-LoRA and last layers, each kind of checkpointing, fp32 and bf16); on CUDA nothing has been compared yet.
+Weights, copies, gradients and the optimizer's state follow from the shapes of the model on the meta device. Activations
+come from a simulation of the largest micro-batch (:mod:`hypo_train.model.meta_pass`), with samples of the maximal
+length. Only tensors are counted: CUDA's context and unused memory of the allocator come on top. Evaluations are not
+counted.
+
+On a CPU, estimates were between 1 % below and 9 % above the peak of real steps of a small model (full, LoRA and last
+layers, each kind of checkpointing, fp32 and bf16). On CUDA nothing has been compared yet.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from hypo_train.model.quantization import bytes_in_4_bits, quantizable
 from hypo_train.model.reference_cache import splits_to_precompute
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.optim import footprint
-from hypo_train.preflight.sharded_sizes import divided, put_together, zero_bytes
+from hypo_train.preflight.sharded_sizes import divided, gathered_bytes, zero_bytes
 from hypo_train.sampling.decode.branches import num_slots
 from hypo_train.sampling.decode.cuda_graphs import bucket
 from hypo_train.sampling.decode.sampler import copy_to_decode_from, prefill_tokens
@@ -32,9 +34,9 @@ from hypo_train.sampling.registry import SamplerEntry
 
 DeviceType = Literal["cuda", "cpu"]
 
-GATHERED = "weights put together"
-_REWARD_MODEL = "the reward model"  # which every process has whole
-# Of one logit on its way to a token: as the head gives it, tempered, as a probability, and fp64 in their sum.
+GATHERED = "gathered weights"
+_REWARD_MODEL = "the reward model"  # not sharded
+# Each logit is held as the head gives it, divided by the temperature, as a probability, and in an fp64 sum.
 _BYTES_PER_SAMPLED_LOGIT = 4 + 4 + 4 + 8
 
 
@@ -44,17 +46,17 @@ class Conditions:
 
     device_type: DeviceType
     autocast: bool  # compute under bfloat16
-    shares_prompts: bool  # whether it runs trees
+    shares_prompts: bool  # the model runs trees
     sampler: SamplerEntry | None  # draws a step's samples; None for a reward model
 
     def prompts_run_first(self, plan: Plan) -> bool:
-        """Return whether the sampler starts from keys and values of the training pass over the prompts."""
+        """Return whether the sampler reuses the keys and values of the training pass over the prompts."""
         takes_prompt_kv = self.sampler is not None and self.sampler.prompt_kv
         return plan.may_run_prompts_first and takes_prompt_kv and self.shares_prompts
 
 
 class Component(NamedTuple):
-    """Bytes of one kind of tensor while samples are drawn, in a micro-batch's passes, and in the optimizer step."""
+    """The bytes of one kind of tensor in each phase: sampling, a micro-batch's passes, and the optimizer step."""
 
     name: str
     sampling: int
@@ -68,7 +70,7 @@ class Estimate:
 
     components: list[Component]
     draws_samples: bool
-    kv_of_a_prompt: int  # bytes: on CUDA prompts are decoded in as many batches as it takes
+    kv_of_a_prompt: int  # bytes; on CUDA prompts are decoded in several batches if memory needs it
     kv: int
     processes: int = 1  # of the run
 
@@ -84,7 +86,7 @@ class Estimate:
 
     @property
     def least(self) -> int:
-        """Return the peak if the prompts of a step are decoded one after the other."""
+        """Return the peak if the prompts of a step are decoded one by one."""
         phases = self.phases
         if "sampling" in phases:
             phases["sampling"] -= self.kv - self.kv_of_a_prompt
@@ -97,7 +99,7 @@ class Estimate:
 def estimate(
     plan: Plan, trained: Policy | RewardModel, conditions: Conditions, *, reward_model: Any = None
 ) -> Estimate:
-    """Estimate the memory of one process on its device, without the memory of vLLM.
+    """Estimate the memory of one process on its device. Memory of vLLM is not included.
 
     Args:
         trained: on the meta device, as :func:`hypo_train.model.load.build_on_meta` makes it.
@@ -107,9 +109,9 @@ def estimate(
     learned = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
     size = num_bytes(learned)
-    held = _training_pass(plan, trained, conditions)
+    peak = _training_pass(plan, trained, conditions)
     draws = _sampling(plan, trained, conditions)
-    kept = draws if config.keep_sampling_memory else _Draws()
+    kept_draws = draws if config.keep_sampling_memory else _Draws()
     optimizer = footprint(
         config.optim,
         trained.trained_parameters().items(),
@@ -119,7 +121,7 @@ def estimate(
     always = [
         (f"frozen weights ({config.dtype})", num_bytes([*frozen, *trained.buffers()]) if frozen else 0),
         ("trained weights (float32)", size),
-        ("the reference's copy of them", _reference_bytes(plan, trained, conditions.device_type)),
+        ("the reference's copy of trained weights", _reference_bytes(plan, trained, conditions.device_type)),
         (_REWARD_MODEL, 0 if reward_model is None else num_bytes(reward_model.parameters())),
     ]
     packed = [p for p in quantizable(trained.base) if not p.requires_grad] if config.load_in_4bit else []
@@ -131,10 +133,10 @@ def estimate(
         )
     count = plan.world_size if config.fsdp else 1
     always = [(name, number if name == _REWARD_MODEL else divided(number, count)) for name, number in always]
-    whole = (0, 0)
+    gathered = (0, 0)
     if count > 1:
-        whole = put_together(trained, autocast=conditions.autocast, vocab_parallel=config.vocab_parallel)
-    gradients, changing = divided(held.gradients, count), divided(size, count)
+        gathered = gathered_bytes(trained, autocast=conditions.autocast, vocab_parallel=config.vocab_parallel)
+    gradients, changing = divided(peak.gradients, count), divided(size, count)
     state, temporary = divided(optimizer.state, count), divided(optimizer.temporary, count)
     zero, in_buckets = None, 0
     if config.zero_stage and plan.world_size > 1:
@@ -142,28 +144,28 @@ def estimate(
             config.zero_stage,
             plan.world_size,
             trained=size,
-            gradients=held.gradients,
+            gradients=peak.gradients,
             state=optimizer.state,
             temporary=optimizer.temporary,
         )
         gradients, changing, state, temporary = zero.gradients, zero.changing_gradients, zero.state, zero.temporary
     elif plan.world_size > 1 and not config.fsdp:
-        in_buckets, gradients = size, size  # DDP's, made with it, which gradients lie in
+        in_buckets, gradients = size, size  # DDP makes buckets at once, and gradients are views of them
     unpacked = max((num_bytes([p]) for p in packed), default=0)
     components = [
         *(Component(name, number, number, number) for name, number in always),
         Component(optimizer.what, state, state, state),
-        Component("ZeRO's copy of its part of the weights", *[zero.weights if zero else 0] * 3),
+        Component("ZeRO's copy of its shard of the weights", *[zero.weights if zero else 0] * 3),
         Component("gradients (float32)", in_buckets, gradients, changing),
         Component("ZeRO's bucket of gradients", 0, *[zero.bucket if zero else 0] * 2),
-        Component(GATHERED, *whole, 0),
-        # What is sharded comes in the dtype that is computed in.
-        Component("autocast's copies of weights (bfloat16)", 0, held.casts if count == 1 else 0, 0),
-        Component("activations", draws.activations, held.activations + held.temporary, 0),
-        Component("the loss: a chunk of logits, its gradients", 0, held.loss, 0),
-        Component("a layer's weights, unpacked", unpacked, unpacked, 0),
-        *([] if count > 1 else [Component("the sampler's copy of weights", draws.weights, *[kept.weights] * 2)]),
-        Component("the sampler's keys and values", draws.kv, kept.kv, kept.kv),
+        Component(GATHERED, *gathered, 0),
+        # Sharded weights are gathered in the compute dtype already.
+        Component("autocast's copies of weights (bfloat16)", 0, peak.casts if count == 1 else 0, 0),
+        Component("activations", draws.activations, peak.activations + peak.temporary, 0),
+        Component("the loss: a chunk of logits and gradients", 0, peak.loss, 0),
+        Component("one layer's weights, dequantized", unpacked, unpacked, 0),
+        *([] if count > 1 else [Component("the sampler's copy of weights", draws.weights, *[kept_draws.weights] * 2)]),
+        Component("the sampler's keys and values", draws.kv, kept_draws.kv, kept_draws.kv),
         Component("the optimizer's temporaries", 0, 0, temporary),
     ]
     present = [part for part in components if any(part[1:])]
@@ -171,56 +173,56 @@ def estimate(
 
 
 def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: DeviceType) -> int:
-    """Return the bytes of the reference's copies on the training device; unused in steps, they wait on the CPU."""
+    """Return the bytes of the reference's copies on the training device; they are on the CPU if no step uses them."""
     config = plan.config
     if not isinstance(trained, Policy) or not config.has_reference:
         return 0
-    known = splits_to_precompute(plan)
-    asked_in_steps = config.draws_samples or "train" not in known
-    waits_here = device_type == "cpu" and bool(plan.eval_rows)
-    return num_bytes(trained.reference_parameters.values()) if asked_in_steps or waits_here else 0
+    precomputed = splits_to_precompute(plan)
+    used_in_steps = config.draws_samples or "train" not in precomputed
+    used_in_evaluations = device_type == "cpu" and bool(plan.eval_rows)
+    return num_bytes(trained.reference_parameters.values()) if used_in_steps or used_in_evaluations else 0
 
 
 def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> PeakMemory:
     """Return the peak of the run's largest micro-batch, forward and backward."""
     rows = [plan.train_rows[i] for i in plan.largest_micro_batch]
     prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
-    laid_out = (PassShape.packed if conditions.shares_prompts else PassShape.separate)(prompts, branches)
-    held = simulate_memory(
+    shape = (PassShape.packed if conditions.shares_prompts else PassShape.separate)(prompts, branches)
+    peak = simulate_memory(
         trained,
-        laid_out,
+        shape,
         device_type=conditions.device_type,
         autocast=conditions.autocast,
-        chunk_bytes=_chunk_bytes(plan, trained, laid_out.counted, max(map(sum, branches)), conditions),
+        chunk_bytes=_chunk_bytes(plan, trained, shape.counted, max(map(sum, branches)), conditions),
         accumulates=not plan.one_micro_batch,
         parts=_parts(plan),
     )
     if conditions.prompts_run_first(plan) and conditions.device_type == "cuda":
-        # Attention of the branches keeps keys and values of its own, the prompts' among them.
+        # Attention of the branches keeps another copy of the prompts' keys and values.
         again = sum(prompts) * kv_bytes_per_token(trained, conditions.autocast)
-        return PeakMemory(held.casts, held.activations + again, held.loss, held.gradients, held.temporary)
-    return held
+        return PeakMemory(peak.casts, peak.activations + again, peak.loss, peak.gradients, peak.temporary)
+    return peak
 
 
 def _parts(plan: Plan) -> int:
-    """Return into how many parts a pass divides the vocabulary."""
+    """Return the number of shards of the vocabulary."""
     return plan.world_size if plan.config.vocab_parallel else 1
 
 
 def branch_lengths(plan: Plan, row: Any) -> list[int]:
-    """Return the tokens of each completion of a row; samples are as long as they may be."""
+    """Return the tokens of each completion of a row; samples have the maximal length."""
     if isinstance(row, Example):
         return [len(row.completion)]
     lengths = [len(row.chosen), len(row.rejected)] if isinstance(row, Pair) else []
     if plan.config.spec.trains_reward_model:
-        return [length + 1 for length in lengths]  # a score is read behind the last token
+        return [length + 1 for length in lengths]  # one more token, whose hidden state gives the score
     return lengths + ([plan.max_new_tokens] * plan.config.num_generations if plan.config.draws_samples else [])
 
 
 def _chunk_bytes(
     plan: Plan, trained: Policy | RewardModel, counted: int, largest_group: int, conditions: Conditions
 ) -> int:
-    """Return the bytes of the loss's temporaries in a call."""
+    """Return the bytes of the temporaries in one call of the loss."""
     if isinstance(trained, RewardModel):
         return 0
     weight = trained.head().weight
@@ -238,7 +240,7 @@ def _chunk_bytes(
 
 
 class _Draws(NamedTuple):
-    """Bytes that drawing a step's samples takes."""
+    """The bytes that sampling takes in a step."""
 
     weights: int = 0
     kv: int = 0
@@ -268,8 +270,8 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
         kept = simulate_prompt_memory(trained, [longest] * count, **options, gradients=True).total
         activations = kept + max(count * longest * per_token, logits)
     else:
-        held = simulate_prompt_memory(trained, [longest] * prefilled, **options, gradients=False)
-        prefill = held.total - (held.casts if weights else 0)  # a copy is in the dtype that is computed in
+        peak = simulate_prompt_memory(trained, [longest] * prefilled, **options, gradients=False)
+        prefill = peak.total - (peak.casts if weights else 0)  # the copy has the compute dtype, so nothing is cast
         activations = max(prefill + prefilled * longest * per_token, logits)
     return _Draws(weights, count * of_a_prompt, of_a_prompt, activations)
 

@@ -1,4 +1,4 @@
-"""What is trained, as far as its architecture's config shows it."""
+"""Describe the model of a run from the config of its architecture, and check its reward model."""
 
 from __future__ import annotations
 
@@ -23,42 +23,43 @@ from hypo_train.sampling.registry import AUTO, SamplerEntry
 
 
 def describe_model(
-    config: Config, source: Source, trained: Policy | RewardModel, structure: Structure, found: Findings
+    config: Config, source: Source, trained: Policy | RewardModel, structure: Structure, findings: Findings
 ) -> None:
+    """Put the lines on the model on the page, and a problem if the sampler does not support it."""
     count = sum(p.numel() for p in trained.trained_parameters().values())
     everything = sum(p.numel() for p in trained.parameters()) - (count if config.use_peft else 0)
     layers = source.architecture.get_text_config().num_hidden_layers
-    found.model += source.description.split("\n")
-    found.model.append(f"{type(trained.base).__name__}, {layers} layers, {everything:,} parameters")
+    findings.model += source.description.split("\n")
+    findings.model.append(f"{type(trained.base).__name__}, {layers} layers, {everything:,} parameters")
     how = "all"
     if config.use_peft:
         kind = "DoRA" if config.use_dora else "LoRA"
-        below = ", over weights of 4 bits" if config.load_in_4bit else ""
+        below = ", on 4-bit weights" if config.load_in_4bit else ""
         how = f"{kind}, rank {config.lora_r}, on {', '.join(_adapted(trained))}{below}"
     elif config.num_layers_unfrozen is not None:
         how = f"the last {config.num_layers_unfrozen} layers, the final norm and an untied head"
-    found.model.append(
+    findings.model.append(
         f"training {count:,} {'more' if config.use_peft else 'of them'} ({count / everything:.1%}): {how}"
     )
     if structure.shares_prompts is None:
-        found.unchecked.append("whether its completions can share their prompt (taken to)")
+        findings.unchecked.append("whether completions can share their prompt (assumed)")
     elif structure.shares_prompts:
-        found.model.append("completions share their prompt (shown by a miniature of the architecture)")
+        findings.model.append("completions share their prompt (checked on a tiny model of the architecture)")
     else:
-        found.model.append(f"each completion is trained on in a row of its own: {structure.why_separate_rows}")
+        findings.model.append(f"each completion is trained on in a row of its own: {structure.why_separate_rows}")
     if structure.why_generate is not None:
         if config.sampler == AUTO:
-            found.model.append(f"samples come from transformers' generate: {structure.why_generate}")
+            findings.model.append(f"samples come from transformers' generate: {structure.why_generate}")
         else:
             problem = f"sampler={config.sampler}: {structure.why_generate}; use sampler: generate"
-            found.problems.append(ConfigError(problem))
+            findings.problems.append(ConfigError(problem))
     if config.use_liger_kernel:
-        found.unchecked.append("whether Liger's kernels serve it (memory is without them)")
-    found.unchecked.append("the weights themselves: that they load, and that the loss is exact on them")
+        findings.unchecked.append("whether Liger's kernels support the model (memory is estimated without them)")
+    findings.unchecked.append("the weights themselves: whether they load, and whether the loss is exact with them")
 
 
 def _adapted(trained: Policy | RewardModel) -> list[str]:
-    """The names of the modules that have an adapter."""
+    """Return the names of the modules that have an adapter."""
     return sorted({name.split(".")[-1] for name, module in trained.model.named_modules() if hasattr(module, "lora_A")})
 
 
@@ -68,12 +69,14 @@ def expected_sampler(config: Config, structure: Structure) -> SamplerEntry | Non
     return next(iter(entries[-1:] if structure.decodes is False else entries), None)
 
 
-def check_reward_model(config: Config, source: Source, found: Findings, *, must_exist: bool) -> Any:
-    """The reward model on the meta device, from its config; None where there is none to look at.
+def check_reward_model(config: Config, source: Source, findings: Findings, *, must_exist: bool) -> Any:
+    """Return the reward model on the meta device, or None if there is none or its config cannot be read.
+
+    Args:
+        must_exist: if False, a folder that does not exist yet is assumed to have the policy's architecture.
 
     Raises:
-        ModelError: it is none; or, where it ``must_exist``, it is not there. Elsewhere one that is not there yet is
-            taken to have the policy's architecture.
+        ModelError: it is not a reward model, or ``must_exist`` is set and it does not exist.
     """
     path = config.reward_model_path
     if path is None:
@@ -82,23 +85,23 @@ def check_reward_model(config: Config, source: Source, found: Findings, *, must_
         check_source(path, "reward_model_path")
         if must_exist:
             check_weights(path, "reward_model_path")
-        architecture = _classifier_config(config, path, found, must_exist=must_exist)
+        architecture = _classifier_config(config, path, findings, must_exist=must_exist)
         if architecture is None:
             return None
-        found.model.append(f"reward model {path}: {architecture.model_type}")
+        findings.model.append(f"reward model {path}: {architecture.model_type}")
     else:
         architecture = source.architecture
-        found.model.append(f"reward model {path}: not there yet, counted as one of the policy's architecture")
+        findings.model.append(f"reward model {path}: does not exist yet, counted with the policy's architecture")
     return model_on_meta(AutoModelForSequenceClassification, config, architecture)
 
 
-def _classifier_config(config: Config, path: str, found: Findings, *, must_exist: bool) -> Any:
-    """None where the Hub, which would have it, is not reached, and that is no problem."""
+def _classifier_config(config: Config, path: str, findings: Findings, *, must_exist: bool) -> Any:
+    """Return the reward model's config; None, noted as unchecked, if it need not exist and the Hub is not reached."""
     try:
         architecture = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises a different class for every way to fail
         if huggingface_hub.constants.HF_HUB_OFFLINE and not must_exist and not Path(path).is_dir():
-            found.unchecked.append(f"reward model {path}, nor its memory: the Hub was not reached")
+            findings.unchecked.append(f"reward model {path} and its memory: the Hub was not reached")
             return None
         raise ModelError(f"cannot read the config of reward_model_path={path!r}: {why_not(error)}") from error
     if (labels := architecture.num_labels) != 1:

@@ -1,4 +1,4 @@
-"""Sizes for one process of several that shard weights (``fsdp``) or optimizer state (``zero_stage``)."""
+"""Compute what one process holds if weights (``fsdp``) or optimizer state (``zero_stage``) are sharded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypo_train.model.trunk import decoder_layers
 class Groups(NamedTuple):
     """Parameters that FSDP gathers together; a shared parameter is counted once."""
 
-    outside: list[nn.Parameter]  # what lies in no layer: embeddings, the final norm, the head
+    outside: list[nn.Parameter]  # parameters in no layer: embeddings, the final norm, the head
     layers: list[list[nn.Parameter]]
 
 
@@ -30,28 +30,28 @@ def groups(trained: Any) -> Groups:
 
 
 def divided(number: int, count: int) -> int:
-    """Return the size of one process's part."""
+    """Return the size of one of ``count`` shards, rounded up."""
     return -(-number // count)
 
 
 class ZeroBytes(NamedTuple):
-    """Bytes that a process holds with ZeRO in addition to the weights."""
+    """The bytes that a process holds with ZeRO in addition to the weights."""
 
-    weights: int  # a copy of its part, which is updated
+    weights: int  # a copy of its shard, which the optimizer updates
     state: int
     gradients: int
     changing_gradients: int
-    bucket: int  # gradients on their way
-    temporary: int  # of the update, beyond the bucket before it
+    bucket: int  # gradients that are being reduced
+    temporary: int  # of the update, beyond the memory that the bucket has freed
 
 
 def zero_bytes(stage: int, count: int, *, trained: int, gradients: int, state: int, temporary: int) -> ZeroBytes:
     """Return the sizes with ZeRO-``stage`` over ``count`` processes.
 
     Args:
-        trained: of the trained weights, fp32.
-        gradients: of a whole training pass at its peak, without ZeRO.
-        state, temporary: of the optimizer, whole; it has temporaries of a tensor's size, which are a part's here.
+        trained: bytes of the trained weights, in fp32.
+        gradients: bytes of the gradients at the peak of a training pass without ZeRO.
+        state, temporary: bytes of the unsharded optimizer. It has temporaries of one tensor, which is a shard here.
     """
     part, bucket = divided(trained, count), min(4 * BUCKET, trained)
     update = 2 * part if temporary else 0
@@ -59,26 +59,28 @@ def zero_bytes(stage: int, count: int, *, trained: int, gradients: int, state: i
         weights=part,
         state=divided(state, count),
         gradients=min(part, gradients) if stage == 2 else gradients,
-        changing_gradients=max(2 * part, 0 if stage == 2 else trained),  # a part of them, and it flat; or all, before
+        changing_gradients=max(
+            2 * part, 0 if stage == 2 else trained
+        ),  # a shard and its flat copy, or all gradients before
         bucket=bucket,
         temporary=max(0, update - bucket),
     )
 
 
-def put_together(trained: Any, *, autocast: bool, vocab_parallel: bool) -> tuple[int, int]:
-    """Return the bytes of gathered weights that a process holds while it samples, and while it trains.
+def gathered_bytes(trained: Any, *, autocast: bool, vocab_parallel: bool) -> tuple[int, int]:
+    """Return the bytes of gathered weights that a process holds in sampling, and in a training pass.
 
-    Sampling has all of them. A pass has what lies in no layer, and two layers, the one that runs and the next; in the
-    backward pass also a layer's gradients. ``vocab_parallel``: it has neither embedding nor head.
+    Sampling gathers all weights. A training pass gathers the parameters outside the layers and two layers: the one that
+    runs and the next. A backward pass also holds a layer's gradients. ``vocab_parallel`` gathers no embedding and head.
     """
-    own = groups(trained)
-    in_parts = {id(p) for p in _of_the_vocabulary(trained.base)} if vocab_parallel else set()
-    outside = _computed_bytes(own.outside, autocast)
-    outside_a_pass = _computed_bytes((p for p in own.outside if id(p) not in in_parts), autocast)
-    of_layers = [_computed_bytes(layer, autocast) for layer in own.layers]
-    gradients = max((num_bytes(p for p in layer if p.requires_grad) for layer in own.layers), default=0)
-    largest = max(of_layers, default=0)
-    return outside + sum(of_layers), outside_a_pass + min(2 * largest, sum(of_layers)) + gradients
+    parameter_groups = groups(trained)
+    split = {id(p) for p in _of_the_vocabulary(trained.base)} if vocab_parallel else set()
+    outside = _computed_bytes(parameter_groups.outside, autocast)
+    outside_a_pass = _computed_bytes((p for p in parameter_groups.outside if id(p) not in split), autocast)
+    layer_bytes = [_computed_bytes(layer, autocast) for layer in parameter_groups.layers]
+    gradients = max((num_bytes(p for p in layer if p.requires_grad) for layer in parameter_groups.layers), default=0)
+    largest = max(layer_bytes, default=0)
+    return outside + sum(layer_bytes), outside_a_pass + min(2 * largest, sum(layer_bytes)) + gradients
 
 
 def _of_the_vocabulary(model: Any) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Predicts what a step sends to other processes and how long it takes. Not yet compared with a GPU.
+"""Predict how much a step sends to other processes, and how long it takes. Not yet compared with a GPU.
 
 **Communication.** With DDP, gradients are all-reduced once a step. With FSDP, each layer, and the parameters outside of
 the layers, are gathered for each pass: once for a draw of samples, and in each micro-batch for the reference, the
@@ -8,7 +8,7 @@ trained ones, except one that is prefetched.
 **Time.** A pass takes its model FLOPs over the assumed FLOP/s, and full checkpointing one more forward pass. A decoded
 token takes the time to read all matrices, keys and values, or to compute with them if that is longer. The optimizer
 takes the time to read and write weights and states. A layer's exchange overlaps with the computation of other layers;
-parameters outside of the layers, and weights for sampling, do not overlap. Samples are as long as they may be.
+parameters outside of the layers, and weights for sampling, do not overlap. Samples have the maximal length.
 
 Left out: latencies, the host's work, reward functions, buffers, gradient norms, evaluations, checkpoints.
 """
@@ -41,15 +41,15 @@ _NOTHING = Size(0, 0, 0)
 
 
 class Passes(NamedTuple):
-    """How often a step gathers weights: means over the steps of a run."""
+    """The number of times that a step gathers weights, as means over the steps of a run."""
 
-    draws: float  # of samples
+    draws: float  # draws of samples
     micro_batches: float
     of_reference: float
 
 
 class Drawn(NamedTuple):
-    """One draw of samples."""
+    """The size of one draw of samples."""
 
     sequences: int
     prompt_tokens: int  # each prompt counted once
@@ -57,7 +57,7 @@ class Drawn(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one process computes in a step."""
+    """The computation of one process in a step."""
 
     passes: Passes
     policy: Size  # forward and backward
@@ -68,7 +68,7 @@ class Work(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What one phase of a step exchanges, in bytes of the gathered or summed tensors."""
+    """The communication of one phase of a step, in bytes of the gathered or summed tensors."""
 
     phase: str
     kind: Literal["gather", "scatter", "reduce"]  # all-gather, reduce-scatter, all-reduce
@@ -85,7 +85,7 @@ class Exchange(NamedTuple):
 
 
 class Speeds(NamedTuple):
-    """What a process is assumed to reach."""
+    """The speeds that a process is assumed to reach."""
 
     compute: float  # FLOP/s
     memory: float  # bytes a second
@@ -94,7 +94,7 @@ class Speeds(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Seconds of a step's phase."""
+    """The seconds of one phase of a step."""
 
     phase: str
     computing: float
@@ -107,63 +107,67 @@ class Part(NamedTuple):
 
 
 def describe_time(
-    plan: Plan, trained: Policy | RewardModel, conditions: Conditions, dry_run: DryRun, found: Findings
+    plan: Plan, trained: Policy | RewardModel, conditions: Conditions, dry_run: DryRun, findings: Findings
 ) -> None:
-    """Put the prediction on the page, for the device that the dry run names or the one that is here."""
+    """Put the predicted step time on the page, for the device that the dry run names or that of this machine."""
     config, count, assumed = plan.config, plan.world_size, dry_run.assumed
     work = work_of(plan, conditions)
     exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=conditions.autocast)
     if exchanged:
-        found.time += _exchange_lines(exchanged, count, config.fsdp)
+        findings.time += _exchange_lines(exchanged, count, config.fsdp)
     if count > 1 and config.vocab_parallel:
-        found.unchecked.append(
-            "hidden states that vocab_parallel sends: counted as the embedding and head that it spares"
+        findings.unchecked.append(
+            "hidden states that vocab_parallel sends: counted as gathers of embedding and head, which it replaces"
         )
     if count > 1 and config.zero_stage:
-        found.unchecked.append(f"what ZeRO-{config.zero_stage} exchanges: counted as DDP's gradients")
+        findings.unchecked.append(f"communication of ZeRO-{config.zero_stage}: counted as DDP's gradients")
     name = dry_run.device if dry_run.device in DEVICES else _name_of_gpu(conditions)
     if name is None:
-        found.unchecked.append(f"how long a step takes: --dry_run_device {', '.join(DEVICES)} predicts it")
+        findings.unchecked.append(f"how long a step takes: --dry_run_device {', '.join(DEVICES)} predicts it")
         return
     device, peak = DEVICES[name], (config.peak_tflops or 0) * 1e12 or None
     speeds = assumed_speeds(device, count, assumed, peak=peak)
     if speeds is None:
-        found.unchecked.append("how long a step takes: --network_gb_s says how much a device sends to other machines")
+        findings.unchecked.append(
+            "how long a step takes: --network_gb_s says how much a device sends to other machines"
+        )
         return
     try:
         flops = ModelFlops.of_outline(trained, autocast=conditions.autocast)
     except UncountedError as error:
-        found.unchecked.append(f"how long a step takes: {error}")
+        findings.unchecked.append(f"how long a step takes: {error}")
         return
     parts = predict(plan, trained, conditions, work, exchanged, flops, speeds)
-    found.time += _step_lines(parts, plan.total_steps) + _assumption_lines(name, device, peak, count, assumed)
-    found.unchecked.append("times of evaluations, of saving, of a reward function, of the reference's pass beforehand")
+    findings.time += _step_lines(parts, plan.total_steps) + _assumption_lines(name, device, peak, count, assumed)
+    findings.unchecked.append(
+        "times of evaluations, of saving, of a reward function, of computing the reference's log-probs in advance"
+    )
     slow = config.draws_samples and config.fsdp
     without_graphs = ": with fsdp each sampled token may wait longer for them, as there are no CUDA graphs"
-    found.unchecked.append(f"the host's work and latencies of exchanges{without_graphs if slow else ''}")
+    findings.unchecked.append(f"the host's work and latencies of communication{without_graphs if slow else ''}")
 
 
 def work_of(plan: Plan, conditions: Conditions) -> Work:
-    """Return the mean work of a process in the run's steps."""
+    """Return the mean work of a process in a step of the run."""
     config, steps = plan.config, range(0, plan.total_steps, -(-plan.total_steps // _MAX_STEPS))
     policy, reference, prefill, micro_batches = [], [], [], []
     sampled = [plan.max_new_tokens] * config.num_generations if config.draws_samples else []
-    asks_pairs = config.has_reference and "train" not in splits_to_precompute(plan)
-    asks = asks_pairs or (config.has_reference and bool(sampled))
+    reference_reads_pairs = config.has_reference and "train" not in splits_to_precompute(plan)
+    uses_reference = reference_reads_pairs or (config.has_reference and bool(sampled))
     prefills = bool(sampled) and not conditions.prompts_run_first(plan)
     for step in steps:
         rows = [plan.train_rows[i] for i in plan.rank_share.select(plan.rows_of_step(step))]
         prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
         micro_batches.append(sum(1 for _ in plan.micro_batches([row.num_tokens + sum(sampled) for row in rows])))
         policy.append(_size(prompts, branches, conditions))
-        asked = branches if asks_pairs else [sampled] * len(rows)
-        reference.append(_size(prompts, asked, conditions) if asks else _NOTHING)
+        reference_branches = branches if reference_reads_pairs else [sampled] * len(rows)
+        reference.append(_size(prompts, reference_branches, conditions) if uses_reference else _NOTHING)
         prefill.append(_size(prompts, [[]] * len(rows), conditions) if prefills else _NOTHING)
     n, window = fmean(micro_batches), config.rollout_steps
     prompt_tokens = fmean(sum(len(plan.train_rows[i].prompt) for i in plan.rows_of_step(step)) for step in steps)
     sequences = plan.batch_size // plan.world_size * len(sampled) * window
     draw = Drawn(sequences, round(prompt_tokens / plan.world_size * window), plan.max_new_tokens)
-    passes = Passes(draws=1 / window if sampled else 0, micro_batches=n, of_reference=n if asks else 0)
+    passes = Passes(draws=1 / window if sampled else 0, micro_batches=n, of_reference=n if uses_reference else 0)
     return Work(passes, _mean(policy), _mean(reference), _mean(prefill), draw if sampled else None, len(sampled))
 
 
@@ -185,12 +189,12 @@ def _mean(sizes: Sequence[Size]) -> Size:
 def exchanges(
     trained: Policy | RewardModel, passes: Passes, *, count: int, sharded: bool, autocast: bool
 ) -> list[Exchange]:
-    """Return what a step exchanges among ``count`` processes.
+    """Return the communication of a step among ``count`` processes.
 
     Args:
-        trained: before it is sharded, as on the meta device.
-        sharded: as with ``fsdp: true``.
-        autocast: under bfloat16, in which weights then are gathered; gradients are summed in fp32.
+        trained: the unsharded model, for example on the meta device.
+        sharded: weights are sharded, as with ``fsdp: true``.
+        autocast: compute under bfloat16. Weights are then gathered in bfloat16; gradients are always summed in fp32.
     """
     if count == 1:
         return []
@@ -207,7 +211,7 @@ def exchanges(
 
     layer_bytes, trains = list(map(gathered, layers)), [any(p.requires_grad for p in layer) for layer in layers]
     lowest = max(0, trains.index(True) - 1) if True in trains else len(layers)  # FSDP prefetches one below
-    found = [
+    gathers = [
         Exchange(phase, "gather", n * gathered(outside), n * sum(layer_bytes[first:]))
         for phase, n, first in (
             ("sample", passes.draws, 0),
@@ -217,8 +221,8 @@ def exchanges(
         )
     ]
     n = passes.micro_batches
-    found.append(Exchange("backward", "scatter", n * summed(outside), n * sum(map(summed, layers))))
-    return [exchange for exchange in found if exchange.whole]
+    scatter = Exchange("backward", "scatter", n * summed(outside), n * sum(map(summed, layers)))
+    return [exchange for exchange in [*gathers, scatter] if exchange.whole]
 
 
 def _padded_numel(parameter: torch.nn.Parameter, count: int) -> int:
@@ -228,9 +232,9 @@ def _padded_numel(parameter: torch.nn.Parameter, count: int) -> int:
 
 
 def assumed_speeds(device: Device, count: int, assumed: Assumed, *, peak: float | None = None) -> Speeds | None:
-    """Return what each of ``count`` devices is assumed to reach; None if the network's bandwidth is unknown.
+    """Return the assumed speeds of each of ``count`` devices, or None if the network's bandwidth is unknown.
 
-    ``peak``: the device's FLOP/s, if not those of its data sheet.
+    ``peak`` is the device's FLOP/s, by default those of its data sheet.
     """
     links = bandwidth(device, count, assumed)
     if links is None:
@@ -265,11 +269,11 @@ def predict(
         of_phase = [exchange for exchange in exchanged if exchange.phase == phase]
         total = sum(exchange.sent(count) for exchange in of_phase) / speeds.exchange
         # Weights for sampling are gathered before it starts; without FSDP only the last micro-batch overlaps.
-        beside = 0.0 if phase == "sample" or not speeds.overlaps else seconds
+        overlapping = 0.0 if phase == "sample" or not speeds.overlaps else seconds
         if not config.fsdp:
-            beside /= work.passes.micro_batches
+            overlapping /= work.passes.micro_batches
         hideable = sum(exchange.sent(count) * exchange.layers / exchange.whole for exchange in of_phase)
-        hidden = min(hideable / speeds.exchange, beside)
+        hidden = min(hideable / speeds.exchange, overlapping)
         if seconds or total:
             parts.append(Part(phase, seconds, total - hidden, hidden))
     return parts
@@ -292,10 +296,14 @@ def _sampling_seconds(
 
 
 def _optimizer_bytes(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> float:
-    """Return the bytes that are read and written: gradients once, weights and states twice."""
-    own, device_type = trained.trained_parameters(), conditions.device_type
-    state = footprint(plan.config.optim, own.items(), roles=trained.parameter_roles, device_type=device_type).state
-    return (3 * 4 * sum(p.numel() for p in own.values()) + 2 * state) / (plan.world_size if plan.config.fsdp else 1)
+    """Return the bytes that the optimizer reads and writes: gradients once, weights and states twice."""
+    parameters, device_type = trained.trained_parameters(), conditions.device_type
+    state = footprint(
+        plan.config.optim, parameters.items(), roles=trained.parameter_roles, device_type=device_type
+    ).state
+    return (3 * 4 * sum(p.numel() for p in parameters.values()) + 2 * state) / (
+        plan.world_size if plan.config.fsdp else 1
+    )
 
 
 def _name_of_gpu(conditions: Conditions) -> str | None:
@@ -312,7 +320,7 @@ def _exchange_lines(exchanged: Sequence[Exchange], count: int, sharded: bool) ->
     sent = readable(round(sum(exchange.sent(count) for exchange in exchanged)))
     lines = [f"each of {count} devices sends {sent} a step ({'fsdp' if sharded else 'DDP'})"]
     if parts["gather"]:
-        lines.append(f"  weights put together for {', '.join(parts['gather'])}")
+        lines.append(f"  weights gathered for {', '.join(parts['gather'])}")
     return [*lines, f"  gradients, float32: {', '.join(parts['scatter'] + parts['reduce'])}"]
 
 
@@ -322,16 +330,16 @@ def _step_lines(parts: Sequence[Part], total_steps: int) -> list[str]:
     phases = ", ".join(f"{part.phase} {_readable(part.seconds)}" for part in parts)
     lines = [f"a step takes about {_readable(seconds)}: {phases}"]
     if waiting + hidden:
-        exchanged = f"{_readable(waiting)} of it waits for exchanges; {_readable(hidden)}"
-        lines.append(f"  {exchanged} of them hide behind computation")
+        exchanged = f"{_readable(waiting)} of it waits for communication; {_readable(hidden)}"
+        lines.append(f"  {exchanged} of communication overlaps with computation")
     return [*lines, f"  {total_steps:,} step{'s' * (total_steps > 1)} about {_readable(seconds * total_steps)}"]
 
 
 def _assumption_lines(name: str, device: Device, peak: float | None, count: int, assumed: Assumed) -> list[str]:
     lines = [
-        f"predicted for {name}, and on no GPU compared yet: passes at {assumed.mfu:.0%} of "
+        f"predicted for {name}, not yet compared with a GPU: passes at {assumed.mfu:.0%} of "
         f"{(peak or device.peak) / 1e12:g} TFLOP/s (--mfu), decoding",
-        f"  and optimizer at {OF_MEMORY:.0%} of {device.memory / 1e9:,g} GB/s, samples as long as they may be",
+        f"  and optimizer at {OF_MEMORY:.0%} of {device.memory / 1e9:,g} GB/s, samples of the maximal length",
     ]
     if count > 1:
         links = bandwidth(device, count, assumed)

@@ -1,4 +1,4 @@
-"""What a dry run reads, and what it substitutes for a model that is not available here."""
+"""Read the inputs of a dry run, with substitutes for a model that is not available."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hypo_train.preflight.findings import Findings
 from hypo_train.utils.rank_share import RankShare
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-LONGEST = "as long as they may be"
+LONGEST = "of the maximal length"
 
 
 class DryRunInputs(Inputs):
-    """Inputs that substitute what is not available here. ``findings`` is told what, and what cannot be read."""
+    """Inputs of a dry run. What cannot be read is replaced by a substitute or noted in ``findings``."""
 
     def __init__(self, config: Config, dry_run: DryRun, findings: Findings) -> None:
         super().__init__(config, RankShare(0, dry_run.num_devices))
@@ -36,7 +36,7 @@ class DryRunInputs(Inputs):
 
     @cached_property
     def source(self) -> Source | None:
-        """The model's config and tokenizer, or a substitute's; None if there is neither, which is a problem."""
+        """The model's config and tokenizer, or those of a substitute; None, with a problem, if there is neither."""
         with self._findings.collected():
             return _source(self.config, self._dry_run, self._findings)
         return None
@@ -70,10 +70,14 @@ def _longest_rows(config: Config, count: int) -> Rows:
     return [Prompt(0, prompt)] * count
 
 
-def _source(config: Config, dry_run: DryRun, found: Findings) -> Source:
-    """Raises ModelError if neither the model nor a substitute has an architecture that can be read."""
+def _source(config: Config, dry_run: DryRun, findings: Findings) -> Source:
+    """Return the config and tokenizer of the model, or of a substitute if the model does not exist yet.
+
+    Raises:
+        ModelError: neither has a config that can be read.
+    """
     wanted = config.model_name_or_path
-    advice = "--dry_run_model NAME says what stands in for it in a dry run"
+    advice = "--dry_run_model NAME names a model that stands in for it in a dry run"
     makers = list(_makers(wanted, dry_run.recipe))
     maker = f" ({makers[0].file} makes it)" if makers else ""
     name = dry_run.model or (makers[-1].start if makers else wanted)
@@ -90,9 +94,9 @@ def _source(config: Config, dry_run: DryRun, found: Findings) -> Source:
         check_weights(name)
     description = f"config of {name}: {where}"
     if name != wanted:
-        state = "is there and not looked at" if Path(wanted).expanduser().is_dir() else "is no folder here"
+        state = "exists but is not read" if Path(wanted).expanduser().is_dir() else "is no folder here"
         description = f"{wanted} {state}{maker}: {name} stands in for it\n{description}"
-    tokenizer = _tokenizer(config, architecture, found, is_substitute=name != wanted, is_built_in=where == _BUILT_IN)
+    tokenizer = _tokenizer(config, architecture, findings, is_substitute=name != wanted, is_built_in=where == _BUILT_IN)
     return Source(config, architecture, tokenizer, description, is_of_run=dry_run.model is None)
 
 
@@ -100,30 +104,30 @@ _BUILT_IN = "built in, the Hub was not reached"
 
 
 def _architecture(config: Config) -> tuple[Any, str]:
-    """Return the transformers config, and where it is from."""
+    """Return the transformers config, and a description of its origin."""
     name = config.model_name_or_path
     try:
         return read_architecture(config), origin(name)
     except ModelError:
-        known = None if Path(name).is_dir() else known_architecture(name)
-        if known is None:
+        architecture = None if Path(name).is_dir() else known_architecture(name)
+        if architecture is None:
             raise
-        return known, _BUILT_IN
+        return architecture, _BUILT_IN
 
 
-def _tokenizer(config: Config, architecture: Any, found: Findings, *, is_substitute: bool, is_built_in: bool) -> Any:
-    """Return the tokenizer; None, with a warning, if only the dry run lacks it and the run itself would not."""
-    unknown = f"lengths are unknown, and rows are taken to be {LONGEST}"
+def _tokenizer(config: Config, architecture: Any, findings: Findings, *, is_substitute: bool, is_built_in: bool) -> Any:
+    """Return the tokenizer; None, with a warning, if a substitute has none or it is on an unreachable Hub."""
+    unknown = f"lengths are unknown, and rows are assumed to be {LONGEST}"
     if is_built_in:
         name = config.model_name_or_path
-        found.warnings.append(f"no tokenizer of {name}, as the Hub was not reached: {unknown}")
+        findings.warnings.append(f"no tokenizer of {name}, as the Hub was not reached: {unknown}")
         return None
     try:
         return load_tokenizer(config, architecture)
     except ModelError as error:
         if not is_substitute:
             raise
-        found.warnings.append(f"{error}: {unknown}")
+        findings.warnings.append(f"{error}: {unknown}")
         return None
 
 
@@ -134,19 +138,19 @@ def is_missing(name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Maker:
-    """A recipe whose run makes a model."""
+    """A recipe that trains a model which another run starts from."""
 
     file: Path
     start: str  # the model that the run starts from
 
 
 def _makers(path: str, recipe: str | None) -> Iterator[_Maker]:
-    """Yield the recipes that make the model at ``path``, the last to be run first.
+    """Yield the recipes that have to run before the model at ``path`` exists, the last one first.
 
-    They are searched beside ``recipe``, and among the recipes of this package.
+    They are searched in the folder of ``recipe`` and among the recipes of this package.
     """
-    beside = sorted(Path(recipe).parent.glob("*.yaml")) if recipe is not None else []
-    runs = [(file, config) for file in [*beside, *sorted(RECIPES.rglob("*.yaml"))] if (config := _readable(file))]
+    neighbours = sorted(Path(recipe).parent.glob("*.yaml")) if recipe is not None else []
+    runs = [(file, config) for file in [*neighbours, *sorted(RECIPES.rglob("*.yaml"))] if (config := _readable(file))]
     seen: set[str] = set()
     while is_missing(path) and path not in seen:
         seen.add(path)
@@ -158,7 +162,7 @@ def _makers(path: str, recipe: str | None) -> Iterator[_Maker]:
 
 
 def _readable(file: Path) -> Config | None:
-    """Return the recipe's configuration; None if the file is no recipe, or only the base of others."""
+    """Return the recipe's configuration, or None if the file is not a complete recipe."""
     try:
         return load_config(["--config", str(file)])
     except ConfigError:

@@ -1,7 +1,7 @@
-"""A small copy of an architecture with random weights: what the structure decides can be proved before weights are.
+"""Build a tiny model of an architecture, and check what its structure supports before the weights are read.
 
-Widths and heads are the model's; it has two layers, a small vocabulary and a narrow MLP. That trees are run exactly, or
-that prompts' keys and values are decoded from exactly, hangs on none of what is left out.
+It has random weights, the widths and heads of the real model, two layers, a small vocabulary and a narrow MLP.
+Whether trees and decoding from shared prompts are exact does not depend on the parts that are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SMALLER = {"num_hidden_layers": 2, "n_layer": 2, "vocab_size": 512, "intermedia
 
 
 class Structure(NamedTuple):
-    """What a miniature has shown; None where it could not be built."""
+    """The results of the checks on a tiny model; all None if it could not be built."""
 
     shares_prompts: bool | None
     why_separate_rows: str | None
@@ -34,12 +34,12 @@ UNKNOWN = Structure(None, None, None, None)
 
 
 def look_at_structure(config: Config, architecture: Any) -> Structure:
-    """Whether a model of the architecture shares prompts, and whether the decoder serves it.
+    """Return whether completions can share their prompt, and whether the decode sampler supports the architecture.
 
     Raises:
-        ModelError: it cannot be trained exactly, whatever its weights.
+        ModelError: the architecture cannot be trained exactly, whatever its weights are.
     """
-    of_reward = config.spec.trains_reward_model
+    trains_reward_model = config.spec.trains_reward_model
     changes: dict[str, Any] = {"dtype": "float32", "gradient_checkpointing": False}
     if config.num_layers_unfrozen is not None:
         changes["num_layers_unfrozen"] = 1
@@ -47,16 +47,16 @@ def look_at_structure(config: Config, architecture: Any) -> Structure:
         small = _smaller(architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            kind = AutoModelForSequenceClassification if of_reward else AutoModelForCausalLM
+            kind = AutoModelForSequenceClassification if trains_reward_model else AutoModelForCausalLM
             model = kind.from_config(small, trust_remote_code=config.trust_remote_code)
             if config.attn_implementation != "auto":
                 _set_attention(model, config.attn_implementation)
             trained = make_trained_exact(model, config.model_copy(update=changes), device_type="cpu")
     except ModelError:
         if config.lora_target_modules is not None:
-            return UNKNOWN  # they may name layers that a miniature lacks
+            return UNKNOWN  # they may name layers that the tiny model lacks
         raise
-    except Exception:  # every architecture has its own settings, and some do not take other sizes
+    except Exception:  # some architectures do not accept other sizes
         return UNKNOWN
     why_generate = None
     if isinstance(trained, Policy):
@@ -65,7 +65,7 @@ def look_at_structure(config: Config, architecture: Any) -> Structure:
 
 
 def _set_attention(model: Any, name: str) -> None:
-    """Raises ModelError where there is no such attention, or not for this model."""
+    """Set the attention of a model. Raises ModelError if it does not exist, or not for this model."""
     try:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
@@ -77,8 +77,8 @@ def _smaller(architecture: Any) -> Any:
     small.num_labels = 1
     settings = small.get_text_config()
     for name, size in _SMALLER.items():
-        if isinstance(now := getattr(settings, name, None), int):
-            setattr(settings, name, min(size, now))
+        if isinstance(current := getattr(settings, name, None), int):
+            setattr(settings, name, min(size, current))
     if kinds := getattr(settings, "layer_types", None):
         settings.layer_types = kinds[: settings.num_hidden_layers]
     settings.pad_token_id = 0

@@ -40,38 +40,38 @@ class MergedWeights:
         self.dtype = dtype
         shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
         self.model = copy.deepcopy(base, shared)
-        self._copies: list[tuple[Tensor, Any, str]] = []  # own tensor, live layer, "weight" or "bias"
+        self._copies: list[tuple[Tensor, Any, str]] = []  # copied tensor, live layer, "weight" or "bias"
         for name, layer in linear_layers(base):
-            own, adapted = self.model.get_submodule(name), is_adapted(layer)
+            copied_layer, adapted = self.model.get_submodule(name), is_adapted(layer)
             if adapted:
-                own = own.base_layer
+                copied_layer = copied_layer.base_layer
                 parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, own)
+                setattr(self.model.get_submodule(parent), child, copied_layer)
             if adapted or dtype not in (None, layer.weight.dtype):
-                self._own(own, layer, "weight", dtype)
+                self._copy(copied_layer, layer, "weight", dtype)
             bias = layer_bias(layer)
             if bias is not None and dtype not in (None, bias.dtype):
-                self._own(own, layer, "bias", dtype)
+                self._copy(copied_layer, layer, "bias", dtype)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the current live weights."""
         self._made_from = self._state()
-        for own, layer, kind in self._copies:
+        for tensor, layer, kind in self._copies:
             live = merged_weight(layer) if kind == "weight" else layer_bias(layer)
             assert live is not None
-            own.copy_(live)
+            tensor.copy_(live)
 
     def nbytes(self) -> int:
         """Return the size of the copied tensors."""
-        return sum(own.nbytes for own, _, _ in self._copies)
+        return sum(tensor.nbytes for tensor, _, _ in self._copies)
 
     def is_stale(self) -> bool:
         """Return whether a live weight was replaced or changed, or the active adapters changed."""
         return self._state() != self._made_from
 
-    def _own(self, layer: nn.Module, live: Any, kind: str, dtype: torch.dtype | None) -> None:
+    def _copy(self, layer: nn.Module, live: Any, kind: str, dtype: torch.dtype | None) -> None:
         """Give ``layer`` a new weight or bias, in ``dtype`` or in the dtype of the live one."""
         tensor = torch.empty_like(getattr(layer, kind), dtype=dtype)
         setattr(layer, kind, nn.Parameter(tensor, requires_grad=False))
@@ -92,7 +92,7 @@ def merged_weights(
     """Yield (name, weight) of the model without adapters: LoRA is merged, 4-bit weights are unpacked.
 
     Args:
-        dtype: of the weights; None = each weight's own dtype, and fp32 for 4-bit weights.
+        dtype: the dtype of the weights; None keeps the dtype of each weight, and unpacks 4-bit weights to fp32.
         embeddings: merge LoRA on embeddings too; an LM head that was tied to them then has a weight of its own.
 
     Raises:

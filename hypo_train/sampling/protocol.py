@@ -1,6 +1,6 @@
-"""The base class of all samplers, what they take and return, and the helpers that they share.
+"""The base class of all samplers, their arguments and results, and shared helpers.
 
-``tests/train/test_sampler.py`` is the suite that every sampler passes.
+``tests/train/test_sampler.py`` has the tests that every sampler must pass.
 """
 
 from __future__ import annotations

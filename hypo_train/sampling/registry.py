@@ -1,4 +1,4 @@
-"""The samplers that ``sampler:`` can name: one entry says everything that the rest of the code asks.
+"""The registry of samplers: one entry for each name that the setting ``sampler`` accepts.
 
 A sampler from outside this package is a :class:`SamplerEntry` in a module of yours, named as
 ``sampler: package.module:object`` (``docs/extending.md``). This module imports nothing heavy: a configuration is
@@ -25,15 +25,15 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """What a run asks of its sampler."""
+    """The settings with which a run builds its sampler."""
 
     eos_token_ids: Sequence[int]
     pad_token_id: int
     distribution: Distribution
     score: bool = False
-    """``Samples.logprobs`` are needed."""
+    """The sampler has to return ``Samples.logprobs``."""
     is_sharded: bool = False
-    """FSDP shards the weights: they are whole during one call of ``sample`` only."""
+    """FSDP shards the weights: they are gathered only during a call of ``sample``."""
     model_name_or_path: str = ""
     max_model_len: int | None = None
     """The most tokens that a prompt and its completion can have together."""
@@ -58,13 +58,13 @@ class SamplerEntry:
     package: str | None = None
     """A package that must be installed, by the name that Python imports."""
     install: str = ""
-    """How to install it, for the error message."""
+    """The command that installs the package, for the error message."""
     one_process: bool = False
-    """It works in runs of one process only."""
+    """The sampler works only in runs of one process."""
     prompt_kv: bool = False
-    """It keeps each prompt's keys and values once for all completions, and can take them from the training pass."""
+    """The sampler stores each prompt's keys and values once for all completions, and can reuse the training pass's."""
     memory: Literal["decode", "generate"] | None = None
-    """The sampler whose memory the estimate before a run computes; None: its memory is not estimated."""
+    """The kind of sampler for the memory estimate; None: its memory is not estimated."""
 
     def require_package(self) -> None:
         """Raise ConfigError if the sampler's package is not installed."""
@@ -81,7 +81,7 @@ class SamplerEntry:
 def _build_decode(model: Any, settings: SamplerSettings) -> Sampler:
     from hypo_train.sampling.decode.sampler import DecodeSampler
 
-    if settings.is_sharded:  # neither a copy of the weights nor a graph can outlast the call
+    if settings.is_sharded:  # a copy of the weights or a graph would be invalid after the call
         return DecodeSampler(model, **settings.common, merge_lora=False, capture=False)
     return DecodeSampler(model, **settings.common)
 

@@ -112,8 +112,8 @@ class Rollouts:
             self._ahead = self._draw(range(first, min(first + self.num_steps, self.total_steps)), prompt_kv)
         if step not in self._ahead:
             raise ValueError(
-                f"the samples of step {step} were drawn at step {first} and are gone: the weights that drew them have "
-                "moved on. Load the checkpoint's state of the rollouts, or continue from a step that "
+                f"the samples of step {step} were drawn at step {first} and are gone, and the weights that drew them "
+                "have changed. Load the checkpoint's state of the rollouts, or continue from a step that "
                 f"num_steps={self.num_steps} divides"
             )
         samples = self._ahead.pop(step)
@@ -131,16 +131,16 @@ class Rollouts:
 
     def _draw(self, steps: range, prompt_kv: PromptKV | None) -> dict[int, StepSamples]:
         """Call the sampler once, for this process's prompts of all ``steps``."""
-        everywhere = [self.prompts_of(step) for step in steps]
-        first = [0, *accumulate(len(of_step) for of_step in everywhere)]
-        prompts = [self.rank_share.select(of_step) for of_step in everywhere]
+        all_prompts = [self.prompts_of(step) for step in steps]
+        first = [0, *accumulate(len(step_prompts) for step_prompts in all_prompts)]
+        prompts = [self.rank_share.select(step_prompts) for step_prompts in all_prompts]
         prompt_indices = [
             start + place
-            for start, of_step in zip(first, everywhere, strict=False)
-            for place in self.rank_share.indices(len(of_step))
+            for start, step_prompts in zip(first, all_prompts, strict=False)
+            for place in self.rank_share.indices(len(step_prompts))
         ]
         samples = self.sampler.sample(
-            [prompt for of_step in prompts for prompt in of_step],
+            [prompt for step_prompts in prompts for prompt in step_prompts],
             self.num_generations,
             self.max_new_tokens,
             seed=self.seed_of(steps[0]),
@@ -148,7 +148,7 @@ class Rollouts:
             prompt_indices=prompt_indices,
         )
         completions = samples.completions()
-        bounds = [0, *accumulate(len(of_step) for of_step in prompts)]
+        bounds = [0, *accumulate(len(step_prompts) for step_prompts in prompts)]
         if self.num_steps == 1:
             logps = None
         elif samples.logprobs is None:

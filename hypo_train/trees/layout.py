@@ -1,4 +1,4 @@
-"""Where the prompts and branches of a batch of trees lie in one packed row."""
+"""The positions of prompts and branches in one packed row of trees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA, rank-stabilised LoRA and LoRA on weights of 4 bits: trained, sampled, resumed and saved as peft has them."""
+"""DoRA, rank-stabilised LoRA and LoRA on 4-bit weights train, sample, resume and save as in peft."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_what_is_held_in_4_bits_is_counted_as_it_is_held(saved_model):
         conditions = Conditions("cpu", False, True, SAMPLERS["decode"])
         numbers = estimate(Plan(config.model_copy(update={"max_steps": 1}), PAIRS, []), meta, conditions)
         assert numbers.of("frozen weights (4 bits, the rest float32)").training == held
-        assert numbers.of("a layer's weights, unpacked").training == 4 * 64 * 128
+        assert numbers.of("one layer's weights, dequantized").training == 4 * 64 * 128
         counts = [num_elements(p) for p in policy.parameters() if is_quantized(p)]
         assert sum(counts) == sum(p.numel() for p in quantizable(meta.base) if not p.requires_grad)
 
@@ -230,7 +230,7 @@ def test_a_dry_run_names_and_counts_them(saved_model, settings, name):
     assert found.problems == []
     page = "\n".join(found.page())
     assert ("DoRA, rank 4" in page) == ("dora" in name)
-    assert ("over weights of 4 bits" in page) == ("4 bits" in name)
+    assert ("on 4-bit weights" in page) == ("4 bits" in name)
     assert ("frozen weights (4 bits, the rest float32)" in page) == ("4 bits" in name)
 
 

@@ -77,8 +77,8 @@ def test_different_settings_are_refused_and_different_paths_not():
     other = config.model_copy(update={"beta": 0.5, "fsdp": True})
     said = refused(errors(with_settings, [config, config, other]))
     assert said == (
-        "process 2 is not as process 0: fsdp is True and not False, beta is 0.5 and not 0.1; start all processes with "
-        "the same settings"
+        "process 2 differs from process 0: fsdp is True and not False, beta is 0.5 and not 0.1; start all "
+        "processes with the same settings"
     )
 
 
@@ -94,7 +94,7 @@ def test_another_package_or_another_kind_of_device_is_refused():
         consistency.require_equal(processes, versions, "install the same packages on all machines")
 
     said = refused(errors(with_versions, [{"torch": "2.12", "peft": "1"}, {"torch": "2.13"}]))
-    assert "torch is 2.13 and not 2.12, peft is not there and not 1; install the same packages" in said
+    assert "torch is 2.13 and not 2.12, peft is missing and not 1; install the same packages" in said
 
 
 def check_inputs(processes, own):

@@ -80,7 +80,7 @@ def test_the_page_of_a_run_without_weights(dry_run, tmp_path):
         f"config of {tmp_path}/model: local folder",
         "LlamaForCausalLM, 2 layers, 17,888 parameters",
         "training 17,888 of them (100.0%): all",
-        "completions share their prompt (shown by a miniature of the architecture)",
+        "completions share their prompt (checked on a tiny model of the architecture)",
     ]
     steps = lines_of(page, "steps")
     assert steps[0] == "hypo: 3 steps of 4 pairs in one micro-batch, 0.6 epochs"
@@ -90,7 +90,7 @@ def test_the_page_of_a_run_without_weights(dry_run, tmp_path):
     assert "eval: 4 of 4 rows used" in lines_of(page, "data")
     names = [line.split("  ")[0] for line in lines_of(page, "memory")]
     assert "trained weights (float32)" in names
-    assert "the reference's copy of them" in names
+    assert "the reference's copy of trained weights" in names
     assert "the sampler's keys and values" in names
     assert any("the weights themselves" in line for line in lines_of(page, "not checked"))
 
@@ -136,7 +136,7 @@ def test_memory_can_be_estimated_for_a_gpu_that_is_not_here(dry_run):
     memory = lines_of(page, "memory")
     assert memory[0].startswith("GiB on cuda, computing in bfloat16")
     if not torch.cuda.is_available():
-        assert memory[-1].endswith("fits a device of 24 GiB, a tenth of it left free")
+        assert memory[-1].endswith("fits a device of 24 GiB, with 10% left free")
 
 
 def test_too_little_memory_is_a_warning_that_says_what_to_change(dry_run, monkeypatch):
@@ -178,7 +178,7 @@ def test_a_missing_column_is_a_problem(dry_run, tmp_path):
     assert problems[0].endswith("the columns are 'prompt', 'chosen'")
     assert "LlamaForCausalLM, 2 layers" in page, "the model is looked at all the same"
     assert lines_of(page, "memory")[-1].startswith("at least ")
-    assert any("rows as long as they may be" in line for line in lines_of(page, "warnings"))
+    assert any("rows of the maximal length" in line for line in lines_of(page, "warnings"))
 
 
 def test_more_layers_than_there_are_is_a_problem(dry_run):
@@ -244,8 +244,8 @@ def test_a_model_that_no_recipe_makes_is_a_problem(dry_run):
     assert (status, problems) == (
         2,
         [
-            "model_name_or_path: there is no folder 'runs/chain/sft/final': --dry_run_model NAME says what stands in "
-            "for it in a dry run"
+            "model_name_or_path: there is no folder 'runs/chain/sft/final': --dry_run_model NAME names a model that "
+            "stands in for it in a dry run"
         ],
     )
     assert lines_of(page, "data")[0] == "train: 24 of 24 rows used", "the texts are looked at all the same"
@@ -283,7 +283,7 @@ def test_a_model_name_that_cannot_be_resolved_is_a_problem(dry_run):
 def test_a_missing_reward_model_is_counted_as_the_policy(dry_run):
     status, page, _ = dry_run(algorithm="rloo", reward_model_path="runs/chain/reward/final")
     assert status == 0
-    line = "reward model runs/chain/reward/final: not there yet, counted as one of the policy's architecture"
+    line = "reward model runs/chain/reward/final: does not exist yet, counted with the policy's architecture"
     assert line in lines_of(page, "model")
     assert any(line.startswith("the reward model ") for line in lines_of(page, "memory"))
 
@@ -302,7 +302,7 @@ def test_a_shipped_recipe_runs_dry_with_a_local_stand_in(saved_model, tmp_path, 
 def test_a_reward_model_on_an_unreachable_hub_is_not_checked(dry_run):
     status, page, _ = dry_run(algorithm="rloo", reward_model_path="someone/some-reward-model")
     assert status == 0
-    assert "reward model someone/some-reward-model, nor its memory: the Hub was not reached" in lines_of(
+    assert "reward model someone/some-reward-model and its memory: the Hub was not reached" in lines_of(
         page, "not checked"
     )
 

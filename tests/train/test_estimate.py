@@ -82,7 +82,7 @@ def test_what_is_trained_is_counted_by_the_code_that_trains_it(name, changes, co
     assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
-def test_a_rehearsal_leaves_the_outline_as_it_was():
+def test_a_simulation_leaves_the_meta_model_unchanged():
     policy = outline_of(PYTHIA, num_layers=4, **LAST).eval()
     before = {name: (id(p), p.device, p.grad) for name, p in policy.named_parameters()}
     attention = policy.base.config._attn_implementation
@@ -211,13 +211,17 @@ def of_devices(count, *, num_layers=NUM_LAYERS, **changes):
 
 def test_sharding_divides_weights_gradients_and_optimizer_state():
     (alone, trained), (eighth, _) = of_devices(1), of_devices(8)
-    for name in ("trained weights (float32)", "the reference's copy of them", "AdamW's two moments (float32)"):
+    for name in (
+        "trained weights (float32)",
+        "the reference's copy of trained weights",
+        "AdamW's two moments (float32)",
+    ):
         assert eighth.of(name).training == -(-alone.of(name).training // 8)
     # Gathered in bfloat16 at any time: embedding, head and two layers; and one layer's gradients, in fp32.
     config = trained.base.config
     outside = 2 * config.vocab_size * config.hidden_size + config.hidden_size
     layer = (sum(p.numel() for p in trained.parameters()) - outside) // NUM_LAYERS
-    assert eighth.of("weights put together").training == 2 * outside + 2 * 2 * layer + 4 * layer
+    assert eighth.of("gathered weights").training == 2 * outside + 2 * 2 * layer + 4 * layer
     assert alone.peak > 2 * eighth.peak
 
 
@@ -226,7 +230,7 @@ def test_zero_divides_optimizer_state_and_then_gradients():
     moments, weights = "AdamW's two moments (float32)", "trained weights (float32)"
     for zero in (first, second):
         assert zero.of(moments).training == -(-ddp.of(moments).training // 8)
-        assert zero.of("ZeRO's copy of its part of the weights").training == -(-ddp.of(weights).training // 8)
+        assert zero.of("ZeRO's copy of its shard of the weights").training == -(-ddp.of(weights).training // 8)
         assert zero.of(weights) == ddp.of(weights)
         assert zero.of("activations") == ddp.of("activations")
     name = "gradients (float32)"
@@ -251,9 +255,9 @@ def test_what_is_too_much_for_a_device_in_ddp_is_advised_fsdp():
 
 def test_gathered_weights_that_exceed_the_device_are_refused(monkeypatch):
     numbers, config = of_devices(64, algorithm="hypo")[0], config_of(fsdp=True)
-    room = numbers.of("weights put together").sampling  # and the parts of everything else beside
+    room = numbers.of("gathered weights").sampling  # and the parts of everything else beside
     monkeypatch.setattr(memory, "available_memory", lambda device: room)
-    with pytest.raises(ConfigError, match="try algorithm: dpo, as samples need"):
+    with pytest.raises(ConfigError, match="try algorithm: dpo, because sampling gathers"):
         memory.check_memory(
             config, numbers, Conditions("cuda", True, True, SAMPLERS["decode"]), Findings(config), shows_table=False
         )
@@ -261,14 +265,14 @@ def test_gathered_weights_that_exceed_the_device_are_refused(monkeypatch):
 
 def test_if_sampling_gathers_all_weights_the_advice_says_so():
     numbers, _ = of_devices(64, algorithm="hypo")
-    assert "algorithm: dpo, as samples need all weights whole" in memory._advice(config_of(), numbers)
+    assert "algorithm: dpo, because sampling gathers all weights" in memory._advice(config_of(), numbers)
     assert "algorithm: dpo" not in memory._advice(config_of(), of_devices(1)[0])
 
 
 def test_a_sharded_vocabulary_is_never_gathered_in_training():
     (whole, trained), (parts, _) = (of_devices(8, num_layers=32, vocab_parallel=cut) for cut in (False, True))
     head = trained.base.get_output_embeddings().weight
-    together = "weights put together"
+    together = "gathered weights"
     assert parts.of(together).sampling == whole.of(together).sampling
     assert whole.of(together).training - parts.of(together).training == 2 * 2 * head.numel()  # embedding and head
     # Nor is the head's gradient: a process has that of its part, and for a turn as much again.

@@ -43,7 +43,7 @@ class KVShape:
 
 @dataclass(frozen=True)
 class Rules:
-    """How tokens are drawn and when a completion ends."""
+    """The rules for drawing tokens and for ending a completion."""
 
     distribution: Distribution
     eos_token_ids: Tensor  # int64 (E,)
