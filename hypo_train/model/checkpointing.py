@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the backward pass recomputes instead of the forward pass keeping it."""
+"""Activation checkpointing: the backward pass recomputes results that the forward pass does not keep."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 Checkpointing = bool | Literal["selective"]
 
-# Results that took much time and so are kept: matrix products, and attention under any of its names.
+# Operators whose results are kept because they are slow to compute: matrix products and attention (any name).
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm"}
 _ATTENTION = ("attention", "flash_attn")
-# A result that is more than so many times as wide as its operand took little time for its memory: it is a low-rank
-# update's, of LoRA's B. Models' own layers widen by up to 8.
+# A product whose result is more than this many times as wide as its operand is recomputed: it is the product with
+# LoRA's B, which is fast for its memory. Layers of the models widen by up to 8.
 _LOW_RANK = 8
 
 

@@ -1,4 +1,4 @@
-"""Eval mode for the length of a block."""
+"""A context manager that puts a model in eval mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof, on a few tokens and before any training, that a model computes here what its own forward pass computes."""
+"""Check on a few tokens, before training, that a model gives the same results as its own forward pass."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _choose_rows(
 
 
 def _check_parts(policy: Policy) -> None:
-    """Raise ModelError for a head that is not linear, LoRA aside, or an adapter that cannot be switched off."""
+    """Raise ModelError for a head that is not linear (LoRA is allowed), or an adapter that cannot be switched off."""
     name, head = type(policy.base).__name__, policy.base.get_output_embeddings()
     plain = head
     if policy.is_peft:
@@ -150,7 +150,7 @@ def _random_lora_b(policy: Policy) -> dict[str, Tensor]:
 
 
 def _plain_logits(policy: Policy, prompt: Sequence[int], branch: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the logits (len(branch), V) of a plain row: the model's own, and its head's of the last hidden state."""
+    """Return logits (len(branch), V) of a plain row: the model's, and those of its head on the last hidden state."""
     head = policy.head()
     ids = torch.tensor([[*prompt, *branch]], device=head.weight.device)
     models_own = policy.base(input_ids=ids, use_cache=False).logits

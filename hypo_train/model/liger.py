@@ -1,4 +1,4 @@
-"""Liger's Triton kernels for the layers of a model: RMSNorm, RoPE and SwiGLU. The loss stays this project's."""
+"""Use Liger's Triton kernels for RMSNorm, RoPE and SwiGLU. Liger's loss is not used."""
 
 from __future__ import annotations
 

@@ -30,16 +30,16 @@ M = TypeVar("M", bound=TreeModel[Any])
 
 
 class StructureError(ModelError):
-    """A model that cannot be built from its architecture's config alone; its checkpoint may load all the same."""
+    """A model that cannot be built from its architecture's config alone; its checkpoint may still load."""
 
 
 def make_exact(
     model: Any, wrap: Callable[[Any], M], *, attn_implementation: str = "auto", disable_dropout: bool = True
 ) -> M:
-    """Turn a transformers model into a policy or a reward model that trains exactly: every way to make one is this.
+    """Turn a transformers model into a policy or a reward model that trains exactly. All of them are made here.
 
-    Dropout is switched off, 4-bit weights keep their scales, and trees are used where a proof on a few tokens shows
-    that the model computes its own log-probs on them; else separate rows.
+    Dropout is switched off, and 4-bit weights keep their scales. Trees are used if a check on a few tokens shows that
+    the model gives the same log-probs on them; otherwise separate rows are used.
 
     Args:
         model: with its weights; peft's wrapper is allowed.
@@ -63,7 +63,7 @@ def make_exact(
 
 
 def load_policy(config: Config, *, autocast: bool) -> Policy:
-    """Load the policy, ready to train: trained parameters chosen and in fp32, head and attention proved to be exact.
+    """Load the policy, ready to train: trained parameters chosen and in fp32, head and attention checked to be exact.
 
     Raises:
         ModelError: not a causal language model, or one whose head or attention is not served exactly; trained
@@ -138,7 +138,7 @@ def build_on_meta(config: Config, architecture: Any, *, device_type: str, autoca
 
 
 def load_on_meta(config: Config, *, pad_token_id: int, device_type: str, autocast: bool) -> Policy | RewardModel:
-    """Build the model on the meta device for a rank that receives its values from rank 0; exactness is not proved.
+    """Build the model on the meta device for a rank that receives its values from rank 0; exactness is not checked.
 
     Raises:
         ModelError: as for :func:`build_on_meta`; or the config alone does not describe the structure.

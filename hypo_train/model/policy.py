@@ -1,4 +1,4 @@
-"""The policy, its frozen reference and their LM head, as the loss sees them.
+"""The policy, its frozen reference and their LM head, in the form that the loss uses.
 
 A reference needs little memory. Under LoRA it is the model with its adapter off. Otherwise it is a frozen copy of the
 trained parameters alone, which replaces them for the length of a call.

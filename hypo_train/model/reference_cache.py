@@ -114,9 +114,9 @@ def pair_reference_logps(
     Args:
         processes: divide the rows; the main one reads and writes the file.
         autocast: compute under bfloat16 autocast, as the steps do.
-        folder: the cache's, which can be written.
-        split: what the rows are called in the lines that are printed.
-        progress: show how far a computation is and the time left.
+        folder: the cache's folder, which must be writable.
+        split: the name of the rows in printed lines.
+        progress: show the progress and the time left.
 
     Raises:
         ModelError: a log-prob is not finite.
@@ -150,7 +150,7 @@ def _kept(path: Path, num_rows: int, split: str) -> Tensor | None:
 def _keep(path: Path, logps: Tensor, policy: Policy, what: str) -> None:
     try:
         _write(path, logps, policy)
-    except OSError as error:  # a disk that filled up is no reason to lose the pass
+    except OSError as error:  # the values are still used if they cannot be stored
         _say(f"{what}, not kept: {error}")
     else:
         _say(f"{what}, kept in {path}")
