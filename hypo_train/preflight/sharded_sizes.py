@@ -59,9 +59,8 @@ def zero_bytes(stage: int, count: int, *, trained: int, gradients: int, state: i
         weights=part,
         state=divided(state, count),
         gradients=min(part, gradients) if stage == 2 else gradients,
-        changing_gradients=max(
-            2 * part, 0 if stage == 2 else trained
-        ),  # a shard and its flat copy, or all gradients before
+        # A shard and its flat copy; with stage 1, all gradients before that.
+        changing_gradients=max(2 * part, 0 if stage == 2 else trained),
         bucket=bucket,
         temporary=max(0, update - bucket),
     )

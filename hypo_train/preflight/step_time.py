@@ -298,12 +298,10 @@ def _sampling_seconds(
 def _optimizer_bytes(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> float:
     """Return the bytes that the optimizer reads and writes: gradients once, weights and states twice."""
     parameters, device_type = trained.trained_parameters(), conditions.device_type
-    state = footprint(
-        plan.config.optim, parameters.items(), roles=trained.parameter_roles, device_type=device_type
-    ).state
-    return (3 * 4 * sum(p.numel() for p in parameters.values()) + 2 * state) / (
-        plan.world_size if plan.config.fsdp else 1
-    )
+    roles = trained.parameter_roles
+    state = footprint(plan.config.optim, parameters.items(), roles=roles, device_type=device_type).state
+    num_shards = plan.world_size if plan.config.fsdp else 1
+    return (3 * 4 * sum(p.numel() for p in parameters.values()) + 2 * state) / num_shards
 
 
 def _name_of_gpu(conditions: Conditions) -> str | None:
