@@ -21,14 +21,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def implementation(impl: str, head: LMHead, compute_dtype: torch.dtype) -> str:
-    """Return the implementation for a head and its device. Raises ValueError if ``impl`` cannot serve them."""
+    """Return the implementation for a head and its device. Raises ValueError if ``impl`` does not support them."""
     device = head.weight.device
     require(impl in IMPLEMENTATIONS, f"impl={impl!r}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "auto":
         impl = "triton" if device.type == "cuda" and compute_dtype != torch.float64 else "torch"
     require(
         impl != "reference" or head.vocab_shard is None,
-        "impl='reference' does not serve a vocab_shard: gather the head, or use impl='auto'",
+        "impl='reference' does not support a vocab_shard: gather the head, or use impl='auto'",
     )
     if impl.startswith("triton"):
         require(

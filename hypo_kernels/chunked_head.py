@@ -302,13 +302,13 @@ class ChunkedLMHead:
 
     def _takes_epilogue(self, impl: str, with_divergence: bool) -> bool:
         device = next(iter(self.panels.values())).weight.device
-        served = self.fused_statistics and not with_divergence and self.operand_dtype != torch.float16
+        supported = self.fused_statistics and not with_divergence and self.operand_dtype != torch.float16
         require(
-            impl != "triton-epilogue" or served,
-            "impl='triton-epilogue' serves bf16 heads that fit beside the chunks as one operand, without lora, entropy "
-            "or exact KL: use impl='triton' for this call",
+            impl != "triton-epilogue" or supported,
+            "impl='triton-epilogue' supports bf16 heads that fit in memory as one operand, without lora, entropy or "
+            "exact KL: use impl='triton' for this call",
         )
-        if impl == "triton" and served:
+        if impl == "triton" and supported:
             from hypo_kernels.kernels.head import capability
 
             return (capability(device), self.operand_dtype) in EPILOGUE_IS_FASTER

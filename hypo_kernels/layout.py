@@ -36,7 +36,7 @@ class TargetLayout:
     rows: Tensor  # (N,) int64 on the CPU, index into hidden seen as (T, D)
     targets: Tensor  # (N,) int64 on the CPU
     lengths: Tensor  # (S,) int64 on the CPU, counted rows of each sequence
-    shape: torch.Size  # of the targets: (T,) or (S, L)
+    shape: torch.Size  # shape of the targets: (T,) or (S, L)
     _copies: dict[torch.device, OnDevice] = field(default_factory=dict, repr=False, compare=False)
     _groups: dict[tuple[int, torch.device], tuple[TargetLayout, Tensor]] = field(
         default_factory=dict, repr=False, compare=False

@@ -108,7 +108,7 @@ def fused_hypo_loss(
             ``targets`` and ``cu_seqlens`` are read on the host: if they are on the CPU, the call never waits for the
             GPU. Pass a :class:`TargetLayout` instead of them to capture the call in a CUDA graph.
         num_pairs: P ≥ 0.
-        num_generations: k ≥ 2, samples a prompt.
+        num_generations: k ≥ 2, the number of samples for each prompt.
         ref_logps: (S,) log-probs of the reference model. Give either these or ``ref_hidden``.
         ref_hidden: hidden states of the reference model, of the shape of ``hidden``. Its log-probs are computed with
             ``ref_lm_head_weight`` and ``ref_bias`` (by default the policy's, which must then be frozen).
@@ -135,7 +135,7 @@ def fused_hypo_loss(
         validate: also check that hidden states and reference log-probs are finite; waits for the GPU.
         impl: "auto" (Triton on CUDA, blockwise torch elsewhere), "triton", "torch", or "reference"
             (eager, full logits: the specification); "triton-rows" and "triton-epilogue" force one of Triton's
-            schedules (README). An implementation that cannot serve the call raises ValueError.
+            schedules (README). An implementation that does not support the call raises ValueError.
 
     Returns:
         :class:`HypoLoss`. The forward call finishes the gradients, so ``loss`` can be differentiated once.

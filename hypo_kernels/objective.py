@@ -92,7 +92,7 @@ class Objective:
     num_pairs: int
     """P ≥ 0."""
     num_generations: int
-    """k ≥ 2, online samples a prompt."""
+    """k ≥ 2, the number of online samples for each prompt."""
     num_prompts: int = 0
     """G, groups of online samples in the batch; :meth:`for_sequences` sets it."""
     importance_cap: float = 2.0
@@ -188,7 +188,7 @@ class Objective:
         """Estimate λ KL(π‖π_ref) of each sample from the full distributions at its positions, with derivatives.
 
         ``divergences`` (n,) holds ``D_t = Σ_v π(v|s_t) (log π(v|s_t) − log π_ref(v|s_t))`` of each counted row, sample
-        after sample, in whole groups. ``lengths`` (G·k,) counts each sample's rows, at most ``longest``, on the same
+        after sample, in complete groups. ``lengths`` (G·k,) counts each sample's rows, at most ``longest``, on the same
         device. Every token costs D_t + γ. The distributions at s_t depend on the parameters, and so does the choice
         of a_t, which decides about the tokens after it. Hence the gradient has two parts:
 

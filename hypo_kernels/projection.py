@@ -51,9 +51,9 @@ class Projection:
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """Return a DTensor's full tensor, and any other tensor as it is.
+    """Return the full tensor of a DTensor, or any other tensor unchanged.
 
-    Each rank's gradient belongs to its own rows of data, so gradients are averaged over the ranks.
+    Each rank computes the gradient of its part of the data, so gradients are averaged over the ranks.
     """
     if not hasattr(weight, "full_tensor"):  # importing DTensor takes half a second
         return weight

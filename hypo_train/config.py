@@ -49,7 +49,7 @@ class Config(Settings):
     short_flags: ClassVar = {"resume": "resume_from_checkpoint"}
     bare_flags: ClassVar = {"resume_from_checkpoint": "auto"}
     not_a_bool: ClassVar = {
-        "report_to": "none logs to metrics.jsonl alone",
+        "report_to": "none logs to metrics.jsonl only",
         "resume_from_checkpoint": "auto resumes from the newest checkpoint; leave it out to start a new run",
     }
     groups: ClassVar = {
@@ -178,7 +178,7 @@ class Config(Settings):
     reward: Text | None = None
     """Reward function, "package.module:function", called with the texts (prompt, completion). rloo learns from it, and
     evaluations of every algorithm report it. If it uses the global generators of Python, NumPy or torch, its random
-    numbers depend on seed and step alone, so a resumed run draws the same."""
+    numbers depend only on the seed and the step, so a resumed run draws the same ones."""
     reward_model_path: Text | None = None
     """Reward model instead of a function: a Hub name or a local folder of a sequence classifier with one label. It
     reads the policy's token ids if both have the same tokenizer, as after algorithm: reward, and texts otherwise."""
@@ -214,7 +214,7 @@ class Config(Settings):
     moments in 8 bits, those of embeddings in 32, and needs bitsandbytes. adafactor has no momentum and factored second
     moments. muon orthogonalises the updates of matrices and uses AdamW for embeddings, LM head, norms and biases."""
     learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so the same values serve it."""
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so it uses the same values."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     """Schedule of the learning rate after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0

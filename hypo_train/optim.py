@@ -139,7 +139,7 @@ def _muon(
     matrices, others = _split(named, roles, "matrix")
     if not matrices:
         raise ValueError("optim=muon: none of the trained parameters is a matrix, use optim: adamw_torch")
-    # This scales updates to the size of AdamW's, so that one learning rate serves both.
+    # This scales updates to the size of AdamW's, so that both use the same learning rate.
     muon = Muon(matrices, lr=adam["lr"], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return MuonAndAdamW(muon, AdamW(_groups(others, weight_decay), **adam) if others else None)
 

@@ -30,7 +30,7 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
     timer = run.timer
     seed_everything(run.plan.own_seed(step))
     with timer.phase("data"):
-        all_indices = run.plan.rows_of_step(step)  # of all ranks
+        all_indices = run.plan.rows_of_step(step)  # the rows of all ranks
         indices = run.plan.rank_share.select(all_indices)
         rows: list[Any] = [run.plan.train_rows[i] for i in indices]
         # Gradients are averaged over ranks, so each rank divides by the mean number of losses per rank.

@@ -126,7 +126,7 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
         evaluates = is_last or (config.eval_steps and done % config.eval_steps == 0)
         saves = is_last or stopped_by is not None or (config.save_steps and done % config.save_steps == 0)
         if logs or evaluates or saves:
-            # Only here the loop makes the host wait for the device.
+            # The host waits for the device only here.
             stop_if_not_finite(run, step, saves=bool(saves))
         if logs:
             metrics = meter.read(run.processes)

@@ -15,7 +15,7 @@ from hypo_kernels.head import LMHead
 from hypo_kernels.statistics import RowStatistics
 
 GRADIENTS_IN_PLACE = False  # converting the gradients to the GEMM's dtype copies the chunk
-BLOCK_BYTES = 2**21  # of raw logits
+BLOCK_BYTES = 2**21  # raw logits of one block
 COPIES_PER_BLOCK = 2  # the logits and an intermediate product
 
 

@@ -5,8 +5,8 @@
     D = KL(p‖q) = moment / total_z − log total_z + log total_w
     G = scale · (score · (p − onehot_y) + weight · p ⊙ (log p − log q − D)) · ∂z/∂raw
 
-score and weight are one number a row. Without reference logits, log q = 0 and D is minus the entropy. One program a
-row; G overwrites the policy's row.
+Each row has one score and one weight. Without reference logits, log q = 0 and D is minus the entropy. Each program
+processes one row; G overwrites the policy's row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEAST = tl.constexpr(-1.0e30)
 def _statistics_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
     ref_raw_ptr,  # (C, V) fp32, row pitch `ref_pitch`, or unused
-    target_ptr,  # (C,) int64; outside [0, V): another rank's
+    target_ptr,  # (C,) int64; outside [0, V) if another rank holds the target
     bias_ptr,  # (V,) or unused
     ref_bias_ptr,  # (V,) or unused
     norms_ptr,  # (C, 2) fp32
@@ -79,7 +79,7 @@ def _statistics_kernel(
         mask = cols < V
         raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
         z, _ = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-        z = tl.where(mask, z, float("-inf"))  # phantom columns must not count
+        z = tl.where(mask, z, float("-inf"))  # masked columns must not count
         new_top = tl.maximum(top, z)
         shift = tl.maximum(top - new_top, LEAST)
         difference = tl.maximum(z - new_top, LEAST)

@@ -1,7 +1,7 @@
 """Exponentials in Triton: a GEMM on hidden states whose epilogue computes softmax's numerators.
 
     C rows, V vocabulary entries, D features; z (C, V) the model's logits, fp32 in registers (``kernels.product``)
-    offset = z_y + 20                one a row, from a dot product before the GEMM
+    offset = z_y + 20                of each row, by a dot product before the GEMM
     E = exp(z − offset) · slope      (C, V), rounded to bf16, the only part that reaches memory
     total = Σ_v exp(z_v − offset)    from the fp32 exponentials, before they are rounded
     LSE = offset + log total         logp = z_y − LSE, in fp32: the logits themselves are never rounded
@@ -29,7 +29,7 @@ offset = top, by the GEMM in this file. Both read the list's length from the dev
 launches, 1 to 128 rows cost one row of tiles of the GEMM, and the host never waits, so that a step can be captured in a
 CUDA graph.
 
-Only bf16 is served (and fp32, in full precision): fp16 has too few exponents.
+Supported dtypes are bf16 and fp32 (in full precision); the range of fp16 is too small.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _target_kernel(
 
 
 def scratch_bytes(num_rows: int, vocab_size: int, tile: GemmTile) -> int:
-    """Return the bytes that a call of ``exponentials`` allocates beside its results."""
+    """Return the bytes that a call of ``exponentials`` allocates besides its results."""
     return 4 * (max(map(math.prod, _scratch_shapes(num_rows, vocab_size, tile))) + 2 * num_rows + 1)
 
 

@@ -4,7 +4,7 @@
 
 A persistent grid, about one program a multiprocessor, walks the (BLOCK_M, BLOCK_N) tiles of (C, V).
 Operands arrive as host tensor descriptors (TMA, sm_90 and newer) where their addresses allow it, else
-through pointers, which serve any strides.
+through pointers, which allow any strides.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def raw_tile(
     x,  # (C, D): descriptor of (BLOCK_M, BLOCK_K) blocks, or pointer
     weight,  # (V, D): descriptor of (BLOCK_N, BLOCK_K) blocks, or pointer
     rows,  # (BLOCK_M,) int64, within x: for pointers
-    first_row,  # for descriptors
+    first_row,  # used with descriptors
     first_col,
     V,
     D,
@@ -89,8 +89,8 @@ def take_tile(
     tile,
     num_m,
     num_n,
-    num_rows,  # of x, or of the list
-    row_ptr,  # (C,) int32, the list of rows: if LISTED
+    num_rows,  # number of rows of x, or of the list
+    row_ptr,  # (C,) int32, if LISTED: indices of rows of x
     x,
     weight,
     V,
@@ -109,8 +109,8 @@ def take_tile(
 ):
     """Return (m, n, places, counted, rows, raw) of the ``tile``-th tile.
 
-    ``places`` (BLOCK_M,) are positions among the rows to take, ``counted`` says which of them exist, ``rows`` are their
-    rows of x, and ``raw`` (BLOCK_M, BLOCK_N) is their product.
+    ``places`` (BLOCK_M,) are positions in x, or in the list. ``counted`` is False for positions after the last row.
+    ``rows`` are the indices in x, and ``raw`` (BLOCK_M, BLOCK_N) is the product.
     """
     m, n = tile_position(tile, num_m, num_n, GROUP)
     places = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -151,7 +151,7 @@ def halves(raw):
 def quarters(raw):
     """Return the four quarters of the columns, which an epilogue processes one after the other.
 
-    This takes a quarter of the registers beside the accumulators, and a quarter of the shared memory that stages a
+    This needs a quarter of the registers besides the accumulators, and a quarter of the shared memory that stages a
     store: a softcap's temporaries for the full tile would spill, and leave no shared memory for a fourth stage.
     """
     left, right = halves(raw)

@@ -5,8 +5,8 @@
     top = max_v z_v        total = Σ_v exp(z_v − top)
     U = scale · (exp(z − top) / total − onehot_y) · ∂z/∂raw           = scale · ∂(−log p_y)/∂raw
 
-One program a row. The row is read once for the statistics (an online maximum and sum a lane) and once more, from L2 if
-it fits, for U, which overwrites the row.
+Each program processes one row. It reads the row once for the statistics (each lane has an online maximum and sum), and
+again for U, from L2 if the row fits. U overwrites the row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hypo_kernels.kernels.tiles import RowTile, row_tile
 from hypo_kernels.statistics import RowStatistics
 
 GRADIENTS_IN_PLACE = True
-SCALE_BLOCK = 8192  # entries a program
+SCALE_BLOCK = 8192  # entries per program
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _target_logit(
 @triton.jit
 def _row_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
-    target_ptr,  # (C,) int64; outside [0, V): another rank's
+    target_ptr,  # (C,) int64; outside [0, V) if another rank holds the target
     bias_ptr,  # (V,) or unused
     norms_ptr,  # (C, 2) fp32, top and total: read if NORMS_ARE_KNOWN, else written
     target_logit_ptr,  # (C,) fp32, 0 for a target beyond the vocabulary
@@ -82,7 +82,7 @@ def _row_kernel(
             mask = cols < V
             raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
             z, _ = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-            z = tl.where(mask, z, float("-inf"))  # phantom columns must not count
+            z = tl.where(mask, z, float("-inf"))  # masked columns must not count
             new_top = tl.maximum(top, z)
             total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
             top = new_top

@@ -187,7 +187,7 @@ def _merge_kernel(
 
 
 def scratch_bytes(num_rows: int, vocab_size: int, tile: GemmTile, *, with_moment: bool = False) -> int:
-    """Return the bytes that a call allocates beside its results."""
+    """Return the bytes that a call allocates besides its results."""
     return 4 * (3 if with_moment else 2) * triton.cdiv(vocab_size, tile.BLOCK_N) * num_rows
 
 

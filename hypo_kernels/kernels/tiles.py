@@ -76,16 +76,16 @@ class GemmTile:
 
 KB = 1024
 SHARED_MEMORY = {(8, 0): 163 * KB, (9, 0): 227 * KB, (10, 0): 227 * KB}  # the maximum of one program
-EPILOGUE_PARTS = 4  # of a tile's columns; a store is staged one part at a time
+EPILOGUE_PARTS = 4  # parts of a tile's columns; a store is staged part by part
 
 # Without tensor cores, which do not multiply in full fp32.
 FP32_TILE = GemmTile(64, 64, 32, num_warps=8, num_stages=2)
 # Triton's interpreter takes as long for a small block as for a large one.
 INTERPRETER = (0, 0)
 INTERPRETED_TILE = GemmTile(32, 1024, 64, num_warps=1, num_stages=1)
-# For the rows of a list, which TMA cannot gather.
+# Tile for a list of rows, which TMA cannot gather.
 POINTER_TILE = GemmTile(128, 128, 32, num_warps=8, num_stages=4)
-# For unaligned operands, whose elements are loaded one by one, and for devices that are not listed.
+# Tile for unaligned operands, whose elements are loaded one by one, and for devices that are not listed.
 UNALIGNED_TILE = GemmTile(64, 128, 32, num_warps=8, num_stages=3)
 _HOPPER = GemmTile(128, 256, 64, num_warps=8, num_stages=4, descriptors=True)
 _AMPERE = GemmTile(128, 256, 32, num_warps=8, num_stages=4)

@@ -53,7 +53,7 @@ def run_loss(
     run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | None, call: HeadCall[HypoLoss], meter: Meter
 ) -> HypoLoss:
     """Return the policy's loss on a tree of pairs and samples; add its statistics to ``meter``."""
-    out = run_model(run, batch, tree, call, prompts=batch.prompts, trunk=trunk)
-    add_loss(meter, out, run.config.num_generations)
-    add_importance(meter, out)
-    return out
+    loss_output = run_model(run, batch, tree, call, prompts=batch.prompts, trunk=trunk)
+    add_loss(meter, loss_output, run.config.num_generations)
+    add_importance(meter, loss_output)
+    return loss_output

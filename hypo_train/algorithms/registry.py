@@ -59,7 +59,7 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         if callable(self.preference) and (self.draws_samples or self.row_type != "pair" or not self.has_reference):
-            raise ValueError(f"{self.name}: a preference function serves pairs with a reference and without samples")
+            raise ValueError(f"{self.name}: a preference function needs pairs, a reference model and no samples")
 
     @property
     def is_hybrid(self) -> bool:

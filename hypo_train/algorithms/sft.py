@@ -28,9 +28,9 @@ def micro_batch_loss(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     """Return the mean loss () of a micro-batch of examples; add its statistics to ``meter``."""
     with run.timer.phase("data"):
         tree = run.batcher.examples(batch.rows).to(run.accelerator.device)
-    out = run_model(run, batch, tree, token_losses_call(tree, run.config, loss_weight=batch.loss_weight))
-    meter.add("loss", out.per_token)
-    return out.loss
+    losses = run_model(run, batch, tree, token_losses_call(tree, run.config, loss_weight=batch.loss_weight))
+    meter.add("loss", losses.per_token)
+    return losses.loss
 
 
 def token_losses_call(tree: Tree, config: Config, *, loss_weight: float = 1.0) -> HeadCall[TokenLosses]:

@@ -37,17 +37,17 @@ FREE_WITHOUT_REWARD = {"reward", "reward_model_path", "missing_eos_penalty"}
 
 def refuse_to_overwrite(config: Config) -> None:
     """Raise ConfigError if output_dir holds a run that ``config`` does not continue."""
-    wanted, folder = config.resume_from_checkpoint, Path(config.output_dir)
-    if wanted == "auto" or not (folder / METRICS_FILE).exists():
+    resume_from, folder = config.resume_from_checkpoint, Path(config.output_dir)
+    if resume_from == "auto" or not (folder / METRICS_FILE).exists():
         return
-    if wanted is None:
+    if resume_from is None:
         raise ConfigError(
             f"output_dir={config.output_dir!r} already holds a run: choose another folder, or continue that run "
             "with resume_from_checkpoint: auto"
         )
-    if is_checkpoint(Path(wanted)) and Path(wanted).resolve().parent != folder.resolve():
+    if is_checkpoint(Path(resume_from)) and Path(resume_from).resolve().parent != folder.resolve():
         raise ConfigError(
-            f"output_dir={config.output_dir!r} already holds another run than resume_from_checkpoint={wanted!r}: "
+            f"output_dir={config.output_dir!r} already holds another run than resume_from_checkpoint={resume_from!r}: "
             "choose another folder, or continue the run in output_dir with resume_from_checkpoint: auto"
         )
 
@@ -60,10 +60,10 @@ def checkpoint_to_resume(config: Config, *, tensors: bool = True) -> Path | None
     Raises:
         ConfigError: the named checkpoint does not exist, or all checkpoints are damaged.
     """
-    wanted, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
-    if wanted is None:
+    resume_from, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
+    if resume_from is None:
         return None
-    if wanted == "auto":
+    if resume_from == "auto":
         latest = latest_checkpoint(output_dir, tensors=tensors)
         if latest is None and (damaged := damaged_checkpoints(output_dir, tensors=tensors)):
             raise ConfigError(
@@ -71,23 +71,24 @@ def checkpoint_to_resume(config: Config, *, tensors: bool = True) -> Path | None
                 "repair one, or remove them to start from the beginning"
             )
         return latest
-    if not Path(wanted).is_dir():
+    if not Path(resume_from).is_dir():
         raise ConfigError(
-            f"resume_from_checkpoint={wanted!r}: there is no such folder{_suggestion(Path(wanted), output_dir)}"
+            f"resume_from_checkpoint={resume_from!r}: there is no such folder"
+            f"{_suggestion(Path(resume_from), output_dir)}"
         )
-    if not is_checkpoint(Path(wanted)):
+    if not is_checkpoint(Path(resume_from)):
         raise ConfigError(
-            f"resume_from_checkpoint={wanted!r} is not a checkpoint folder (checkpoint-<step>)"
-            f"{_suggestion(Path(wanted), output_dir)}"
+            f"resume_from_checkpoint={resume_from!r} is not a checkpoint folder (checkpoint-<step>)"
+            f"{_suggestion(Path(resume_from), output_dir)}"
         )
-    return Path(wanted)
+    return Path(resume_from)
 
 
-def _suggestion(wanted: Path, output_dir: Path) -> str:
+def _suggestion(resume_from: Path, output_dir: Path) -> str:
     """Return the end of an error message: a checkpoint that the user may mean."""
-    for folder in (wanted, output_dir):
+    for folder in (resume_from, output_dir):
         if (newest := latest_checkpoint(folder, tensors=False)) is not None:
-            namesake = output_dir / wanted.name
+            namesake = output_dir / resume_from.name
             return f": did you mean {namesake if is_checkpoint(namesake) else newest}?"
     return f": give a checkpoint's folder, or auto for the newest one in {output_dir}"
 

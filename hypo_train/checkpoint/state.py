@@ -43,7 +43,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
             "config": run.config.model_dump(),
             "rows_a_step": run.plan.batch_size,
             "origin": run.origin,
-            "processes": states,  # by rank
+            "processes": states,  # one entry for each rank
         },
         processes=run.processes,
     )
@@ -52,8 +52,8 @@ def save(run: Run, meter: Meter, step: int) -> None:
 
 def resume(run: Run, meter: Meter) -> int:
     """Restore weights, optimizer, scheduler and meter. Return the next step: 0 if there is no checkpoint."""
-    wanted = run.config.resume_from_checkpoint
-    if wanted is None:
+    resume_from = run.config.resume_from_checkpoint
+    if resume_from is None:
         return 0
     folder = run.processes.run_on_main(lambda: checkpoint_to_resume(run.config))
     if folder is None:
@@ -63,7 +63,7 @@ def resume(run: Run, meter: Meter) -> int:
         folder,
         optimizer=run.optimizer,
         scheduler=run.scheduler,
-        verify=wanted != "auto",
+        verify=resume_from != "auto",
         accept=lambda extra: _check_same_origin(run, extra, folder),
     )
     put_saved(run.trained, checkpoint.model_state, folder)

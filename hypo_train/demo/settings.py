@@ -19,13 +19,13 @@ class DemoSettings(Settings):
     output_dir: Path = Path("runs/demo")
     """Folder for everything."""
     seeds: PositiveInt = 1
-    """How many seeds to average over."""
+    """Number of seeds to average over."""
     seed: NonNegativeInt = 0
     """The first of them."""
 
 
 def load_settings(argv: Sequence[str]) -> DemoSettings:
-    """Return the settings that ``argv`` asks for. Raises ConfigError."""
+    """Return the settings from the arguments ``argv``. Raises ConfigError."""
     return parse(DemoSettings, argv)
 
 

@@ -57,7 +57,7 @@ class FinishedRun:
 
 
 def prepare_finished(settings: EvaluateSettings) -> FinishedRun:
-    """Load and check everything, cheapest first, as ``build.prepare`` does.
+    """Load and check a trained model. As in :func:`hypo_train.prepare.prepare`, the cheapest checks come first.
 
     The policy is loaded as for training, then gets its final weights. So weights that it shares with its reference
     (LoRA, or a few trained layers) are in memory once.

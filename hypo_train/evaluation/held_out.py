@@ -103,7 +103,7 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
     else:
         reference = Reference(logps=run.eval_ref_logps[start:stop].T.flatten())
     output = run.policy(tree, preference_loss_call(tree, reference, len(rows), run.config))
-    add_loss(meter, output, num_generations=1)  # pairs alone, without samples
+    add_loss(meter, output, num_generations=1)  # a tree without samples
 
 
 def _samples(run: Run | FinishedRun, kl_rule: KLRule, *, progress: bool) -> list[dict[str, Any]]:

@@ -80,10 +80,10 @@ class EvaluateFlags(Settings):
 class EvaluateSettings:
     """One evaluation."""
 
-    config: Config  # the run's, flags applied; for a model alone, the defaults and the flags
+    config: Config  # of the run with the flags applied; for a model without a run, the defaults with the flags
     model_dir: Path  # the weights to evaluate
     reference: str | None  # a Hub name or folder; None: no reverse KL
-    training_temperature: float  # of the log-probs of the rows, as in training
+    training_temperature: float  # temperature of the rows' log-probs, as in training
     kl_temperature: float
     kl_mask: Literal["eos", "all"]
     output_dir: Path
@@ -110,7 +110,7 @@ class EvaluateSettings:
 
 
 def load_settings(argv: Sequence[str]) -> EvaluateSettings:
-    """Return the evaluation that ``argv`` asks for.
+    """Return the settings from the arguments ``argv``.
 
     Raises:
         ConfigError: the run does not exist or is not finished, a flag belongs to training, or output_dir is in use.

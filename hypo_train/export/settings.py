@@ -34,7 +34,7 @@ class ExportSettings(Settings):
 
 
 def load_settings(argv: Sequence[str]) -> ExportSettings:
-    """Return the settings that ``argv`` asks for. Raises ConfigError: there is no such run, or output_dir exists."""
+    """Return the settings from the arguments ``argv``. Raises ConfigError without the run, or if output_dir exists."""
     settings = parse(ExportSettings, argv)
     source, output_dir = settings.run_or_checkpoint.expanduser(), settings.output_dir.expanduser()
     if not source.is_dir():

@@ -26,7 +26,7 @@ class Source:
     """The folder of the weights to export, and the run that they belong to."""
 
     folder: Path
-    config: Config  # of the run
+    config: Config  # configuration of the run
     run: Path  # the run's folder, for its metrics
     is_checkpoint: bool
 

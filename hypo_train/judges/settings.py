@@ -136,7 +136,7 @@ class JudgeSettings(Settings):
 
 
 def load_settings(argv: Sequence[str]) -> JudgeSettings:
-    """Return the settings that ``argv`` asks for. Raises ConfigError."""
+    """Return the settings from the arguments ``argv``. Raises ConfigError."""
     return parse(JudgeSettings, argv)
 
 

@@ -3,7 +3,7 @@
 A multiply-add is two FLOPs. A linear layer of n weights costs 2 n FLOPs a token forward. Backward it costs 2 n for the
 weights' gradient if they are trained, and 2 n for the input's gradient if a layer below is trained. Attention costs
 4 D_head a head for each pair of a token and a token that it attends to (itself included; causal, so half a square),
-and twice that backward. The LM head runs on the completions' tokens alone.
+and twice that backward. The LM head runs only on the tokens of completions.
 
 Not counted, as is usual: norms, activations, rotary embeddings, softmax, the optimizer, and recomputation (gradient
 checkpointing, a second pass over the head). Shared work counts once: a prompt for all of its completions, frozen

@@ -15,7 +15,7 @@ _NONE = -1
 
 
 class Meter:
-    """Collect means of named values over a log interval; the host waits for the device in :meth:`read` alone."""
+    """Collect means of named values over a log interval; the host waits for the device only in :meth:`read`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

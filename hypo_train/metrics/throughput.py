@@ -12,7 +12,7 @@ from hypo_train.trees.tree import Tree
 class Throughput:
     """Count rows, tokens and model FLOPs (see :mod:`hypo_train.metrics.flops`) since the last reading.
 
-    ``mfu`` (model FLOP utilisation) is the model FLOPs of a whole step (policy forward and backward, reference,
+    ``mfu`` (model FLOP utilisation) is the model FLOPs of a full step (policy forward and backward, reference,
     sampling) divided by the step's time and the device's peak. Each part is logged too, for other definitions:
     the MFU of pre-training uses only the policy's passes and the time of their phases. Decoding is limited by memory
     bandwidth, so a step that samples has a lower ``mfu``. Saved work (a shared prompt, a cached reference) is

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:  # the report reads the phase names and should not load torch
     import torch
 
-PHASES = ("data", "sample", "reward", "reference", "forward", "loss", "backward", "optimizer")  # in a step's order
+PHASES = ("data", "sample", "reward", "reference", "forward", "loss", "backward", "optimizer")  # in the order of a step
 OTHER = "other"  # the rest of a step's time
 
 

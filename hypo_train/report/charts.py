@@ -68,7 +68,7 @@ class Chart:
     """A chart with its caption. It has no axes and shapes if no value is finite."""
 
     title: str
-    description: str = ""  # for screen readers
+    description: str = ""  # description for screen readers
     axes: Axes | None = None
     shapes: list[Shape] = field(default_factory=list)
     legend: list[tuple[str, str]] = field(default_factory=list)  # (CSS classes, label)

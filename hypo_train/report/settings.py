@@ -25,7 +25,7 @@ class ReportSettings(Settings):
 
 
 def load_settings(argv: Sequence[str]) -> ReportSettings:
-    """Return the settings that ``argv`` asks for. Raises ConfigError."""
+    """Return the settings from the arguments ``argv``. Raises ConfigError."""
     return parse(ReportSettings, argv)
 
 

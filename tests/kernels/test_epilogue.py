@@ -86,7 +86,7 @@ def test_epilogue_refuses_what_it_does_not_serve(
         pytest.skip("CUDA multiplies a bf16 head as it is")
     batch = random_batch(**{**BOTH, "vocab": 1000, **options}, device=device)
     update = LoRA(torch.zeros(2, 16, device=device), torch.zeros(1000, 2, device=device)) if lora else None
-    with pytest.raises(ValueError, match=r"impl='triton-epilogue' serves bf16 heads .* use impl='triton'"):
+    with pytest.raises(ValueError, match=r"impl='triton-epilogue' supports bf16 heads .* use impl='triton'"):
         fused_hypo_loss(
             batch.hidden, batch.weight, batch.targets, batch.cu_seqlens, lora=update, impl=IMPL, **batch.options
         )

@@ -245,7 +245,7 @@ def test_yes_and_no_are_not_numbers(recipe, key, kind):
 @pytest.mark.parametrize(
     ("line", "fix"),
     [
-        ("report_to: no", "none logs to metrics.jsonl alone"),
+        ("report_to: no", "none logs to metrics.jsonl only"),
         ("resume_from_checkpoint: true", "auto resumes from the newest checkpoint"),
     ],
 )

@@ -195,6 +195,7 @@ def test_nothing_is_ever_overwritten(settings, tmp_path, capsys):
 
 def test_flags_that_do_not_fit_the_run_are_refused(settings, tmp_path, capsys):
     run = trained_run(settings(algorithm="dpo"))
+    capsys.readouterr()  # drops the progress bars of loading
     out = ["--output_dir", tmp_path / "out"]
     assert "neither a final model nor a complete checkpoint" in refused(capsys, run.output_dir, *out)
     save_model(run)
