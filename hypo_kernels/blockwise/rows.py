@@ -14,7 +14,7 @@ from torch import Tensor
 from hypo_kernels.head import LMHead
 from hypo_kernels.statistics import RowStatistics
 
-GRADIENTS_IN_PLACE = False  # converting the gradients to the GEMM's dtype copies the chunk
+GRADIENTS_IN_PLACE = False  # gradients in another dtype than the logits need a second chunk
 BLOCK_BYTES = 2**21  # raw logits of one block
 COPIES_PER_BLOCK = 2  # the logits and an intermediate product
 
@@ -66,8 +66,8 @@ def unit_gradients(
 def _softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Replace ``z`` by its softmax; return top, total and the sum of the probabilities, (rows,) each.
 
-    torch's softmax sums a row's exponentials in a few lanes, which at 10^5 entries is off by about 1e-6. The pairwise
-    sum of its probabilities measures that error.
+    torch's softmax sums the exponentials of a row in a few lanes, with an error of about 1e-6 at 10^5 entries. The
+    pairwise sum of the probabilities measures this error.
     """
     top = z.amax(dim=1)
     torch.softmax(z, dim=1, out=z)

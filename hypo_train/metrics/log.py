@@ -68,11 +68,11 @@ class RunLog(SilentLog):
 
     Args:
         output_dir: the folder of `metrics.jsonl`; created if it does not exist.
-        total_steps: the run's number of steps, for the time left.
-        trackers: receive the metrics as well; closed with the log.
+        total_steps: the number of steps of the run, to estimate the time left.
+        trackers: these receive the metrics too, and are closed with the log.
         resume_step: the step of the checkpoint that the run resumes from, or 0 for a new run. Lines of later steps
-            are dropped from an existing file. Log a step before its checkpoint is saved: otherwise its line is lost
-            if the run dies in between.
+            are dropped from an existing file. Log a step before saving its checkpoint: otherwise its line is lost if
+            the run is killed in between.
         progress: show a bar on a terminal, or a line for each log call elsewhere.
     """
 

@@ -78,7 +78,7 @@ class Trackers:
                 self._drop(name, error, f"has only the steps before {step}")
 
     def close(self) -> None:
-        """Finish every tracker; a second call does nothing."""
+        """Close all trackers; a second call does nothing."""
         for name, tracker in list(self._open.items()):
             try:
                 tracker.finish()
@@ -94,7 +94,7 @@ class Trackers:
 
 
 def settings_to_show(config: Config) -> dict[str, str | int | float | bool]:
-    """Return every setting as one flat value, without credentials; lists as YAML, None as "none"."""
+    """Return each setting as a flat value without credentials: lists as YAML, None as "none"."""
     return {name: _flat(redacted(value)) for name, value in config.model_dump().items()}
 
 

@@ -125,7 +125,7 @@ def _text(series: Series, point: Point) -> str:
 def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
     low, high = min(values), max(values)
     if not high > low:
-        if margin and low:  # a constant: from 0, so that an accuracy of 1 has no ticks above 1
+        if margin and low:  # a constant series starts at 0, so that an accuracy of 1 has no ticks above 1
             return min(low * (1 + margin), 0.0), max(low * (1 + margin), 0.0)
         around = abs(low) * 0.5 or 0.5
         return low - around, high + around

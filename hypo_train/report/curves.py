@@ -123,7 +123,7 @@ def _phases(run: RecordedRun, among_others: bool) -> list[Chart]:
 
 
 def _legend(curves: Sequence[Curve]) -> list[tuple[str, str]]:
-    """Return (CSS classes, label) of each curve; with several lines, a note says what dots are."""
+    """Return (CSS classes, label) of each curve; with several lines, a note explains the dots."""
     lines = [curve for curve in curves if curve.kind != "dots"]
     if len(curves) == 1:
         return []

@@ -174,7 +174,7 @@ def _last_part(path: Any) -> str:
 
 
 def _figures(run: RecordedRun) -> list[tuple[str, str, str]]:
-    """Return (title, note, value) of the main metrics, of the last evaluation or else of training."""
+    """Return (title, note, value) of the main metrics, from the last evaluation if there is one, else from training."""
     figures = []
     for names in _HEADLINE:
         sources = [(lines, p + n) for n in names for lines, p in ((run.evaluated, "eval_"), (run.trained, ""))]
@@ -193,11 +193,11 @@ def _figures(run: RecordedRun) -> list[tuple[str, str, str]]:
     return figures
 
 
-# Tables: {"head": titles, "rows": lists of texts, the first of which is the row's title}
+# Tables: {"head": titles, "rows": lists of texts}; the first text of a row is its title
 
 
 def _evaluations(runs: Sequence[RecordedRun]) -> dict[str, Any] | None:
-    """Return a row for each run's last evaluation in training, and one for an evaluation afterwards."""
+    """Return a table with each run's last evaluation in training, and its evaluation after training."""
     evaluations: list[tuple[str, str, Mapping[str, Any]]] = []
     for run in runs:
         if run.evaluated:
