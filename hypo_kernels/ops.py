@@ -129,18 +129,18 @@ def _sums(arguments: Sequence[Any]) -> list[Tensor]:
     """Return new tensors for the sums of the needed gradients, and empty tensors for the others."""
     projection, _, needed = _parse(arguments)
     likes = shapes_of_sums(Leaves.of(projection), _compute_dtype(arguments), None)
-    out = []
-    for like, wanted in zip(likes, needed, strict=True):
-        out.append(like.new_empty(like.shape) if wanted and like is not None else _absent(projection.hidden))
-    return out
+    sums = []
+    for like, is_needed in zip(likes, needed, strict=True):
+        sums.append(like.new_empty(like.shape) if is_needed and like is not None else _absent(projection.hidden))
+    return sums
 
 
 def _finished(sums: Sequence[Tensor], leaves: Sequence[Any], factor: Tensor | None) -> list[Tensor | None]:
-    """Return the sums, times ``factor`` (), in the shapes and dtypes of the leaves; None where not needed."""
-    out: list[Tensor | None] = []
+    """Return the sums times ``factor`` (), in the shapes and dtypes of the leaves; None for those not needed."""
+    gradients: list[Tensor | None] = []
     for x, (needed, shape, dtype) in zip(sums, leaves, strict=True):
-        out.append((x if factor is None else x * factor).view(shape).to(dtype) if needed else None)
-    return out
+        gradients.append((x if factor is None else x * factor).view(shape).to(dtype) if needed else None)
+    return gradients
 
 
 def _shapes(arguments: Sequence[Any]) -> list[tuple[bool, Any, Any]]:

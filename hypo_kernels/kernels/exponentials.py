@@ -1,4 +1,4 @@
-"""Exponentials in Triton: a GEMM on hidden states whose epilogue computes softmax's numerators.
+"""Exponentials in Triton: a GEMM on hidden states whose epilogue computes the numerators of the softmax.
 
     C rows, V vocabulary entries, D features; z (C, V) the model's logits, fp32 in registers (``kernels.product``)
     offset = z_y + 20                of each row, by a dot product before the GEMM
@@ -6,8 +6,8 @@
     total = Σ_v exp(z_v − offset)    from the fp32 exponentials, before they are rounded
     LSE = offset + log total         logp = z_y − LSE, in fp32: the logits themselves are never rounded
 
-slope is ∂z/∂raw divided by its constant factor: 1, or softcap's 1 − tanh². The gradient by raw of −logp needs one more
-number a row and one more entry a row (``fix_targets``). With r = exp(offset − LSE) and p_y = exp(logp):
+slope is ∂z/∂raw divided by its constant factor: 1, or softcap's 1 − tanh². The gradient of −logp by raw needs one more
+number and one corrected entry for each row (``fix_targets``). With r = exp(offset − LSE) and p_y = exp(logp):
 
     E_y ← (p_y − 1) · slope_y / r     then     r · E = (softmax − onehot) · slope
 
@@ -23,11 +23,11 @@ underflows is a p of less than 2^−126 / 2^−40 = 2^−86: 2^18 such entries a
 part of the total, a row whose target is in the vocabulary always meets the lower bound. It meets the upper bound unless
 the target is more than about 47 nats below the top.
 
-**Rows that fail this** (a very unlikely target, no target on this rank, NaN) are repaired on the device: they are
-listed there, their statistics are computed by the GEMM of ``kernels.statistics``, and their exponentials again with
-offset = top, by the GEMM in this file. Both read the list's length from the device: an empty list costs a few empty
-launches, 1 to 128 rows cost one row of tiles of the GEMM, and the host never waits, so that a step can be captured in a
-CUDA graph.
+**Rows that fail this** (a very unlikely target, no target on this rank, NaN) are repaired on the device. A kernel lists
+them, the GEMM of ``kernels.statistics`` computes their statistics, and the GEMM in this file computes their
+exponentials again with offset = top. Both GEMMs read the length of the list on the device: an empty list costs a few
+empty launches, 1 to 128 rows cost one row of tiles of the GEMM, and the host never waits, so that a step can be
+captured in a CUDA graph.
 
 Supported dtypes are bf16 and fp32 (in full precision); the range of fp16 is too small.
 """
@@ -56,8 +56,8 @@ from hypo_kernels.kernels.tiles import EPILOGUE_PARTS, POINTER_TILE, GemmTile, g
 OPERAND_DTYPES = (torch.bfloat16, torch.float32)
 OFFSET_ABOVE_TARGET = 20.0  # nats
 LARGEST_TOTAL = 2.0**40  # the smallest is its reciprocal
-# One rank's part of the vocabulary, with the target in it, may hold almost none of the softmax. Its r would underflow;
-# with this minimum, a part that holds less than 2^−40 of the softmax still counts as less.
+# Minimum of r, which would underflow on a rank whose part of the vocabulary holds the target but almost none of the
+# softmax.
 SMALLEST_FACTOR = 2.0**-80
 SUM_ROWS, SUM_PARTIALS = 16, 64
 LIST_BLOCK = 1024
@@ -182,7 +182,7 @@ def _exponentials_kernel(
                 total += tl.sum(e, axis=1)
             if HAS_SOFTCAP:
                 t = z / softcap
-                e -= e * t * t  # NaN from V on, which is not stored
+                e -= e * t * t  # columns from V on become NaN and are not stored
             if DESCRIPTORS:
                 out.store([m * BLOCK_M, first], e.to(out.dtype))
             else:
@@ -214,9 +214,9 @@ def _sum_kernel(
         mask = (partials < num_partials)[:, None] & counted[None, :]
         total += tl.load(partial_ptr + partials.to(tl.int64)[:, None] * C + rows[None, :], mask=mask, other=0.0)
     row_total = tl.sum(total, axis=0)
-    fine = (row_total >= smallest) & (row_total <= largest)  # NaN is not
+    in_range = (row_total >= smallest) & (row_total <= largest)  # False for NaN
     tl.store(norms_ptr + 2 * rows + 1, row_total, mask=counted)
-    tl.store(repair_ptr + rows, tl.where(fine, 0, 1), mask=counted)
+    tl.store(repair_ptr + rows, tl.where(in_range, 0, 1), mask=counted)
 
 
 @triton.jit
@@ -292,7 +292,7 @@ def exponentials(
     whose row stride is free. Norms are (offset, total): like (top, total), they give log-softmax as
     (z − norms[:, 0]) − log norms[:, 1]. Under a vocab_shard, the caller merges them over the ranks into a new tensor;
     ``offset``, a view of these norms, keeps the offsets of E. A target (C,) outside [0, V) belongs to another rank: its
-    logit is 0. ``tile`` replaces the frozen one.
+    logit is 0. ``tile`` replaces the one from ``tiles``.
     """
     gemm_kernels.check_operands(x, weight, targets, OPERAND_DTYPES)
     if out.shape != (x.shape[0], weight.shape[0]) or out.dtype not in OPERAND_DTYPES or out.stride(1) != 1:

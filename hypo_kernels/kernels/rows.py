@@ -27,7 +27,7 @@ SCALE_BLOCK = 8192  # entries per program
 
 @triton.jit
 def _target_logit(
-    raw_ptr,  # of the row
+    raw_ptr,  # start of the row
     target_ptr,
     bias_ptr,
     target_logit_ptr,
@@ -68,7 +68,7 @@ def _row_kernel(
     row = tl.program_id(0).to(tl.int64)
     raw_ptr += row * raw_pitch
     grad_ptr += row * grad_pitch
-    if WITH_GRADIENTS:  # before anything overwrites the row
+    if WITH_GRADIENTS:  # first, because the gradients overwrite the row
         _target_logit(raw_ptr, target_ptr, bias_ptr, target_logit_ptr, row, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
     if NORMS_ARE_KNOWN:
         row_top = tl.load(norms_ptr + 2 * row)

@@ -203,8 +203,8 @@ def statistics(
     """Return norms (C, 2), target logits (C,) and moment (C,) or None of the logits of ``x`` (C, D), all fp32.
 
     ``weight`` (V, D) is the head's as a GEMM operand, of the dtype of ``x``: bf16, fp16 or fp32 (multiplied in full
-    precision). A target (C,) outside [0, V) belongs to another rank: its logit is 0. ``tile`` replaces the frozen
-    one.
+    precision). A target (C,) outside [0, V) belongs to another rank: its logit is 0. ``tile`` replaces the one
+    from ``tiles``.
     """
     gemm_kernels.check_operands(x, weight, targets, OPERAND_DTYPES)
     norms = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
