@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from hypo_train.algorithms.registry import ALGORITHMS, Algorithm, check_algorithm_name, find_algorithm
+from hypo_train.algorithms.registry import ALGORITHMS, Algorithm, check_algorithm_name, find_algorithm, is_built_in
 from hypo_train.foreign_names import FOREIGN_NAMES
 from hypo_train.sampling.registry import check_sampler_name
 from hypo_train.utils.errors import ConfigError
@@ -319,7 +319,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _no_conflicts(self) -> Config:
         # Reading a configuration imports no code that it names: prepare and preflight call require_no_conflicts.
-        if self.algorithm in ALGORITHMS and (problems := _conflicts(self)):
+        if is_built_in(self.algorithm) and (problems := _conflicts(self)):
             raise ValueError("\n".join(problems))
         return self
 

@@ -154,6 +154,11 @@ _BUILT_IN = (
 ALGORITHMS = {algorithm.name: algorithm for algorithm in _BUILT_IN}
 
 
+def is_built_in(name: str) -> bool:
+    """Return whether ``name`` is one of this package's algorithms."""
+    return name in ALGORITHMS
+
+
 def check_algorithm_name(name: str) -> None:
     """Raise ValueError unless ``name`` is registered or has the form ``package.module:object``; import nothing."""
     if name not in ALGORITHMS and not re.fullmatch(r"[\w.]+:\w+", name):

@@ -20,6 +20,10 @@ class Panel:
     metrics: tuple[tuple[str, str], ...]  # (metric, its label in the legend)
     algorithm: str | None = None  # show only runs of this algorithm; None: all runs
 
+    def shows(self, run: RecordedRun) -> bool:
+        only = self.algorithm
+        return only is None or only == run.algorithm
+
 
 LEARNING = (
     Panel("Reward accuracy", (("rewards/accuracies", ""), ("accuracy", ""))),
@@ -82,7 +86,7 @@ def _chart(panel: Panel, runs: Sequence[RecordedRun]) -> Chart | None:
     curves = [
         curve
         for number, run in enumerate(runs)
-        if panel.algorithm in (None, run.algorithm)
+        if panel.shows(run)
         for curve in _curves(panel, run, number, len(runs) > 1)
     ]
     return line_chart(panel.title, curves, _legend(curves), _notes(curves)) if curves else None

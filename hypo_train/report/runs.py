@@ -40,7 +40,7 @@ class RecordedRun:
 
     @property
     def algorithm(self) -> str:
-        """The name of the algorithm in config.yaml; "A run" if it is missing."""
+        """The algorithm that config.yaml names; "A run" if it names none."""
         return str(self.config.get("algorithm", "A run"))
 
     @property
