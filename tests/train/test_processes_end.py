@@ -82,7 +82,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, uninterrupted_and_r
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
     other_rows = cut_to(config, 3, tmp_path / "other", **WHOLE)
-    with pytest.raises(ValueError, match=r"4 rows a step on 2 processes, and this one has 2 on 1"):
+    with pytest.raises(ValueError, match=r"4 rows per step on 2 processes, and this one has 2 on 1"):
         train(other_rows, progress=False)
 
 
