@@ -21,8 +21,8 @@ API_KEY_VARIABLE = "JUDGE_API_KEY"
 
 class JudgeSettings(Settings):
     """Compute the win-rate of samples (as an evaluation writes them) against the reference responses of
-    their rows or against other samples of the same rows. A tie counts one half. The exit status is 1 where comparisons
-    failed; the same command tries these again.
+    their rows or against other samples of the same rows. A tie counts one half. The exit status is
+    1 if comparisons failed; the same command tries them again.
 
     A chat model (--judge_url) judges every comparison in both orders; a verdict that changes with
     the order is a tie. Its API key is read from the environment variable JUDGE_API_KEY; if that is not

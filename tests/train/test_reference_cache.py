@@ -497,7 +497,10 @@ def test_each_split_is_precomputed_where_it_pays(changes, steps, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"algorithm": "sft"}, "precompute_ref_log_probs=true with algorithm=sft: it asks the reference about no"),
+        (
+            {"algorithm": "sft"},
+            "precompute_ref_log_probs=true with algorithm=sft: its loss uses no reference log-probs",
+        ),
         ({"kl_estimator": "exact"}, "precompute_ref_log_probs=true with kl_estimator=exact: that needs the reference"),
     ],
     ids=str,
