@@ -17,6 +17,7 @@ from short_runs import (
     OF_PAIRS,
     OF_SAMPLES,
     OF_STEPS,
+    ROUNDING,
     metrics_of,
     recorded,
     slow_unless,
@@ -94,7 +95,8 @@ def test_the_final_model_is_the_policy_after_the_last_step(settings, way):
 
 def test_the_first_step_logs_the_reference_itself(settings):
     first = trained(settings(max_steps=1))[0]
-    assert first["kl"] == first["rewards/chosen"] == first["rewards/margins"] == first["rewards/accuracies"] == 0
+    for name in ("kl", "rewards/chosen", "rewards/margins"):
+        assert first[name] == pytest.approx(0, abs=ROUNDING)
     assert first["loss"] == pytest.approx(math.log(2))
 
 
@@ -438,9 +440,11 @@ def _reset_precision():
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_implementations_and_chunk_budgets_train_alike(settings, impl):
-    whole = trained(settings())
+    # Adam divides by a gradient's size: with a smaller epsilon it would train on the rounding of a gradient that is 0.
+    shared = {"adam_epsilon": 1e-5}
+    whole = trained(settings(**shared))
     folder = settings().output_dir + "-other"
-    other = trained(settings(impl=impl, max_chunk_bytes=60_000, output_dir=folder))
+    other = trained(settings(impl=impl, max_chunk_bytes=60_000, output_dir=folder, **shared))
     for line, alike in zip(other, whole, strict=True):
         assert line.keys() == alike.keys()
         for name in OF_PAIRS - {"rewards/accuracies"} | {"kl", "grad_norm"}:  # margins start at 0, of either sign
