@@ -64,9 +64,9 @@ class Config(Settings):
     }
 
     algorithm: Annotated[Text, Field(examples=[*ALGORITHMS, "package.module:object"])] = "hypo"
-    """What is trained: hypo is DPO plus the online reverse KL, dpo and ipo are these losses alone, rloo maximises a
-    reward minus beta times the KL, reward trains a reward model on preferences, and sft is supervised fine-tuning.
-    "package.module:object" names your own algorithm (docs: Extending)."""
+    """Algorithm to train with: hypo is DPO plus the online reverse KL, dpo and ipo are these losses alone, rloo
+    maximises a reward minus beta times the KL, reward trains a reward model on preferences, and sft is
+    supervised fine-tuning. "package.module:object" names your own algorithm (docs: Extending)."""
     output_dir: Text = "runs/hypo"
     """Folder for metrics, checkpoints and the final model; created if it does not exist."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

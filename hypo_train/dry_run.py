@@ -38,7 +38,7 @@ class DryRunFlags(Settings):
 
 @dataclass(frozen=True)
 class DryRun:
-    """What ``--dry_run`` was called with."""
+    """The values of the dry run's flags."""
 
     recipe: str | None = None  # the file of --config
     model: str | None = None

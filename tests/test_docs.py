@@ -327,7 +327,7 @@ def test_the_flags_of_other_programs_are_in_their_help():
         check_flags(used, page.stdout)
 
 
-# What stands in for Slurm's programs and for python, which was told to stop: each writes down what it was given.
+# Shell scripts that replace Slurm's programs and python in the test; each appends its arguments to a file.
 SLURM = {
     "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> said; fi',
     "srun": 'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@"; done',

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from hypo_kernels import HypoLoss
 from hypo_train.build import Run
-from hypo_train.metrics.meter import Meter, add_importance, add_loss
 from hypo_train.model.head_call import HeadCall
 from hypo_train.model.tree_model import PromptPass, Trunk
 from hypo_train.sampling.rollouts import StepSamples
@@ -47,13 +45,3 @@ def run_model(run: Run, batch: MicroBatch, tree: Tree, call: HeadCall[T], **pass
         result: T = run.model(tree, timed, **passes)
     run.throughput.policy(tree, len(batch.rows))
     return result
-
-
-def run_loss(
-    run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | None, call: HeadCall[HypoLoss], meter: Meter
-) -> HypoLoss:
-    """Return the policy's loss on a tree of pairs and samples; add its statistics to ``meter``."""
-    loss_output = run_model(run, batch, tree, call, prompts=batch.prompts, trunk=trunk)
-    add_loss(meter, loss_output, run.config.num_generations)
-    add_importance(meter, loss_output)
-    return loss_output

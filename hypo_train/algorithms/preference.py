@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from hypo_kernels import HypoLoss, sequence_logprobs
-from hypo_train.algorithms.micro_batch import MicroBatch, run_loss, run_trunk
+from hypo_train.algorithms.micro_batch import MicroBatch, run_model, run_trunk
 from hypo_train.algorithms.reference import Reference, reference_of_batch
 from hypo_train.algorithms.registry import PairLoss
 from hypo_train.build import Run
 from hypo_train.config import Config
-from hypo_train.metrics.meter import Meter
+from hypo_train.metrics.meter import Meter, add_loss_statistics
 from hypo_train.model.head_call import HeadCall
 from hypo_train.model.head_functions import fused_loss_call, head_options
 from hypo_train.model.policy import Head
@@ -31,7 +29,9 @@ def micro_batch_loss(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     call = preference_loss_call(
         tree, reference, len(batch.rows), run.config, behavior_logps, loss_weight=batch.loss_weight
     )
-    return run_loss(run, batch, tree, trunk, call, meter).loss
+    out = run_model(run, batch, tree, call, prompts=batch.prompts, trunk=trunk)
+    add_loss_statistics(meter, out, run.config.num_generations)
+    return out.loss
 
 
 def preference_loss_call(
@@ -103,5 +103,5 @@ def _pair_loss_call(
             lengths=cu_seqlens.diff(),
         )
 
-    rows: dict[str, Any] = {"ref_logps": reference.logps}
-    return HeadCall(loss, {"targets": tree.targets, "cu_seqlens": tree.cu_seqlens, **rows}, loss_weight)
+    rows = {"targets": tree.targets, "cu_seqlens": tree.cu_seqlens, "ref_logps": reference.logps}
+    return HeadCall(loss, rows, loss_weight)

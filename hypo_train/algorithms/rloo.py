@@ -9,7 +9,7 @@ from hypo_kernels import HypoLoss
 from hypo_train.algorithms.micro_batch import MicroBatch, run_model, run_trunk
 from hypo_train.build import Run
 from hypo_train.config import Config
-from hypo_train.metrics.meter import Meter, add_importance, add_loss, add_online_rewards
+from hypo_train.metrics.meter import Meter, add_loss_statistics, add_online_rewards
 from hypo_train.model.head_call import HeadCall
 from hypo_train.model.head_functions import fused_loss_call, sequence_logprobs_call
 from hypo_train.trees.tree import Tree
@@ -33,8 +33,7 @@ def micro_batch_loss(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     call = rloo_loss_call(tree, ref_logps, rewards, run.config, behavior_logps, loss_weight=batch.loss_weight)
     tilted = run_model(run, batch, tree, call, prompts=batch.prompts, trunk=trunk)
     out = untilted(tilted, ref_logps, rewards, run.config)
-    add_loss(meter, out, run.config.num_generations)
-    add_importance(meter, out)
+    add_loss_statistics(meter, out, run.config.num_generations)
     return out.loss
 
 

@@ -127,6 +127,12 @@ def add_loss(meter: Meter, out: HypoLoss, num_generations: int) -> None:
     meter.add("completions/mean_length", out.lengths[2 * pairs :].double())
 
 
+def add_loss_statistics(meter: Meter, out: HypoLoss, num_generations: int) -> None:
+    """Add the statistics of a training loss: those of :func:`add_loss` and of :func:`add_importance`."""
+    add_loss(meter, out, num_generations)
+    add_importance(meter, out)
+
+
 def add_importance(meter: Meter, out: HypoLoss) -> None:
     """Add statistics of the importance weights of a loss. Does nothing if the loss has no importance weights.
 
