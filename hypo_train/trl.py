@@ -31,7 +31,7 @@ from hypo_kernels import HypoLoss
 from hypo_train.algorithms.preference import preference_loss_call
 from hypo_train.algorithms.reference import Reference
 from hypo_train.config import Config, ConfigError, checked
-from hypo_train.data.formats import DataError
+from hypo_train.data.errors import DataError
 from hypo_train.data.plan import SEEDS_PER_RUN
 from hypo_train.data.rows import Pair
 from hypo_train.model.eval_mode import eval_mode

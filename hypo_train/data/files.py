@@ -13,7 +13,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hypo_train.config import Config
-from hypo_train.data.formats import DataError, quoted
+from hypo_train.data.errors import DataError, quoted
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 

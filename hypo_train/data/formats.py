@@ -6,26 +6,18 @@ chat messages, and its prompt is a column or the common beginning of the complet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from jinja2 import TemplateError
+from hypo_train.data.boundaries import Messages, check_answer, render, split_conversations, split_texts
+from hypo_train.data.errors import DataError, Unusable, quoted, refuse_blank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages: TypeAlias = list[dict[str, Any]]
 Encode: TypeAlias = Callable[[str], tuple[int, ...]]  # a prompt's text -> its token ids
-
-
-class DataError(ValueError):
-    """The data cannot be trained on; the message names the file, split or column and what it holds."""
-
-
-class Unusable(Exception):
-    """A row cannot be used; the message is a reason that can follow "3 rows with"."""
 
 
 @dataclass(frozen=True)
@@ -120,29 +112,18 @@ class Preferences:
         texts = [value for value in values.values() if isinstance(value, str)]
         if len(texts) == len(values) and not isinstance(prompt, list):
             if prompt is None:
-                prompt, texts = _split_texts(*texts)
+                prompt, texts = split_texts(*texts)
             for part, text in zip(parts, texts, strict=True):
                 refuse_blank(text, part)
             return RowText(row, prompt, texts, rendered=False)
         conversations = [
             [{"role": "assistant", "content": value}] if isinstance(value, str) else value for value in values.values()
         ]
-        messages, answers = _split_conversations(prompt, conversations)
+        messages, answers = split_conversations(prompt, conversations)
         for part, answer in zip(parts, answers, strict=True):
-            _check_answer(answer, part)
-        start, endings = _render(messages, answers, tokenizer)
+            check_answer(answer, part)
+        start, endings = render(messages, answers, tokenizer)
         return RowText(row, start, endings, rendered=True)
-
-
-def quoted(names: Iterable[str]) -> str:
-    """Return the names in quotes, separated by commas, for an error message."""
-    return ", ".join(map(repr, names))
-
-
-def refuse_blank(text: str, part: str) -> None:
-    """Raise ``Unusable`` if the text of a part is empty or white space."""
-    if not text.strip():
-        raise Unusable(f"an empty {part!r}")
 
 
 def _text_or_messages(value: Any, column: str) -> str | Messages:
@@ -167,68 +148,3 @@ def _text_or_messages(value: Any, column: str) -> str | Messages:
         if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)):
             raise Unusable(f"a {column!r} with a message without a 'role' and a 'content' text")
     return [{key: item for key, item in message.items() if item is not None} for message in value]
-
-
-def _split_texts(chosen: str, rejected: str) -> tuple[str, list[str]]:
-    """Return the common beginning, cut at white space, and the rests of both texts; a space goes to the rests."""
-    cut = _num_shared(chosen, rejected)
-    while cut > 0 and not chosen[cut - 1].isspace():  # no word is split between prompt and completion
-        cut -= 1
-    if chosen[:cut].endswith(" "):
-        cut -= 1
-    if not chosen[:cut].strip():
-        raise Unusable("no common beginning of 'chosen' and 'rejected', which would be the prompt")
-    return chosen[:cut], [chosen[cut:], rejected[cut:]]
-
-
-def _num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Return how many leading items (characters or messages) two sequences have in common."""
-    items = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in items if a != b), min(len(first), len(second)))
-
-
-def _split_conversations(
-    prompt: str | Messages | None, conversations: list[Messages]
-) -> tuple[Messages, list[Messages]]:
-    """Return the messages of the prompt, and those of each answer.
-
-    The prompt's messages are removed from a conversation that repeats them. If the prompt is not a list, it is the
-    common beginning of the conversations (in UltraFeedback ``prompt`` repeats it as text), else a user's message.
-    """
-    if isinstance(prompt, list):
-        repeated = all(conversation[: len(prompt)] == prompt for conversation in conversations)
-        return prompt, [conversation[len(prompt) * repeated :] for conversation in conversations]
-    # An answer keeps at least its last message.
-    shared = _num_shared(conversations[0][:-1], conversations[-1][:-1])
-    if shared:
-        return conversations[0][:shared], [conversation[shared:] for conversation in conversations]
-    if prompt is None:
-        raise Unusable("no common first message of 'chosen' and 'rejected', which would be the prompt")
-    return [{"role": "user", "content": prompt}], conversations
-
-
-def _check_answer(messages: Messages, column: str) -> None:
-    if not messages or messages[-1]["role"] != "assistant":
-        raise Unusable(f"a {column!r} whose last message is not from the assistant")
-    if messages[0]["role"] != "assistant":
-        raise Unusable(f"a {column!r} that does not continue with the assistant's message")
-    refuse_blank(messages[-1]["content"], column)
-
-
-def _render(prompt: Messages, answers: list[Messages], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
-    """Return the texts of prompt and completions, written by the chat template."""
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"the data set has chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
-            "use an instruction-tuned model's, or text columns"
-        )
-    if not any(message["content"].strip() for message in prompt):
-        raise Unusable("an empty 'prompt'")
-    try:
-        start = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        texts = [str(tokenizer.apply_chat_template(prompt + answer, tokenize=False)) for answer in answers]
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # a template is a program
-        raise Unusable(f"messages that the chat template refuses: {error}") from None
-    if not all(text.startswith(start) for text in texts):
-        raise Unusable("a prompt that the chat template writes differently if an answer follows")
-    return start, [text[len(start) :] for text in texts]

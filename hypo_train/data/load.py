@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from hypo_train.config import Config
+from hypo_train.data.errors import DataError, Unusable
 from hypo_train.data.files import load_rows
-from hypo_train.data.formats import DataError, Unusable
 from hypo_train.data.repeats import prompts_in_both
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt, Row

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from hypo_train.config import Config
-from hypo_train.data.formats import DataError
+from hypo_train.data.errors import DataError
 from hypo_train.data.load import ROW_TYPES, load_split_rows
 from hypo_train.data.order import batch_indices, batches_per_epoch, longest_first
 from hypo_train.data.report import DataReport

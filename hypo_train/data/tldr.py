@@ -16,7 +16,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hypo_train.data.formats import DataError, Encode, RowText, Unusable, quoted, refuse_blank
+from hypo_train.data.errors import DataError, Unusable, quoted, refuse_blank
+from hypo_train.data.formats import Encode, RowText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

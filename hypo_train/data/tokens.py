@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from hypo_train.data.formats import DataError, Format, Preferences, RowText, Unusable
+from hypo_train.data.errors import DataError, Unusable
+from hypo_train.data.formats import Format, Preferences, RowText
 from hypo_train.data.repeats import find_repeats
 from hypo_train.data.report import DataReport, Lengths
 from hypo_train.data.rows import Example, Ids, Pair, Prompt, Row

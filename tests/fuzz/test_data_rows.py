@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import CHATML
 from values import readable_text, scalars, text, values
 
-from hypo_train.data.formats import DataError
+from hypo_train.data.errors import DataError
 from hypo_train.data.load import check_texts, load_split_rows
 from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.data.tokens import tokenize

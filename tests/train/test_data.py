@@ -13,8 +13,8 @@ from data_rows import CHAT_FORMS, assistant, config_for, examples_of, make_token
 from tiny import CHATML
 
 from hypo_train.data import order, tokens
+from hypo_train.data.errors import DataError
 from hypo_train.data.files import load_rows
-from hypo_train.data.formats import DataError
 from hypo_train.data.load import load_split_rows
 from hypo_train.data.order import _epoch_order, batch_indices, batches_per_epoch, longest_first
 from hypo_train.data.rows import Example, Pair, Prompt

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hypo_train import preflight
 from hypo_train.config import ConfigError
 from hypo_train.data import load
-from hypo_train.data.formats import DataError
+from hypo_train.data.errors import DataError
 from hypo_train.dry_run import DryRun
 from hypo_train.model import load as model_load
 from hypo_train.model import source

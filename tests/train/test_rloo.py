@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hypo_train.config import ConfigError
-from hypo_train.data.formats import DataError
+from hypo_train.data.errors import DataError
 from hypo_train.data.rows import Prompt
 from hypo_train.data.tokens import tokenize
 from hypo_train.model.tree_model import ModelError

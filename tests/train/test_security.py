@@ -15,7 +15,7 @@ import yaml
 
 from hypo_train.cli import main
 from hypo_train.config import ConfigError, load_config
-from hypo_train.data.formats import DataError
+from hypo_train.data.errors import DataError
 from hypo_train.dry_run import DryRun
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight import check

@@ -12,7 +12,7 @@ import tiny
 from tokenizers import processors
 
 from hypo_train.config import Config
-from hypo_train.data.formats import DataError, Unusable
+from hypo_train.data.errors import DataError, Unusable
 from hypo_train.data.load import load_split_rows
 from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.data.tldr import Post

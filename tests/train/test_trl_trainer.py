@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hypo_kernels import fused_hypo_loss
 from hypo_train.config import ConfigError
-from hypo_train.data.formats import DataError
+from hypo_train.data.errors import DataError
 from hypo_train.sampling import DecodeSampler
 from hypo_train.trees.pack import separate_rows
 
