@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from hypo_train.data.errors import DataError, Unusable, refuse_blank
+from hypo_train.data.messages import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Messages: TypeAlias = list[dict[str, Any]]
 
 
 def split_texts(chosen: str, rejected: str) -> tuple[str, list[str]]:

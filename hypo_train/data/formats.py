@@ -11,8 +11,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from hypo_train.data.boundaries import Messages, check_answer, render, split_conversations, split_texts
+from hypo_train.data.boundaries import check_answer, render, split_conversations, split_texts
 from hypo_train.data.errors import DataError, Unusable, quoted, refuse_blank
+from hypo_train.data.messages import text_or_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,9 +107,9 @@ class Preferences:
     def row_text(
         self, row: int, example: Mapping[str, Any], parts: Sequence[str], tokenizer: PreTrainedTokenizerBase
     ) -> RowText:
-        values = {part: _text_or_messages(example.get(part), part) for part in parts}
+        values = {part: text_or_messages(example.get(part), part) for part in parts}
         needs_prompt = "prompt" in example or len(parts) < 2  # else it is the common beginning of two parts
-        prompt = _text_or_messages(example.get("prompt"), "prompt") if needs_prompt else None
+        prompt = text_or_messages(example.get("prompt"), "prompt") if needs_prompt else None
         texts = [value for value in values.values() if isinstance(value, str)]
         if len(texts) == len(values) and not isinstance(prompt, list):
             if prompt is None:
@@ -124,27 +125,3 @@ class Preferences:
             check_answer(answer, part)
         start, endings = render(messages, answers, tokenizer)
         return RowText(row, start, endings, rendered=True)
-
-
-def _text_or_messages(value: Any, column: str) -> str | Messages:
-    """Return the value if it is text or well-formed messages, without the keys that Arrow filled with None."""
-    if value is None or value == []:
-        raise Unusable(f"an empty {column!r}")
-    if isinstance(value, str):
-        refuse_blank(value, column)
-        return value
-    if isinstance(value, Mapping):
-        raise Unusable(f"a {column!r} that is one message, but should be a list of messages")
-    if not isinstance(value, list):
-        raise Unusable(f"a {column!r} that is neither text nor chat messages")
-    for message in value:
-        fields = message if isinstance(message, Mapping) else {}
-        if isinstance(fields.get("content"), list):
-            raise Unusable(f"a {column!r} with a message in parts, but should be text (images are not supported)")
-        if isinstance(fields.get("from"), str) and "value" in fields:
-            raise Unusable(
-                f"a {column!r} with 'from' and 'value' in its messages, but should have 'role' and 'content'"
-            )
-        if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)):
-            raise Unusable(f"a {column!r} with a message without a 'role' and a 'content' text")
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
