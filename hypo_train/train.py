@@ -117,6 +117,7 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
     if first_step == 0 and config.eval_steps:
         evaluation = _evaluate(run, log, 0)
     for step in range(first_step, run.plan.total_steps):
+        learning_rate = float(run.scheduler.get_last_lr()[0])  # read first: a step ends by setting the next one's rate
         _step(run, step, meter)
         done = step + 1
         is_last = done == run.plan.total_steps
@@ -130,7 +131,7 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
             stop_if_not_finite(run, step, saves=bool(saves))
         if logs:
             metrics = meter.read(run.processes)
-            metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
+            metrics["learning_rate"] = learning_rate
             metrics["epoch"] = done / run.plan.steps_per_epoch
             log.log(done, metrics | _costs(run))
         if evaluates:

@@ -360,10 +360,18 @@ def test_without_clipping_no_norm_is_logged(settings):
     assert "grad_norm" not in trained(settings(algorithm="dpo", max_grad_norm=0))[0]
 
 
-def test_the_learning_rate_follows_the_schedule(settings):
+def test_the_logged_rate_is_the_one_the_step_used(settings, monkeypatch):
     schedule = {"lr_scheduler_type": "linear", "learning_rate": 1e-3, "warmup_ratio": 0.5, "max_steps": 4}
+    used = []
+    update = torch.optim.AdamW.step
+
+    def recorded_update(optimizer, *arguments, **keywords):
+        used.append(optimizer.param_groups[0]["lr"])
+        return update(optimizer, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded_update)
     rates = [line["learning_rate"] for line in trained(settings(algorithm="dpo", **schedule))]
-    assert rates == pytest.approx([5e-4, 1e-3, 5e-4, 0.0])
+    assert rates == used == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
 
 
 # Metrics
