@@ -18,6 +18,7 @@ TRL's trainers send a telemetry message to Hugging Face when they are created; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import make_exact
 from hypo_train.model.policy import Policy
+from hypo_train.model.positions import LongestRow
 from hypo_train.model.source import eos_token_ids
 from hypo_train.sampling import Distribution, Sampler, Samples
 from hypo_train.sampling.registry import AUTO, SamplerSettings, choose_sampler
@@ -48,6 +50,7 @@ _NEEDS = "hypo_train.trl needs TRL: pip install 'trl>=1.16'"
 try:
     import trl
     from datasets import Dataset
+    from pyarrow import compute
     from transformers import PreTrainedTokenizerBase
     from trl.trainer.utils import use_adapter
 except ImportError as error:
@@ -155,6 +158,7 @@ class HyPOTrainer(trl.DPOTrainer):
         self._settings = args.loss_settings()
         unwrapped = self.accelerator.unwrap_model(self.model)
         is_peft = hasattr(unwrapped, "peft_config")
+        self._longest_row = self._find_longest_row()
         self._policy = self._exact_policy(unwrapped, is_peft=is_peft)
         self._reference = self._policy
         if self.ref_model is not None:
@@ -175,8 +179,22 @@ class HyPOTrainer(trl.DPOTrainer):
         return make_exact(
             model,
             lambda model: Policy(model, is_peft=is_peft, temperature=self.args.temperature, has_reference=False),
+            longest=self._longest_row,
             disable_dropout=self.args.disable_dropout,
         )
+
+    def _find_longest_row(self) -> LongestRow:
+        """Return the longest row of the data sets, or the longest sample of one of their prompts."""
+        new = self.args.max_new_tokens if self._settings.draws_samples else 0
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        rows = [_lengths(dataset, self.args.max_length) for dataset in (self.train_dataset, *held_out.values())]
+        pair = max((pair for pair, _ in rows), default=0)
+        sample = max((prompt for _, prompt in rows), default=0) + new
+        if max(pair, sample) == math.inf:
+            return LongestRow(None, "max_length=None")
+        if sample > pair:
+            return LongestRow(int(sample), "a prompt + max_new_tokens")
+        return LongestRow(int(pair), f"max_length={self.args.max_length}")
 
     def _new_sampler(self) -> Sampler:
         entry, _ = choose_sampler(AUTO, self._policy.model)
@@ -294,6 +312,24 @@ def _refuse_empty_prompts(dataset: Any) -> None:
             f"row {empty} of train_dataset has an empty prompt once it is tokenised: give it text that ends where a "
             "token ends (a space, a line break), or a chat template"
         )
+
+
+def _lengths(dataset: Any, max_length: int | None) -> tuple[float, float]:
+    """Return the tokens of a data set's longest prompt with a completion, and of its longest prompt."""
+    limit = math.inf if max_length is None else max_length
+    if dataset is None:
+        return 0, 0
+    if not isinstance(dataset, Dataset):  # an iterable data set is not read in advance
+        return limit, limit
+    pair = prompt = 0
+    for batch in dataset.with_format("arrow").iter(10_000):
+        prompts, chosen, rejected = (
+            compute.list_value_length(batch[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        longest = compute.add(prompts, compute.max_element_wise(chosen, rejected))
+        pair = max(pair, compute.max(longest).as_py())
+        prompt = max(prompt, compute.max(prompts).as_py())
+    return min(pair, limit), min(prompt, limit)
 
 
 def _pairs(inputs: dict[str, Tensor]) -> list[Pair]:

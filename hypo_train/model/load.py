@@ -18,6 +18,7 @@ from hypo_train.config import Config
 from hypo_train.model.exactness import check_exactness
 from hypo_train.model.liger import use_layer_kernels
 from hypo_train.model.policy import Policy
+from hypo_train.model.positions import LongestRow, check_positions
 from hypo_train.model.quantization import keep_scales, quantizable, quantization_options
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.source import check_architecture, check_source, read_architecture, why_not
@@ -34,7 +35,12 @@ class StructureError(ModelError):
 
 
 def make_exact(
-    model: Any, wrap: Callable[[Any], M], *, attn_implementation: str = "auto", disable_dropout: bool = True
+    model: Any,
+    wrap: Callable[[Any], M],
+    *,
+    longest: LongestRow,
+    attn_implementation: str = "auto",
+    disable_dropout: bool = True,
 ) -> M:
     """Turn a transformers model into a policy or a reward model that trains exactly. All of them are made here.
 
@@ -44,11 +50,13 @@ def make_exact(
     Args:
         model: with its weights; peft's wrapper is allowed.
         wrap: chooses the trained parameters and returns the policy or reward model.
+        longest: the longest row that it will get.
         attn_implementation: "auto" tries trees.
 
     Raises:
-        ModelError: it cannot be trained exactly, or ``wrap`` refuses it.
+        ModelError: it cannot be trained exactly, or not on rows so long; or ``wrap`` refuses it.
     """
+    check_positions(model.get_base_model() if hasattr(model, "get_base_model") else model, longest)
     keep_scales(model)
     if disable_dropout:
         _disable_dropout(model)
@@ -92,7 +100,7 @@ def _load(kind: Any, config: Config, *, autocast: bool, **options: Any) -> Polic
     check_architecture(read_architecture(config), config)
     pad_token_id = options.pop("pad_token_id", None)
     model = _from_pretrained(kind, config, config.model_name_or_path, autocast=autocast, **options)
-    _check_lengths(model, config)
+    _check_window(model, config)
     if pad_token_id is not None:
         model.config.get_text_config().pad_token_id = pad_token_id  # a classifier reads the token before it
     if config.use_liger_kernel:
@@ -103,7 +111,10 @@ def _load(kind: Any, config: Config, *, autocast: bool, **options: Any) -> Polic
 def make_trained_exact(model: Any, config: Config, *, device_type: str) -> Policy | RewardModel:
     """Choose the trained parameters as configured, and make the model exact. Raise ModelError if that is impossible."""
     return make_exact(
-        model, lambda model: _wrap(model, config, device_type), attn_implementation=config.attn_implementation
+        model,
+        lambda model: _wrap(model, config, device_type),
+        longest=LongestRow.of(config),
+        attn_implementation=config.attn_implementation,
     )
 
 
@@ -130,7 +141,8 @@ def build_on_meta(config: Config, architecture: Any, *, device_type: str, autoca
         architecture.num_labels = 1
     kind = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
     model = model_on_meta(kind, config, architecture)
-    _check_lengths(model, config)
+    _check_window(model, config)
+    check_positions(model, LongestRow.of(config))
     if config.load_in_4bit:
         for weight in quantizable(model):  # a product unpacks them to the dtype that it computes in
             weight.data = weight.data.to(torch.bfloat16 if autocast else torch.float32)
@@ -183,10 +195,11 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
 
 def as_reward_model(classifier: Any, config: Config) -> RewardModel:
     """Make a classifier a frozen reward model. Raise ModelError if its rewards would not be exact."""
-    _check_lengths(classifier, config)
+    _check_window(classifier, config)
     return make_exact(
         classifier,
         lambda model: RewardModel(model, is_peft=False),
+        longest=LongestRow.of(config),
         attn_implementation=config.attn_implementation,
     )
 
@@ -267,20 +280,13 @@ def _check_dtype(config: Config, *, autocast: bool) -> None:
         raise ModelError("dtype='bfloat16' needs bf16 compute: set bf16: true, or dtype: float32")
 
 
-def _check_lengths(model: Any, config: Config) -> None:
-    """Raise ModelError if prompt and completion may be longer than the model's sliding window or positions."""
-    longest = config.max_prompt_length + config.max_completion_length
-    window = attention_window(model)
-    if window is not None and window < longest:
+def _check_window(model: Any, config: Config) -> None:
+    """Raise ModelError if prompt and completion may be longer than the model's sliding window."""
+    longest, window = LongestRow.of(config), attention_window(model)
+    if window is not None and longest.tokens is not None and window < longest.tokens:
         raise ModelError(
             f"{type(model).__name__} attends to the last {window} tokens only, and prompt and completion may have "
-            f"{longest}: lower max_prompt_length + max_completion_length to {window}"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < longest:
-        raise ModelError(
-            f"{type(model).__name__} has {positions} positions, and prompt and completion may take {longest}: "
-            f"lower max_prompt_length + max_completion_length to {positions}"
+            f"{longest.tokens}: lower {longest.settings} to {window}"
         )
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig
 
 from hypo_train.model.eval_mode import eval_mode
+from hypo_train.model.positions import check_sample_length
 from hypo_train.sampling.protocol import (
     MODELS_OWN,
     Distribution,
@@ -43,7 +44,7 @@ class GenerateSampler(Sampler):
         score: also return `logprobs`, by one more forward pass over each batch.
 
     Raises:
-        ValueError: a max_batch_tokens below 1.
+        ValueError: a max_batch_tokens below 1; or, in a draw, rows that pass the limit of the model's RoPE.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class GenerateSampler(Sampler):
 
     def draw(self, request: SampleRequest) -> Samples:
         prompts, max_new_tokens, seed = request.prompts, request.max_new_tokens, request.seed
+        check_sample_length(base_model(self.model), max(map(len, prompts)) + max_new_tokens)
         rows = [prompt for prompt in prompts for _ in range(request.n)]
         size = self._rows_per_batch(prompts, len(rows), max_new_tokens)
         if request.prompt_indices is not None and request.prompt_indices[0] > 0:  # another process has prompt 0

@@ -60,7 +60,7 @@ def test_every_tested_architecture_decodes_with_its_attention(architecture, atte
 def test_a_model_it_does_not_serve_is_refused_with_the_reason():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     cases = {
-        "dynamic RoPE": new_model(rope_parameters=rope),
+        "rope_type .dynamic": new_model(rope_parameters=rope),
         "encoder-decoder": T5ForConditionalGeneration(T5Config(vocab_size=12, d_model=8, d_kv=4, d_ff=8, num_layers=1)),
     }
     for reason, model in cases.items():

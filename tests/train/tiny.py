@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -59,6 +60,7 @@ _CONFIGS = {
     "cohere": (CohereConfig, {**_GROUPED, "logit_scale": 0.25}),
     "granite": (GraniteConfig, {**_GROUPED, "logits_scaling": 4.0}),
     "phi": (PhiConfig, _GROUPED),  # the head has a bias
+    "phi3": (Phi3Config, _GROUPED),
     "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.25}),
     "opt": (
         OPTConfig,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypo_train.model.eval_mode import eval_mode
+from hypo_train.model.positions import check_sample_length
 from hypo_train.model.tree_model import attention_window
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, num_slots, takes_packed
 from hypo_train.sampling.decode.cuda_graphs import CapturedBranches, bucket, memory_layout
@@ -118,6 +119,7 @@ class DecodeSampler(Sampler):
         """
         prompts, n, max_new_tokens = request.prompts, request.n, request.max_new_tokens
         prompt_kv, prompt_indices = request.prompt_kv, request.prompt_indices
+        check_sample_length(base_model(self.model), max(map(len, prompts)) + max_new_tokens)
         self._check_window(max(map(len, prompts)) + max_new_tokens)
         if prompt_kv is not None:
             _check_prompt_kv(prompt_kv, prompts)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hypo_train.model.eval_mode import eval_mode
+from hypo_train.model.positions import rope_limit
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, takes_packed
 from hypo_train.sampling.decode.prefill import prefill
 from hypo_train.sampling.protocol import Distribution, base_model
@@ -59,20 +60,13 @@ def _unsupported_structure(model: Any) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"{name} has layers of {', '.join(sorted(kinds))}, which store more than keys and values of tokens"
-    if rope := _rope_types(config) & {"dynamic", "longrope"}:
-        return f"{name} has {rope.pop()} RoPE, whose frequencies depend on how long the rows are"
+    if (rope := rope_limit(config)) is not None and rope.is_chosen_on_host:
+        return f"{name} has RoPE whose frequencies wait for the longest row of a call (rope_type {rope.rope_type!r})"
     accepted = inspect.signature(base_model(model).forward).parameters
     missing = {"position_ids", "past_key_values", "attention_mask"} - accepted.keys()
     if missing:
         return f"the forward of {name} takes no {', '.join(sorted(missing))}"
     return None
-
-
-def _rope_types(config: Any) -> set[str]:
-    """Return the RoPE types of a config, whose parameters are given once or for each type of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    groups = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return {group["rope_type"] for group in groups if "rope_type" in group}
 
 
 def _wrong_logits(model: Any) -> str | None:
