@@ -163,6 +163,9 @@ class Config(Settings):
     beta: PositiveFloat = 0.1
     """Beta of DPO and IPO, and rloo's weight of the reverse KL. A larger value keeps the policy nearer to the reference
     model."""
+    router_aux_loss_coef: NonNegativeFloat | None = None
+    """Weight of the load-balancing loss of a mixture of experts' routers. none means as the model's config asks: its
+    router_aux_loss_coef if it has output_router_logits: true, else 0. Not for reward models."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed probability that a preference label is wrong (conservative DPO)."""
     kl_coef: NonNegativeFloat = 1e-4
@@ -448,6 +451,11 @@ def _conflicts(c: Config) -> list[str]:
         (
             c.spec.trains_reward_model and c.has_reward,
             "algorithm=reward learns a reward and needs none: leave reward and reward_model_path out",
+        ),
+        (
+            c.spec.trains_reward_model and bool(c.router_aux_loss_coef),
+            f"router_aux_loss_coef={c.router_aux_loss_coef} with algorithm=reward: transformers' classifiers have no "
+            "loss of their routers, leave it out",
         ),
         (
             c.missing_eos_penalty > 0 and not c.has_reward,

@@ -44,7 +44,7 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         batch = MicroBatch(rows[part], indices[part], part_samples, prompts, loss_weight)
         is_last = part.stop == len(rows)
         with _gradient_exchange(run, last=is_last):
-            loss = micro_batch_loss(run, batch, meter)
+            loss = _with_aux_loss(run, micro_batch_loss(run, batch, meter), batch, meter)
             run.finite.see(step, loss.detach())
             with timer.phase("backward"):
                 _backward(run, loss * batch.loss_weight)
@@ -57,6 +57,14 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
         run.scheduler.step()
     if run.sampler is not None:
         run.sampler.weights_changed(step + 1)
+
+
+def _with_aux_loss(run: Run, loss: Tensor, batch: MicroBatch, meter: Meter) -> Tensor:
+    """Return the loss () plus the routers' load-balancing loss, if the model has one."""
+    for aux_loss in batch.aux_losses:
+        meter.add("aux_loss", aux_loss.detach().expand(len(batch.rows)))  # a smaller micro-batch has less weight
+        loss = loss + run.trained.router_aux_loss_coef * aux_loss
+    return loss
 
 
 def _micro_batches(run: Run, lengths: Sequence[int]) -> list[slice]:

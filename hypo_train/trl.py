@@ -40,6 +40,7 @@ from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.load import make_exact
 from hypo_train.model.policy import Policy
 from hypo_train.model.positions import LongestRow
+from hypo_train.model.router_loss import has_router_loss
 from hypo_train.model.source import eos_token_ids
 from hypo_train.sampling import Distribution, Sampler, Samples
 from hypo_train.sampling.registry import AUTO, SamplerSettings, choose_sampler
@@ -115,7 +116,6 @@ def _refuse_options(args: HyPOConfig) -> None:
         (args.ld_alpha is not None, "ld_alpha", "all tokens count alike, use None"),
         (args.use_weighting, "use_weighting", "pairs count alike, use False"),
         (args.sync_ref_model, "sync_ref_model", "the reference stays as it is, use False"),
-        (bool(args.router_aux_loss_coef), "router_aux_loss_coef", "there is no auxiliary loss, use 0"),
         (args.truncation_mode != "keep_start", "truncation_mode", "pairs share their prompt, use 'keep_start'"),
         (args.precompute_ref_log_probs, "precompute_ref_log_probs", "samples ask the reference anyway, use False"),
         (bool(args.neftune_noise_alpha), "neftune_noise_alpha", "samples are of the policy without noise, use None"),
@@ -159,7 +159,10 @@ class HyPOTrainer(trl.DPOTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         is_peft = hasattr(unwrapped, "peft_config")
         self._longest_row = self._find_longest_row()
-        self._policy = self._exact_policy(unwrapped, is_peft=is_peft)
+        if not has_router_loss(unwrapped.get_base_model() if is_peft else unwrapped):
+            self.aux_loss_enabled = False
+        coef = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
+        self._policy = self._exact_policy(unwrapped, is_peft=is_peft, router_aux_loss_coef=coef)
         self._reference = self._policy
         if self.ref_model is not None:
             # Without accelerate's autocast around its forward pass: the check of exactness needs fp32.
@@ -174,11 +177,17 @@ class HyPOTrainer(trl.DPOTrainer):
         self.sampler = self._new_sampler()
         self._drawn_at, self._draws = -1, 0  # the step of the last draw, and the number of draws in that step
 
-    def _exact_policy(self, model: Any, *, is_peft: bool) -> Policy:
+    def _exact_policy(self, model: Any, *, is_peft: bool, router_aux_loss_coef: float = 0.0) -> Policy:
         """Make a policy without a reference, which TRL keeps."""
         return make_exact(
             model,
-            lambda model: Policy(model, is_peft=is_peft, temperature=self.args.temperature, has_reference=False),
+            lambda model: Policy(
+                model,
+                is_peft=is_peft,
+                temperature=self.args.temperature,
+                has_reference=False,
+                router_aux_loss_coef=router_aux_loss_coef,
+            ),
             longest=self._longest_row,
             disable_dropout=self.args.disable_dropout,
         )
@@ -216,9 +225,13 @@ class HyPOTrainer(trl.DPOTrainer):
             completions = samples.completions() if samples else []
             tree = self._batcher.pairs(pairs, completions).to(self.accelerator.device)
             reference = Reference(logps=self._ref_logps(tree))
-            out = self._policy(tree, preference_loss_call(tree, reference, len(pairs), self._settings))
-        self._add_metrics(inputs, out, samples)
-        return out.loss
+            call = preference_loss_call(tree, reference, len(pairs), self._settings)
+            if not self.aux_loss_enabled:
+                out, aux_loss = self._policy(tree, call), None
+            else:
+                out, aux_loss = self._policy(tree, call, with_aux_loss=True)
+        self._add_metrics(inputs, out, samples, aux_loss)
+        return out.loss if aux_loss is None else out.loss + self.router_aux_loss_coef * aux_loss
 
     def _samples(self, prompts: list[list[int]]) -> Samples:
         """Sample ``num_generations`` completions of each prompt from the live weights.
@@ -249,7 +262,9 @@ class HyPOTrainer(trl.DPOTrainer):
         with adapter, eval_mode(self._reference):
             return self._reference(tree, sequence_logprobs_call(tree, self._settings))
 
-    def _add_metrics(self, inputs: dict[str, Tensor], out: HypoLoss, samples: Samples | None) -> None:
+    def _add_metrics(
+        self, inputs: dict[str, Tensor], out: HypoLoss, samples: Samples | None, aux_loss: Tensor | None
+    ) -> None:
         mode, pairs = "train" if self.model.training else "eval", len(out.chosen_rewards)
         found = {
             "rewards/chosen": out.chosen_rewards.mean(),
@@ -263,6 +278,8 @@ class HyPOTrainer(trl.DPOTrainer):
             found["kl"] = out.kl.mean()
             found["completions/mean_length"] = samples.mask.sum(1).float().mean()
             found["completions/clipped_ratio"] = (~samples.ended).float().mean()
+        if aux_loss is not None:
+            found["aux_loss"] = aux_loss
         found["num_tokens"] = inputs["attention_mask"].sum()
         values = torch.stack([value.detach().double() for value in found.values()]).tolist()  # one read of the device
         if mode == "train":

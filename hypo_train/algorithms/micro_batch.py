@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from hypo_train.build import Run
 from hypo_train.model.head_call import HeadCall
@@ -24,6 +26,7 @@ class MicroBatch:
     samples: StepSamples | None  # completions of the rows' prompts
     prompts: PromptPass | None  # the policy's pass over the rows' prompts
     loss_weight: float  # the mean loss is multiplied by it before ``backward``
+    aux_losses: list[Tensor] = field(default_factory=list)  # () of each pass of :func:`run_model`, for MoE models
 
     @property
     def prompt_ids(self) -> list[Sequence[int]]:
@@ -39,9 +42,17 @@ def run_trunk(run: Run, batch: MicroBatch, tree: Tree) -> Trunk | None:
 
 
 def run_model(run: Run, batch: MicroBatch, tree: Tree, call: HeadCall[T], **passes: Any) -> T:
-    """Return the result of ``call`` on the trained model's hidden states. The call is timed as phase "loss"."""
+    """Return the result of ``call`` on the trained model's hidden states. The call is timed as phase "loss".
+
+    The routers' load-balancing loss of the pass, if the model adds one, is put into ``batch.aux_losses``.
+    """
     timed = replace(call, around=lambda: run.timer.phase("loss"))
+    result: T
     with run.timer.phase("forward"), run.accelerator.autocast():
-        result: T = run.model(tree, timed, **passes)
+        if run.trained.router_aux_loss_coef:
+            result, aux_loss = run.model(tree, timed, with_aux_loss=True, **passes)
+            batch.aux_losses.append(aux_loss)
+        else:
+            result = run.model(tree, timed, **passes)
     run.throughput.policy(tree, len(batch.rows))
     return result

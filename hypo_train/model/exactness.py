@@ -68,7 +68,33 @@ def _check_policy(policy: Policy, precise: bool) -> str | None:
     def logits(tree: Tree) -> Tensor:
         return run(tree, lambda hidden, head: head.next_token_logits(hidden))
 
-    return _choose_rows(policy, logits, "logits", prompts, branches, 0, expected, precise)
+    why_separate_rows = _choose_rows(policy, logits, "logits", prompts, branches, 0, expected, precise)
+    if policy.router_aux_loss_coef:
+        _check_router_loss(policy, prompts, branches, 1e-3 if precise else 1e-1, in_trees=why_separate_rows is None)
+    return why_separate_rows
+
+
+def _check_router_loss(
+    policy: Policy, prompts: list[list[int]], branches: Sequences, tolerance: float, *, in_trees: bool
+) -> None:
+    """Raise ModelError if the load-balancing loss is not the one of the model's own forward pass on padded rows."""
+    device = next(policy.parameters()).device
+    rows = separate_rows(prompts, branches, pad_token_id=0).to(device)
+    assert rows.attention_mask is not None
+    options = {"attention_mask": rows.attention_mask.long(), "position_ids": rows.position_ids, "use_cache": False}
+    own = getattr(policy.base(input_ids=rows.input_ids, output_router_logits=True, **options), "aux_loss", None)
+    if own is None:
+        raise ModelError(
+            f"router_aux_loss_coef={policy.router_aux_loss_coef:g}: {type(policy.base).__name__} computes no loss of "
+            "its routers, set router_aux_loss_coef: 0"
+        )
+    for tree in (rows, pack(prompts, branches).to(device)) if in_trees else (rows,):
+        _, found = policy(tree, lambda hidden, head: None, with_aux_loss=True)
+        if not _close(found, own, tolerance):
+            raise ModelError(
+                f"{type(policy.base).__name__}: the loss of its routers is {found:.4g} here and {own:.4g} in its own "
+                "forward pass, set router_aux_loss_coef: 0"
+            )
 
 
 def _check_rewards(model: TreeModel[Any], precise: bool) -> str | None:

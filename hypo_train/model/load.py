@@ -21,6 +21,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.positions import LongestRow, check_positions
 from hypo_train.model.quantization import keep_scales, quantizable, quantization_options
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.router_loss import router_aux_loss_coef
 from hypo_train.model.source import check_architecture, check_source, read_architecture, why_not
 from hypo_train.model.trainable import make_trainable
 from hypo_train.model.tree_model import ModelError, TreeModel, attention_window, first_line
@@ -119,10 +120,14 @@ def make_trained_exact(model: Any, config: Config, *, device_type: str) -> Polic
 
 
 def _wrap(model: Any, config: Config, device_type: str) -> Policy | RewardModel:
-    model = make_trainable(model, config, device_type)
     if config.spec.trains_reward_model:
-        return RewardModel(model, is_peft=config.use_peft)
-    return Policy(model, is_peft=config.use_peft, temperature=config.temperature)
+        return RewardModel(make_trainable(model, config, device_type), is_peft=config.use_peft)
+    try:
+        coef = router_aux_loss_coef(model, config.router_aux_loss_coef)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+    model = make_trainable(model, config, device_type)
+    return Policy(model, is_peft=config.use_peft, temperature=config.temperature, router_aux_loss_coef=coef)
 
 
 def build_on_meta(config: Config, architecture: Any, *, device_type: str, autocast: bool) -> Policy | RewardModel:

@@ -52,8 +52,16 @@ HeadFunction = Callable[[Tensor, Head], T]
 class Policy(TreeModel[Head]):
     """A causal language model, and the reference that its training starts from."""
 
-    def __init__(self, model: Any, *, is_peft: bool, temperature: float = 1.0, has_reference: bool = True) -> None:
-        super().__init__(model, is_peft=is_peft)
+    def __init__(
+        self,
+        model: Any,
+        *,
+        is_peft: bool,
+        temperature: float = 1.0,
+        has_reference: bool = True,
+        router_aux_loss_coef: float = 0.0,
+    ) -> None:
+        super().__init__(model, is_peft=is_peft, router_aux_loss_coef=router_aux_loss_coef)
         self.temperature = temperature
         # Copies of the trained parameters alone; without an entry for LoRA, whose adapter can be switched off.
         trained = {} if is_peft or not has_reference else self.trained_parameters()

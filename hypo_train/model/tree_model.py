@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hypo_train.distributed.fsdp import Sharding, full_tensor, is_sharded, local, shard, unsharded
 from hypo_train.distributed.vocab_parallel import VocabShards, ranks_without_a_shard
+from hypo_train.model.router_loss import RouterLogits, concatenated_logits, router_loss, rows_of_tokens
 from hypo_train.model.trunk import concatenated, decoder_layers, frozen_layers, kept_trunk, replayed_trunk, run_trunk
 from hypo_train.optim import Role, parameter_roles
 from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
@@ -40,6 +41,7 @@ class PromptPass:
     key_values: KeyValues
     trunk: Any  # the last frozen layer's output, if layers are frozen
     lengths: tuple[int, ...]  # of the P prompts
+    router_logits: RouterLogits = ()  # if the model adds its routers' loss
 
     def last_hidden(self) -> Tensor:
         """Return the hidden state of each prompt's last token, (P, D)."""
@@ -73,15 +75,18 @@ class Trunk:
 class TreeModel(nn.Module, ABC, Generic[H]):
     """A transformers model that runs trees and applies functions to their hidden states and its head."""
 
-    def __init__(self, model: Any, *, is_peft: bool) -> None:
+    def __init__(self, model: Any, *, is_peft: bool, router_aux_loss_coef: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.is_peft = is_peft
+        self.router_aux_loss_coef = router_aux_loss_coef  # weight of the routers' loss; 0: it is not computed
         self.why_separate_rows: str | None = None  # None: the model runs trees
         self.vocab_shards: VocabShards | None = None  # None: the embedding and the LM head are not vocabulary-parallel
         self.window = attention_window(self.base)
         # The frozen layers below every trained one, which policy and reference share. LoRA trains all layers.
-        self.trunk_layers = [] if is_peft else frozen_layers(self.base.get_decoder())
+        # The routers' loss is one of all layers.
+        has_trunk = not is_peft and not router_aux_loss_coef
+        self.trunk_layers = frozen_layers(self.base.get_decoder()) if has_trunk else []
 
     @property
     def base(self) -> Any:
@@ -159,23 +164,32 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         *,
         prompts: PromptPass | None = None,
         trunk: Trunk | None = None,
-    ) -> T:
+        with_aux_loss: bool = False,
+    ) -> T | tuple[T, Tensor]:
         """Return ``function(hidden, head)``, with the hidden states (T, D) that predict the tree's targets.
 
         Args:
             tree: None runs no layer: ``hidden`` is then empty.
             prompts: what :meth:`run_prompts` returned for the tree; the pass continues it.
             trunk: what :meth:`run_trunk` returned for the tree; the pass starts above the frozen layers.
+            with_aux_loss: also return the load-balancing loss () of the routers, without its coefficient.
         """
         if tree is None:
             return function(torch.empty(0), self.head())
         if prompts is None:
-            hidden = self._decode(tree, Part(tree.layout) if tree.layout else None, trunk and trunk.tree)
+            part = Part(tree.layout) if tree.layout else None
+            hidden, router_logits = self._decode(tree, part, trunk and trunk.tree, with_aux_loss)
         else:
-            branches = self._decode(tree, _branches(tree, prompts), trunk and trunk.branches)
+            branches, branch_logits = self._decode(
+                tree, _branches(tree, prompts), trunk and trunk.branches, with_aux_loss
+            )
             hidden = torch.cat([prompts.hidden, branches], dim=1)
+            router_logits = concatenated_logits(prompts.router_logits, branch_logits)
         # Indexing, not index_select: its backward adds a prompt's several gradients in a fixed order on CUDA.
-        return function(hidden.flatten(0, 1)[tree.rows], self.head())
+        result = function(hidden.flatten(0, 1)[tree.rows], self.head())
+        if not with_aux_loss:
+            return result
+        return result, router_loss(self.base, router_logits, _rows_of_tokens(tree))
 
     def run_prompts(self, tree: Tree) -> PromptPass:
         """Run the tree's prompts alone, with gradients, for :meth:`forward` to continue."""
@@ -183,8 +197,9 @@ class TreeModel(nn.Module, ABC, Generic[H]):
             raise ValueError("separate rows have no prompts to run alone")
         key_values: KeyValues = {}
         with kept_trunk(self.trunk_layers) as outputs:
-            hidden = self._decode(tree, Part(tree.layout, has_branches=False, kept=key_values))
-        return PromptPass(hidden, key_values, outputs[0] if outputs else None, tree.layout.prompts)
+            part = Part(tree.layout, has_branches=False, kept=key_values)
+            hidden, router_logits = self._decode(tree, part, with_router_logits=self.router_aux_loss_coef > 0)
+        return PromptPass(hidden, key_values, outputs[0] if outputs else None, tree.layout.prompts, router_logits)
 
     @torch.no_grad()
     def run_trunk(self, tree: Tree, prompts: PromptPass | None = None) -> Trunk | None:
@@ -198,8 +213,13 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         branches = run_trunk(self.trunk_layers, lambda: self._decode(tree, part))
         return Trunk(concatenated(prompts.trunk, branches), branches)
 
-    def _decode(self, tree: Tree, part: Part | None, trunk: Any = None) -> Tensor:
-        """Return final hidden states (R, N, D) of a part of the tree's tokens, or of separate rows if it is None."""
+    def _decode(
+        self, tree: Tree, part: Part | None, trunk: Any = None, with_router_logits: bool = False
+    ) -> tuple[Tensor, RouterLogits]:
+        """Return final hidden states (R, N, D) of a part of the tree's tokens, or of separate rows if it is None.
+
+        The router logits are empty unless they are asked for.
+        """
         device = tree.input_ids.device
         tokens = slice(None)
         if part is None:
@@ -210,12 +230,14 @@ class TreeModel(nn.Module, ABC, Generic[H]):
             self._check_window(part.layout)
             tokens, attention = part.tokens, decoder_inputs(part, device)
         with replayed_trunk(self.trunk_layers, trunk) if trunk is not None else nullcontext():
-            return self.base.get_decoder()(
+            outputs = self.base.get_decoder()(
                 input_ids=tree.input_ids[:, tokens],
                 position_ids=tree.position_ids[:, tokens],
                 use_cache=False,
                 **attention,
-            ).last_hidden_state
+                **({"output_router_logits": True} if with_router_logits else {}),
+            )
+        return outputs.last_hidden_state, outputs.router_logits if with_router_logits else ()
 
     def _check_window(self, layout: Layout) -> None:
         """Raise ValueError if a sequence of a tree is longer than the sliding window, which trees ignore."""
@@ -243,6 +265,13 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         Args:
             state: what :meth:`full_state_dict` returned; all ranks must have called it.
         """
+
+
+def _rows_of_tokens(tree: Tree) -> Tensor:
+    if tree.layout is not None:
+        return rows_of_tokens(tree.layout, tree.input_ids.device)
+    assert tree.attention_mask is not None
+    return tree.attention_mask.long()
 
 
 def _branches(tree: Tree, prompts: PromptPass) -> Part:

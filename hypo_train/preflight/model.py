@@ -13,6 +13,7 @@ from hypo_train.inputs import Source, check_weights
 from hypo_train.model.load import model_on_meta
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.router_loss import asked_weight
 from hypo_train.model.source import check_source, why_not
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.device import existing_samplers
@@ -41,6 +42,13 @@ def describe_model(
     findings.model.append(
         f"training {count:,} {'more' if config.use_peft else 'of them'} ({count / everything:.1%}): {how}"
     )
+    if coef := trained.router_aux_loss_coef:
+        findings.model.append(f"the load-balancing loss of the routers is added, times {coef:g} (router_aux_loss_coef)")
+    elif config.router_aux_loss_coef is None and (asked := asked_weight(trained.base)):
+        findings.warnings.append(
+            f"the model's config asks for a load-balancing loss of its routers (output_router_logits: true, "
+            f"router_aux_loss_coef={asked:g}), and {type(trained.base).__name__} has none: it is not added"
+        )
     if structure.shares_prompts is None:
         findings.unchecked.append("whether completions can share their prompt (assumed)")
     elif structure.shares_prompts:

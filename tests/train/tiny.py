@@ -17,6 +17,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
@@ -53,6 +54,7 @@ _GROUPED = {**_SMALL, "num_key_value_heads": 2}
 _CONFIGS = {
     "llama": (LlamaConfig, _GROUPED),
     "mistral": (MistralConfig, _GROUPED),
+    "mixtral": (MixtralConfig, {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "gpt_neox": (GPTNeoXConfig, _SMALL),
     "qwen2": (Qwen2Config, _GROUPED),
     "qwen3": (Qwen3Config, {**_GROUPED, "head_dim": 8}),
