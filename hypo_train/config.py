@@ -15,7 +15,6 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hypo_train.algorithms.registry import ALGORITHMS, Algorithm, check_algorithm_name, find_algorithm, is_built_in
-from hypo_train.foreign_names import FOREIGN_NAMES
 from hypo_train.sampling.registry import check_sampler_name
 from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.flags import (
@@ -45,7 +44,6 @@ class Config(Settings):
     source: ClassVar[str] = "the configuration"
     how_to_set: ClassVar[str] = "set it in the file or with --{}"
     more_flags: ClassVar = ["config"]
-    other_names = FOREIGN_NAMES
     short_flags: ClassVar = {"resume": "resume_from_checkpoint"}
     bare_flags: ClassVar = {"resume_from_checkpoint": "auto"}
     not_a_bool: ClassVar = {
@@ -274,6 +272,18 @@ class Config(Settings):
     project: Text = "hypo_train"
     """Project of the run in wandb and trackio, experiment in mlflow."""
 
+    @classmethod
+    def advice_on(cls, name: str, value: Any) -> str | None:
+        from hypo_train.other_trainers import advice_on  # hundreds of names, which only a mistake needs
+
+        return advice_on(name, value)
+
+    @classmethod
+    def advice_on_value(cls, name: str, value: Any) -> str | None:
+        from hypo_train.other_trainers import advice_on_value
+
+        return advice_on_value(name, value)
+
     @property
     def spec(self) -> Algorithm:
         """The registry entry of the algorithm."""
@@ -304,6 +314,15 @@ class Config(Settings):
     def _sampler_has_a_name(cls, value: str) -> str:
         check_sampler_name(value)
         return value
+
+    @field_validator("lora_target_modules", mode="before")
+    @classmethod
+    def _modules_are_a_list_or_a_pattern(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value.strip()):
+            return re.split(r"\s*,\s*", value.strip())
+        if value in ("all", ["all"]):
+            raise ValueError("should be all-linear, or names of modules")
+        return "all-linear" if value == ["all-linear"] else value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -536,8 +555,8 @@ def _read_recipe(path: str, problems: list[str], heirs: Sequence[str] = ()) -> d
     values, repeated = read_mapping(path, where)
     problems += [f"{shown_name(key)} is given more than once in {path}" for key in repeated]
     problems += [
-        f"unknown key {shown(key)} in {path}{nearest(Config, str(key), also=['base'])}"
-        for key in values
+        f"unknown key {shown(key)} in {path}{nearest(Config, str(key), value, also=['base'])}"
+        for key, value in values.items()
         if key not in Config.model_fields and key != "base"
     ]
     settings = {key: value for key, value in values.items() if key in Config.model_fields}

@@ -42,10 +42,19 @@ class Settings(BaseModel):
     short_flags: ClassVar[Mapping[str, str]] = {}  # alias of a flag -> its field
     bare_flags: ClassVar[Mapping[str, str]] = {}  # field -> value if its flag is given without one
     not_a_bool: ClassVar[Mapping[str, str]] = {}  # field -> advice in the message about true or false
-    other_names: ClassVar[Mapping[str, str]] = {}  # unknown name -> advice in the message about it
     more_flags: ClassVar[Sequence[str]] = ()  # flags that are not fields
     source: ClassVar[str] = "the command line"
     how_to_set: ClassVar[str] = "set it with --{}"
+
+    @classmethod
+    def advice_on(cls, name: str, value: Any) -> str | None:
+        """Return what to write instead of an unknown name with this value, if more is known than the nearest name."""
+        return None
+
+    @classmethod
+    def advice_on_value(cls, name: str, value: Any) -> str | None:
+        """Return what to write instead of a field's value that was refused, if more is known than its type."""
+        return None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -137,7 +146,9 @@ def read_values(model: type[Settings], flags: Mapping[str, list[str]], problems:
     values = {}
     for name, tokens in flags.items():
         if name not in model.model_fields or name == model.positional:
-            problems.append(f"unknown flag --{shown_name(name)}{nearest(model, name, '--', model.more_flags)}")
+            value = _bare_or_text(tokens)
+            fix = nearest(model, name, value, prefix="--", also=model.more_flags)
+            problems.append(f"unknown flag --{shown_name(name)}{fix}")
             continue
         if len(tokens) > 1 and not _takes_several(model, name):
             given = ", ".join(map(shown, tokens[:4]))
@@ -145,6 +156,13 @@ def read_values(model: type[Settings], flags: Mapping[str, list[str]], problems:
             tokens = tokens[:1]
         values[name] = _value(model, name, tokens)
     return values
+
+
+def _bare_or_text(tokens: list[str]) -> Any:
+    """Return the value of an unknown flag: true without one, a list of several, none for none."""
+    if len(tokens) != 1:
+        return tokens or True
+    return None if tokens[0].lower() in ("none", "null") else tokens[0]
 
 
 def _value(model: type[Settings], name: str, tokens: list[str]) -> Any:
@@ -189,22 +207,31 @@ def explain(model: type[Settings], error: ValidationError) -> list[str]:
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
             message = "needs a value" if value == "" else message
-            quotes = " (put it in quotes)" if item["type"] == "string_type" and value is not None else ""
+            if item["type"] == "string_type" and isinstance(value, (list, dict)):
+                message = "should be one name or value, not a list or a mapping"
+            quotes = (
+                " (put it in quotes)" if item["type"] == "string_type" and not isinstance(value, (list, dict)) else ""
+            )
             if item["type"] == "literal_error" and name in lines:
                 lines[name] += f"; or it {message}"
             lines.setdefault(name, f"{name}={shown(value)}: {message}{quotes}")
+            if advice := model.advice_on_value(name, value):
+                lines[name] = f"{name}={shown(value)}: {advice}"
     return list(lines.values())
 
 
-def nearest(model: type[Settings], name: str, prefix: str = "", also: Sequence[str] = ()) -> str:
-    """Return the end of the message about an unknown name: the most similar known name.
+def nearest(model: type[Settings], name: str, value: Any, *, prefix: str = "", also: Sequence[str] = ()) -> str:
+    """Return the end of the message about an unknown name: what is known about it, or the name that it misspells.
 
     ``prefix`` is put before that name; ``also`` are known names that are not fields of ``model``.
     """
-    if name in model.other_names:
-        return f": {model.other_names[name]}"
+    if advice := model.advice_on(name, value):
+        return f": {advice}"
     names = [field for field in (*model.model_fields, *also) if field != model.positional]
-    matches = difflib.get_close_matches(name, names, n=1) or [known for known in names if known.startswith(f"{name}_")]
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+    longer = [known for known in names if known.startswith(f"{name}_")]
+    if not matches and len(longer) == 1:
+        matches = longer
     return f": did you mean {prefix}{matches[0]}?" if matches else " (--help lists the fields)"
 
 
