@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from hypo_train.sampling.protocol import (
     SampleRequest,
     Samples,
     base_model,
+    forward_arguments,
     left_padded,
     positions,
 )
@@ -166,8 +166,7 @@ def _completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, le
         "logits_to_keep": length + 1,
         "use_cache": False,
     }
-    accepted = inspect.signature(base_model(model).forward).parameters
-    inputs = {name: value for name, value in inputs.items() if name in accepted}
+    inputs = {name: value for name, value in inputs.items() if name in forward_arguments(model)}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
     return logits[:, -length - 1 : -1]
 

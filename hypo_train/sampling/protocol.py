@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,3 +185,16 @@ def positions(attention_mask: Tensor) -> Tensor:
 def base_model(model: Any) -> Any:
     """Return the transformers model, without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forward_arguments(model: Any) -> set[str]:
+    """Return the names of the arguments that the model's forward declares."""
+    return set(inspect.signature(base_model(model).forward).parameters)
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name of the KV cache in the arguments and outputs of the model's forward.
+
+    It is "cache" since transformers 5.24, and "past_key_values" before, and in models that have their own code.
+    """
+    return "cache" if "cache" in forward_arguments(model) else "past_key_values"

@@ -12,6 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from hypo_train.sampling import DecodeSampler, Distribution, PromptKV, serves
 from hypo_train.sampling.decode import branches
 from hypo_train.sampling.decode import sampler as decode
+from hypo_train.sampling.protocol import cache_argument
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS, PAD = 1, 0
@@ -159,7 +160,7 @@ def own_prefill(model, prompts, side):
         input_ids=torch.tensor(rows, device=DEVICE), attention_mask=mask, position_ids=position_ids, use_cache=True
     )
     last = position_ids.argmax(1) if side == "right" else torch.full((len(rows),), length - 1, device=DEVICE)
-    layers = out.past_key_values.layers
+    layers = out[cache_argument(model)].layers
     return PromptKV(
         keys=[layer.keys for layer in layers],
         values=[layer.values for layer in layers],

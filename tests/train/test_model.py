@@ -679,7 +679,7 @@ def test_a_decoder_without_tree_support_trains_on_separate_rows(saved_model, mon
     original = LlamaModel.forward
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None, **known):
-        if unknown := known.keys() - {"past_key_values", "inputs_embeds"}:
+        if unknown := known.keys() - {"past_key_values", "cache", "inputs_embeds"}:
             raise TypeError(f"forward() got an unexpected keyword argument {unknown.pop()!r}")
         return original(
             self, input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **known

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import StaticLayer
 
-from hypo_train.sampling.protocol import Distribution, PromptKV
+from hypo_train.sampling.protocol import Distribution, PromptKV, cache_argument
 
 _PACKED = "hypo_packed_sdpa"
 
@@ -80,6 +80,7 @@ class Branches:
             for heads, key, value in shape.layers
         ]
         self.cache = Cache(layers=list(self.layers))
+        self.cache_argument = cache_argument(model)
         # An additive mask: a bool mask would be converted in every layer. Packed attention needs a row of it for
         # each query head of a group.
         groups = shape.query_groups if packed else 1
@@ -149,8 +150,8 @@ class Branches:
             input_ids=self.token,
             position_ids=(self.lengths + self.newest).expand(-1, self.n),
             attention_mask=self.mask[..., :width],
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
         ).logits
 
     def _draw(self, logits: Tensor, uniforms: Tensor) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from hypo_train.sampling.protocol import PromptKV, base_model, left_padded, positions
+from hypo_train.sampling.protocol import PromptKV, cache_argument, forward_arguments, left_padded, positions
 
 
 def prefill(model: Any, prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> PromptKV:
     """Return keys, values and last logits of ``prompts``; no_grad, eval mode and autocast are set by the caller."""
     device = next(model.parameters()).device
     input_ids, attention_mask = left_padded(prompts, pad_token_id, device)
-    base = base_model(model)
     # Without logits_to_keep, the LM head runs over every token of every prompt.
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(model) else {}
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -23,7 +21,7 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], *, pad_token_id: int) 
         use_cache=True,
         **last_only,
     )
-    layers = output.past_key_values.layers
+    layers = output[cache_argument(model)].layers
     return PromptKV(
         keys=[layer.keys for layer in layers],
         values=[layer.values for layer in layers],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.positions import rope_limit
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, takes_packed
 from hypo_train.sampling.decode.prefill import prefill
-from hypo_train.sampling.protocol import Distribution, base_model
+from hypo_train.sampling.protocol import Distribution, base_model, cache_argument, forward_arguments
 
 _PROMPTS = ([3, 1, 4, 1, 5], [2, 7])  # of different lengths, so that the shorter one is padded
 _STEPS = 3
@@ -62,8 +61,7 @@ def _unsupported_structure(model: Any) -> str | None:
         return f"{name} has layers of {', '.join(sorted(kinds))}, which store more than keys and values of tokens"
     if (rope := rope_limit(config)) is not None and rope.is_chosen_on_host:
         return f"{name} has RoPE whose frequencies wait for the longest row of a call (rope_type {rope.rope_type!r})"
-    accepted = inspect.signature(base_model(model).forward).parameters
-    missing = {"position_ids", "past_key_values", "attention_mask"} - accepted.keys()
+    missing = {"position_ids", cache_argument(model), "attention_mask"} - forward_arguments(model)
     if missing:
         return f"the forward of {name} takes no {', '.join(sorted(missing))}"
     return None
