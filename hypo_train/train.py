@@ -1,4 +1,4 @@
-"""The training loop, read top to bottom: prepare, step, log, evaluate, save."""
+"""The training loop, read top to bottom: prepare, step, log, save, evaluate."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from hypo_train.build import Run, precompute_ref_logps
 from hypo_train.checkpoint.files import checkpoint_folder
 from hypo_train.checkpoint.lock import locked
-from hypo_train.checkpoint.model_card import DATA_FILE, write_data_report
+from hypo_train.checkpoint.model_card import DATA_FILE, write_card, write_data_report
 from hypo_train.checkpoint.resume import refuse_to_overwrite
 from hypo_train.checkpoint.state import resume, save, save_model
 from hypo_train.config import Config
 from hypo_train.evaluation.held_out import Evaluation, evaluate
 from hypo_train.metrics.devices import device_name
 from hypo_train.metrics.environment import Attempt
-from hypo_train.metrics.log import RunLog, SilentLog
+from hypo_train.metrics.log import RunLog, SilentLog, logged_evaluations
 from hypo_train.metrics.memory import peak_memory
 from hypo_train.metrics.meter import Meter
 from hypo_train.metrics.throughput import combine_processes
@@ -38,7 +38,7 @@ from hypo_train.utils.signals import StopRequest
 
 @dataclass(frozen=True)
 class Result:
-    """The folder of the final model, and the last evaluation (None without held-out rows)."""
+    """The folder of the final model, and its evaluation: None without held-out rows, or if an earlier call made it."""
 
     model_dir: Path
     evaluation: Evaluation | None
@@ -78,10 +78,8 @@ def _train_in_locked_folder(run: Run, *, progress: bool) -> Result:
     trackers = run.processes.run_on_all(lambda: Trackers(config, first_step) if run.processes.is_main else None)
     with closing(trackers) if trackers else nullcontext():
         precompute_ref_logps(run, progress=progress and run.processes.is_main)
-        with _recorded(run, first_step, trackers, progress=progress) as log:
-            with StopRequest() as stop:
-                evaluation = _train_from(run, log, meter, first_step, stop)
-            return Result(save_model(run), evaluation)
+        with _recorded(run, first_step, trackers, progress=progress) as log, StopRequest() as stop:
+            return _train_from(run, log, meter, first_step, stop)
 
 
 @contextmanager
@@ -109,22 +107,22 @@ def _print_lines(lines: list[str]) -> None:
     safe_print("\n".join(lines))
 
 
-def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: StopRequest) -> Evaluation | None:
-    """Train from ``first_step`` to the end; return the last evaluation."""
-    config = run.config
-    evaluation = None
+def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: StopRequest) -> Result:
+    """Train from ``first_step`` to the end. Weights are saved before they are evaluated, so a failure loses none."""
+    config, total_steps = run.config, run.plan.total_steps
+    evaluated_steps = run.processes.run_on_main(lambda: [line["step"] for line in logged_evaluations(run.output_dir)])
     run.model.train()
-    if first_step == 0 and config.eval_steps:
-        evaluation = _evaluate(run, log, 0)
-    for step in range(first_step, run.plan.total_steps):
+    if first_step < total_steps and first_step not in evaluated_steps and _evaluates_at(config, first_step):
+        _evaluate(run, log, first_step)
+    for step in range(first_step, total_steps):
         learning_rate = float(run.scheduler.get_last_lr()[0])  # read first: a step ends by setting the next one's rate
         _step(run, step, meter)
         done = step + 1
-        is_last = done == run.plan.total_steps
+        is_last = done == total_steps
         stopped_by = None if is_last else run.processes.max(stop.number or 0) or None
         log.advance(done)
         logs = is_last or done % config.logging_steps == 0
-        evaluates = is_last or (config.eval_steps and done % config.eval_steps == 0)
+        evaluates = not is_last and _evaluates_at(config, done)
         saves = is_last or stopped_by is not None or (config.save_steps and done % config.save_steps == 0)
         if logs or evaluates or saves:
             # The host waits for the device only here.
@@ -134,14 +132,25 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
             metrics["learning_rate"] = learning_rate
             metrics["epoch"] = done / run.plan.steps_per_epoch
             log.log(done, metrics | _costs(run))
-        if evaluates:
-            evaluation = _evaluate(run, log, done)
         if saves:
             log.flush()
             save(run, meter, done)
         if stopped_by is not None:
             raise Stopped(stopped_by, checkpoint_folder(run.output_dir, done))
-    return evaluation
+        if evaluates:
+            _evaluate(run, log, done)
+    model_dir = save_model(run)
+    if total_steps in evaluated_steps:
+        return Result(model_dir, None)
+    evaluation = _evaluate(run, log, total_steps)
+    if evaluation is not None:
+        run.processes.run_on_main(lambda: write_card(model_dir, config, run.output_dir))
+    return Result(model_dir, evaluation)
+
+
+def _evaluates_at(config: Config, step: int) -> bool:
+    """Return whether the weights after ``step`` steps, fewer than all, are evaluated."""
+    return config.eval_steps > 0 and step % config.eval_steps == 0
 
 
 def _step(run: Run, step: int, meter: Meter) -> None:
@@ -171,11 +180,10 @@ def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
         evaluation = evaluate(run)
     if run.config.has_reference and not run.steps_ask_reference:
         run.policy.move_reference(torch.device("cpu"))
-    log.log(step, evaluation.metrics)
-    if not (evaluation.samples and run.processes.is_main):
-        return evaluation
-    path = run.output_dir / "samples" / f"step-{step}.jsonl"
-    with record_errors(path):
-        path.parent.mkdir(exist_ok=True)
-        write_json_lines(path, evaluation.samples)
+    if evaluation.samples and run.processes.is_main:
+        path = run.output_dir / "samples" / f"step-{step}.jsonl"
+        with record_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            write_json_lines(path, evaluation.samples)
+    log.log(step, evaluation.metrics)  # written last: a resumed run repeats an evaluation that is not in the log
     return evaluation

@@ -33,9 +33,10 @@ AREAS = (
     (train, "save", "save"),
     (state, "prune", "prune"),
     (train, "save_model", "final model"),
+    (train, "write_card", "model card"),
 )
-# Before the first step and after the last one, a signal ends a run at once.
-OUTSIDE_OF_THE_LOOP = ("preparing", "loading", "reference log-probs", "opening the log", "final model")
+# Before the first step, a signal ends a run at once.
+OUTSIDE_OF_THE_LOOP = ("preparing", "loading", "reference log-probs", "opening the log")
 _OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audit events that come before the operation
 
 Reached = Callable[..., None]  # (name of the moment, what to do to the files if the run is killed there)

@@ -100,7 +100,7 @@ def _judge(soak: Soak, outcome: Outcome, death: Death | None) -> str | None:
         soak.stops["saved, then left with status 143"] += 1
         return None
     if stopped and outcome.status == -signal.SIGTERM and outcome.moment.startswith(OUTSIDE_OF_THE_LOOP):
-        soak.stops["ended at once, before the first step or after the last"] += 1
+        soak.stops["ended at once, before the first step"] += 1
         return None
     return f"status {outcome.status} at {outcome.moment!r} with {death}"
 

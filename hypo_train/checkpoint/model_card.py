@@ -17,8 +17,9 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from hypo_train.config import Config
-from hypo_train.metrics.log import METRICS_FILE, read_metrics
-from hypo_train.utils.records import write_json
+from hypo_train.metrics.log import logged_evaluations
+from hypo_train.utils.atomic import write_file
+from hypo_train.utils.records import record_errors, write_json
 from hypo_train.utils.redact import redacted
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def write_card(folder: Path, config: Config, run: Path, *, step: int | None = No
         step: the step after which the weights were saved; None for the last step.
     """
     text = card_text(config, run, is_adapter=(folder / "adapter_config.json").is_file(), step=step)
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
+    with record_errors(folder / "README.md"):
+        write_file(folder / "README.md", text.encode(errors="replace"))
 
 
 def card_text(config: Config, run: Path, *, is_adapter: bool, step: int | None = None) -> str:
@@ -147,9 +149,7 @@ def _settings(config: Config, values: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluation(run: Path, step: int | None) -> dict[str, Any] | None:
     """Return the step and the rows (name, value ± error) of the last evaluation up to ``step``, or None."""
-    path = run / METRICS_FILE
-    lines = read_metrics(path) if path.is_file() else []
-    evaluations = [x for x in lines if any(n.startswith("eval_") for n in x) and (step is None or x["step"] <= step)]
+    evaluations = [line for line in logged_evaluations(run) if step is None or line["step"] <= step]
     if not evaluations:
         return None
     last = evaluations[-1]

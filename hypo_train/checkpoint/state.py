@@ -76,7 +76,7 @@ def resume(run: Run, meter: Meter) -> int:
     run.processes.run_on_main(lambda: remove_temporaries(run.output_dir))
     run.notes.append(f"continuing from {folder}, step {checkpoint.step}")
     if checkpoint.step >= run.plan.total_steps:
-        run.notes.append("all steps are done: only the final model is saved")
+        run.notes.append("all steps are done: only the final model is saved, and evaluated if it was not yet")
     return checkpoint.step
 
 

@@ -174,6 +174,13 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return lines
 
 
+def logged_evaluations(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of the evaluations in a run's `metrics.jsonl`; none if there is no such file."""
+    path = output_dir / METRICS_FILE
+    lines = read_metrics(path) if path.is_file() else []
+    return [line for line in lines if any(name.startswith("eval_") for name in line)]
+
+
 def readable_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Return the JSON objects of a file's lines, and the numbers of the lines that are not JSON objects.
 

@@ -88,6 +88,11 @@ def checkpoints(config):
     return sorted(path.name for path in Path(config.output_dir).glob("checkpoint-*"))
 
 
+def evaluation_in_card(config):
+    card = (Path(config.output_dir) / "final" / "README.md").read_text(encoding="utf-8")
+    return card.partition("## Evaluation")[2]
+
+
 def write_recipe(config, path):
     path.write_text(yaml.safe_dump(config.model_dump(exclude_defaults=True)), encoding="utf-8")
     return str(path)
@@ -171,7 +176,15 @@ MOMENTS = {
     "within a checkpoint": (atomic, "fsync", 9, False),
     "before the final model": (loop, "save_model", 1, False),
     "within the final model": (Policy, "save_pretrained", 1, True),
+    "within the last evaluation": (loop, "evaluate", 4, False),
+    "before the last evaluation is logged": (loop, "write_json_lines", 4, True),
+    "before the model card of the last evaluation": (loop, "write_card", 1, False),
 }
+AFTER_TRAINING = (
+    "within the last evaluation",
+    "before the last evaluation is logged",
+    "before the model card of the last evaluation",
+)
 QUICK_MOMENTS = ("between a checkpoint and its metrics", "within a checkpoint", "within the final model")
 
 
@@ -179,8 +192,22 @@ QUICK_MOMENTS = ("between a checkpoint and its metrics", "within a checkpoint", 
 def test_a_run_killed_at_any_moment_is_resumed_exactly(interrupted, uninterrupted, moment):
     owner, name, nth, afterwards = MOMENTS[moment]
     config = kill_run(interrupted(), owner, name, nth, afterwards=afterwards)
-    assert not (Path(config.output_dir) / "final").exists()
+    assert (Path(config.output_dir) / "final").exists() == (moment in AFTER_TRAINING)
     assert_same_run(resume(config), uninterrupted)
+    assert evaluation_in_card(config) == evaluation_in_card(uninterrupted) != ""
+
+
+@pytest.mark.parametrize(("nth", "step"), [(3, 8), (4, 12)], ids=["in between", "the last"])
+def test_a_killed_evaluation_loses_no_training(interrupted, uninterrupted, monkeypatch, nth, step):
+    config = kill_run(interrupted(save_steps=4), loop, "evaluate", nth)
+    assert f"checkpoint-{step}" in checkpoints(config)
+    evaluated = []
+    monkeypatch.setattr(loop, "evaluate", lambda run, original=loop.evaluate: evaluated.append(1) or original(run))
+    if step == 12:
+        assert_same_weights(config, uninterrupted)
+        monkeypatch.setattr(loop, "train_step", None)
+    assert_same_run(resume(config), uninterrupted)
+    assert len(evaluated) == (12 - step) // 4 + 1
 
 
 @slow
