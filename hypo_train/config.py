@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -146,6 +147,9 @@ class Config(Settings):
     """Split to evaluate on; none means the last num_eval_rows rows of the training split."""
     num_eval_rows: NonNegativeInt = 0
     """Rows held out from the end of the training split when dataset_test_split is none."""
+    template_date: Text | None = None
+    """Date that the chat template writes, as 2026-11-30, for templates that ask for it (Llama 3.2, gpt-oss). none means
+    the day the run begins; a resumed run and evaluations of a run keep its date."""
     max_prompt_length: PositiveInt = 512
     """Maximum number of tokens of a prompt; a longer prompt keeps its BOS and its end. With dataset_format: tldr the
     post is cut instead, at a line break if possible."""
@@ -308,6 +312,14 @@ class Config(Settings):
     def _algorithm_is_registered(cls, value: str) -> str:
         check_algorithm_name(value)
         return value
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _is_a_date(cls, value: Any) -> str | None:
+        try:
+            return None if value is None else date.fromisoformat(str(value)).isoformat()  # YAML may have read a date
+        except ValueError:
+            raise ValueError("should be a date as 2026-11-30") from None
 
     @field_validator("sampler")
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any
 from hypo_train.config import Config
 from hypo_train.data.plan import Plan, load_plan
 from hypo_train.data.report import DataReport
+from hypo_train.data.template_date import fix_date, today, writes_date
 from hypo_train.model.source import check_source, eos_token_ids, generation_config, load_tokenizer, read_architecture
 from hypo_train.model.weight_files import check_weight_files
 from hypo_train.rewards import RewardFunction, load_function
@@ -35,9 +36,16 @@ class Source:
 class Inputs:
     """Load the inputs of a run. Each is loaded once, on first use."""
 
-    def __init__(self, config: Config, rank_share: RankShare = SINGLE_PROCESS) -> None:
+    def __init__(
+        self, config: Config, rank_share: RankShare = SINGLE_PROCESS, *, template_date: str | None = None
+    ) -> None:
+        """Args:
+        config: its ``template_date`` is set when a tokenizer was loaded whose chat template writes the date.
+        template_date: the day the run began; None means today.
+        """
         self.config = config
         self.rank_share = rank_share
+        self._template_date = template_date
 
     @cached_property
     def reward_function(self) -> RewardFunction | None:
@@ -51,8 +59,16 @@ class Inputs:
         check_source(name)
         check_weights(name)
         architecture = read_architecture(self.config)
-        description = f"config of {name}: {origin(name)}"
-        return Source(self.config, architecture, load_tokenizer(self.config, architecture), description)
+        tokenizer = load_tokenizer(self.config, architecture)
+        self._fix_date(tokenizer)
+        return Source(self.config, architecture, tokenizer, f"config of {name}: {origin(name)}")
+
+    def _fix_date(self, tokenizer: Any) -> None:
+        """Give the run a date if the chat template writes one, and none is configured."""
+        if self.config.template_date is None and writes_date(tokenizer):
+            day = self._template_date or today()
+            fix_date(tokenizer, day)
+            self.config = self.config.model_copy(update={"template_date": day})
 
     @cached_property
     def rows(self) -> tuple[Plan, dict[str, DataReport]]:
@@ -67,7 +83,13 @@ class Inputs:
     @property
     def data_report(self) -> dict[str, list[str]]:
         """Lines about the rows of each split: numbers of used and cut rows, and lengths."""
-        return {split: report.lines() for split, report in self.rows[1].items()}
+        return {split: report.lines() + self._on_date(report) for split, report in self.rows[1].items()}
+
+    def _on_date(self, report: DataReport) -> list[str]:
+        assert self.source is not None
+        if not (report.rendered and writes_date(self.source.tokenizer)):
+            return []
+        return [f"the chat template writes the date: this run uses {self.config.template_date} (template_date)"]
 
 
 def check_weights(name: str, field: str = "model_name_or_path") -> None:

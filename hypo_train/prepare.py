@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable
 
 from hypo_train.build import Models, Run, build_accelerator, build_run, load_models
+from hypo_train.checkpoint.resume import date_of_run
 from hypo_train.config import Config, ConfigError
+from hypo_train.data.template_date import today
 from hypo_train.distributed.processes import Processes
 from hypo_train.inputs import Inputs
 from hypo_train.preflight import check_run
@@ -28,7 +30,8 @@ def prepare(config: Config, *, show: Callable[[list[str]], None] | None = None) 
     config.require_no_conflicts()
     accelerator = build_accelerator(config)
     processes = Processes()
-    inputs = Inputs(config, processes.rank_share)
+    day = processes.run_on_main(lambda: date_of_run(config) or today())  # processes may start around midnight
+    inputs = Inputs(config, processes.rank_share, template_date=day)
 
     def load() -> Models:
         autocast = accelerator.mixed_precision == "bf16"

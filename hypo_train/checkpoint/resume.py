@@ -9,7 +9,7 @@ from hypo_train.checkpoint.files import damaged_checkpoints, is_checkpoint, late
 from hypo_train.config import Config
 from hypo_train.data.plan import Plan
 from hypo_train.metrics.log import METRICS_FILE
-from hypo_train.utils.errors import ConfigError
+from hypo_train.utils.errors import CheckpointError, ConfigError
 
 # Settings that may change when a run is resumed, because they do not change the results of the steps.
 FREE_TO_CHANGE = {
@@ -84,6 +84,16 @@ def checkpoint_to_resume(config: Config, *, tensors: bool = True) -> Path | None
     return Path(resume_from)
 
 
+def date_of_run(config: Config) -> str | None:
+    """Return the date that the run's chat template wrote, from the checkpoint to resume from; None if there is none."""
+    try:
+        folder = checkpoint_to_resume(config, tensors=False)
+        date = None if folder is None else read_extra(folder)["config"].get("template_date")
+    except (ConfigError, CheckpointError):  # the run is refused for it later, with its other problems
+        return None
+    return date if date is None else str(date)
+
+
 def _suggestion(resume_from: Path, output_dir: Path) -> str:
     """Return the end of an error message: a checkpoint that the user may mean."""
     for folder in (resume_from, output_dir):
@@ -118,6 +128,8 @@ def check_same_run(plan: Plan, extra: dict[str, Any], folder: Path, *, rows: boo
             )
     # An older checkpoint lacks newer settings: they had their default values.
     saved = {name: field.default for name, field in Config.model_fields.items()} | extra["config"]
+    if config.template_date is None or saved["template_date"] is None:  # set only where the chat template writes it
+        free = free | {"template_date"}
     changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in config.model_dump().items()
@@ -133,6 +145,12 @@ def check_same_run(plan: Plan, extra: dict[str, Any], folder: Path, *, rows: boo
     if changed_splits:
         raise ConfigError(
             f"{folder} belongs to other data: the tokenized {' and '.join(changed_splits)} rows of dataset_name="
-            f"{config.dataset_name!r} have changed since the run began; restore them, or start a new run in another "
-            "output_dir"
+            f"{config.dataset_name!r} have changed since the run began; restore them{_date_advice(config, saved)}, or "
+            "start a new run in another output_dir"
         )
+
+
+def _date_advice(config: Config, saved: dict[str, Any]) -> str:
+    if config.template_date is None or saved["template_date"] is not None:
+        return ""
+    return " (the chat template writes the date: set template_date to the day the run began)"

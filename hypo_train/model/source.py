@@ -13,6 +13,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hypo_train.config import Config
+from hypo_train.data.template_date import fix_date, writes_date
 from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.model.weight_files import refuse_pickles
 
@@ -91,6 +92,8 @@ def load_tokenizer(config: Config, architecture: Any = None) -> Any:
         raise ModelError(f"the tokenizer of {config.model_name_or_path!r} has no EOS token: set its eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.template_date is not None and writes_date(tokenizer):
+        fix_date(tokenizer, config.template_date)
     return tokenizer
 
 

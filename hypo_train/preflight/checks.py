@@ -180,7 +180,7 @@ def _check_data(inputs: Inputs, findings: Findings) -> Plan:
     if inputs.source is not None and inputs.source.tokenizer is not None:
         check_vocabulary(inputs.source, plan)
     for split, report in reports.items():
-        findings.data[split] = report.lines()
+        findings.data[split] = inputs.data_report[split] if inputs.source is not None else report.lines()
         findings.warnings += [f"{split}: {line}" for line in report.warnings()]
     return plan
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hypo_train.checkpoint.resume import date_of_run
 from hypo_train.config import Config, ConfigError, load_config
 from hypo_train.data.load import ROW_TYPES, check_texts
 from hypo_train.data.plan import Plan, Rows
@@ -30,7 +31,7 @@ class DryRunInputs(Inputs):
     """Inputs of a dry run. What cannot be read is replaced by a substitute or noted in ``findings``."""
 
     def __init__(self, config: Config, dry_run: DryRun, findings: Findings) -> None:
-        super().__init__(config, RankShare(0, dry_run.num_devices))
+        super().__init__(config, RankShare(0, dry_run.num_devices), template_date=date_of_run(config))
         self._dry_run = dry_run
         self._findings = findings
 
@@ -38,7 +39,9 @@ class DryRunInputs(Inputs):
     def source(self) -> Source | None:
         """The model's config and tokenizer, or those of a substitute; None, with a problem, if there is neither."""
         with self._findings.collected():
-            return _source(self.config, self._dry_run, self._findings)
+            source = _source(self.config, self._dry_run, self._findings)
+            self._fix_date(source.tokenizer)
+            return source
         return None
 
     @cached_property
