@@ -58,9 +58,7 @@ def make_exact(
         ModelError: it cannot be trained exactly, or not on rows so long; or ``wrap`` refuses it.
     """
     check_positions(model.get_base_model() if hasattr(model, "get_base_model") else model, longest)
-    keep_scales(model)
-    if disable_dropout:
-        _disable_dropout(model)
+    make_repeatable(model, disable_dropout=disable_dropout)
     trained = wrap(model)
     original = trained.base.config._attn_implementation
     if attn_implementation == "auto":
@@ -69,6 +67,13 @@ def make_exact(
     if not trained.shares_prompts:
         trained.base.set_attn_implementation(original)
     return trained
+
+
+def make_repeatable(model: nn.Module, *, disable_dropout: bool = True) -> None:
+    """Make a model compute the same in every pass: 4-bit weights keep their scales, dropout is switched off."""
+    keep_scales(model)
+    if disable_dropout:
+        _disable_dropout(model)
 
 
 def load_policy(config: Config, *, autocast: bool) -> Policy:

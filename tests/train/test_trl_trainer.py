@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -12,14 +13,20 @@ import datasets
 import pytest
 import tiny
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from short_runs import slow_unless
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TrainerCallback,
+    default_data_collator,
+)
 
 from hypo_kernels import fused_hypo_loss
 from hypo_train.config import ConfigError
 from hypo_train.data.errors import DataError
-from hypo_train.sampling import DecodeSampler
+from hypo_train.sampling import DecodeSampler, GenerateSampler
 from hypo_train.trees.pack import separate_rows
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -41,6 +48,8 @@ SMALL = {
 # TRL joins prompt and completion as they are.
 ROWS = [{**row, "prompt": row["prompt"] + " "} for row in tiny.pair_rows()]
 HYPO = {"kl_coef": 0.05, "max_new_tokens": 6}
+NO_KL = {"kl_coef": 0.0}
+_ARGUMENTS = ("eval_dataset", "peft_config", "ref_model", "data_collator", "compute_metrics")
 
 
 @pytest.fixture
@@ -49,7 +58,7 @@ def make(tmp_path, saved_model):
 
     def trainer(kind=HyPOTrainer, *, model=None, policy=None, rows=ROWS, name="out", **changes):
         folder = model or saved_model()
-        given = {key: changes.pop(key, None) for key in ("eval_dataset", "peft_config", "ref_model")}
+        given = {key: changes.pop(key, None) for key in _ARGUMENTS}
         settings = {"output_dir": str(tmp_path / name), "save_strategy": "no", **SMALL, **changes}
         return kind(
             policy or str(folder),
@@ -229,16 +238,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make, saved_model, way):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_type": "ipo"}, r"loss_type=\['ipo'\]: HyPO's preference term is DPO's, use 'sigmoid'"),
+        (
+            {"loss_type": "ipo"},
+            r"loss_type=\['ipo'\]: HyPO's preference term is DPO's, use 'sigmoid'; or set kl_coef=0",
+        ),
         ({"label_smoothing": 0.1}, "label_smoothing=0.1: the sigmoid loss of TRL has none, use 0"),
-        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: samples ask the reference anyway"),
         ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end': pairs share their prompt"),
-        ({"sync_ref_model": True}, "sync_ref_model=True: the reference stays as it is"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0: samples are of the policy without noise, use None"),
+        ({"loss_type": "ipo", "kl_coef": 0.0, "temperature": 0.7}, r"temperature=0.7: .*loss_type=\['ipo'\], has none"),
         ({"num_generations": 1}, "num_generations=1: hypo compares the samples of a prompt, use at least 2"),
         ({"kl_coef": -1.0}, "kl_coef=-1.0: should be greater than or equal to 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: should be greater than 0"),
         ({"temperature": 0.0}, "temperature=0.0: should be greater than 0"),
+        ({"sampler": "greedy"}, "sampler='greedy': should be 'auto', 'decode', 'generate', 'vllm'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The `'keep_end'`:FutureWarning")
@@ -247,13 +259,135 @@ def test_an_unsupported_option_is_refused_before_loading(tmp_path, changes, mess
         HyPOConfig(str(tmp_path), bf16=False, use_cpu=True, **changes)
 
 
-def test_a_config_of_dpo_and_metrics_of_logits_are_refused(tmp_path):
+def test_a_config_of_dpo_is_refused(tmp_path):
     plain = trl.DPOConfig(str(tmp_path), bf16=False, use_cpu=True)
     with pytest.raises(ConfigError, match="args is a DPOConfig: use HyPOConfig"):
         HyPOTrainer("no-model", args=plain)
-    args = HyPOConfig(str(tmp_path), bf16=False, use_cpu=True)
-    with pytest.raises(ConfigError, match="compute_metrics: there are no logits"):
-        HyPOTrainer("no-model", args=args, compute_metrics=print)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_config": LoHaConfig(target_modules=["q_proj"])}, "peft_config of type LOHA: use LoraConfig"),
+        ({"peft_config": IA3Config()}, "peft_config of type IA3: use LoraConfig"),
+        ({"data_collator": default_data_collator}, "data_collator is function: use DataCollatorForPreference, or None"),
+        ({"rows": [{**ROWS[0], "images": []}]}, "train_dataset has images: use a data set of text"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: samples ask the reference model at every"),
+    ],
+    ids=["loha", "ia3", "collator", "images", "precomputed"],
+)
+def test_what_a_kl_cannot_have_is_refused_before_loading(make, monkeypatch, changes, message):
+    monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", None)
+    with pytest.raises(ConfigError, match=message):
+        make(**HYPO, **changes)
+
+
+def test_the_arguments_are_in_the_order_of_dpo_trainer():
+    ours, theirs = (list(inspect.signature(kind).parameters) for kind in (HyPOTrainer, trl.DPOTrainer))
+    assert ours == theirs
+
+
+# What only TRL's own step serves, without a KL: the same numbers, by construction, and all of TRL's metrics
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss_type": ["ipo", "sft"]}, {"use_weighting": True}, {"peft_config": LoHaConfig(target_modules=["q_proj"])}],
+    ids=["losses", "weighting", "loha"],
+)
+def test_without_a_kl_trls_own_step_serves_the_rest(make, changes):
+    ours, theirs = (
+        trained(make(kind, **changes, **kl))[0] for kind, kl in ((HyPOTrainer, NO_KL), (trl.DPOTrainer, {}))
+    )
+    assert ours.why_trls_step
+    names = ["loss", "rewards/margins", "entropy", "logits/chosen", "mean_token_accuracy"]
+    assert logged(ours, *names) == logged(theirs, *names)
+
+
+# Reference log-probs computed once
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_precomputed_reference_logps_change_no_loss(make, kl_coef):
+    options = {"kl_coef": kl_coef, "max_new_tokens": 6, "temperature": 0.7, "peft_config": LORA}
+    options["eval_dataset"] = datasets.Dataset.from_list(ROWS[:4])
+    plain, precomputed = (make(precompute_ref_log_probs=given, **options) for given in (False, True))
+    assert precomputed.why_trls_step is None
+    evaluations = [trainer.evaluate() for trainer in (plain, precomputed)]
+    assert evaluations[0]["eval_loss"] == pytest.approx(evaluations[1]["eval_loss"], rel=1e-5)
+    names = ["loss", "rewards/chosen", "rewards/margins"]
+    torch.testing.assert_close(
+        torch.tensor(logged(trained(precomputed)[0], *names)),
+        torch.tensor(logged(trained(plain)[0], *names)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_precomputed_reference_of_a_full_model_is_that_model(make):
+    plain, precomputed = (trained(make(precompute_ref_log_probs=given, **NO_KL))[0] for given in (False, True))
+    assert precomputed.ref_model is None
+    torch.testing.assert_close(
+        torch.tensor(logged(precomputed, "loss", "rewards/margins")),
+        torch.tensor(logged(plain, "loss", "rewards/margins")),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_the_key_of_precomputed_logps_has_the_temperature(make, monkeypatch):
+    keys = []
+    monkeypatch.setattr(trl.DPOTrainer, "_precompute_ref_logps", lambda self, dataset, *_: note_key(self, dataset))
+
+    def note_key(trainer, dataset):
+        keys.append(trainer._precompute_model_hash)
+        return dataset
+
+    for temperature in (1.0, 0.7, 1.0):
+        make(precompute_ref_log_probs=True, temperature=temperature, peft_config=LORA, **NO_KL)
+    assert keys[0] != keys[1]
+    del keys[:]
+    for _ in range(2):
+        make(precompute_ref_log_probs=True, **NO_KL)
+    assert keys[0] == keys[1]
+
+
+def test_a_reference_that_follows_the_policy_is_the_losss(make):
+    # At alpha 1 and every step, the reference of a step is the policy of that step.
+    options = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1}
+    trainer, _ = trained(make(**options, gradient_accumulation_steps=1, **HYPO))
+    assert logged(trainer, "rewards/margins", "kl") == [[0.0, 0.0]] * 3
+
+
+# Evaluation and prediction with logits
+
+
+def test_predictions_are_the_models_logits(make):
+    seen = []
+
+    def count(prediction):
+        seen.append(prediction.predictions.shape)
+        return {"calls": len(seen)}
+
+    trainer = make(eval_dataset=datasets.Dataset.from_list(ROWS[:4]), compute_metrics=count, **HYPO)
+    assert trainer.evaluate()["eval_calls"] == 1
+    found = trainer.predict(trainer.eval_dataset)
+    row = trainer.eval_dataset[0]
+    ids = row["prompt_ids"] + row["chosen_ids"]
+    expected = tiny.plain_logits(trainer.model, ids)
+    torch.testing.assert_close(torch.tensor(found.predictions[0, : len(ids)]), expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+
+
+def test_an_evaluation_row_without_a_prompt_is_named(make):
+    rows = {"first": ROWS[:2], "second": [ROWS[0], {"prompt": "film", "chosen": "good", "rejected": "bad"}]}
+    sets = {name: datasets.Dataset.from_list(rows) for name, rows in rows.items()}
+    with pytest.raises(DataError, match=r"row 1 of eval_dataset\['second'\] has an empty prompt"):
+        make(eval_dataset=sets, **HYPO)
+
+
+def test_the_sampler_is_the_configured_one(make):
+    assert type(make(sampler="generate", **HYPO).sampler) is GenerateSampler
 
 
 def test_under_autocast_with_a_reference_of_its_own_it_trains(make, saved_model):
