@@ -18,7 +18,7 @@ from hypo_train.config import Config
 from hypo_train.model.exactness import check_exactness
 from hypo_train.model.liger import use_layer_kernels
 from hypo_train.model.policy import Policy
-from hypo_train.model.positions import LongestRow, check_positions
+from hypo_train.model.positions import ANY_LENGTH, LongestRow, check_positions
 from hypo_train.model.quantization import keep_scales, quantizable, quantization_options
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.router_loss import router_aux_loss_coef
@@ -39,7 +39,7 @@ def make_exact(
     model: Any,
     wrap: Callable[[Any], M],
     *,
-    longest: LongestRow,
+    longest: LongestRow = ANY_LENGTH,
     attn_implementation: str = "auto",
     disable_dropout: bool = True,
 ) -> M:

@@ -30,6 +30,9 @@ class LongestRow(NamedTuple):
         return cls(config.max_prompt_length + completion, f"max_prompt_length + {name}")
 
 
+ANY_LENGTH = LongestRow(None, "the caller")
+
+
 @dataclass(frozen=True)
 class RopeLimit:
     """A RoPE whose frequencies change once a row of a call has more than ``tokens`` tokens."""

@@ -5,7 +5,8 @@ Each prompt has one row. Its KV slots are
     prompt tokens (L, padding included) | token 0 of samples 0 .. n-1 | token 1 of samples 0 .. n-1 | ...
 
 A step feeds the n newest tokens of every prompt as n queries of its row. A mask lets sample j see the prompt's tokens
-and its own earlier slots, so plain attention serves samples that share their prompt's KV.
+and its own earlier slots, so plain attention serves samples that share their prompt's KV. In layers with a sliding
+window it hides those that lie too far back in the sample's own text.
 
 All state that a step changes is a tensor on the device, updated in place. A step therefore never waits for the device,
 and can be captured in a CUDA graph.
@@ -24,7 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import StaticLayer
 
-from hypo_train.sampling.protocol import Distribution, PromptKV, cache_argument
+from hypo_train.sampling.decode.windows import Windows
+from hypo_train.sampling.protocol import Distribution, PromptKV, base_model, cache_argument
 
 _PACKED = "hypo_packed_sdpa"
 
@@ -70,6 +72,7 @@ class Branches:
         device = uniforms.device
         self.model, self.rules, self.n, self.T, self.L = model, rules, n, T, max_prompt_length
         self.uniforms = uniforms
+        self.windows = Windows.of(base_model(model).config)
         self.slots = num_slots(self.L, n * T)
         # Zeros, not empty: an attention weight of 0 times an unwritten value must be 0.
         self.layers = [
@@ -96,6 +99,9 @@ class Branches:
         self.done = torch.zeros(P, n, dtype=torch.bool, device=device)
         self.newest = torch.zeros(1, dtype=torch.int64, device=device)
         self.branch = torch.arange(n, device=device)
+        # The index of the token in each slot: of a completion from 0 on, of its prompt from -L to -1.
+        index = torch.arange(self.slots, device=device) - self.L
+        self.index = index.where(index < 0, index // n)
         # The results. Row r of the state above belongs to prompt `prompt[r]` of the results.
         self.prompt = torch.arange(P, device=device).unsqueeze(1)
         self.tokens = torch.full((P, n, T), rules.pad_token_id, dtype=torch.int64, device=device)
@@ -149,7 +155,7 @@ class Branches:
         return self.model(
             input_ids=self.token,
             position_ids=(self.lengths + self.newest).expand(-1, self.n),
-            attention_mask=self.mask[..., :width],
+            attention_mask=self.windows.masks(self.mask[..., :width], self.newest - self.index[:width]),
             use_cache=True,
             **{self.cache_argument: self.cache},
         ).logits
@@ -231,14 +237,15 @@ def _packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return attention of (P, H, n, D_head) queries; heads that share a key head become rows of one product.
 
     transformers' SDPA would copy the KV buffers for each query head of a group, at every step.
     """
-    if softcap is not None:
-        raise ValueError("attention with a softcap needs attn_implementation='eager'")
+    if softcap is not None or s_aux is not None:
+        raise ValueError("attention with a softcap or sinks needs attn_implementation='eager'")
     batch, heads, length, _ = query.shape
     kv_heads = key.shape[1]
     packed = query.reshape(batch, kv_heads, heads // kv_heads * length, -1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import DynamicCache
+
 from hypo_train.sampling.protocol import PromptKV, cache_argument, forward_arguments, left_padded, positions
 
 
@@ -19,6 +21,8 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], *, pad_token_id: int) 
         attention_mask=attention_mask,
         position_ids=positions(attention_mask),
         use_cache=True,
+        # The model's own cache would keep no more than a sliding window of the tokens.
+        **{cache_argument(model): DynamicCache()},
         **last_only,
     )
     layers = output[cache_argument(model)].layers

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.positions import check_sample_length
-from hypo_train.model.tree_model import attention_window
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, num_slots, takes_packed
 from hypo_train.sampling.decode.cuda_graphs import CapturedBranches, bucket, memory_layout
 from hypo_train.sampling.decode.prefill import prefill
@@ -115,12 +114,11 @@ class DecodeSampler(Sampler):
         """Draw the completions that ``request`` asks for.
 
         Raises:
-            ValueError: rows longer than the model's sliding window, or a ``prompt_kv`` of other prompts.
+            ValueError: rows that pass the limit of the model's RoPE, or a ``prompt_kv`` of other prompts.
         """
         prompts, n, max_new_tokens = request.prompts, request.n, request.max_new_tokens
         prompt_kv, prompt_indices = request.prompt_kv, request.prompt_indices
         check_sample_length(base_model(self.model), max(map(len, prompts)) + max_new_tokens)
-        self._check_window(max(map(len, prompts)) + max_new_tokens)
         if prompt_kv is not None:
             _check_prompt_kv(prompt_kv, prompts)
         device = next(self.model.parameters()).device
@@ -168,14 +166,6 @@ class DecodeSampler(Sampler):
     def release(self) -> None:
         """Free captured graphs with their KV buffers, and the copy of the weights."""
         self._captured = self._merged = None
-
-    def _check_window(self, longest: int) -> None:
-        window = attention_window(base_model(self.model))
-        if window is not None and longest > window:
-            raise ValueError(
-                f"prompt and completion may have {longest} tokens, more than the {window} of the model's sliding "
-                "window: sample with GenerateSampler, or lower max_new_tokens"
-            )
 
     def _model_to_decode_from(self, max_new_tokens: int) -> Any:
         """Return the live model, or an up-to-date copy of it."""

@@ -13,6 +13,7 @@ from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.positions import rope_limit
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, takes_packed
 from hypo_train.sampling.decode.prefill import prefill
+from hypo_train.sampling.decode.windows import Windows
 from hypo_train.sampling.protocol import Distribution, base_model, cache_argument, forward_arguments
 
 _PROMPTS = ([3, 1, 4, 1, 5], [2, 7])  # of different lengths, so that the shorter one is padded
@@ -56,9 +57,10 @@ def _unsupported_structure(model: Any) -> str | None:
     config, name = text_config(model), type(base_model(model)).__name__
     if getattr(base_model(model).config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return f"{name} has layers of {', '.join(sorted(kinds))}, which store more than keys and values of tokens"
+    try:
+        Windows.of(config)
+    except ValueError as error:
+        return f"{name} cannot decode branches of a prompt: {error}"
     if (rope := rope_limit(config)) is not None and rope.is_chosen_on_host:
         return f"{name} has RoPE whose frequencies wait for the longest row of a call (rope_type {rope.rope_type!r})"
     missing = {"position_ids", cache_argument(model), "attention_mask"} - forward_arguments(model)
