@@ -86,6 +86,8 @@ def _train(argv: Sequence[str]) -> int:
     result = record_for_torchrun(train)(config)
     if os.environ.get("RANK", "0") == "0":
         safe_print(f"model saved in {result.model_dir}")
+    if result.hub_url is not None:
+        safe_print(f"model uploaded to {result.hub_url}")
     return 0
 
 

@@ -25,6 +25,7 @@ from hypo_train.utils.flags import (
     PositiveInt,
     Settings,
     Text,
+    check_repository_name,
     explain,
     nearest,
     read_flags,
@@ -275,6 +276,13 @@ class Config(Settings):
     """Name of the run in wandb, trackio and mlflow; none means the last part of output_dir."""
     project: Text = "hypo_train"
     """Project of the run in wandb and trackio, experiment in mlflow."""
+    push_to_hub: bool = False
+    """Upload the final model, with tokenizer and model card, to the Hugging Face Hub at the end of training, with the
+    login of hf auth login or HF_TOKEN. The repository is created before training."""
+    hub_model_id: Text | None = None
+    """Repository to upload to: organisation/name, or a name in your own account."""
+    hub_private_repo: bool | None = None
+    """Create the repository as a private one; none means as the account's settings say."""
 
     @classmethod
     def advice_on(cls, name: str, value: Any) -> str | None:
@@ -306,6 +314,12 @@ class Config(Settings):
     @property
     def has_reward(self) -> bool:
         return self.reward is not None or self.reward_model_path is not None
+
+    @field_validator("hub_model_id")
+    @classmethod
+    def _is_a_repository(cls, value: str | None) -> str | None:
+        check_repository_name(value)
+        return value
 
     @field_validator("algorithm")
     @classmethod
@@ -470,6 +484,10 @@ def _conflicts(c: Config) -> list[str]:
             c.eval_steps > 0 and no_eval_rows,
             f"eval_steps={c.eval_steps}: nothing to evaluate on, set dataset_test_split or num_eval_rows",
         ),
+        (
+            c.push_to_hub and c.hub_model_id is None,
+            "push_to_hub=true without hub_model_id: name the repository, as in hub_model_id: organisation/name",
+        ),
         (c.max_steps == 0, "max_steps=0: use a positive number, or -1 for num_train_epochs"),
         (
             c.spec.learns_from_reward and not c.has_reward,
@@ -510,6 +528,7 @@ def _without_effect(c: Config) -> list[str]:
         (("kl_coef",), c.spec.is_hybrid, "algorithm: hypo"),
         (("num_generations", "length_penalty"), c.draws_samples, draws),
         (("importance_cap",), c.rollout_steps > 1, "rollout_steps above 1"),
+        (("hub_model_id", "hub_private_repo"), c.push_to_hub, "push_to_hub: true"),
     ]
     return [
         f"{name}={shown(getattr(c, name))} has no effect without {what}"

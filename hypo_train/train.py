@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from hypo_train.build import Run, precompute_ref_logps
 from hypo_train.checkpoint.files import checkpoint_folder
+from hypo_train.checkpoint.hub import upload
 from hypo_train.checkpoint.lock import locked
 from hypo_train.checkpoint.model_card import DATA_FILE, write_card, write_data_report
 from hypo_train.checkpoint.resume import refuse_to_overwrite
@@ -30,7 +31,7 @@ from hypo_train.report.page import report_at_the_end
 from hypo_train.report.runs import CONFIG_FILE
 from hypo_train.step import train_step
 from hypo_train.utils.atomic import write_file
-from hypo_train.utils.errors import Stopped
+from hypo_train.utils.errors import HubError, Stopped
 from hypo_train.utils.records import record_errors, write_json_lines
 from hypo_train.utils.safe_print import safe_print
 from hypo_train.utils.signals import StopRequest
@@ -38,10 +39,14 @@ from hypo_train.utils.signals import StopRequest
 
 @dataclass(frozen=True)
 class Result:
-    """The folder of the final model, and its evaluation: None without held-out rows, or if an earlier call made it."""
+    """The folder of the final model, its evaluation and its address on the Hub, if it was uploaded.
+
+    The evaluation is None without held-out rows, or if an earlier call made it.
+    """
 
     model_dir: Path
     evaluation: Evaluation | None
+    hub_url: str | None = None
 
 
 def train(config: Config, *, progress: bool = True) -> Result:
@@ -50,12 +55,27 @@ def train(config: Config, *, progress: bool = True) -> Result:
     Raises:
         ValueError: the run cannot start; nothing was trained.
         NotFiniteError: a loss or gradient is NaN or infinite.
+        HubError: the model is saved, but could not be uploaded.
         Stopped: SIGTERM, SIGINT or SIGHUP arrived; the step in progress was finished and saved.
     """
     refuse_to_overwrite(config)
     run = prepare(config, show=_print_lines)
     with run.processes.report_failures():
-        return _train(run, progress=progress)
+        result = _train(run, progress=progress)
+    # The other processes do not wait for the upload: it may take longer than a collective operation may.
+    return _uploaded(run.config, result) if config.push_to_hub and run.processes.is_main else result
+
+
+def _uploaded(config: Config, result: Result) -> Result:
+    """Upload the final model, and return the result with its address."""
+    repo_id = str(config.hub_model_id)
+    try:
+        return replace(result, hub_url=upload(result.model_dir, repo_id, private=config.hub_private_repo))
+    except HubError as error:
+        raise HubError(
+            f"the model is saved in {result.model_dir}, but not uploaded: {error}; to upload it: python -m hypo_train "
+            f"export {config.output_dir} --output_dir FOLDER --push_to_hub {repo_id}"
+        ) from error
 
 
 def _train(run: Run, *, progress: bool) -> Result:

@@ -38,6 +38,9 @@ _NOT_SHOWN = {
     "run_name",
     "project",
     "peak_tflops",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
 }
 _PACKAGES = ("hypo-kernels", "torch", "transformers", "peft", "datasets")
 
@@ -61,8 +64,9 @@ def write_card(folder: Path, config: Config, run: Path, *, step: int | None = No
 
 def card_text(config: Config, run: Path, *, is_adapter: bool, step: int | None = None) -> str:
     """Return the card's text. Texts from data and settings are fenced or escaped, so they cannot break its layout."""
-    values = redacted(config.model_dump())
-    metadata, missing = _metadata(config, values, is_adapter)
+    local = _local_names(config, run)
+    values = _without_folders(redacted(config.model_dump()), local)
+    metadata, missing = _metadata(config, values, local, is_adapter)
     return _template().render(
         metadata=metadata,
         missing_metadata=missing,
@@ -70,7 +74,7 @@ def card_text(config: Config, run: Path, *, is_adapter: bool, step: int | None =
         base_model=_escaped(values["model_name_or_path"]),
         kind="A LoRA adapter" if is_adapter else "A model",
         step=step,
-        data="\n".join(_data(values, run)),
+        data=_without_folders("\n".join(_data(values, run)), local),
         settings=yaml.safe_dump(_settings(config, values), sort_keys=False, allow_unicode=True),
         evaluation=_evaluation(run, step),
         versions="\n".join(f"{name} {_version(name)}" for name in _PACKAGES),
@@ -88,13 +92,32 @@ def _template() -> jinja2.Template:
     return environment.get_template("model_card.md.jinja")
 
 
-def _metadata(config: Config, values: dict[str, Any], is_adapter: bool) -> tuple[str, list[str]]:
+def _local_names(config: Config, run: Path) -> dict[str, str]:
+    """Return what stands in the card for the names of this machine's folders and files: their last part."""
+    names = (config.model_name_or_path, config.dataset_name, config.reward_model_path)
+    # Text that replaces ``name`` must not be found in it again, so the longest goes first.
+    local = sorted((n for n in names if n is not None and not _is_hub_name(n, run) and "://" not in n), key=len)
+    return {name: Path(name).name or "local" for name in reversed(local)}
+
+
+def _without_folders(value: Any, local: dict[str, str]) -> Any:
+    """Return ``value`` with the last parts of local names in the place of these; lists and dicts recursively."""
+    if isinstance(value, str):
+        for name, last in local.items():
+            value = value.replace(name, last)
+        return value
+    if isinstance(value, list):
+        return [_without_folders(item, local) for item in value]
+    return {key: _without_folders(item, local) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _metadata(config: Config, values: dict[str, Any], local: dict[str, str], is_adapter: bool) -> tuple[str, list[str]]:
     """Return the card's metadata as YAML, and a line for each unknown field that the Hub needs."""
     base_model, dataset = config.model_name_or_path, config.dataset_name
-    licence = _licence_of(base_model)
+    licence = _licence_of(base_model, is_local=base_model in local)
     data = ModelCardData(
-        base_model=values["model_name_or_path"] if _is_hub_name(base_model) else None,
-        datasets=[values["dataset_name"]] if _is_hub_name(dataset) else None,
+        base_model=None if base_model in local else values["model_name_or_path"],
+        datasets=None if dataset in local or "://" in dataset else [values["dataset_name"]],
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-classification" if config.spec.trains_reward_model else "text-generation",
         tags=[config.algorithm, "hypo-kernels", *(["lora"] if is_adapter else [])],
@@ -108,11 +131,11 @@ def _metadata(config: Config, values: dict[str, Any], is_adapter: bool) -> tuple
     return data.to_yaml(), [line for line, value in missing.items() if value is None]
 
 
-def _licence_of(base_model: str) -> dict[str, Any]:
+def _licence_of(base_model: str, *, is_local: bool) -> dict[str, Any]:
     """Return the licence in the base model's card, from its folder or the Hub's cache. Never downloads."""
     path: Any = Path(base_model).expanduser() / "README.md"
     if not path.is_file():
-        path = try_to_load_from_cache(base_model, "README.md") if _is_hub_name(base_model) else None
+        path = None if is_local else try_to_load_from_cache(base_model, "README.md")
     if not isinstance(path, (str, Path)):
         return {}
     try:
@@ -123,8 +146,11 @@ def _licence_of(base_model: str) -> dict[str, Any]:
     return {name: data[name] for name in names if isinstance(data.get(name), str)} if data.get("license") else {}
 
 
-def _is_hub_name(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not Path(name).expanduser().exists()
+def _is_hub_name(name: str, run: Path) -> bool:
+    """Return whether ``name`` is that of a repository, and no path from where the run was started or is now."""
+    folders = (Path(), *run.resolve().parents)  # an export may be started elsewhere than the run was
+    is_path = any((folder / Path(name).expanduser()).exists() for folder in folders)
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not is_path
 
 
 def _data(values: dict[str, Any], run: Path) -> list[str]:

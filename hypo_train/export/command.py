@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from hypo_train.checkpoint.files import save_folder
+from hypo_train.checkpoint.hub import check_login, upload
 from hypo_train.checkpoint.model_card import write_card
 from hypo_train.config import ConfigError, require_trust
 from hypo_train.export.settings import ExportSettings
@@ -25,6 +26,8 @@ from hypo_train.utils.quiet import quiet_libraries
 def run(settings: ExportSettings) -> int:
     """Write the folder and print what it holds. Returns the exit status 0."""
     quiet_libraries()
+    if settings.push_to_hub is not None:
+        check_login(settings.push_to_hub)
     source = Source.find(settings.run_or_checkpoint)
     require_trust(source.config, given=settings.trust_remote_code, where=source.folder)
     writes_whole_model = _writes_whole_model(settings, source)
@@ -44,6 +47,9 @@ def run(settings: ExportSettings) -> int:
     save_folder(settings.output_dir, write, advice="")
     kind = str(dtype).removeprefix("torch.") if writes_whole_model else "adapter"
     print(f"{source.folder} exported to {settings.output_dir} ({kind})")
+    if settings.push_to_hub is not None:
+        address = upload(settings.output_dir, settings.push_to_hub, private=settings.hub_private_repo)
+        print(f"{settings.output_dir} uploaded to {address}")
     return 0
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import field_validator
+
 from hypo_train.utils.errors import ConfigError
-from hypo_train.utils.flags import Settings, help_page, parse
+from hypo_train.utils.flags import Settings, Text, check_repository_name, help_page, parse
 
 
 class ExportSettings(Settings):
@@ -17,7 +19,10 @@ class ExportSettings(Settings):
     PeftModel.from_pretrained loads. The folder also holds the tokenizer, the chat template, the
     generation config and a model card."""
 
-    usage: ClassVar = "python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER [--merge] [--dtype bfloat16]"
+    usage: ClassVar = (
+        "python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER [--merge] [--dtype bfloat16]\n"
+        "[--push_to_hub ORGANISATION/NAME]"
+    )
     positional: ClassVar = "run_or_checkpoint"
     how_to_set: ClassVar = "write python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER"
 
@@ -29,8 +34,19 @@ class ExportSettings(Settings):
     """Add the adapter to the weights, in fp32, and write the full model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights of a full model; none means that of the model that the run started from."""
+    push_to_hub: Text | None = None
+    """Also upload the folder to this repository of the Hugging Face Hub, organisation/name, with the login of
+    hf auth login or HF_TOKEN."""
+    hub_private_repo: bool | None = None
+    """Create that repository as a private one; none means as the account's settings say."""
     trust_remote_code: bool = False
     """Run the Python code of the model that the run started from, if the run itself ran it."""
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _is_a_repository(cls, value: str | None) -> str | None:
+        check_repository_name(value)
+        return value
 
 
 def load_settings(argv: Sequence[str]) -> ExportSettings:

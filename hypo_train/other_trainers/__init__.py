@@ -20,4 +20,4 @@ _ADVICE: dict[str, Advice] = {name: advice for table in TABLES.values() for advi
 def advice_on(name: str, value: Any = ...) -> str | None:
     """Return what to write instead of ``name: value`` of another trainer, or None if no trainer known here has it."""
     advice = _ADVICE.get(name)
-    return advice and advice.on(value)
+    return None if advice is None else advice.on(value)

@@ -98,11 +98,7 @@ MODEL = (
     not_served("shift_attn mixture_of_depths", "changing the model's function is"),
     use("enable_liger_kernel", "`use_liger_kernel`, for the layers: the loss has its own kernel"),
     unneeded("use_unsloth use_unsloth_gc", "this project has its own kernels"),
-    not_served(
-        "moe_aux_loss_coef",
-        "another coefficient of the router's loss is",
-        "set router_aux_loss_coef in the model's own config.json",
-    ),
+    use("moe_aux_loss_coef", "`router_aux_loss_coef`"),
     use("disable_gradient_checkpointing", "`gradient_checkpointing: false` for true"),
     use("use_reentrant_gc", "`gradient_checkpointing` alone"),
     unneeded("upcast_layernorm upcast_lmhead_output", "trained weights and log-probs are float32"),
@@ -196,7 +192,7 @@ LOGGING = (
         "export_quantization_nsamples export_quantization_maxlen export_legacy_format",
         "python -m hypo_train export writes a finished run",
     ),
-    unneeded("export_hub_model_id", "nothing is uploaded"),
+    use("export_hub_model_id", "`push_to_hub: true` and `hub_model_id`"),
     unneeded("do_sample num_beams skip_special_tokens eval_num_beams", "samples are drawn from the policy"),
     unneeded(
         "vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen "

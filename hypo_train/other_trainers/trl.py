@@ -84,11 +84,6 @@ MODEL = (
     ),
     use("load_in_8bit", "`load_in_4bit`, 8 bits are not served", false="8 bits are off here too, leave it out"),
     unneeded("bnb_4bit_quant_storage", "4-bit weights cannot be sharded here"),
-    not_served(
-        "router_aux_loss_coef",
-        "another coefficient of the router's loss is",
-        "set router_aux_loss_coef in the model's own config.json",
-    ),
     unneeded("cast_lm_head_to_fp32", "log-probs are computed in float32"),
 )
 
@@ -292,7 +287,8 @@ LOGGING = (
 
 HUB = (
     unneeded("hub_token push_to_hub_token", "no token belongs in a file: log in with hf auth login, or set HF_TOKEN"),
-    unneeded("push_to_hub_model_id push_to_hub_organization", "nothing is uploaded"),
+    use("push_to_hub_model_id", "`hub_model_id`"),
+    use("push_to_hub_organization", "`hub_model_id`, organisation/name"),
     unneeded("hub_strategy hub_always_push push_to_hub_if_best_kwargs", "the final model is pushed once, at the end"),
     not_served(
         "hub_revision hub_model_revision push_to_hub_revision",
@@ -310,7 +306,6 @@ NOT_YET = (
     not_served("dataloader_drop_last", "keeping rows that fill no batch is"),
     not_served("lora_modules_to_save", "training whole modules beside LoRA is"),
     not_served("unfrozen_parameters", "freezing by names is", "use `num_layers_unfrozen`"),
-    unneeded("push_to_hub hub_model_id hub_private_repo", "nothing is uploaded"),
 )
 
 TABLE = (*NOT_YET, *DATA, *MODEL, *PREFERENCE_LOSS, *ONLINE, *OPTIMISATION, *DEVICES, *LOGGING, *HUB)

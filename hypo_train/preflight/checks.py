@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from hypo_train.checkpoint.hub import check_login, create_repository
 from hypo_train.checkpoint.lock import require_unlocked
 from hypo_train.checkpoint.resume import check_resume, checkpoint_to_resume, refuse_to_overwrite
 from hypo_train.config import Config
@@ -125,6 +126,8 @@ def _check(inputs: Inputs, device: _Device, findings: Findings, dry_run: DryRun 
         if dry_run is not None:
             describe_time(plan, outline.trained, conditions, dry_run, findings)
     end_stage()
+    if starts and config.push_to_hub and inputs.rank_share.rank == 0:
+        create_repository(str(config.hub_model_id), private=config.hub_private_repo)
     if starts and splits_to_precompute(inputs.plan):
         require_writable(cache_folder(config))
 
@@ -139,6 +142,18 @@ def _check_settings(inputs: Inputs, device: _Device, findings: Findings) -> Path
     for require in (require_optimizer, require_quantization, require_deepspeed, require_sampler, require_trackers):
         with findings.collected():
             require(config)
+    if config.push_to_hub and inputs.rank_share.rank == 0:
+        with findings.collected():
+            check_login(str(config.hub_model_id))
+        if (
+            config.use_peft
+            and not config.spec.trains_reward_model
+            and Path(config.model_name_or_path).expanduser().exists()
+        ):
+            findings.warnings.append(
+                f"model_name_or_path={config.model_name_or_path!r} is a local folder, so the adapter that is uploaded "
+                "names no base model: for a whole model upload with python -m hypo_train export --merge"
+            )
     with findings.collected():
         checkpoint = checkpoint_to_resume(config, tensors=False)
     with findings.collected():

@@ -15,6 +15,10 @@ class CheckpointError(ValueError):
     """A checkpoint or model cannot be loaded or saved; the message says why."""
 
 
+class HubError(ValueError):
+    """A model cannot be uploaded to the Hugging Face Hub; the message says why."""
+
+
 class RecordError(ValueError):
     """A run cannot write a record (metrics, samples, settings), for example because the disk is full."""
 

@@ -291,6 +291,16 @@ def why_unusable(text: str) -> str | None:
     return None
 
 
+def check_repository_name(name: str | None) -> None:
+    """Raise ValueError if ``name`` cannot be that of a repository of the Hugging Face Hub."""
+    part = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+    is_one = name is None or re.fullmatch(rf"({part}/)?{part}", name, re.ASCII)
+    if name is not None and (not is_one or "--" in name or ".." in name or name.endswith(".git") or len(name) > 96):
+        raise ValueError(
+            "should be organisation/name or name, of at most 96 letters, digits and single '-', '_' and '.'"
+        )
+
+
 def shown(value: Any) -> str:
     """Return a value as text of at most one line for an error message."""
     try:

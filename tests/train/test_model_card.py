@@ -57,6 +57,23 @@ def test_the_hub_reads_the_cards_metadata(tmp_path):
     assert "# license: the licence of these weights" in text
 
 
+@pytest.mark.parametrize("export_from", ["elsewhere", "the run's folder"])
+def test_folders_of_the_machine_are_named_by_their_last_part(tmp_path, monkeypatch, export_from):
+    (tmp_path / "data" / "pairs").mkdir(parents=True)
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    run_folder(run, {"train": ["3 rows of /home/me/private/sft-final are empty"]})
+    monkeypatch.chdir(tmp_path if export_from == "the run's folder" else "/")
+    config = config_of(
+        model_name_or_path="/home/me/private/sft-final", dataset_name="data/pairs", reward_model_path="~/rewards/r1"
+    )
+    text = card_of(config, run)
+    assert not any(word in text for word in ("/home", "private", "data/pairs", "~"))
+    assert all(line in text for line in ("from sft-final", "dataset: pairs", "reward_model_path: r1"))
+    card = ModelCard(text)
+    assert (card.data.base_model, card.data.datasets) == (None, None), "data/pairs is no repository of the Hub"
+
+
 def test_unknown_metadata_is_a_comment_to_fill_in(tmp_path):
     text = card_of(config_of(model_name_or_path="./runs/sft/final", dataset_name="a/b/pairs.jsonl"), tmp_path)
     card = ModelCard(text)
@@ -99,9 +116,7 @@ def test_credentials_in_settings_are_not_shown(tmp_path):
     assert "https://***@host" in text
 
 
-@pytest.mark.parametrize(
-    "text", ["```\n# breaks out\n```", "---\nlicense: mit\n---", "<script>alert(1)</script>", "`````"]
-)
+@pytest.mark.parametrize("text", ["```\n# breaks out\n```", "---\nlicense: mit\n---", "<script>alert(1)", "`````"])
 def test_no_text_from_data_or_settings_leaves_its_block(tmp_path, text):
     run = run_folder(tmp_path, {"train": [text]})
     card = card_of(config_of(model_name_or_path=text, dataset_train_split=text), run)

@@ -16,7 +16,11 @@ from hypo_train.other_trainers.values import VALUES
 
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "published_fields.yaml").read_text(encoding="utf-8"))
 REQUIRED = "model_name_or_path: m\ndataset_name: d\n"
-PARTNERS = {"algorithm: rloo": {"reward": "module:function"}, "load_in_4bit: true": {"use_peft": True}}
+PARTNERS = {
+    "algorithm: rloo": {"reward": "module:function"},
+    "load_in_4bit: true": {"use_peft": True},
+    "push_to_hub: true": {"hub_model_id": "organisation/name"},
+}
 ENTRIES = [(trainer, advice) for trainer, table in TABLES.items() for advice in table]
 
 
