@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from hypo_train.model.positions import check_sample_length, rope_limit
 from hypo_train.sampling.merged_weights import merged_weights, unties
-from hypo_train.sampling.protocol import MODELS_OWN, Distribution, Sampler, SampleRequest, Samples
+from hypo_train.sampling.protocol import MODELS_OWN, Distribution, Sampler, SampleRequest, Samples, base_model
 
 
 class VLLMSampler(Sampler):
@@ -22,7 +23,8 @@ class VLLMSampler(Sampler):
         eos_token_ids, pad_token_id, distribution, score: see ``GenerateSampler``.
         dtype: vLLM's compute dtype.
         gpu_memory_utilization: the fraction of the GPU's memory for vLLM's weights and KV.
-        max_model_len: the most tokens of prompt and completion; None = the model's own limit.
+        max_model_len: the most tokens of prompt and completion; None = the model's own limit. At most the length up to
+            which LongRoPE has its short factors: with a larger one, vLLM gives every row the long factors.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -46,6 +48,8 @@ class VLLMSampler(Sampler):
     ) -> None:
         if unties(model):
             raise ValueError("the adapter is on the matrix that embeddings and head share, which vLLM cannot separate")
+        if (limit := rope_limit(base_model(model).config)) is not None:
+            max_model_len = min(max_model_len or limit.tokens, limit.tokens)
         self.distribution = distribution
         # Without this, vLLM's engine runs in another process, which cannot read the trainer's tensors.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -72,6 +76,7 @@ class VLLMSampler(Sampler):
         self._asleep = False
 
     def draw(self, request: SampleRequest) -> Samples:
+        check_sample_length(base_model(self.model), max(map(len, request.prompts)) + request.max_new_tokens)
         self._bring_up_to_date()
         outputs = self._engine.generate(
             [{"prompt_token_ids": prompt} for prompt in request.prompts],

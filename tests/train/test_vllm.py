@@ -153,6 +153,18 @@ def test_only_the_callers_settings_shape_the_distribution(sampler):
     assert not set(seeds) & {params.seed for params in engine.params}
 
 
+@pytest.mark.parametrize(("asked", "given"), [(None, 12), (8, 8), (64, 12)])
+def test_longrope_keeps_its_short_factors_for_every_row(sampler, asked, given):
+    """vLLM gives every row the long factors where max_model_len is above the original length."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    limit = {"original_max_position_embeddings": 12}
+    drawn = sampler(tiny.new_model("phi3", **limit, rope_parameters={**rope, **limit}), max_model_len=asked)
+    assert drawn._engine.settings["max_model_len"] == given
+    drawn.sample(PROMPTS, 1, 8, seed=0)
+    with pytest.raises(ValueError, match=r"prompt \+ max_new_tokens allows 13: lower it to 12"):
+        drawn.sample(PROMPTS, 1, 9, seed=0)
+
+
 def test_without_vllm_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setitem(sys.modules, "vllm", None)
