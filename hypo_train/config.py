@@ -45,14 +45,14 @@ class Config(Settings):
 
     source: ClassVar[str] = "the configuration"
     how_to_set: ClassVar[str] = "set it in the file or with --{}"
-    more_flags: ClassVar = ["config"]
-    short_flags: ClassVar = {"resume": "resume_from_checkpoint"}
-    bare_flags: ClassVar = {"resume_from_checkpoint": "auto"}
-    not_a_bool: ClassVar = {
+    more_flags: ClassVar[list[str]] = ["config"]
+    short_flags: ClassVar[dict[str, str]] = {"resume": "resume_from_checkpoint"}
+    bare_flags: ClassVar[dict[str, str]] = {"resume_from_checkpoint": "auto"}
+    not_a_bool: ClassVar[dict[str, str]] = {
         "report_to": "none logs to metrics.jsonl only",
         "resume_from_checkpoint": "auto resumes from the newest checkpoint; leave it out to start a new run",
     }
-    groups: ClassVar = {
+    groups: ClassVar[dict[str, str]] = {
         "algorithm": "run",
         "model_name_or_path": "model",
         "dataset_name": "data",

@@ -14,7 +14,7 @@ class DemoSettings(Settings):
     DPO and HyPO side by side on them. The true reward of a review is known: a table and curves show
     the true reward and the KL of both. One seed takes three to six minutes on two CPU cores."""
 
-    usage: ClassVar = "python -m hypo_train demo [--output_dir FOLDER] [--seeds N] [--seed N]"
+    usage: ClassVar[str] = "python -m hypo_train demo [--output_dir FOLDER] [--seeds N] [--seed N]"
 
     output_dir: Path = Path("runs/demo")
     """Folder for everything."""

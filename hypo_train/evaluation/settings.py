@@ -59,7 +59,7 @@ class EvaluateFlags(Settings):
     reference on samples, the samples' reward, lengths and texts, and loss and accuracy on the held-out
     rows."""
 
-    usage: ClassVar = (
+    usage: ClassVar[str] = (
         "python -m hypo_train evaluate RUN [--field value ...]\n"
         "python -m hypo_train evaluate --model_name_or_path MODEL [--reference_model_path MODEL]\n"
         "                              --dataset_name DATA --dataset_test_split SPLIT --output_dir FOLDER"

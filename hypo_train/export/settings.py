@@ -19,12 +19,12 @@ class ExportSettings(Settings):
     PeftModel.from_pretrained loads. The folder also holds the tokenizer, the chat template, the
     generation config and a model card."""
 
-    usage: ClassVar = (
+    usage: ClassVar[str] = (
         "python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER [--merge] [--dtype bfloat16]\n"
         "[--push_to_hub ORGANISATION/NAME]"
     )
-    positional: ClassVar = "run_or_checkpoint"
-    how_to_set: ClassVar = "write python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER"
+    positional: ClassVar[str] = "run_or_checkpoint"
+    how_to_set: ClassVar[str] = "write python -m hypo_train export RUN_OR_CHECKPOINT --output_dir FOLDER"
 
     run_or_checkpoint: Path
     """A run's folder (its final model, or the newest checkpoint of one that has not ended), or a checkpoint."""

@@ -28,15 +28,15 @@ class JudgeSettings(Settings):
     the order is a tie. Its API key is read from the environment variable JUDGE_API_KEY; if that is not
     set, no key is sent."""
 
-    usage: ClassVar = (
+    usage: ClassVar[str] = (
         "python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge package.module:function\n"
         "python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge_model PATH\n"
         "python -m hypo_train judge SAMPLES.jsonl [--against OTHER.jsonl] --judge_url http://host:port/v1\n"
         "                           --judge_model_name NAME [--judge_price_input USD --judge_price_output USD]"
     )
-    positional: ClassVar = "samples"
-    groups: ClassVar = {"judge": "judging by a score", "judge_url": "judging by a chat model"}
-    how_to_set: ClassVar = "name a file of samples first, as in python -m hypo_train judge SAMPLES.jsonl"
+    positional: ClassVar[str] = "samples"
+    groups: ClassVar[dict[str, str]] = {"judge": "judging by a score", "judge_url": "judging by a chat model"}
+    how_to_set: ClassVar[str] = "name a file of samples first, as in python -m hypo_train judge SAMPLES.jsonl"
 
     samples: Path
     """JSON lines with prompt, completion and reference."""

@@ -14,9 +14,9 @@ class ReportSettings(Settings):
     settings, environment. A run may be still running, killed or failed. The file loads nothing from the
     network."""
 
-    usage: ClassVar = "python -m hypo_train report RUN [RUN ...] [--output FILE]"
-    positional: ClassVar = "run"
-    how_to_set: ClassVar = "name a run's folder, as in python -m hypo_train report runs/hypo"
+    usage: ClassVar[str] = "python -m hypo_train report RUN [RUN ...] [--output FILE]"
+    positional: ClassVar[str] = "run"
+    how_to_set: ClassVar[str] = "name a run's folder, as in python -m hypo_train report runs/hypo"
 
     run: list[Path]
     """output_dir of a training run, or several."""
