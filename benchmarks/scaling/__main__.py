@@ -162,7 +162,7 @@ def predicted(config: Config, count: int, speeds: Speeds) -> dict[str, float]:
     architecture = AutoConfig.from_pretrained(config.model_name_or_path)
     trained = build_on_meta(config, architecture, device_type="cpu", autocast=False)
     conditions = Conditions("cpu", autocast=False, shares_prompts=True, sampler=SAMPLERS["decode"])
-    work = work_of(plan, conditions)
+    work = work_of(plan, conditions, set(trained.windows or [None]))
     exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=False)
     flops = ModelFlops.of_outline(trained, autocast=False)
     return {part.phase: part.seconds for part in predict(plan, trained, conditions, work, exchanged, flops, speeds)}

@@ -2,8 +2,8 @@
 
 A multiply-add is two FLOPs. A linear layer of n weights costs 2 n FLOPs a token forward. Backward it costs 2 n for the
 weights' gradient if they are trained, and 2 n for the input's gradient if a layer below is trained. Attention costs
-4 D_head a head for each pair of a token and a token that it attends to (itself included; causal, so half a square),
-and twice that backward. The LM head runs only on the tokens of completions.
+4 D_head a head for each pair of a token and a token that it attends to (itself included; causal, so half a square, and
+within the layer's sliding window), and twice that backward. The LM head runs only on the tokens of completions.
 
 Not counted, as is usual: norms, activations, rotary embeddings, softmax, the optimizer, and recomputation (gradient
 checkpointing, a second pass over the head). Shared work counts once: a prompt for all of its completions, frozen
@@ -15,7 +15,8 @@ misses 4-bit layers and custom kernels, so only the tests of this module use it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,16 +42,18 @@ class Size(NamedTuple):
     """The size of a forward or backward pass, known on the host."""
 
     tokens: int  # through the decoder layers, without padding
-    attended: int  # pairs of a token and a token that it attends to
+    attended: Mapping[int | None, int]  # pairs of a token and a token that it attends to, for each sliding window
     rows: int  # tokens through the LM head
 
     @classmethod
-    def of(cls, tree: Tree) -> Size:
-        """Return the size of a pass over ``tree``."""
-        return cls(tree.num_tokens, tree.num_attended, len(tree.targets))
+    def of(cls, tree: Tree, windows: Iterable[int | None] = (None,)) -> Size:
+        """Return the size of a pass over ``tree`` of a model whose layers have these sliding windows."""
+        return cls(tree.num_tokens, {w: tree.num_attended(w) for w in windows}, len(tree.targets))
 
     @classmethod
-    def of_samples(cls, prompts: Tokens, completions: Tokens, *, prefill: bool) -> Size:
+    def of_samples(
+        cls, prompts: Tokens, completions: Tokens, windows: Iterable[int | None] = (None,), *, prefill: bool
+    ) -> Size:
         """Return the size of sampling ``completions``, the same number of consecutive ones for each prompt.
 
         ``prefill``: count the pass over the prompts too.
@@ -60,9 +63,10 @@ class Size(NamedTuple):
         inputs = [max(0, len(completion) - 1) for completion in completions]
         branches = tuple(tuple(inputs[i * each : (i + 1) * each]) for i in range(len(prompts)))
         layout = Layout(tuple(map(len, prompts)), branches)
-        tokens, attended = layout.num_tokens, layout.num_attended
+        tokens, attended = layout.num_tokens, {w: layout.num_attended(w) for w in windows}
         if not prefill:
-            tokens, attended = tokens - layout.num_prompt_tokens, attended - sum(map(causal_pairs, layout.prompts))
+            tokens -= layout.num_prompt_tokens
+            attended = {w: pairs - sum(causal_pairs(p, w) for p in layout.prompts) for w, pairs in attended.items()}
         return cls(tokens, attended, sum(map(len, completions)))
 
 
@@ -70,12 +74,13 @@ class Rates(NamedTuple):
     """FLOPs of a pass for each token, each attended pair and each row of the LM head."""
 
     token: float
-    attended: float
+    attended: Mapping[int | None, float]  # of all layers with a sliding window
     row: float
 
     def of(self, size: Size) -> float:
         """Return the FLOPs of a pass of this size."""
-        return self.token * size.tokens + self.attended * size.attended + self.row * size.rows
+        attention = sum(rate * size.attended[window] for window, rate in self.attended.items())
+        return self.token * size.tokens + attention + self.row * size.rows
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,11 @@ class ModelFlops:
     backward: Rates
     reference: Rates
     above_trunk: Rates  # reference pass that starts above the frozen layers that it shares with the policy
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Return the different sliding windows of the model's layers."""
+        return list(self.policy.attended)
 
     @classmethod
     def of_outline(cls, policy: Policy | RewardModel, *, autocast: bool) -> ModelFlops:
@@ -106,6 +116,15 @@ class ModelFlops:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         attention = 4.0 * config.num_attention_heads * head_dim
         layers = [id(layer) for layer in _layers(policy)]
+        windows = policy.windows or [None]
+        if len(windows) != len(layers):  # the layers are not plain attention: taken for full
+            windows = [None] * len(layers)
+
+        def attended(chosen: Collection[int], flops: float = attention) -> dict[int | None, float]:
+            counts = Counter(dict.fromkeys(windows, 0))
+            counts.update(window for layer, window in zip(layers, windows, strict=True) if layer in chosen)
+            return {window: count * flops for window, count in counts.items()}
+
         head = _head_weights(policy.head())
         full = sum(linear.flops for linear in linears)
         head_flops = sum(2.0 * weight.numel() for weight in head)
@@ -114,17 +133,17 @@ class ModelFlops:
         frozen = {id(layer) for layer in policy.trunk_layers}
         trunk = sum(linear.flops for linear in linears if linear.layer in frozen)
         with_gradient = {linear.layer for linear in linears if linear.input_gradient or linear.trained}
-        reference = Rates(full - adapter, attention * len(layers), 2.0 * head[0].numel())
+        reference = Rates(full - adapter, attended(layers), 2.0 * head[0].numel())
         return cls(
-            policy=Rates(full, attention * len(layers), head_flops),
+            policy=Rates(full, attended(layers), head_flops),
             backward=Rates(
                 sum(linear.flops * (linear.input_gradient + linear.trained) for linear in linears),
-                2 * attention * len(with_gradient.intersection(layers)),
+                attended(with_gradient.intersection(layers), 2 * attention),
                 sum(2.0 * weight.numel() * (through_head + weight.requires_grad) for weight in head),
             ),
             reference=reference,
             above_trunk=reference._replace(
-                token=reference.token - trunk, attended=attention * (len(layers) - len(frozen))
+                token=reference.token - trunk, attended=attended([layer for layer in layers if layer not in frozen])
             ),
         )
 
@@ -175,7 +194,7 @@ def _one_row() -> Tree:
     """Return a tree of three tokens on the meta device. Its 4-D mask keeps transformers from reading token values."""
     ids, row = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    return Tree(ids, ids, None, mask, row, row, row, num_tokens=3, num_attended=causal_pairs(3))
+    return Tree(ids, ids, None, mask, row, row, row, num_tokens=3, row_lengths=(3,))
 
 
 def _check_complete(policy: Policy | RewardModel, linears: list[_Linear]) -> None:

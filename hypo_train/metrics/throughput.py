@@ -37,7 +37,7 @@ class Throughput:
         self._tokens += tree.num_tokens
         self.num_tokens += tree.num_tokens
         if self._flops is not None:
-            size = Size.of(tree)
+            size = Size.of(tree, self._flops.windows)
             self._computed["policy"] += self._flops.policy.of(size) + self._flops.backward.of(size)
 
     def reference(self, tree: Tree, *, trunk_known: bool) -> None:
@@ -47,7 +47,7 @@ class Throughput:
         """
         if self._flops is not None:
             rates = self._flops.above_trunk if trunk_known else self._flops.reference
-            self._computed["reference"] += rates.of(Size.of(tree))
+            self._computed["reference"] += rates.of(Size.of(tree, self._flops.windows))
 
     def sample(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, prompts_known: bool
@@ -57,7 +57,7 @@ class Throughput:
         ``prompts_known``: keys and values of the prompts come from the training pass, so there is no prefill.
         """
         if self._flops is not None:
-            size = Size.of_samples(prompts, completions, prefill=not prompts_known)
+            size = Size.of_samples(prompts, completions, self._flops.windows, prefill=not prompts_known)
             self._computed["sample"] += self._flops.policy.of(size)
 
     def read(self, steps: int, seconds: float) -> dict[str, float]:

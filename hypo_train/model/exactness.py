@@ -1,8 +1,16 @@
-"""Check on a few tokens, before training, that a model gives the same results as its own forward pass."""
+"""Check on a few tokens, before training, that a model gives the same results as its own forward pass.
+
+The rows have about 11 tokens. Sliding windows are shortened for the check, so that these rows are longer than them;
+that each layer has the window that trees give it is read from the functions of transformers' masks. The model's own
+forward pass is that of its eager attention. In training mode, where dropout and routing may draw random numbers, the
+results must be the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,37 +21,92 @@ from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.policy import Head, HeadFunction, Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, TreeModel, first_line
+from hypo_train.model.windows import layer_windows, other_window, shortened_windows
 from hypo_train.trees.attention import NAME
 from hypo_train.trees.pack import pack, separate_rows
 from hypo_train.trees.tree import Tree
 
 T = TypeVar("T")
 Sequences = list[tuple[int, list[int]]]  # a prompt's index, and the tokens that follow it
+_SHORT_WINDOW = 4  # shorter than the prompts and than a branch of the rows that are compared
 
 
-def check_exactness(model: TreeModel[Any]) -> str | None:
+@dataclass(frozen=True)
+class _Case:
+    """Rows of a few tokens, the results of the model's own forward pass on them, and training's way to compute them."""
+
+    what: str  # the results
+    prompts: list[list[int]]
+    sequences: Sequences
+    pad_token_id: int
+    expected: Tensor
+    compute: Callable[[Tree], Tensor]
+
+    def in_rows(self) -> Tensor:
+        rows = separate_rows(self.prompts, self.sequences, pad_token_id=self.pad_token_id)
+        return self.compute(rows.to(self.expected.device))
+
+    def in_trees(self) -> Tensor:
+        return self.compute(pack(self.prompts, self.sequences).to(self.expected.device))
+
+
+def check_exactness(model: TreeModel[Any], *, reference: str | None = None, has_dropout: bool = False) -> str | None:
     """Compare what training will compute with the model's own forward pass on plain rows, for a few tokens.
+
+    Args:
+        reference: the attention implementation of the model's own forward pass; None: the present one.
+        has_dropout: the model draws random numbers in training by intention.
 
     Returns:
         None if the model trains on trees, or the reason why it needs separate rows.
 
     Raises:
-        ModelError: logits (or rewards) differ from the model's own on separate rows too.
+        ModelError: logits (or rewards) differ from the model's own on separate rows too, or in training mode.
     """
     precise = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     device = next(model.parameters()).device
+    # Two layouts of a row round differently: by 3 % of the largest logit in 30 layers of bf16, while a wrong mask is
+    # off by 30 %.
+    tolerance = 1e-3 if precise else 1e-1
     try:
         with (
-            eval_mode(model),
             torch.no_grad(),
             torch.autocast(device.type, torch.bfloat16, enabled=not precise),
+            shortened_windows(model.base.config, _SHORT_WINDOW),
         ):
-            return _check_policy(model, precise) if isinstance(model, Policy) else _check_rewards(model, precise)
+            with eval_mode(model):
+                is_policy = isinstance(model, Policy)
+                case = _policy_case(model, precise, reference) if is_policy else _reward_case(model, reference)
+                why_separate = _why_not_trees(model, case, tolerance)
+                if why_separate is not None:
+                    _check_rows(model, case, tolerance, reference)
+                if isinstance(model, Policy) and model.router_aux_loss_coef:
+                    _check_router_loss(model, case, tolerance, in_trees=why_separate is None)
+            if not has_dropout:
+                compute = case.in_trees if why_separate is None else case.in_rows
+                with _attention(model, None if why_separate is None else reference):
+                    _check_training_mode(model, case, tolerance, compute)
+            return why_separate
     except (TypeError, RuntimeError) as error:
         raise ModelError(f"{type(model.base).__name__} cannot be trained here: {first_line(error)}") from error
 
 
-def _check_policy(policy: Policy, precise: bool) -> str | None:
+@contextmanager
+def _attention(model: TreeModel[Any], implementation: str | None) -> Iterator[None]:
+    """Run a block with another attention implementation; None keeps the present one."""
+    present = model.base.config._attn_implementation
+    if implementation is None or implementation == present:
+        yield
+        return
+    model.base.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.base.set_attn_implementation(present)
+
+
+def _policy_case(policy: Policy, precise: bool, reference: str | None) -> _Case:
+    """Compute the logits of a few rows by the model's own forward pass, and compare them with those of its head."""
     name = type(policy.base).__name__
     _check_parts(policy)
     vocab = policy.head().weight.shape[0]
@@ -58,7 +121,8 @@ def _check_policy(policy: Policy, precise: bool) -> str | None:
         models_own, by_head = zip(*(_plain_logits(policy, prompts[p], branch) for p, branch in branches), strict=True)
         return torch.cat(models_own), torch.cat(by_head)
 
-    expected, by_head = run(None, plain)
+    with _attention(policy, reference):
+        expected, by_head = run(None, plain)
     if torch.isfinite(expected).all() and not _close(by_head, expected, 1e-3 if precise else 1e-2):
         raise ModelError(
             f"{name} computes its logits in a way the kernels do not serve: they differ by "
@@ -68,18 +132,13 @@ def _check_policy(policy: Policy, precise: bool) -> str | None:
     def logits(tree: Tree) -> Tensor:
         return run(tree, lambda hidden, head: head.next_token_logits(hidden))
 
-    why_separate_rows = _choose_rows(policy, logits, "logits", prompts, branches, 0, expected, precise)
-    if policy.router_aux_loss_coef:
-        _check_router_loss(policy, prompts, branches, 1e-3 if precise else 1e-1, in_trees=why_separate_rows is None)
-    return why_separate_rows
+    return _Case("logits", prompts, branches, 0, expected, logits)
 
 
-def _check_router_loss(
-    policy: Policy, prompts: list[list[int]], branches: Sequences, tolerance: float, *, in_trees: bool
-) -> None:
+def _check_router_loss(policy: Policy, case: _Case, tolerance: float, *, in_trees: bool) -> None:
     """Raise ModelError if the load-balancing loss is not the one of the model's own forward pass on padded rows."""
     device = next(policy.parameters()).device
-    rows = separate_rows(prompts, branches, pad_token_id=0).to(device)
+    rows = separate_rows(case.prompts, case.sequences, pad_token_id=0).to(device)
     assert rows.attention_mask is not None
     options = {"attention_mask": rows.attention_mask.long(), "position_ids": rows.position_ids, "use_cache": False}
     own = getattr(policy.base(input_ids=rows.input_ids, output_router_logits=True, **options), "aux_loss", None)
@@ -88,7 +147,7 @@ def _check_router_loss(
             f"router_aux_loss_coef={policy.router_aux_loss_coef:g}: {type(policy.base).__name__} computes no loss of "
             "its routers, set router_aux_loss_coef: 0"
         )
-    for tree in (rows, pack(prompts, branches).to(device)) if in_trees else (rows,):
+    for tree in (rows, pack(case.prompts, case.sequences).to(device)) if in_trees else (rows,):
         _, found = policy(tree, lambda hidden, head: None, with_aux_loss=True)
         if not _close(found, own, tolerance):
             raise ModelError(
@@ -97,7 +156,8 @@ def _check_router_loss(
             )
 
 
-def _check_rewards(model: TreeModel[Any], precise: bool) -> str | None:
+def _reward_case(model: TreeModel[Any], reference: str | None) -> _Case:
+    """Compute the rewards of a few rows by the model's own forward pass."""
     assert isinstance(model, RewardModel)
     vocab, pad = model.base.get_input_embeddings().weight.shape[0], model.base.config.get_text_config().pad_token_id
 
@@ -109,43 +169,62 @@ def _check_rewards(model: TreeModel[Any], precise: bool) -> str | None:
     completions = [(0, ids(11, 3, 4)), (0, ids(5, 2, 6)), (1, ids(5, 1, 5)), (1, ids(3, 2, 2))]
     device = next(model.parameters()).device
     rows = [torch.tensor([[*prompts[p], *completion]], device=device) for p, completion in completions]
-    expected = torch.cat([model.base(input_ids=row, use_cache=False).logits[:, 0].float() for row in rows])
+    with _attention(model, reference):
+        expected = torch.cat([model.base(input_ids=row, use_cache=False).logits[:, 0].float() for row in rows])
     scored = [(p, [*completion, pad]) for p, completion in completions]  # a reward is read before the last token
-    return _choose_rows(model, model.rewards, "rewards", prompts, scored, pad, expected, precise)
+    return _Case("rewards", prompts, scored, pad, expected, model.rewards)
 
 
-def _choose_rows(
-    model: TreeModel[Any],
-    compute: Callable[[Tree], Tensor],
-    what: str,
-    prompts: list[list[int]],
-    sequences: Sequences,
-    pad_token_id: int,
-    expected: Tensor,
-    precise: bool,
-) -> str | None:
-    """Return why the model needs separate rows, or None; raise ModelError if those are not exact either."""
-    name, attention = type(model.base).__name__, model.base.config._attn_implementation
-    # Two layouts of a row round differently: by 3 % of the largest logit in 30 layers of bf16, while a wrong mask is
-    # off by 30 %.
-    tolerance = 1e-3 if precise else 1e-1
-    in_rows = compute(separate_rows(prompts, sequences, pad_token_id=pad_token_id).to(expected.device))
-    if not torch.isfinite(expected).all():
-        raise ModelError(f"{name} gives NaN or infinity on a few plain tokens: its weights are damaged, use other ones")
-    if not _close(in_rows, expected, tolerance):
+def _why_not_trees(model: TreeModel[Any], case: _Case, tolerance: float) -> str | None:
+    """Return why the model cannot train on trees with its present attention, or None."""
+    if not torch.isfinite(case.expected).all():
         raise ModelError(
-            f"{name} ({attention} attention) does not honour padding: {what} differ by "
-            f"{(in_rows - expected).abs().max():.2g} from those of a row alone"
+            f"{type(model.base).__name__} gives NaN or infinity on a few plain tokens: its weights are damaged, "
+            "use other ones"
         )
+    attention = model.base.config._attn_implementation
     if attention != NAME:
         return f"{attention} attention takes no trees"
     try:
-        in_trees = compute(pack(prompts, sequences).to(expected.device))
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        windows = layer_windows(model.base.config)
+        if reason := other_window(model.base, windows):
+            return reason
+        in_rows, in_trees = case.in_rows(), case.in_trees()
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         return f"it cannot take trees: {first_line(error)}"
-    if _close(in_trees, expected, tolerance):
-        return None
-    return f"its attention does not keep to trees: {what} differ by {(in_trees - expected).abs().max():.2g}"
+    for layout, found in (("in padded rows", in_rows), ("in trees", in_trees)):
+        if not _close(found, case.expected, tolerance):
+            return (
+                f"its attention does not keep to trees: {case.what} differ by "
+                f"{(found - case.expected).abs().max():.2g} {layout}"
+            )
+    return None
+
+
+def _check_rows(model: TreeModel[Any], case: _Case, tolerance: float, reference: str | None) -> None:
+    """Raise ModelError if padded rows do not give the model's own results either."""
+    with _attention(model, reference):
+        in_rows, attention = case.in_rows(), model.base.config._attn_implementation
+    if not _close(in_rows, case.expected, tolerance):
+        raise ModelError(
+            f"{type(model.base).__name__} ({attention} attention) does not honour padding: {case.what} differ by "
+            f"{(in_rows - case.expected).abs().max():.2g} from those of a row alone"
+        )
+
+
+def _check_training_mode(model: TreeModel[Any], case: _Case, tolerance: float, compute: Callable[[], Tensor]) -> None:
+    """Raise ModelError if the model gives other results in training mode, its modules of dropout (LoRA's) left out."""
+    device = case.expected.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), eval_mode(model):
+        for module in model.modules():
+            module.training = not isinstance(module, nn.Dropout)
+        found = compute()
+    if not _close(found, case.expected, tolerance):
+        raise ModelError(
+            f"{type(model.base).__name__} draws random numbers in training, a router's noise or dropout of its own: "
+            f"{case.what} differ by {(found - case.expected).abs().max():.2g} from those in eval mode, and the "
+            "log-ratio to the reference would be noise; set what draws them to 0 in its config.json"
+        )
 
 
 def _check_parts(policy: Policy) -> None:

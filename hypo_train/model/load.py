@@ -60,10 +60,11 @@ def make_exact(
     check_positions(model.get_base_model() if hasattr(model, "get_base_model") else model, longest)
     make_repeatable(model, disable_dropout=disable_dropout)
     trained = wrap(model)
-    original = trained.base.config._attn_implementation
+    original, reference = trained.base.config._attn_implementation, None
     if attn_implementation == "auto":
         trained.base.set_attn_implementation(NAME)
-    trained.why_separate_rows = check_exactness(trained)
+        reference = "eager"  # which transformers defines every architecture by
+    trained.why_separate_rows = check_exactness(trained, reference=reference, has_dropout=not disable_dropout)
     if not trained.shares_prompts:
         trained.base.set_attn_implementation(original)
     return trained
@@ -306,5 +307,6 @@ def _disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):  # attention's, OPT's functional ones, layerdrop
+            # Attention's, OPT's functional ones, layerdrop, the noise of Mixtral's routers.
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)

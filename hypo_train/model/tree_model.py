@@ -20,9 +20,9 @@ from hypo_train.distributed.fsdp import Sharding, full_tensor, is_sharded, local
 from hypo_train.distributed.vocab_parallel import VocabShards, ranks_without_a_shard
 from hypo_train.model.router_loss import RouterLogits, concatenated_logits, router_loss, rows_of_tokens
 from hypo_train.model.trunk import concatenated, decoder_layers, frozen_layers, kept_trunk, replayed_trunk, run_trunk
+from hypo_train.model.windows import layer_windows
 from hypo_train.optim import Role, parameter_roles
 from hypo_train.trees.attention import NAME, KeyValues, Part, decoder_inputs
-from hypo_train.trees.layout import Layout
 from hypo_train.trees.tree import Tree
 
 T = TypeVar("T")
@@ -82,7 +82,6 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         self.router_aux_loss_coef = router_aux_loss_coef  # weight of the routers' loss; 0: it is not computed
         self.why_separate_rows: str | None = None  # None: the model runs trees
         self.vocab_shards: VocabShards | None = None  # None: the embedding and the LM head are not vocabulary-parallel
-        self.window = attention_window(self.base)
         # The frozen layers below every trained one, which policy and reference share. LoRA trains all layers.
         # The routers' loss is one of all layers.
         has_trunk = not is_peft and not router_aux_loss_coef
@@ -92,6 +91,14 @@ class TreeModel(nn.Module, ABC, Generic[H]):
     def base(self) -> Any:
         """Return the transformers model without peft's wrapper."""
         return self.model.get_base_model() if self.is_peft else self.model
+
+    @property
+    def windows(self) -> list[int | None] | None:
+        """Return each layer's sliding window, None for a layer without one; None if a layer has other attention."""
+        try:
+            return layer_windows(self.base.config)
+        except ValueError:
+            return None
 
     @property
     def shares_prompts(self) -> bool:
@@ -177,11 +184,10 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         if tree is None:
             return function(torch.empty(0), self.head())
         if prompts is None:
-            part = Part(tree.layout) if tree.layout else None
-            hidden, router_logits = self._decode(tree, part, trunk and trunk.tree, with_aux_loss)
+            hidden, router_logits = self._decode(tree, self._whole(tree), trunk and trunk.tree, with_aux_loss)
         else:
             branches, branch_logits = self._decode(
-                tree, _branches(tree, prompts), trunk and trunk.branches, with_aux_loss
+                tree, self._branches(tree, prompts), trunk and trunk.branches, with_aux_loss
             )
             hidden = torch.cat([prompts.hidden, branches], dim=1)
             router_logits = concatenated_logits(prompts.router_logits, branch_logits)
@@ -197,7 +203,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
             raise ValueError("separate rows have no prompts to run alone")
         key_values: KeyValues = {}
         with kept_trunk(self.trunk_layers) as outputs:
-            part = Part(tree.layout, has_branches=False, kept=key_values)
+            part = Part(tree.layout, has_branches=False, kept=key_values, windows=self.windows or ())
             hidden, router_logits = self._decode(tree, part, with_router_logits=self.router_aux_loss_coef > 0)
         return PromptPass(hidden, key_values, outputs[0] if outputs else None, tree.layout.prompts, router_logits)
 
@@ -207,9 +213,9 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         if not self.trunk_layers:
             return None
         if prompts is None:
-            part = Part(tree.layout) if tree.layout else None
-            return Trunk(run_trunk(self.trunk_layers, lambda: self._decode(tree, part)))
-        part = _branches(tree, prompts)
+            whole = self._whole(tree)
+            return Trunk(run_trunk(self.trunk_layers, lambda: self._decode(tree, whole)))
+        part = self._branches(tree, prompts)
         branches = run_trunk(self.trunk_layers, lambda: self._decode(tree, part))
         return Trunk(concatenated(prompts.trunk, branches), branches)
 
@@ -227,7 +233,6 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         elif self.base.config._attn_implementation != NAME:  # it would treat the row as one text
             raise ValueError(f"{self.base.config._attn_implementation} attention takes no trees: use separate rows")
         else:
-            self._check_window(part.layout)
             tokens, attention = part.tokens, decoder_inputs(part, device)
         with replayed_trunk(self.trunk_layers, trunk) if trunk is not None else nullcontext():
             outputs = self.base.get_decoder()(
@@ -239,16 +244,13 @@ class TreeModel(nn.Module, ABC, Generic[H]):
             )
         return outputs.last_hidden_state, outputs.router_logits if with_router_logits else ()
 
-    def _check_window(self, layout: Layout) -> None:
-        """Raise ValueError if a sequence of a tree is longer than the sliding window, which trees ignore."""
-        if self.window is None:
-            return
-        longest = max(p + max(lengths, default=0) for p, lengths in zip(layout.prompts, layout.branches, strict=True))
-        if longest > self.window:
-            raise ValueError(
-                f"a tree has a sequence of {longest} tokens, and {type(self.base).__name__} attends to the last "
-                f"{self.window} only: use separate rows"
-            )
+    def _whole(self, tree: Tree) -> Part | None:
+        return Part(tree.layout, windows=self.windows or ()) if tree.layout else None
+
+    def _branches(self, tree: Tree, prompts: PromptPass) -> Part:
+        if tree.layout is None:
+            raise ValueError("separate rows cannot continue a pass of their prompts")
+        return Part(tree.layout, has_prompts=False, prompt=prompts.key_values, windows=self.windows or ())
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -272,12 +274,6 @@ def _rows_of_tokens(tree: Tree) -> Tensor:
         return rows_of_tokens(tree.layout, tree.input_ids.device)
     assert tree.attention_mask is not None
     return tree.attention_mask.long()
-
-
-def _branches(tree: Tree, prompts: PromptPass) -> Part:
-    if tree.layout is None:
-        raise ValueError("separate rows cannot continue a pass of their prompts")
-    return Part(tree.layout, has_prompts=False, prompt=prompts.key_values)
 
 
 def attention_window(model: Any) -> int | None:

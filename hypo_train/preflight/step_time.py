@@ -16,7 +16,7 @@ Left out: latencies, the host's work, reward functions, buffers, gradient norms,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -37,7 +37,6 @@ from hypo_train.preflight.sharded_sizes import groups
 from hypo_train.trees.layout import Layout, causal_pairs
 
 _MAX_STEPS = 64  # steps that are averaged, from all over the run
-_NOTHING = Size(0, 0, 0)
 
 
 class Passes(NamedTuple):
@@ -111,7 +110,7 @@ def describe_time(
 ) -> None:
     """Put the predicted step time on the page, for the device that the dry run names or that of this machine."""
     config, count, assumed = plan.config, plan.world_size, dry_run.assumed
-    work = work_of(plan, conditions)
+    work = work_of(plan, conditions, set(trained.windows or [None]))
     exchanged = exchanges(trained, work.passes, count=count, sharded=config.fsdp, autocast=conditions.autocast)
     if exchanged:
         findings.time += _exchange_lines(exchanged, count, config.fsdp)
@@ -147,10 +146,11 @@ def describe_time(
     findings.unchecked.append(f"the host's work and latencies of communication{without_graphs if slow else ''}")
 
 
-def work_of(plan: Plan, conditions: Conditions) -> Work:
-    """Return the mean work of a process in a step of the run."""
+def work_of(plan: Plan, conditions: Conditions, windows: Collection[int | None] = (None,)) -> Work:
+    """Return the mean work of a process in a step of the run, for layers with these sliding windows."""
     config, steps = plan.config, range(0, plan.total_steps, -(-plan.total_steps // _MAX_STEPS))
     policy, reference, prefill, micro_batches = [], [], [], []
+    nothing = Size(0, dict.fromkeys(windows, 0), 0)
     sampled = [plan.max_new_tokens] * config.num_generations if config.draws_samples else []
     reference_reads_pairs = config.has_reference and "train" not in splits_to_precompute(plan)
     uses_reference = reference_reads_pairs or (config.has_reference and bool(sampled))
@@ -159,10 +159,10 @@ def work_of(plan: Plan, conditions: Conditions) -> Work:
         rows = [plan.train_rows[i] for i in plan.rank_share.select(plan.rows_of_step(step))]
         prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
         micro_batches.append(sum(1 for _ in plan.micro_batches([row.num_tokens + sum(sampled) for row in rows])))
-        policy.append(_size(prompts, branches, conditions))
+        policy.append(_size(prompts, branches, conditions, windows))
         reference_branches = branches if reference_reads_pairs else [sampled] * len(rows)
-        reference.append(_size(prompts, reference_branches, conditions) if uses_reference else _NOTHING)
-        prefill.append(_size(prompts, [[]] * len(rows), conditions) if prefills else _NOTHING)
+        reference.append(_size(prompts, reference_branches, conditions, windows) if uses_reference else nothing)
+        prefill.append(_size(prompts, [[]] * len(rows), conditions, windows) if prefills else nothing)
     n, window = fmean(micro_batches), config.rollout_steps
     prompt_tokens = fmean(sum(len(plan.train_rows[i].prompt) for i in plan.rows_of_step(step)) for step in steps)
     sequences = plan.batch_size // plan.world_size * len(sampled) * window
@@ -171,19 +171,25 @@ def work_of(plan: Plan, conditions: Conditions) -> Work:
     return Work(passes, _mean(policy), _mean(reference), _mean(prefill), draw if sampled else None, len(sampled))
 
 
-def _size(prompts: Sequence[int], branches: Sequence[Sequence[int]], conditions: Conditions) -> Size:
+def _size(
+    prompts: Sequence[int],
+    branches: Sequence[Sequence[int]],
+    conditions: Conditions,
+    windows: Collection[int | None],
+) -> Size:
     """Return the size of a pass over prompts and completions of these lengths."""
     counted = sum(map(sum, branches))
     inputs = tuple(tuple(length - 1 for length in lengths) for lengths in branches)
     if conditions.shares_prompts or not counted:
         layout = Layout(tuple(prompts), inputs)
-        return Size(layout.num_tokens, layout.num_attended, counted)
+        return Size(layout.num_tokens, {w: layout.num_attended(w) for w in windows}, counted)
     rows = [prompt + length for prompt, lengths in zip(prompts, inputs, strict=True) for length in lengths]
-    return Size(sum(rows), sum(map(causal_pairs, rows)), counted)
+    return Size(sum(rows), {w: sum(causal_pairs(row, w) for row in rows) for w in windows}, counted)
 
 
 def _mean(sizes: Sequence[Size]) -> Size:
-    return Size(*(round(fmean(numbers)) for numbers in zip(*sizes, strict=True)))
+    attended = {w: round(fmean(size.attended[w] for size in sizes)) for w in sizes[0].attended}
+    return Size(round(fmean(size.tokens for size in sizes)), attended, round(fmean(size.rows for size in sizes)))
 
 
 def exchanges(
@@ -290,7 +296,8 @@ def _sampling_seconds(
     kv = kv_bytes_per_token(trained, conditions.autocast) * (prompt_tokens + draw.sequences * half)
     weights = (flops.policy.token + flops.policy.row) / 2 * (2 if conditions.autocast else 4)
     attended = draw.prompt_tokens * work.sequences_per_prompt + draw.sequences * half
-    size = Size(draw.sequences, round(attended), draw.sequences)
+    of_window = {w: round(min(attended, attended if w is None else w * draw.sequences)) for w in flops.windows}
+    size = Size(draw.sequences, of_window, draw.sequences)
     token = max((weights + kv) / speeds.memory, flops.policy.of(size) / speeds.compute)
     return flops.policy.of(work.prefill) / speeds.compute + work.passes.draws * draw.new_tokens * token
 

@@ -1,13 +1,15 @@
 """Attention over a packed row of trees, registered as an attention function of transformers.
 
 A model whose ``_attn_implementation`` is ``NAME`` uses SDPA, unless its decoder is called with ``tree=Part``: then each
-token attends to its prompt and its own branch only. On CUDA one FlexAttention call serves the whole row. FlexAttention
-has no gradients on a CPU, and on CUDA no kernel for heads of fewer than 16 dimensions or for float64. In these cases
-SDPA is called for each prompt and each branch, or once for all branches of a small tree.
+token attends to its prompt and its own branch only, and in a layer with a sliding window to the last of these tokens.
+On CUDA one FlexAttention call serves the whole row. FlexAttention has no gradients on a CPU, and on CUDA no kernel for
+heads of fewer than 16 dimensions or for float64. In these cases SDPA is called for each prompt and each branch, or once
+for all branches of a small tree.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hypo_train.trees.flex import block_mask, flex_supports, flex_tree_attention
 from hypo_train.trees.layout import Layout
+from hypo_train.trees.scores import PLAIN, Scores, stepwise_attention
 
 NAME = "hypo_tree"
 KeyValues = dict[int, tuple[Tensor, Tensor]]  # layer index -> keys and values, (1, H_kv, N, D) each
@@ -40,6 +43,7 @@ class Part:
     has_branches: bool = True
     prompt: KeyValues | None = None  # the prompts' keys and values, for a call without prompts
     kept: KeyValues | None = None  # an empty dict, which a call for the prompts fills
+    windows: Sequence[int | None] = ()  # the sliding window of each layer; empty: no layer has one
 
     @property
     def tokens(self) -> slice:
@@ -47,9 +51,7 @@ class Part:
         prompts = self.layout.num_prompt_tokens
         return slice(0 if self.has_prompts else prompts, None if self.has_branches else prompts)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores = PLAIN) -> Tensor:
         """Return attention (1, N, H, D) of queries (1, H, N, D) over keys and values (1, H_kv, N, D)."""
         if self.kept is not None and layer not in self.kept:  # a checkpointed layer that is recomputed keeps the first
             self.kept[layer] = (key, value)
@@ -57,18 +59,20 @@ class Part:
             prompt_key, prompt_value = self.prompt[layer]
             key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
         if flex_supports(query, key, value):
-            mask = self._block_mask(query.device)
-            return flex_tree_attention(query, key, value, mask, scale=scale, softcap=softcap)
-        return self._attend_by_group(query, key, value, scale, softcap)
+            mask = self._block_mask(self._window(layer), query.device)
+            return flex_tree_attention(query, key, value, mask, scores)
+        return self._attend_by_group(query, key, value, self._window(layer), scores)
 
-    def _block_mask(self, device: torch.device) -> Any:
-        has_prompts, has_branches = self.has_prompts, self.has_branches
-        make = partial(block_mask, self.layout, has_prompts=has_prompts, has_branches=has_branches, device=device)
-        return self.layout.cached_mask((has_prompts, has_branches, device), make)
+    def _window(self, layer: int) -> int | None:
+        """Return the layer's sliding window; None if it has none, or none that a sequence is longer than."""
+        window = self.windows[layer] if self.windows else None
+        return window if window is not None and window < self.layout.longest else None
 
-    def _attend_by_group(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, softcap: float | None
-    ) -> Tensor:
+    def _block_mask(self, window: int | None, device: torch.device) -> Any:
+        part = (self.has_prompts, self.has_branches, window, device)
+        return self.layout.cached_mask(part, partial(block_mask, self.layout, *part))
+
+    def _attend_by_group(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scores: Scores) -> Tensor:
         prompts = self.layout.prompts
         groups = self.layout.branch_groups if self.has_branches else []
         lengths = [sum(group) for _, group in groups]
@@ -77,53 +81,60 @@ class Part:
         keys, values = key.split([*prompts, *lengths], dim=2), value.split([*prompts, *lengths], dim=2)
         outputs = []
         if self.has_prompts:
-            for t in range(len(prompts)):
-                outputs.append(_attend(queries[t], keys[t], values[t], None, scale, softcap))
+            for t, prompt in enumerate(prompts):
+                mask = self._group_mask(0, (prompt,), window, query.device)
+                outputs.append(_attend(queries[t], keys[t], values[t], mask, scores))
         group_queries = queries[len(prompts) if self.has_prompts else 0 :]
         for (t, group), group_query, group_key, group_value in zip(
             groups, group_queries, keys[len(prompts) :], values[len(prompts) :], strict=True
         ):
-            tree_key = torch.cat([keys[t], group_key], dim=2)
-            tree_value = torch.cat([values[t], group_value], dim=2)
-            make = partial(branch_mask, prompts[t], group, query.device)
-            mask = self.layout.cached_mask((prompts[t], group, query.device), make)
-            outputs.append(_attend(group_query, tree_key, tree_value, mask, scale, softcap))
+            prompt_key, prompt_value, prompt = keys[t], values[t], prompts[t]
+            if window is not None and prompt >= window:  # a branch's first token sees that many of the prompt's last
+                prompt = window - 1
+                prompt_key, prompt_value = (x[:, :, x.shape[2] - prompt :] for x in (prompt_key, prompt_value))
+            tree_key = torch.cat([prompt_key, group_key], dim=2)
+            tree_value = torch.cat([prompt_value, group_value], dim=2)
+            mask = self._group_mask(prompt, group, window, query.device)
+            outputs.append(_attend(group_query, tree_key, tree_value, mask, scores))
         return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
+    def _group_mask(
+        self, prompt: int, branches: tuple[int, ...], window: int | None, device: torch.device
+    ) -> Tensor | None:
+        """Return the :func:`branch_mask` of these lengths, or None where a plain causal mask is the same."""
+        if window is not None and prompt + max(branches) <= window:
+            window = None
+        if window is None and not prompt and len(branches) == 1:
+            return None
+        key = (prompt, branches, window, device)
+        return self.layout.cached_mask(key, partial(branch_mask, *key))
 
-def branch_mask(prompt: int, branches: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return (sum of branches, prompt + sum of branches) bool: the keys that the tokens of a tree's branches see."""
-    within = torch.block_diag(*(torch.ones(length, length, dtype=torch.bool).tril_() for length in branches))
-    return torch.cat([within.new_ones(len(within), prompt), within], dim=1).to(device)
+
+def branch_mask(prompt: int, branches: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
+    """Return (sum of branches, prompt + sum of branches) bool: the keys that the tokens of a tree's branches see.
+
+    Args:
+        prompt: number of keys of the prompt, its last ones.
+        window: number of keys that a token sees at most, itself included.
+    """
+    within = torch.block_diag(*(_causal(length, length, window) for length in branches))
+    return torch.cat([torch.cat([_causal(n, prompt, window, prompt) for n in branches]), within], dim=1).to(device)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None
-) -> Tensor:
+def _causal(queries: int, keys: int, window: int | None, first: int = 0) -> Tensor:
+    """Return (queries, keys) bool: whether query i, at position ``first`` + i, sees key j at position j."""
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril_(first)
+    return mask if window is None else mask.triu_(first - window + 1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
     """Return attention under ``mask``, or causal attention if there is no mask."""
-    if softcap is not None:
-        return _softcapped_attention(query, key, value, mask, scale, softcap)
+    if not scores.is_plain:
+        return stepwise_attention(query, key, value, mask, scores)
     is_grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=is_grouped
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=is_grouped
     )
-
-
-def _softcapped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float
-) -> Tensor:
-    """Return attention with scores ``softcap * tanh(score / softcap)``; without a mask the last query sees all keys."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * (scores / softcap).tanh()
-    if mask is None:
-        every_key = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
-        mask = every_key.tril_(key.shape[2] - query.shape[2])
-    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-    # Not minus infinity: a padding token sees no key, and its NaN would reach every row that shares a product with it.
-    lowest = torch.finfo(scores.dtype).min
-    return scores.masked_fill(~mask, lowest).softmax(-1, dtype=softmax_dtype).to(value.dtype) @ value
 
 
 def _tree_attention(
@@ -136,18 +147,17 @@ def _tree_attention(
     tree: Part | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    if tree is None and options.get("softcap") is not None:  # SDPA has no softcap
-        if attention_mask is not None:
-            attention_mask = attention_mask[..., : key.shape[2]]
-        output = _softcapped_attention(query, key, value, attention_mask, options.get("scaling"), options["softcap"])
-        return output.transpose(1, 2).contiguous(), None
-    if tree is None:
+    scores = Scores(options.get("scaling"), options.get("softcap"), options.get("s_aux"))
+    if options.get("position_bias") is not None and not (tree is None and scores.is_plain):
+        raise ValueError(f"{type(module).__name__} has position_bias, which tree attention does not support")
+    if tree is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        return tree.attend(layer, query, key, value, scores), None
+    if scores.is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    for name in ("position_bias", "s_aux"):
-        if options.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} has {name}, which tree attention does not support")
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    return tree.attend(layer, query, key, value, scale=options.get("scaling"), softcap=options.get("softcap")), None
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[2]]
+    return stepwise_attention(query, key, value, attention_mask, scores).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _tree_attention)

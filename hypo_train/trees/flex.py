@@ -3,9 +3,10 @@
 The mask is built on the host as lists of blocks, from the lengths alone; no N x N mask exists. A run is a prompt or a
 branch. A query sees its tree's prompt and its own run, up to itself:
 
-    first <= key < prompt_stop   or   run_start <= key,   and   key <= last
+    first <= key < prompt_stop   or   run_first <= key,   and   key <= last
 
-so that the kernel reads four numbers for a query and none for a key.
+so that the kernel reads four numbers for a query and none for a key. In a layer with a sliding window, ``first`` and
+``run_first`` are the first key within the window, instead of the first of the prompt and of the run.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from hypo_train.trees.layout import Layout
+from hypo_train.trees.scores import Scores
 
 BLOCK = 128  # FlexAttention's default: every tile of its kernels divides it
 # One model needs a handful of graphs (with and without gradients, policy and reference), whatever the lengths are.
@@ -37,10 +39,13 @@ def flex_supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def flex_tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: float | None, softcap: float | None
-) -> Tensor:
-    """Return attention (1, N, H, D) of queries (1, H, N, D) over keys and values (1, H_kv, M, D)."""
+def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scores: Scores) -> Tensor:
+    """Return attention (1, N, H, D) of queries (1, H, N, D) over keys and values (1, H_kv, M, D).
+
+    A sink takes its share of the softmax afterwards: a softmax with the sink is ``sigmoid(lse - sink)`` times the one
+    without it, whose log-sum-exp is ``lse``.
+    """
+    sink = scores.sink
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as it does for SDPA: RoPE may return fp32
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
@@ -50,13 +55,18 @@ def flex_tree_attention(
             query,
             key,
             value,
-            score_mod=None if softcap is None else _softcapped(softcap),
+            score_mod=None if scores.softcap is None else _softcapped(scores.softcap),
             block_mask=mask,
-            scale=scale,
+            scale=scores.scale,
             enable_gqa=query.shape[1] != key.shape[1],
             # Without this, few queries would select the kernel for decoding, in a graph of its own.
             kernel_options={"BACKEND": "TRITON"},
+            return_aux=None if sink is None else AuxRequest(lse=True),
         )
+    if sink is not None:
+        output, aux = output
+        share = torch.sigmoid(aux.lse - sink.to(aux.lse.dtype).unsqueeze(1)).unsqueeze(-1)  # (1, H, N, 1)
+        output = (output * share).to(output.dtype)
     return output.transpose(1, 2)
 
 
@@ -74,8 +84,10 @@ def _softcapped(softcap: float) -> Callable[..., Tensor]:
     return score_mod
 
 
-def block_mask(layout: Layout, *, has_prompts: bool, has_branches: bool, device: torch.device) -> BlockMask:
-    """Return the mask for the queries of the prompts, the branches or both.
+def block_mask(
+    layout: Layout, has_prompts: bool, has_branches: bool, window: int | None, device: torch.device
+) -> BlockMask:
+    """Return the mask for the queries of the prompts, the branches or both, in layers with this sliding window.
 
     The keys are the whole row; without branches, they are the prompts. The mask is built on the host and copied without
     waiting for the device.
@@ -85,21 +97,23 @@ def block_mask(layout: Layout, *, has_prompts: bool, has_branches: bool, device:
     num_queries = int(lengths.sum())
     num_keys = layout.num_tokens if has_branches else layout.num_prompt_tokens
     first_row = 0 if has_prompts else layout.num_prompt_tokens
-    pairs = _pairs_seen(runs, first_row, num_queries, num_keys)
+    pairs = _pairs_seen(runs, first_row, num_queries, num_keys, window)
     full = pairs == BLOCK * BLOCK
 
-    first, prompt_stop, run_start, last = (
-        _copy_to(value_per_query.int(), device)
-        for value_per_query in (
-            runs.prompt_start.repeat_interleave(lengths),
-            runs.prompt_stop.repeat_interleave(lengths),
-            runs.start.repeat_interleave(lengths),
-            torch.arange(first_row, first_row + num_queries),
-        )
+    last_key = torch.arange(first_row, first_row + num_queries)
+    prompt_start, prompt_end, run_start, distance = (
+        x.repeat_interleave(lengths) for x in (runs.prompt_start, runs.prompt_stop, runs.start, runs.distance)
+    )
+    if window is not None:
+        # A key's position is its index in the row, for a branch less the distance to its prompt.
+        prompt_start = prompt_start.maximum(last_key - distance - window + 1).minimum(prompt_end)
+        run_start = run_start.maximum(last_key - window + 1)
+    first, prompt_stop, run_first, last = (
+        _copy_to(value_per_query.int(), device) for value_per_query in (prompt_start, prompt_end, run_start, last_key)
     )
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        in_run_or_prompt = (key < prompt_stop[query]) | (key >= run_start[query])
+        in_run_or_prompt = (key < prompt_stop[query]) | (key >= run_first[query])
         return (key >= first[query]) & (key <= last[query]) & in_run_or_prompt
 
     count, columns = _block_lists((pairs > 0) & ~full, device)
@@ -123,6 +137,11 @@ class _Runs(NamedTuple):
     prompt_start: Tensor  # the bounds of the prompt of the run's tree
     prompt_stop: Tensor
 
+    @property
+    def distance(self) -> Tensor:
+        """Return the tokens between a branch and the end of its prompt; 0 for a prompt."""
+        return (self.start - self.prompt_stop).clamp_min(0)
+
 
 def _runs(layout: Layout, has_prompts: bool, has_branches: bool) -> _Runs:
     lengths = torch.tensor(layout.prompts)
@@ -137,7 +156,7 @@ def _runs(layout: Layout, has_prompts: bool, has_branches: bool) -> _Runs:
     return _Runs(*map(torch.cat, zip(*chosen, strict=True)))
 
 
-def _pairs_seen(runs: _Runs, first_row: int, num_queries: int, num_keys: int) -> Tensor:
+def _pairs_seen(runs: _Runs, first_row: int, num_queries: int, num_keys: int, window: int | None) -> Tensor:
     """Return int64 (R, C): for each block of 128 x 128, the number of (query, key) pairs that the mask keeps.
 
     Every run sees two ranges of keys: its prompt (empty if the run is the prompt) and itself. Only blocks that touch
@@ -146,6 +165,10 @@ def _pairs_seen(runs: _Runs, first_row: int, num_queries: int, num_keys: int) ->
     query_start, query_stop = runs.start.repeat(2), runs.stop.repeat(2)
     key_start = torch.cat([runs.prompt_start, runs.start])
     key_stop = torch.cat([runs.prompt_stop.minimum(runs.start), runs.stop])
+    lag = None
+    if window is not None:  # query q sees the keys up to q, but not those up to q - lag
+        lag = torch.cat([runs.distance, torch.zeros_like(runs.start)]) + window
+        key_start = key_start.maximum(query_start - lag + 1)
 
     first_i, stop_i = (query_start - first_row) // BLOCK, _num_blocks(query_stop - first_row)
     first_j, stop_j = key_start // BLOCK, _num_blocks(key_stop)
@@ -154,10 +177,11 @@ def _pairs_seen(runs: _Runs, first_row: int, num_queries: int, num_keys: int) ->
     within = torch.arange(len(s)) - ((high * wide).cumsum(0) - high * wide)[s]
     i, j = first_i[s] + within // wide[s], first_j[s] + within % wide[s]
 
-    # Queries a to b and keys c to d: query q sees max(0, q + 1 - c) - max(0, q + 1 - d) keys.
     a, b = query_start[s].maximum(first_row + i * BLOCK), query_stop[s].minimum(first_row + (i + 1) * BLOCK)
     c, d = key_start[s].maximum(j * BLOCK), key_stop[s].minimum((j + 1) * BLOCK)
-    seen = _triangle(b - c) - _triangle(a - c) - _triangle(b - d) + _triangle(a - d)
+    seen = _pairs_up_to_query(a, b, c, d)
+    if lag is not None:
+        seen = seen - _pairs_up_to_query(a - lag[s], b - lag[s], c, d)
 
     # At least two by two, because the compiler specializes on a size of one.
     shape = max(2, int(_num_blocks(num_queries))), max(2, int(_num_blocks(num_keys)))
@@ -166,6 +190,12 @@ def _pairs_seen(runs: _Runs, first_row: int, num_queries: int, num_keys: int) ->
 
 def _num_blocks(tokens: Any) -> Any:
     return (tokens + BLOCK - 1) // BLOCK
+
+
+def _pairs_up_to_query(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Return the number of pairs of a query from a to b with a key from c to d that is not behind the query."""
+    # Query q sees max(0, q + 1 - c) - max(0, q + 1 - d) keys.
+    return _triangle(b - c) - _triangle(a - c) - _triangle(b - d) + _triangle(a - d)
 
 
 def _triangle(n: Tensor) -> Tensor:

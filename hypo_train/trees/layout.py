@@ -47,11 +47,19 @@ class Layout:
             groups += [(t, group) for group in ([lengths] if is_small else [(n,) for n in lengths]) if group]
         return groups
 
-    @property
-    def num_attended(self) -> int:
-        """Return the number of (query, key) pairs that the attention mask keeps."""
+    @cached_property
+    def longest(self) -> int:
+        """Return the number of tokens of the longest sequence, a prompt with one of its branches."""
         trees = zip(self.prompts, self.branches, strict=True)
-        return sum(causal_pairs(p) + sum(p * b + causal_pairs(b) for b in branches) for p, branches in trees)
+        return max(prompt + max(branches, default=0) for prompt, branches in trees)
+
+    def num_attended(self, window: int | None = None) -> int:
+        """Return the number of (query, key) pairs that the attention mask of a layer with ``window`` keeps."""
+        num = 0
+        for prompt, branches in zip(self.prompts, self.branches, strict=True):
+            of_prompt = causal_pairs(prompt, window)
+            num += of_prompt + sum(causal_pairs(prompt + branch, window) - of_prompt for branch in branches)
+        return num
 
     def cached_mask(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """Return the mask of this layout that is stored under ``key``; the first call builds it, for all layers."""
@@ -60,6 +68,7 @@ class Layout:
         return self._masks[key]
 
 
-def causal_pairs(length: int) -> int:
-    """Return the number of (query, key) pairs of causal attention over ``length`` tokens."""
-    return length * (length + 1) // 2
+def causal_pairs(length: int, window: int | None = None) -> int:
+    """Return the number of (query, key) pairs of causal attention over ``length`` tokens, within a sliding window."""
+    beyond = 0 if window is None else max(0, length - window)
+    return length * (length + 1) // 2 - beyond * (beyond + 1) // 2

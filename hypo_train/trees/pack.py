@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypo_train.data.rows import Example, Pair
-from hypo_train.trees.layout import Layout, causal_pairs
+from hypo_train.trees.layout import Layout
 from hypo_train.trees.tree import Tree
 
 TokenLists = Sequence[Sequence[int]]
@@ -23,7 +23,6 @@ class Batcher:
 
     pad_token_id: int
     shares_prompts: bool = True
-    window: int | None = None  # a batch with a longer sequence has separate rows: trees ignore sliding windows
 
     def pairs(self, pairs: Sequence[Pair], completions: TokenLists) -> Tree:
         """Return the tree of P chosen, P rejected, then ``completions``: equally many, or 0, for each prompt."""
@@ -62,15 +61,9 @@ class Batcher:
         return ids[:length]
 
     def _tree(self, prompts: TokenLists, sequences: Sequences) -> Tree:
-        if self.shares_prompts and not self._exceeds_window(prompts, sequences):
+        if self.shares_prompts:
             return pack(prompts, sequences)
         return separate_rows(prompts, sequences, pad_token_id=self.pad_token_id)
-
-    def _exceeds_window(self, prompts: TokenLists, sequences: Sequences) -> bool:
-        if self.window is None:
-            return False
-        # The last token is predicted and never an input.
-        return max(len(prompts[p]) + len(completion) - 1 for p, completion in sequences) > self.window
 
 
 def pack(prompts: TokenLists, sequences: Sequences) -> Tree:
@@ -115,7 +108,6 @@ def pack(prompts: TokenLists, sequences: Sequences) -> Tree:
         targets=targets,
         cu_seqlens=cu_seqlens,
         num_tokens=len(input_ids),
-        num_attended=layout.num_attended,
     )
 
 
@@ -140,7 +132,7 @@ def separate_rows(prompts: TokenLists, sequences: Sequences, *, pad_token_id: in
         targets=targets,
         cu_seqlens=cu_seqlens,
         num_tokens=int(lengths.sum()),
-        num_attended=sum(causal_pairs(len(row)) for row in inputs),
+        row_lengths=tuple(lengths.tolist()),
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hypo_train.trees.layout import Layout
+from hypo_train.trees.layout import Layout, causal_pairs
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,13 @@ class Tree:
     targets: Tensor  # int64 (T,) tokens whose log-probs count, on the CPU
     cu_seqlens: Tensor  # int64 (S + 1,) start of each sequence in rows and targets, on the CPU
     num_tokens: int  # tokens in the rows, without padding
-    num_attended: int  # (query, key) pairs that the attention mask keeps
+    row_lengths: tuple[int, ...] = ()  # of separate rows, without padding
+
+    def num_attended(self, window: int | None = None) -> int:
+        """Return the number of (query, key) pairs that the attention mask of a layer with ``window`` keeps."""
+        if self.layout is not None:
+            return self.layout.num_attended(window)
+        return sum(causal_pairs(length, window) for length in self.row_lengths)
 
     def sequences_from(self, first: int) -> Tree:
         """Return the tree with the targets of sequences ``first`` and later only; the input rows stay."""

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from hypo_train.trees import attention, flex
 from hypo_train.trees.attention import Part
 from hypo_train.trees.layout import Layout
+from hypo_train.trees.scores import Scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -56,17 +57,21 @@ def random_layout(seed):
     return Layout(tuple(prompts), tuple(map(tuple, branches)))
 
 
-def seen(layout, has_prompts, has_branches):
-    """(queries, keys) bool, by the definition: the same tree, the prompt or the own branch, not later."""
+def seen(layout, has_prompts, has_branches, window=None):
+    """(queries, keys) bool, by definition: of the same tree, in the prompt or the own branch, not later or too far."""
     tree = [t for t, n in enumerate(layout.prompts) for _ in range(n)]
     branch = [-1] * len(tree)
+    position = [i for n in layout.prompts for i in range(n)]
     lengths = [(t, n) for t, branches in enumerate(layout.branches) for n in branches]
     for b, (t, n) in enumerate(lengths):
         tree += [t] * n
         branch += [b] * n
-    tree, branch, index = torch.tensor(tree), torch.tensor(branch), torch.arange(len(tree))
+        position += range(layout.prompts[t], layout.prompts[t] + n)
+    tree, branch, position, index = *map(torch.tensor, (tree, branch, position)), torch.arange(len(tree))
     of_prompt_or_own = (branch == -1) | (branch == branch.unsqueeze(1))
     mask = (tree == tree.unsqueeze(1)) & of_prompt_or_own & (index <= index.unsqueeze(1))
+    if window is not None:
+        mask &= position > position.unsqueeze(1) - window
     first, stop = layout.num_prompt_tokens * (not has_prompts), None if has_branches else layout.num_prompt_tokens
     return mask[first:stop, :stop]
 
@@ -81,9 +86,9 @@ def listed(count, columns, shape):
     return blocks.bool()
 
 
-def check_mask(layout, part):
-    expected = seen(layout, *part)
-    mask = flex.block_mask(layout, has_prompts=part[0], has_branches=part[1], device=CPU)
+def check_mask(layout, part, window=None):
+    expected = seen(layout, *part, window)
+    mask = flex.block_mask(layout, *part, window, CPU)
     assert mask.shape == (1, 1, *expected.shape)
     queries, keys = (torch.arange(n) for n in expected.shape)
     zero = torch.tensor(0)
@@ -113,6 +118,16 @@ def test_the_mask_of_random_layouts_is_its_definition():
     assert full > 0
 
 
+@pytest.mark.parametrize("window", [1, 129, 200])  # a token alone, one more than a block, several blocks
+def test_the_mask_within_a_window_lists_the_blocks_of_its_definition(layout, part, window):
+    check_mask(layout, part, window)
+
+
+def test_the_mask_of_random_layouts_within_a_window_is_its_definition():
+    full = sum(check_mask(random_layout(s), part, 1 + s * 7) for s in range(60) for part in PARTS.values())
+    assert full > 0
+
+
 class Largest(TorchDispatchMode):
     """The bytes of the largest tensor that is made."""
 
@@ -127,11 +142,12 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("trees", [1, 64], ids=["one tree", "64 trees"])
-def test_the_mask_of_65536_tokens_takes_a_few_megabytes(part, trees):
+@pytest.mark.parametrize("window", [None, 4096])
+def test_the_mask_of_65536_tokens_takes_a_few_megabytes(part, trees, window):
     prompt, branch = 32768 // trees, 8192 // trees
     layout = Layout((prompt,) * trees, ((branch,) * 4,) * trees)
     with Largest() as largest:
-        flex.block_mask(layout, has_prompts=part[0], has_branches=part[1], device=CPU)
+        flex.block_mask(layout, *part, window, CPU)
     assert largest.nbytes <= 8 * 2**20
 
 
@@ -150,13 +166,13 @@ def inputs(layout, part, *, heads=6, kv_heads=2, dim=16, value_dim=None, seed=0,
     return states(queries, heads, dim), states(keys, kv_heads, dim), states(keys, kv_heads, value_dim or dim)
 
 
-def by_flex(layout, part, states, *, scale=None, softcap=None):
-    mask = flex.block_mask(layout, has_prompts=part[0], has_branches=part[1], device=states[0].device)
-    return flex.flex_tree_attention(*states, mask, scale=scale, softcap=softcap)
+def by_flex(layout, part, states, *, window=None, **scores):
+    mask = flex.block_mask(layout, *part, window, states[0].device)
+    return flex.flex_tree_attention(*states, mask, Scores(**scores))
 
 
-def by_sdpa(layout, part, states, *, scale=None, softcap=None):
-    return Part(layout, has_prompts=part[0], has_branches=part[1])._attend_by_group(*states, scale, softcap)
+def by_sdpa(layout, part, states, *, window=None, **scores):
+    return Part(layout, *part)._attend_by_group(*states, window, Scores(**scores))
 
 
 @pytest.fixture
@@ -177,10 +193,11 @@ def uncompiled(monkeypatch):
 @compiles
 @pytest.mark.slow
 @torch.no_grad()
-def test_flex_attention_is_attention_attend_by_group(compiled_for_cpu, layout, part):
+@pytest.mark.parametrize("window", [None, 50])
+def test_flex_attention_is_attention_attend_by_group(compiled_for_cpu, layout, part, window):
     states = inputs(layout, part)
     if states[0].shape[2]:
-        found, expected = by_flex(layout, part, states), by_sdpa(layout, part, states)
+        found, expected = (by(layout, part, states, window=window) for by in (by_flex, by_sdpa))
         assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -219,6 +236,7 @@ def test_no_length_is_compiled_for_itself(monkeypatch):
             states = inputs(layout, part)
             if states[0].shape[2]:
                 by_flex(layout, part, states)
+                by_flex(layout, part, states, window=50)  # in the same graphs
                 shapes.add((states[0].shape, states[1].shape))
     assert len(shapes) > 40
     # As many queries as keys, fewer of them, the first mask of several blocks, and a row of one token.
@@ -235,6 +253,21 @@ def test_gradients_are_those_of_attention_by_group(uncompiled, layout, part):
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     for a, b in zip(*(torch.autograd.grad(out, states, weight) for out in (found, expected)), strict=True):
         assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_windows_and_sinks_have_the_gradients_of_attention_by_group(uncompiled, layout, part, window):
+    states = [x.requires_grad_() for x in inputs(layout, part)]
+    if not states[0].shape[2]:
+        return
+    sink = torch.linspace(0, 6, 6).requires_grad_()
+    leaves = [*states, sink]
+    found, expected = (by(layout, part, states, window=window, sink=sink) for by in (by_flex, by_sdpa))
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (by_sdpa(layout, part, states, window=window) - expected).abs().max() > 0.1, "the sink matters"
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(*(torch.autograd.grad(out, leaves, weight) for out in (found, expected)), strict=True):
+        assert_close(a, b, atol=1e-5 * max(1.0, b.abs().max().item()), rtol=1e-5)
 
 
 def test_flex_attention_is_taken_on_cuda_where_it_has_a_kernel():
@@ -266,7 +299,7 @@ def test_a_mask_is_built_once_for_all_layers(monkeypatch, uncompiled):
                 (old_key, key), (old_value, value) = (x.split([7, 18], dim=2) for x in (key, value))
                 prompt = {layer: (old_key, old_value)}
             options = {"has_prompts": part[0], "has_branches": part[1], "prompt": prompt}
-            out = Part(layout, **options).attend(layer, query, key, value, scale=None, softcap=None)
+            out = Part(layout, **options).attend(layer, query, key, value)
             assert_close(out, by_sdpa(layout, part, inputs(layout, part)), atol=1e-5, rtol=1e-5)
     assert len(built) == len(PARTS)
 
@@ -292,11 +325,16 @@ def outcome(attend, states, weight):
 @on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "softcap"),
-    [(9, 3, 64, None), (4, 4, 80, None), (8, 4, 256, 30.0)],  # SmolLM2, Pythia-2.8B's heads, Gemma 2
-    ids=["grouped", "80 dimensions", "softcapped"],
+    ("heads", "kv_heads", "dim", "softcap", "window", "has_sink"),
+    [
+        (9, 3, 64, None, None, False),  # SmolLM2
+        (4, 4, 80, None, None, False),  # Pythia-2.8B's heads
+        (8, 4, 256, 30.0, 100, False),  # Gemma 2
+        (16, 2, 64, None, 100, True),  # GPT-OSS
+    ],
+    ids=["grouped", "80 dimensions", "softcapped within a window", "with sinks within a window"],
 )
-def test_on_a_gpu_flex_is_as_exact_as_sdpa(layout, part, heads, kv_heads, dim, softcap, dtype):
+def test_on_a_gpu_flex_is_as_exact_as_sdpa(layout, part, heads, kv_heads, dim, softcap, window, has_sink, dtype):
     sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "device": "cuda"}
     states = inputs(layout, part, dtype=dtype, **sizes)
     if not states[0].shape[2]:
@@ -304,9 +342,18 @@ def test_on_a_gpu_flex_is_as_exact_as_sdpa(layout, part, heads, kv_heads, dim, s
     assert flex.flex_supports(*states)
     shape = states[0].transpose(1, 2).shape
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
-    truth = outcome(lambda x: by_sdpa(layout, part, x, softcap=softcap), [x.double() for x in states], weight)
-    eager = outcome(lambda x: by_sdpa(layout, part, x, softcap=softcap), states, weight)
-    found = outcome(lambda x: by_flex(layout, part, x, softcap=softcap), states, weight)
+    sinks = [torch.linspace(0, 6, heads, device="cuda", dtype=dtype)] * has_sink
+
+    def attend(by):
+        def of(states):
+            options = {"window": window, "softcap": softcap, "sink": states[3] if has_sink else None}
+            return by(layout, part, states[:3], **options)
+
+        return of
+
+    truth = outcome(attend(by_sdpa), [x.double() for x in [*states, *sinks]], weight)
+    eager = outcome(attend(by_sdpa), [*states, *sinks], weight)
+    found = outcome(attend(by_flex), [*states, *sinks], weight)
     for kernel, plain, true in zip(found, eager, truth, strict=True):
         bound = 2 * (error(plain, true) + torch.finfo(dtype).eps * true.abs().max().item())
         assert error(kernel, true) <= bound
@@ -345,7 +392,7 @@ def test_on_a_gpu_building_a_mask_does_not_wait_for_the_device():
     try:
         for part in PARTS.values():
             layout, device = LAYOUTS["branches longer than a block"], torch.device("cuda", 0)
-            flex.block_mask(layout, has_prompts=part[0], has_branches=part[1], device=device)
+            flex.block_mask(layout, *part, 200, device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -357,7 +404,7 @@ def test_on_a_gpu_recomputing_under_autocast_keeps_gradients():
     weight = torch.randn(1, states[0].shape[2], 6, 16, generator=torch.Generator().manual_seed(1)).cuda()
 
     def attend(states):
-        return Part(layout).attend(0, *states, scale=None, softcap=None)
+        return Part(layout).attend(0, *states)
 
     with torch.autocast("cuda", torch.bfloat16):
         expected = outcome(attend, states, weight)

@@ -44,7 +44,7 @@ def linear_flops(counter):
 
 
 def without_attention(rates):
-    return rates._replace(attended=0)
+    return rates._replace(attended={})
 
 
 @pytest.fixture
@@ -93,13 +93,13 @@ def test_attention_costs_what_torch_counts_of_a_full_square(policy_of, frozen):
     tree = Batcher(tiny.PAD, shares_prompts=False).pairs(pairs, [])
     rows, width = tree.input_ids.shape
     assert tree.num_tokens == rows * width, "no padding, which torch would count"
-    square = Size.of(tree)._replace(attended=rows * width * width)
+    square = Size.of(tree)._replace(attended={None: rows * width * width})
     with FlopCounterMode(display=False) as forward:
         out = policy(tree, lambda hidden, head: hidden.sum())
-    assert forward.get_flop_counts()["Global"][aten.bmm] == flops.policy.attended * square.attended
+    assert forward.get_flop_counts()["Global"][aten.bmm] == flops.policy.attended[None] * square.attended[None]
     with FlopCounterMode(display=False) as backward:
         out.backward()
-    assert backward.get_flop_counts()["Global"][aten.bmm] == flops.backward.attended * square.attended
+    assert backward.get_flop_counts()["Global"][aten.bmm] == flops.backward.attended[None] * square.attended[None]
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "qwen3", "cohere", "phi", "opt"])
@@ -124,14 +124,15 @@ def test_attended_pairs_are_counted_from_lengths(shares_prompts):
     else:
         tokens = sum(5 + b for b in branches)
         attended = sum(i + 1 for b in branches for i in range(5 + b))
-    assert Size.of(tree) == (tokens, attended, 3 + 2 + 4)
+    assert Size.of(tree) == (tokens, {None: attended}, 3 + 2 + 4)
 
 
 def test_sampling_costs_a_pass_over_the_samples_tree():
     prompts = [[5, 20, 6], [8, 2]]
     whole = Size.of(Batcher(tiny.PAD).samples(prompts, SAMPLES))
     assert Size.of_samples(prompts, SAMPLES, prefill=True) == whole
-    assert Size.of_samples(prompts, SAMPLES, prefill=False) == (whole.tokens - 5, whole.attended - 6 - 3, whole.rows)
+    without = (whole.tokens - 5, {None: whole.attended[None] - 6 - 3}, whole.rows)
+    assert Size.of_samples(prompts, SAMPLES, prefill=False) == without
 
 
 # Unknown models

@@ -218,9 +218,12 @@ def test_every_index_of_a_hand_written_batch():
     assert tree.targets.tolist() == [14, 15, 16, 22, 17, 18, 33, 34, 35]
     assert tree.cu_seqlens.tolist() == [0, 3, 4, 6, 6, 9]
     assert tree.num_tokens == 11
-    masks = [branch_mask(prompt, branches, "cpu") for prompt, branches in ((3, (2, 1)), (2, (2,)))]
+    masks = [branch_mask(prompt, branches, None, "cpu") for prompt, branches in ((3, (2, 1)), (2, (2,)))]
     drawn = [["".join(".x"[seen] for seen in query) for query in mask] for mask in masks]
     assert drawn == [["xxxx..", "xxxxx.", "xxx..x"], ["xxx.", "xxxx"]]
+    within_3 = branch_mask(2, (3, 1), 3, "cpu")  # the last two tokens of a prompt
+    drawn = ["".join(".x"[seen] for seen in query) for query in within_3]
+    assert drawn == ["xxx...", ".xxx..", "..xxx.", "xx...x"]
     for name in ("input_ids", "position_ids", "rows", "targets", "cu_seqlens"):
         assert getattr(tree, name).dtype == torch.int64
 
@@ -264,8 +267,11 @@ def test_moving_a_tree_keeps_its_loss_plan_on_the_host():
     for tree in (pack([[1, 2]], [(0, [3, 4])]), separate_rows([[1, 2]], [(0, [3, 4])], pad_token_id=PAD)):
         moved = tree.to("meta")
         assert moved.targets.device.type == moved.cu_seqlens.device.type == "cpu"
-        for name in ("input_ids", "position_ids", "rows"):
-            assert getattr(moved, name).device.type == "meta"
+        within_3 = branch_mask(2, (3, 1), 3, "cpu")  # the last two tokens of a prompt
+    drawn = ["".join(".x"[seen] for seen in query) for query in within_3]
+    assert drawn == ["xxx...", ".xxx..", "..xxx.", "xx...x"]
+    for name in ("input_ids", "position_ids", "rows"):
+        assert getattr(moved, name).device.type == "meta"
     assert moved.attention_mask.device.type == "meta"
 
 
