@@ -120,7 +120,7 @@ class ModelFlops:
         if len(windows) != len(layers):  # the layers are not plain attention: taken for full
             windows = [None] * len(layers)
 
-        def attended(chosen: Collection[int], flops: float = attention) -> dict[int | None, float]:
+        def attended(chosen: Collection[int | None], flops: float = attention) -> dict[int | None, float]:
             counts = Counter(dict.fromkeys(windows, 0))
             counts.update(window for layer, window in zip(layers, windows, strict=True) if layer in chosen)
             return {window: count * flops for window, count in counts.items()}

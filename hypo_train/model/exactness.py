@@ -75,8 +75,10 @@ def check_exactness(model: TreeModel[Any], *, reference: str | None = None, has_
             shortened_windows(model.base.config, _SHORT_WINDOW),
         ):
             with eval_mode(model):
-                is_policy = isinstance(model, Policy)
-                case = _policy_case(model, precise, reference) if is_policy else _reward_case(model, reference)
+                if isinstance(model, Policy):
+                    case = _policy_case(model, precise, reference)
+                else:
+                    case = _reward_case(model, reference)
                 why_separate = _why_not_trees(model, case, tolerance)
                 if why_separate is not None:
                     _check_rows(model, case, tolerance, reference)

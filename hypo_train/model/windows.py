@@ -119,8 +119,8 @@ class _MaskRecorder:
     def clear(self) -> None:
         self._made, self.of_layer = [], {}
 
-    def mask(self, *sizes: Any, mask_function: MaskFunction, **options: Any) -> Tensor | None:
-        mask: Tensor | None = sdpa_mask(*sizes, mask_function=mask_function, **options)
+    def mask(self, *, mask_function: MaskFunction, **options: Any) -> Tensor | None:
+        mask: Tensor | None = sdpa_mask(mask_function=mask_function, **options)
         if mask is not None:
             self._made.append((mask, mask_function))
         return mask

@@ -127,7 +127,6 @@ class HyPOTrainer(trl.DPOTrainer):
         self._batcher = Batcher(
             self._tokenizer.pad_token_id,
             shares_prompts=all(policy.shares_prompts for policy in policies),
-            window=min((policy.window for policy in policies if policy.window is not None), default=None),
         )
         self._drawn_at, self._draws = -1, 0  # the step of the last draw, and the number of draws in that step
         if self._settings.draws_samples:

@@ -16,10 +16,10 @@ from hypo_train.train import train
 from hypo_train.trees.pack import Batcher
 
 FLOPS = ModelFlops(
-    policy=Rates(10.0, 1.0, 100.0),
-    backward=Rates(20.0, 2.0, 200.0),
-    reference=Rates(7.0, 0.0, 70.0),
-    above_trunk=Rates(3.0, 0.0, 70.0),
+    policy=Rates(10.0, {None: 1.0}, 100.0),
+    backward=Rates(20.0, {None: 2.0}, 200.0),
+    reference=Rates(7.0, {None: 0.0}, 70.0),
+    above_trunk=Rates(3.0, {None: 0.0}, 70.0),
 )
 PROMPTS, COMPLETIONS = [[5, 20, 6]], [[7, 8, 1], [9, 1]]
 TREE = Batcher(tiny.PAD).samples(PROMPTS, COMPLETIONS)  # 3 + 2 + 1 tokens, 6 + 9 + 4 pairs, 5 counted

@@ -28,6 +28,7 @@ from hypo_train.metrics.flops import Size
 from hypo_train.model import checkpointing, exactness
 from hypo_train.model.load import make_exact
 from hypo_train.model.policy import Policy
+from hypo_train.model.positions import LongestRow
 from hypo_train.model.windows import layer_windows, other_window
 from hypo_train.trees import layout
 from hypo_train.trees.pack import Batcher
@@ -104,6 +105,9 @@ LENGTHS = [(30, 25, 3), (5, 2, 20), (12, 9, 9), (1, 7, 1)]
 PAIRS = [Pair(row, *tokens(*lengths, seed=row)) for row, lengths in enumerate(LENGTHS)]
 
 
+LONGEST = LongestRow(55, "the longest of PAIRS")
+
+
 def dpo(chosen, rejected):
     return -nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
 
@@ -128,7 +132,7 @@ def check_against_plain_rows(architecture, window, *, prompts_first=False, check
     expected = dpo(chosen, rejected)
     expected_gradients = gradients_of(expected, model)
 
-    policy = make_exact(model, lambda model: Policy(model, is_peft=False))
+    policy = make_exact(model, lambda model: Policy(model, is_peft=False), longest=LONGEST)
     assert policy.shares_prompts, policy.why_separate_rows
     if checkpointed:
         checkpointing.enable(model, True, has_dropout=False)
@@ -172,7 +176,7 @@ def test_every_window_and_way_gives_plain_rows(architecture, groups, window, pro
 def test_a_window_that_covers_every_row_needs_no_mask_of_its_own():
     results = []
     for window in (None, 55):
-        policy = make_exact(model_of("mistral", window), lambda model: Policy(model, is_peft=False))
+        policy = make_exact(model_of("mistral", window), lambda model: Policy(model, is_peft=False), longest=LONGEST)
         tree = Batcher(tiny.PAD).pairs([PAIRS[0]], [])
         assert tree.layout.longest == 54
         results.append(policy(tree, lambda hidden, head: hidden))
@@ -212,12 +216,12 @@ def test_trees_with_a_wrong_window_are_not_taken(monkeypatch, wrong):
     monkeypatch.setattr(
         "hypo_train.model.tree_model.layer_windows", lambda config: [wrong(w) for w in layer_windows(config)]
     )
-    policy = make_exact(model_of("mistral", 5000), lambda model: Policy(model, is_peft=False))
+    policy = make_exact(model_of("mistral", 5000), lambda model: Policy(model, is_peft=False), longest=LONGEST)
     assert "does not keep to trees: logits differ by" in policy.why_separate_rows
     assert policy.base.config.sliding_window == 5000
 
 
 def test_chunked_attention_takes_separate_rows_with_the_reason():
     model = tiny.new_model("llama", attention_chunk_size=8)
-    policy = make_exact(model, lambda model: Policy(model, is_peft=False))
+    policy = make_exact(model, lambda model: Policy(model, is_peft=False), longest=LONGEST)
     assert policy.why_separate_rows == "it cannot take trees: it has layers of chunked_attention"
