@@ -64,6 +64,7 @@ _CONFIGS = {
     "gemma2": (Gemma2Config, {**_GROUPED, "head_dim": 8, "final_logit_softcapping": 3.0}),
     "gemma3_text": (Gemma3TextConfig, {**_GROUPED, "head_dim": 8}),
     "olmo3": (Olmo3Config, _GROUPED),
+    "phi3": (Phi3Config, _GROUPED),
     "gpt_oss": (GptOssConfig, {**_GROUPED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "cohere": (CohereConfig, {**_GROUPED, "logit_scale": 0.25}),
     "granite": (GraniteConfig, {**_GROUPED, "logits_scaling": 4.0}),
