@@ -1,80 +1,99 @@
-"""Find where the prompt of a row ends and its completions begin, in text and in chat messages."""
+"""Find where the prompt of a row ends and its answers begin and end, in chat messages.
+
+An answer is one message of the assistant: what follows it, such as the user's next turn, is never trained on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
-from hypo_train.data.errors import DataError, Unusable, refuse_blank
+from hypo_train.data.errors import Unusable, refuse_blank
 from hypo_train.data.messages import Messages
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+class Conversations(NamedTuple):
+    """The messages of a prompt and of each of its answers, and notes for the report."""
+
+    prompt: Messages
+    answers: list[Messages]
+    is_open: bool = False  # the last message of the prompt is the beginning of each answer's first message
+    notes: tuple[str, ...] = ()
 
 
-def split_texts(chosen: str, rejected: str) -> tuple[str, list[str]]:
-    """Return the common beginning, cut at white space, and the rests of both texts; a space goes to the rests."""
-    cut = _num_shared(chosen, rejected)
-    while cut > 0 and not chosen[cut - 1].isspace():  # no word is split between prompt and completion
-        cut -= 1
-    if chosen[:cut].endswith(" "):
-        cut -= 1
-    if not chosen[:cut].strip():
-        raise Unusable("no common beginning of 'chosen' and 'rejected', which would be the prompt")
-    return chosen[:cut], [chosen[cut:], rejected[cut:]]
+def split_conversations(prompt: str | Messages | None, conversations: list[Messages]) -> Conversations:
+    """Return the messages of the prompt, and those of each answer.
+
+    The prompt's messages are removed from a conversation that repeats them. If the prompt is not a list, it is the
+    common beginning of the conversations (in UltraFeedback ``prompt`` repeats it as text), else a user's message.
+    Messages that all answers have in common belong to the prompt.
+    """
+    found = _split(prompt, conversations)
+    notes = list(found.notes)
+    if any(len(answer) > 1 for answer in found.answers):
+        notes.append("cut_turns")
+    if found.is_open:
+        notes.append("open_prompts")
+    return found._replace(notes=tuple(notes))
 
 
-def _num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+def check_answer(messages: Messages, column: str) -> None:
+    """Raise ``Unusable`` unless the messages begin and end with the assistant's, and the first one has content."""
+    if not messages or messages[-1]["role"] != "assistant":
+        raise Unusable(f"a {column!r} whose last message is not from the assistant")
+    if messages[0]["role"] != "assistant":
+        raise Unusable(f"a {column!r} that does not continue with the assistant's message")
+    refuse_blank(text_of(messages[0]), column)
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """Return the content of a message, empty if it has none."""
+    return message.get("content") or ""
+
+
+def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Return how many leading items (characters or messages) two sequences have in common."""
     items = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in items if a != b), min(len(first), len(second)))
 
 
-def split_conversations(
-    prompt: str | Messages | None, conversations: list[Messages]
-) -> tuple[Messages, list[Messages]]:
-    """Return the messages of the prompt, and those of each answer.
-
-    The prompt's messages are removed from a conversation that repeats them. If the prompt is not a list, it is the
-    common beginning of the conversations (in UltraFeedback ``prompt`` repeats it as text), else a user's message.
-    """
+def _split(prompt: str | Messages | None, conversations: list[Messages]) -> Conversations:
     if isinstance(prompt, list):
-        repeated = all(conversation[: len(prompt)] == prompt for conversation in conversations)
-        return prompt, [conversation[len(prompt) * repeated :] for conversation in conversations]
+        return _split_behind(prompt, conversations)
     # An answer keeps at least its last message.
-    shared = _num_shared(conversations[0][:-1], conversations[-1][:-1])
+    shared = num_shared(conversations[0][:-1], conversations[-1][:-1])
     if shared:
-        return conversations[0][:shared], [conversation[shared:] for conversation in conversations]
+        start = conversations[0][:shared]
+        # A single conversation trains on its last answer only.
+        earlier = len(conversations) == 1 and any(message["role"] == "assistant" for message in start)
+        notes = ("earlier_answers",) if earlier else ()
+        return Conversations(start, [conversation[shared:] for conversation in conversations], notes=notes)
     if prompt is None:
         raise Unusable("no common first message of 'chosen' and 'rejected', which would be the prompt")
-    return [{"role": "user", "content": prompt}], conversations
+    return Conversations([{"role": "user", "content": prompt}], conversations)
 
 
-def check_answer(messages: Messages, column: str) -> None:
-    """Raise ``Unusable`` unless the messages begin and end with the assistant's."""
-    if not messages or messages[-1]["role"] != "assistant":
-        raise Unusable(f"a {column!r} whose last message is not from the assistant")
-    if messages[0]["role"] != "assistant":
-        raise Unusable(f"a {column!r} that does not continue with the assistant's message")
-    refuse_blank(messages[-1]["content"], column)
+def _split_behind(prompt: Messages, conversations: list[Messages]) -> Conversations:
+    """Return the answers behind a prompt that is a list of messages."""
+    size = len(prompt)
+    if conversations and all(conversation[:size] == prompt for conversation in conversations):
+        answers = [conversation[size:] for conversation in conversations]
+    elif prompt[-1]["role"] == "assistant":
+        if not text_of(prompt[-1]).strip():  # a place for the answer
+            return _split_behind(prompt[:-1], conversations) if size > 1 else Conversations(prompt, conversations)
+        return Conversations(prompt, [_without_start(prompt, answer) for answer in conversations], is_open=True)
+    else:
+        answers = conversations
+    shared = num_shared(answers[0][:-1], answers[-1][:-1]) if len(answers) > 1 else 0
+    return Conversations([*prompt, *answers[0][:shared]] if shared else prompt, [answer[shared:] for answer in answers])
 
 
-def render(prompt: Messages, answers: list[Messages], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
-    """Return the texts of prompt and completions, written by the chat template."""
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"the data set has chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
-            "use an instruction-tuned model's, or text columns"
-        )
-    if not any(message["content"].strip() for message in prompt):
-        raise Unusable("an empty 'prompt'")
-    try:
-        start = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        texts = [str(tokenizer.apply_chat_template(prompt + answer, tokenize=False)) for answer in answers]
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # a template is a program
-        raise Unusable(f"messages that the chat template refuses: {error}") from None
-    if not all(text.startswith(start) for text in texts):
-        raise Unusable("a prompt that the chat template writes differently if an answer follows")
-    return start, [text[len(start) :] for text in texts]
+def _without_start(prompt: Messages, conversation: Messages) -> Messages:
+    """Return the messages behind a prompt whose last message the conversation continues, if it repeats the prompt."""
+    *earlier, last = prompt
+    size, start = len(earlier), text_of(last)
+    if conversation[:size] == earlier and len(conversation) > size:
+        message = conversation[size]
+        if message["role"] == "assistant" and text_of(message).startswith(start):
+            return [{**message, "content": text_of(message)[len(start) :]}, *conversation[size + 1 :]]
+    return conversation

@@ -11,7 +11,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from hypo_train.data.boundaries import check_answer, render, split_conversations, split_texts
+from hypo_train.data.boundaries import check_answer, split_conversations
+from hypo_train.data.chat import render
+from hypo_train.data.dialogues import split_texts
 from hypo_train.data.errors import DataError, Unusable, quoted, refuse_blank
 from hypo_train.data.messages import text_or_messages
 
@@ -36,6 +38,7 @@ class RowText:
     # (encode, limit) -> ids of the prompt, shortened to ``limit`` tokens in the way of the format. It raises Unusable
     # if the prompt cannot be shortened so far. None: a prompt that is too long loses its beginning.
     shorten: Callable[[Encode, int], tuple[int, ...]] | None = None
+    notes: tuple[str, ...] = ()  # counts of the report (fields of ``DataReport``) that this row adds one to
 
     def __post_init__(self) -> None:
         try:
@@ -112,16 +115,15 @@ class Preferences:
         prompt = text_or_messages(example.get("prompt"), "prompt") if needs_prompt else None
         texts = [value for value in values.values() if isinstance(value, str)]
         if len(texts) == len(values) and not isinstance(prompt, list):
-            if prompt is None:
-                prompt, texts = split_texts(*texts)
-            for part, text in zip(parts, texts, strict=True):
+            found = split_texts(prompt, texts)
+            for part, text in zip(parts, found.completions, strict=True):
                 refuse_blank(text, part)
-            return RowText(row, prompt, texts, rendered=False)
+            return RowText(row, found.prompt, found.completions, rendered=False, notes=found.notes)
         conversations = [
             [{"role": "assistant", "content": value}] if isinstance(value, str) else value for value in values.values()
         ]
-        messages, answers = split_conversations(prompt, conversations)
-        for part, answer in zip(parts, answers, strict=True):
+        split = split_conversations(prompt, conversations)
+        for part, answer in zip(parts, split.answers, strict=True):
             check_answer(answer, part)
-        start, endings = render(messages, answers, tokenizer)
-        return RowText(row, start, endings, rendered=True)
+        start, endings, notes = render(split, tokenizer)
+        return RowText(row, start, endings, rendered=True, notes=notes)

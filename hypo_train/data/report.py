@@ -60,7 +60,17 @@ class DataReport:
     eos_behind_prompt: int = 0  # prompts whose text ends with an EOS
     bos_in_completion: int = 0  # completions whose text begins with a BOS
     begins_with_prompt: int = 0  # completions whose text repeats their prompt's
+    inside_token: int = 0  # completions that begin inside a token of the whole text
+    not_as_text: int = 0  # those of them whose tokens do not decode to their text
+    unknown: int = 0  # rows with characters that the tokenizer does not know
+    cut_turns: int = 0  # rows whose dialogues go on after the answers; the turns behind the answers are cut
+    earlier_answers: int = 0  # conversations with several answers, of which the last is trained on
+    open_prompts: int = 0  # prompts that end with the beginning of the answer
+    shortened_generation_prompts: int = 0  # prompts without what the template writes only if no answer follows
+    unwritten_messages: int = 0  # prompts with a message that the chat template leaves out
+    prompts_in_sentence: int = 0  # prompts that are a common beginning and end in the middle of a sentence
     rendered: int = 0  # rows written by a chat template
+    turn_end: str | None = None  # ends an answer in the chat template, and is not the tokenizer's EOS
     unused_template: bool = False  # the tokenizer has a chat template, and the rows are plain text without its tokens
     repeats: Repeats = field(default_factory=Repeats)
     also_trained_on: list[int] = field(default_factory=list)  # held-out rows with a training row's prompt
@@ -74,6 +84,11 @@ class DataReport:
             lines.append(f"{self.rows - self.used} of {self.rows} rows dropped: {', '.join(reasons)}")
         if self.rendered:
             lines.append(f"chat template applied to {'all' if self.rendered == self.used else self.rendered} rows")
+        if self.rendered and self.turn_end is not None:
+            lines.append(
+                f"completions end with {self.turn_end!r}, as the chat template ends an answer: samples end there too, "
+                "and a server must (eos_token_id in generation_config.json), because it is not the tokenizer's EOS"
+            )
         lines += [finding.line() for finding in self._findings() if finding.count]
         for name, at in self.lengths.items():
             sizes = f"smallest {at.smallest}, median {at.median}, 95% {at.high}, largest {at.largest}"
@@ -147,6 +162,57 @@ class DataReport:
                 "completions begin with a BOS",
                 "take the BOS token's text out of the completions, which follow their prompt",
                 0.0,
+            ),
+            Finding(
+                self.inside_token,
+                completions,
+                "completions begin inside a token of their row's text",
+                "end the prompts where a token ends: a space belongs to the beginning of the completions",
+                0.01,
+            ),
+            Finding(
+                self.not_as_text,
+                completions,
+                "completions have tokens that do not decode to the row's text, because they begin inside a token",
+                "put a space between prompt and completion",
+                0.0,
+            ),
+            Finding(
+                self.unknown,
+                used,
+                "rows have characters that the tokenizer does not know",
+                "use the tokenizer of the data's language, or take these characters out of the data",
+                0.01,
+            ),
+            Finding(
+                self.cut_turns,
+                used,
+                "rows whose conversations go on after the answers that differ: the first answer is trained on",
+                "end both dialogues with the answers to compare, if later turns matter",
+                0.0,
+            ),
+            Finding(self.earlier_answers, used, "conversations have several answers: the last one is trained on"),
+            Finding(self.open_prompts, used, "prompts end with the beginning of the answer"),
+            Finding(
+                self.shortened_generation_prompts,
+                used,
+                "prompts end before what the chat template adds if no answer follows (such as a thinking block)",
+                "use a template that writes it before answers too, if the model is to answer behind it",
+                0.0,
+            ),
+            Finding(
+                self.unwritten_messages,
+                used,
+                "prompts have a message that the chat template does not write",
+                "use a template that writes it (many leave out system messages), or take it out of the data",
+                0.0,
+            ),
+            Finding(
+                self.prompts_in_sentence,
+                used,
+                "prompts, the common beginning of 'chosen' and 'rejected', end in the middle of a sentence",
+                "write the prompts in a column 'prompt', if the answers begin earlier",
+                0.05,
             ),
             Finding(
                 self.begins_with_prompt,

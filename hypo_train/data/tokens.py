@@ -1,7 +1,7 @@
 """Tokenize rows of text.
 
-Every completion ends with exactly one EOS; a prompt has at most one BOS. Prompt and completion are tokenized
-separately, so that samples continue exactly the prompt ids that the completions of the data set continue.
+Every completion ends with exactly one EOS, or with the token that ends a turn in the chat template; a prompt has at
+most one BOS. Prompt and completion together are the tokens of the whole text (:mod:`hypo_train.data.encoding`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from hypo_train.data.chat import turn_end
+from hypo_train.data.encoding import Encoded, Encoder
 from hypo_train.data.errors import DataError, Unusable
 from hypo_train.data.formats import Format, Preferences, RowText
 from hypo_train.data.repeats import find_repeats
@@ -99,9 +101,24 @@ class _TokenRules:
     stops: frozenset[int]
     max_prompt_length: int
     max_completion_length: int
-    adds_bos: bool  # the tokenizer adds a BOS to plain text
-    adds_eos: bool
+    encoder: Encoder
+    turn_end: int | None  # ends a completion that a chat template wrote, if none of ``stops`` does
     special: frozenset[int]  # without BOS and EOS; plain text with one of these was written for a chat template
+
+    def stops_of(self, text: RowText) -> frozenset[int]:
+        """Return the tokens that end the completions of a row."""
+        return self.stops if self.turn_end is None or not text.rendered else self.stops | {self.turn_end}
+
+    @property
+    def adds_bos(self) -> bool:
+        """Return whether the tokenizer adds a BOS to plain text."""
+        return self.bos is not None and self.encoder.prefix[:1] == [self.bos]
+
+    @property
+    def unknown(self) -> int | None:
+        """Return the token of characters that the tokenizer does not know, unless it has other meanings."""
+        unknown = self.tokenizer.unk_token_id
+        return None if unknown in {self.bos, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id} else unknown
 
 
 def _token_rules(
@@ -113,16 +130,13 @@ def _token_rules(
     if not eos_token_ids:
         raise DataError("eos_token_ids is empty: without an EOS no completion ends")
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id in eos_token_ids else eos_token_ids[0]
-    if not 0 <= eos < len(tokenizer):
-        raise DataError(f"EOS id {eos} is not among the tokenizer's {len(tokenizer)} ids")
+    if eos not in (known := tokenizer.get_vocab().values()):
+        raise DataError(f"EOS id {eos} is not among the tokenizer's {len(known)} ids, up to {max(known)}")
     bos, stops = tokenizer.bos_token_id, frozenset(eos_token_ids)
-    (text,), (bare,) = (list(_ids(tokenizer, ["a"], special=special)) for special in (True, False))
-    adds_bos = bos is not None and text[:1] == [bos] and bare[:1] != [bos]
-    adds_eos = text[-1:] != bare[-1:] and bool({*stops, tokenizer.eos_token_id}.intersection(text[-1:]))
     added = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
     others = frozenset(added - {bos, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id})
     limits = (max_prompt_length, max_completion_length)
-    return _TokenRules(tokenizer, bos, eos, stops, *limits, adds_bos, adds_eos, others)
+    return _TokenRules(tokenizer, bos, eos, stops, *limits, Encoder(tokenizer), turn_end(tokenizer, stops), others)
 
 
 def _tokenize(
@@ -142,77 +156,44 @@ def _tokenize(
 
     usable = texts()
     while block := list(islice(usable, BLOCK)):
-        for text, prompt, completions in _encode(block, rules.tokenizer, len(wanted)):
+        encoded = rules.encoder.encode([(text.prompt, text.completions[: len(wanted)]) for text in block])
+        for text, ids in zip(block, encoded, strict=True):
             try:
-                rows.append((text.row, *_fit(text, prompt, completions, rules, wanted, counts)))
+                rows.append((text.row, *_fit(text, ids, rules, wanted, counts)))
             except Unusable as reason:
                 dropped.setdefault(str(reason), []).append(text.row)
     lengths = {"prompt": [len(prompt) for _, prompt, _ in rows]}
     for index, name in enumerate(wanted):
         lengths[name] = [len(completions[index]) for _, _, completions in rows]
+    has_special = counts.pop("has_special", 0)
+    tallies: dict[str, Any] = counts
     report = DataReport(
         rows=len(dataset),
         used=len(rows),
         dropped={reason: sorted(indices) for reason, indices in dropped.items()},
         completions=len(rows) * len(wanted),
-        truncated_prompts=counts["truncated_prompts"],
-        shortened_prompts=counts["shortened_prompts"],
-        truncated_completions=counts["truncated_completions"],
-        cut_at_eos=counts["cut_at_eos"],
-        doubled_bos=counts["doubled_bos"],
-        missing_bos=counts["missing_bos"],
-        eos_behind_prompt=counts["eos_behind_prompt"],
-        bos_in_completion=counts["bos_in_completion"],
-        begins_with_prompt=counts["begins_with_prompt"],
-        longest_prompt=counts["longest_prompt"],
-        longest_completion=counts["longest_completion"],
-        rendered=counts["rendered"],
-        unused_template=rules.tokenizer.chat_template is not None and not counts["rendered"] + counts["has_special"],
+        unused_template=rules.tokenizer.chat_template is not None and not counts["rendered"] + has_special,
+        turn_end=_other_turn_end(rules.tokenizer),
         lengths={name: Lengths.of(values) for name, values in lengths.items() if values},
+        **tallies,
     )
     if not rows:
         raise DataError(f"no row can be used: {report.lines()[1]}")
     return rows, report
 
 
-def _encode(
-    block: list[RowText], tokenizer: PreTrainedTokenizerBase, num_wanted: int
-) -> Iterator[tuple[RowText, list[int], list[list[int]]]]:
-    """Yield each row with the ids of its prompt and completions; only plain prompts get special tokens."""
-    prompts = {
-        rendered: _ids(tokenizer, [text.prompt for text in block if text.rendered is rendered], special=not rendered)
-        for rendered in (False, True)
-    }
-    texts = [completion for text in block for completion in text.completions[:num_wanted]]
-    completions = _ids(tokenizer, texts, special=False)
-    for text in block:
-        yield text, next(prompts[text.rendered]), list(islice(completions, num_wanted))
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> Iterator[list[int]]:
-    if not texts:  # tokenizers fail on an empty batch
-        return iter(())
-    batch = tokenizer(
-        texts,
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return iter(batch["input_ids"])
+def _other_turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the token that ends an answer in the chat template if it is not the tokenizer's EOS."""
+    token = turn_end(tokenizer, [tokenizer.eos_token_id])
+    return None if token is None else str(tokenizer.convert_ids_to_tokens(token))
 
 
 def _fit(
-    text: RowText,
-    prompt: list[int],
-    completions: list[list[int]],
-    rules: _TokenRules,
-    names: Sequence[str],
-    counts: Counter[str],
+    text: RowText, encoded: Encoded, rules: _TokenRules, names: Sequence[str], counts: Counter[str]
 ) -> tuple[Ids, list[Ids]]:
     """Return prompt and completions with correct BOS, EOS and lengths; ``counts`` records the changes."""
-    ended = [_end_with_eos(ids, rules, name) for ids, name in zip(completions, names, strict=True)]
+    prompt = encoded.prompt if text.rendered else rules.encoder.prefix + encoded.prompt
+    ended = [_end_with_eos(ids, text, rules, name) for ids, name in zip(encoded.completions, names, strict=True)]
     if len(set(ended)) < len(ended):
         raise Unusable("the same tokens in 'chosen' and 'rejected'")
     limit = rules.max_completion_length
@@ -222,7 +203,11 @@ def _fit(
     clean = _clean_prompt(prompt, text.rendered, rules)
     kept = _shortened(text, clean, rules)
     _count_prompt(text, prompt, clean, rules, counts)
-    _count_completions(text, completions, ended, rules, counts)
+    _count_completions(text, encoded.completions, ended, rules, counts)
+    counts.update(text.notes)
+    counts["inside_token"] += encoded.num_split
+    counts["not_as_text"] += encoded.num_altered
+    counts["unknown"] += any(rules.unknown in ids for ids in (prompt, *encoded.completions))
     if len(kept) < len(clean):
         counts["truncated_prompts" if text.shorten is None else "shortened_prompts"] += 1
     return kept, short
@@ -233,8 +218,7 @@ def _count_prompt(text: RowText, ids: list[int], clean: Ids, rules: _TokenRules,
     counts["longest_prompt"] = max(counts["longest_prompt"], len(clean))
     counts["doubled_bos"] += rules.bos is not None and ids[:2] == [rules.bos] * 2
     counts["missing_bos"] += rules.adds_bos and clean[0] != rules.bos
-    removed = len(ids) - len(clean) - _num_doubled(ids, rules)
-    counts["eos_behind_prompt"] += removed > rules.adds_eos and not text.rendered
+    counts["eos_behind_prompt"] += len(ids) - len(clean) > _num_doubled(ids, rules)
     counts["has_special"] += bool(rules.special.intersection(clean))
 
 
@@ -252,16 +236,17 @@ def _count_completions(
         counts["cut_at_eos"] += bool(rest and str(rules.tokenizer.decode(rest, skip_special_tokens=True)).strip())
 
 
-def _end_with_eos(ids: list[int], rules: _TokenRules, column: str) -> Ids:
-    """Return the ids up to their first EOS, or with an EOS added."""
-    end = next((i for i, token in enumerate(ids) if token in rules.stops), len(ids))
+def _end_with_eos(ids: list[int], text: RowText, rules: _TokenRules, column: str) -> Ids:
+    """Return the ids up to the first token that ends a completion, or with an EOS added."""
+    stops = rules.stops_of(text)
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     if end == 0:
         raise Unusable(f"an empty {column!r}")
     return (*ids[:end], ids[end] if end < len(ids) else rules.eos)
 
 
 def _clean_prompt(ids: list[int], rendered: bool, rules: _TokenRules) -> Ids:
-    """Return the ids with at most one BOS at the start, and without the EOS that some tokenizers add at the end."""
+    """Return the ids with at most one BOS at the start and, if they are plain text's, without an EOS at the end."""
     start, end = _num_doubled(ids, rules), len(ids)
     while not rendered and end - start > 1 and ids[end - 1] in {*rules.stops, rules.tokenizer.eos_token_id}:
         end -= 1
@@ -286,8 +271,8 @@ def _shortened(text: RowText, ids: Ids, rules: _TokenRules) -> Ids:
         return _keep_end(ids, rules)
 
     def encode(prompt: str) -> Ids:
-        (prompt_ids,) = _ids(rules.tokenizer, [prompt], special=not text.rendered)
-        return _clean_prompt(prompt_ids, text.rendered, rules)
+        (ids,) = rules.encoder.ids([prompt])
+        return _clean_prompt(ids if text.rendered else rules.encoder.prefix + ids, text.rendered, rules)
 
     return text.shorten(encode, rules.max_prompt_length)
 

@@ -34,7 +34,7 @@ def train_language_model(folder: Path, rng: random.Random, seed: int, sizes: Siz
     """Train a model of reviews from scratch in ``folder`` and return the model's folder."""
     torch.manual_seed(seed)
     world.save_new_model(folder / "untrained")
-    rows = [{"prompt": world.prompt(rng), "completion": world.review(rng)} for _ in range(sizes.num_reviews)]
+    rows = [{"prompt": world.prompt(rng), "completion": f" {world.review(rng)}"} for _ in range(sizes.num_reviews)]
     write_rows(folder / "reviews.jsonl", rows)
     config = configure(
         folder / "sft",
@@ -86,7 +86,7 @@ def _labelled(prompt: str, texts: Sequence[str], rng: random.Random) -> dict[str
     first, second = covered[:2]
     prefers_first = rng.random() < 1 / (1 + math.exp(world.reward(prompt, second) - world.reward(prompt, first)))
     chosen, rejected = (first, second) if prefers_first else (second, first)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
 
 
 def _sample(sampler: GenerateSampler, tokenizer: Any, prompts: Sequence[str], n: int, seed: int) -> list[list[str]]:

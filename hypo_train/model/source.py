@@ -13,6 +13,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hypo_train.config import Config
+from hypo_train.data.chat import turn_end
 from hypo_train.data.template_date import fix_date, writes_date
 from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.model.weight_files import refuse_pickles
@@ -128,10 +129,15 @@ def _open_tokenizer(config: Config, path: str) -> Any:
 
 
 def eos_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Return all tokens that end a completion: the tokenizer's EOS, then the checkpoint's (Llama 3 has several)."""
+    """Return all tokens that end a completion: the tokenizer's EOS, then the checkpoint's (Llama 3 has several).
+
+    If the chat template ends an answer with another special token, this is the last one.
+    """
     more = getattr(model_generation_config, "eos_token_id", None)
     listed = [] if more is None else [more] if isinstance(more, int) else list(more)
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
+    known = dict.fromkeys([tokenizer.eos_token_id, *listed])
+    end = turn_end(tokenizer, known)
+    return tuple(known) if end is None else (*known, end)
 
 
 def generation_config(config: Config) -> GenerationConfig | None:

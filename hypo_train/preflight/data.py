@@ -13,15 +13,16 @@ from hypo_train.preflight.findings import Findings
 def check_vocabulary(source: Source, plan: Plan) -> None:
     """Raise ModelError if the model has no embedding for a token of the rows or for the pad token."""
     tokenizer, size = source.tokenizer, getattr(source.architecture.get_text_config(), "vocab_size", None)
-    if size is None or len(tokenizer) <= size:
+    highest = max(tokenizer.get_vocab().values())  # not the number of tokens: ids may have gaps
+    if size is None or highest < size:
         return
     texts = [ids for row in [*plan.train_rows, *plan.eval_rows] for ids in vars(row).values() if isinstance(ids, tuple)]
     largest = max(tokenizer.pad_token_id, *map(max, texts))
     if largest >= size:
         token, name = tokenizer.convert_ids_to_tokens(largest), source.config.model_name_or_path
         raise ModelError(
-            f"model_name_or_path={name!r}: the model knows {size} tokens, and its tokenizer has {len(tokenizer)}, of "
-            f"which {token!r} ({largest}) is needed: use the tokenizer that the model was trained with, or save the "
+            f"model_name_or_path={name!r}: the model knows {size} tokens, and its tokenizer has ids up to {highest}, "
+            f"of which {token!r} ({largest}) is needed: use the tokenizer that the model was trained with, or save the "
             "model after resize_token_embeddings"
         )
 

@@ -114,7 +114,7 @@ def test_what_a_library_says_in_its_second_line_is_said(said, folder):
 def test_a_tokenizer_larger_than_the_model_is_refused(said, saved_model, folder):
     shutil.copytree(saved_model(vocab_size=20), folder, dirs_exist_ok=True)
     message = said()
-    assert "the model knows 20 tokens, and its tokenizer has 37, of which 'and' (32) is needed" in message
+    assert "the model knows 20 tokens, and its tokenizer has ids up to 36, of which 'and' (32) is needed" in message
 
 
 def test_a_padding_token_that_the_model_does_not_know_is_named(said, folder):

@@ -139,7 +139,7 @@ def pair_rows(count=24, *, chat=False, seed=0):
             {name: [{"role": "user" if name == "prompt" else "assistant", "content": row[name]}] for name in row}
             for row in rows
         ]
-    return rows
+    return [{name: row[name] if name == "prompt" else f" {row[name]}" for name in row} for row in rows]
 
 
 def write_rows(path, rows):
