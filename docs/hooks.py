@@ -5,6 +5,7 @@ A line of a page such as these is replaced:
 - ``{{ configuration }}``: the fields of ``hypo_train.config.Config``
 - ``{{ help evaluate }}``, ``{{ usage }}``: the help page of a command; that of training, without the fields
 - ``{{ message --kl_coef -1 }}``: what the command line answers to these flags
+- ``{{ settings_of axolotl }}``: the settings of another trainer, and what to write here instead
 - ``{{ include CHANGELOG.md }}``: a file of this repository
 """
 
@@ -63,6 +64,7 @@ def _filled_in(line: re.Match[str]) -> str:
         "help": command_help,
         "usage": usage,
         "message": message,
+        "settings_of": settings_of,
         "include": included,
     }
     return fill[line[1]](line[2])
@@ -157,6 +159,18 @@ def message(flags: str) -> str:
             f"``` {{ .text .message }}\n$ python -m hypo_train --config recipe.yaml {flags}\nhypo_train: {error}\n```"
         )
     raise ValueError(f"{flags} is refused by nothing: show another mistake in the documentation")
+
+
+def settings_of(trainer: str) -> str:
+    """Return a table of another trainer's settings, and what to write here instead."""
+    from hypo_train.other_trainers import TABLES
+
+    rows = ["| there | here |", "|---|---|"]
+    for advice in TABLES[trainer]:
+        names = list(advice)
+        rows.append(f"| {', '.join(f'`{name}`' for name in names)} | {advice.text} |")
+        rows += [f"| `{names[0]}: {value}` | {text} |" for value, text in advice.values.items()]
+    return "\n".join(rows)
 
 
 def included(path: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from markdown_blocks import blocks, text_of
 from pydantic import ValidationError
 
 from hypo_train.config import Config, ConfigError, load_config
@@ -27,7 +28,7 @@ ENTRIES = [(trainer, advice) for trainer, table in TABLES.items() for advice in 
 def lines_of(tmp_path, text):
     """What each line of a recipe with problems says after the name of the file."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(REQUIRED + text, encoding="utf-8")
+    path.write_text(("" if "model_name_or_path" in text else REQUIRED) + text, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
         load_config(["--config", str(path)])
     lines = str(caught.value).removeprefix("1 problem in the configuration: ").split("\n  ")
@@ -107,6 +108,41 @@ def test_advice_is_one_line_that_says_what_to_do():
 )
 def test_an_answer_is_about_the_name_and_the_value(tmp_path, line, answer):
     assert lines_of(tmp_path, line) == [f"unknown key {line.partition(':')[0]!r}: {answer}"]
+
+
+PAGE = "docs/coming_from.md"
+
+
+@pytest.mark.parametrize("block", blocks("text", PAGE), ids=str)
+def test_a_recipe_on_the_page_is_answered_line_by_line(tmp_path, block):
+    names = yaml.safe_load(block.text).keys()
+    lines = lines_of(tmp_path, block.text)
+    answered = {re.match(r"unknown key '(\w+)': ", line)[1] for line in lines if line.startswith("unknown")}
+    assert answered == {name for name in names if name not in Config.model_fields}
+
+
+@pytest.mark.parametrize("block", blocks("yaml", PAGE), ids=str)
+def test_a_translated_recipe_says_what_the_answers_say(block):
+    """test_docs.py reads it as a configuration. Here: each field that an answer names is in it, or is a default."""
+    theirs = next(b for b in reversed(blocks("text", PAGE)) if b.line < block.line)
+    ours = yaml.safe_load(block.text)
+    for name, value in yaml.safe_load(theirs.text).items():
+        if name in Config.model_fields:
+            assert name in ours or name in ("attn_implementation", "bf16", "weight_decay"), name
+        elif (answer := advice_on(name, value)).startswith("use ") and "leave it out" not in answer:
+            assert any(word in ours for word in re.findall(r"\w+", answer)), (name, answer)
+
+
+def test_defaults_that_differ_from_trl_are_on_the_page():
+    trl = pytest.importorskip("trl")
+    page = text_of(PAGE).partition("## Other defaults")[2].partition("## All settings")[0]
+    configs = (getattr(trl, f"{kind}Config") for kind in ("DPO", "SFT", "RLOO", "GRPO"))
+    kinds = [trl.ScriptArguments, trl.ModelConfig, *configs]
+    fields = {(field.name, repr(field.default)) for kind in kinds for field in dataclasses.fields(kind)}
+    ours = {name: field.default for name, field in Config.model_fields.items() if not field.is_required()}
+    differing = {name for name, default in fields if name in ours and default not in (repr(ours[name]), "None")}
+    assert {"num_train_epochs", "lora_dropout"} < differing
+    assert {name for name in differing if f"`{name}`" not in page} == set()
 
 
 def test_every_line_of_a_recipe_is_answered_at_once(tmp_path):
