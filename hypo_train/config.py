@@ -104,6 +104,9 @@ class Config(Settings):
     lora_target_modules: list[str] | Text | None = None
     """Modules that get LoRA: a list of names (the LM head may be one), one regular expression, or "all-linear", which
     leaves the LM head out; none means peft's default for the architecture."""
+    lora_modules_to_save: list[str] | None = None
+    """Modules that are trained whole beside LoRA and saved with it, such as embed_tokens and lm_head for new tokens.
+    The reference model has the original ones."""
     use_rslora: bool = False
     """Rank-stabilised LoRA: multiply the update by lora_alpha / sqrt(lora_r) instead."""
     use_dora: bool = False
@@ -357,6 +360,11 @@ class Config(Settings):
             return []
         return [value] if isinstance(value, str) else value
 
+    @field_validator("lora_modules_to_save", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value or None
+
     @field_validator("report_to")
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:
@@ -431,6 +439,11 @@ def _conflicts(c: Config) -> list[str]:
         (
             c.use_peft and c.num_layers_unfrozen is not None,
             f"use_peft=true with num_layers_unfrozen={c.num_layers_unfrozen}: choose one of the two",
+        ),
+        (
+            c.lora_modules_to_save is not None and c.vocab_parallel,
+            f"vocab_parallel=true with lora_modules_to_save={c.lora_modules_to_save}: it has one copy of embedding and "
+            "LM head, and these are two; use fsdp: true alone",
         ),
         *(
             (
@@ -523,7 +536,11 @@ def _without_effect(c: Config) -> list[str]:
     """Return one line for each field that was set but has no effect."""
     draws = "algorithm: hypo or rloo"
     needs = [
-        (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), c.use_peft, "use_peft: true"),
+        (
+            ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
+            c.use_peft,
+            "use_peft: true",
+        ),
         (("bnb_4bit_quant_type", "use_bnb_nested_quant"), c.load_in_4bit, "load_in_4bit: true"),
         (("kl_coef",), c.spec.is_hybrid, "algorithm: hypo"),
         (("num_generations", "length_penalty"), c.draws_samples, draws),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypo_train.model.eval_mode import eval_mode
-from hypo_train.model.policy import Head, HeadFunction, Policy
+from hypo_train.model.policy import Head, HeadFunction, Policy, active_module
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import ModelError, TreeModel, first_line
 from hypo_train.model.windows import layer_windows, other_window, shortened_windows
@@ -231,7 +231,7 @@ def _check_training_mode(model: TreeModel[Any], case: _Case, tolerance: float, c
 
 def _check_parts(policy: Policy) -> None:
     """Raise ModelError for a head that is not linear (LoRA is allowed), or an adapter that cannot be switched off."""
-    name, head = type(policy.base).__name__, policy.base.get_output_embeddings()
+    name, head = type(policy.base).__name__, active_module(policy.base.get_output_embeddings())
     plain = head
     if policy.is_peft:
         from peft.tuners.lora import Linear

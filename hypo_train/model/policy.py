@@ -70,7 +70,7 @@ class Policy(TreeModel[Head]):
 
     def head(self) -> Head:
         """Return the LM head with the live weights, for use inside ``forward``."""
-        linear, config = self.base.get_output_embeddings(), self.base.config.get_text_config()
+        linear, config = active_module(self.base.get_output_embeddings()), self.base.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
         lora = _active_lora(linear) if hasattr(linear, "lora_A") else None
         shards = self.vocab_shards
@@ -119,6 +119,8 @@ class Policy(TreeModel[Head]):
         Sharded weights are DTensors, or this rank's shard of the vocabulary.
         """
         linear = self.base.get_output_embeddings()
+        if (original := getattr(linear, "original_module", None)) is not None:  # peft trains a copy of it
+            return original.weight, original.bias
         linear = getattr(linear, "base_layer", linear)
         copies = {id(p): self.reference_parameters.get(name) for name, p in self.named_parameters()}
         weight, bias = copies[id(linear.weight)], copies.get(id(linear.bias))
@@ -150,6 +152,15 @@ class Policy(TreeModel[Head]):
         # With an adapter on the head, peft would also save the full frozen head and embedding.
         options = {"save_embedding_layers": False} if self.is_peft else {}
         self.model.save_pretrained(folder, state_dict=state, **options)
+
+
+def active_module(module: Any) -> Any:
+    """Return the module that computes: in the place of a ``modules_to_save``, the trained copy or the original."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies is None:
+        return module
+    names = [name for name in module.active_adapters if name in copies]
+    return copies[names[0]] if names and not module.disable_adapters else module.original_module
 
 
 def _active_lora(layer: Any) -> LoRA | None:

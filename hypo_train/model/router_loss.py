@@ -74,7 +74,7 @@ def router_loss(base: Any, router_logits: RouterLogits, weights: Tensor) -> Tens
         weights: (R, N) how often each token counts: 0 for padding, and for a prompt that several completions share,
             their number. So the loss is that of a row for each completion.
     """
-    hidden = torch.zeros(1, 1, base.get_output_embeddings().in_features, device=weights.device)
+    hidden = torch.zeros(1, 1, base.get_output_embeddings().weight.shape[1], device=weights.device)
     outputs = MoeModelOutputWithPast(last_hidden_state=hidden, router_logits=router_logits)  # type: ignore[arg-type]
     with (
         _replaced_forward(base.get_decoder(), lambda *args, **options: outputs),

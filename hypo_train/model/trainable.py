@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hypo_train.config import Config
 from hypo_train.model import checkpointing
 from hypo_train.model.checkpointing import Checkpointing
+from hypo_train.model.quantization import quantizable
 from hypo_train.model.tree_model import ModelError, first_line
 from hypo_train.model.trunk import decoder_layers
 
@@ -45,6 +47,9 @@ def _with_lora(model: Any, config: Config) -> Any:
     targets = config.lora_target_modules
     if isinstance(targets, list):
         _check_targets(model, targets)
+    saved, is_tied = config.lora_modules_to_save, _is_tied(model)
+    if saved is not None:
+        _check_saved_modules(model, saved, config)
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -53,13 +58,57 @@ def _with_lora(model: Any, config: Config) -> Any:
         bias="none",
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        modules_to_save=saved,
+        ensure_weight_tying=saved is not None and is_tied and bool({"embed_tokens", "lm_head"} & _last_names(saved)),
         task_type="SEQ_CLS" if config.spec.trains_reward_model else "CAUSAL_LM",  # which trains the new score too
     )
     try:
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
     except (ValueError, re.error) as error:
         as_list = ": write several names as a list, [q_proj, v_proj]" if "," in str(targets) else ""
         raise ModelError(f"lora_target_modules={targets!r}: {first_line(error)}{as_list}") from error
+    if saved is not None and is_tied and not _is_tied(model):
+        raise ModelError(
+            f"lora_modules_to_save={saved!r}: {type(model).__name__} has one matrix for its embeddings and its LM "
+            "head, and peft would train only one of the two: leave them out, or train without LoRA"
+        )
+    return adapted
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _last_names(names: Sequence[str]) -> set[str]:
+    return {name.split(".")[-1] for name in names}
+
+
+def _check_saved_modules(model: Any, names: Sequence[str], config: Config) -> None:
+    """Raise ModelError for a module that the model lacks, that gets LoRA as well, or whose weights are in 4 bits."""
+    modules, given = dict(model.named_modules()), f"lora_modules_to_save={list(names)!r}"
+    packed = {id(weight) for weight in quantizable(model)} if config.load_in_4bit else set()
+    for name in names:
+        found = [full for full in modules if full == name or full.endswith(f".{name}")]
+        if not found:
+            raise ModelError(f"{given}: {type(model).__name__} has no module {name!r}{_nearest(modules, name)}")
+        if any(isinstance(modules[full], nn.ModuleList | nn.ModuleDict) for full in found):
+            raise ModelError(f"{given}: {name!r} is a list of modules: name modules in it")
+        others = [full for full in modules if full.endswith(name) and full not in found]
+        if others:
+            raise ModelError(f"{given}: peft would also take {others[0]!r} for {name!r}: write {found[0]!r}")
+        if isinstance(config.lora_target_modules, list) and name in config.lora_target_modules:
+            raise ModelError(f"{given}: {name!r} is in lora_target_modules too: train it whole, or with LoRA")
+        if any(id(parameter) in packed for full in found for parameter in modules[full].parameters()):
+            raise ModelError(f"{given}: with load_in_4bit the weights of {name!r} are in 4 bits and stay frozen")
+
+
+def _nearest(modules: Iterable[str], name: str) -> str:
+    """Return the end of an error message: the names of modules that are nearest to ``name``."""
+    last = sorted({full.split(".")[-1] for full in modules if full})
+    near = get_close_matches(name, [full for full in modules if full] if "." in name else last, n=3, cutoff=0.5)
+    near = near or [short for short in last if not short.isdigit()]
+    return f": did you mean {', '.join(near)}?"
 
 
 def _check_targets(model: Any, targets: Sequence[str]) -> None:

@@ -36,7 +36,8 @@ def describe_model(
     if config.use_peft:
         kind = "DoRA" if config.use_dora else "LoRA"
         below = ", on 4-bit weights" if config.load_in_4bit else ""
-        how = f"{kind}, rank {config.lora_r}, on {', '.join(_adapted(trained))}{below}"
+        whole = f", and whole {', '.join(config.lora_modules_to_save)}" if config.lora_modules_to_save else ""
+        how = f"{kind}, rank {config.lora_r}, on {', '.join(_adapted(trained))}{below}{whole}"
     elif config.num_layers_unfrozen is not None:
         how = f"the last {config.num_layers_unfrozen} layers, the final norm and an untied head"
     findings.model.append(
