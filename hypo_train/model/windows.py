@@ -29,6 +29,8 @@ def layer_windows(config: Any) -> list[int | None]:
     bidirectional = getattr(config, "use_bidirectional_attention", None) in (True, "all")  # Gemma: "vision" is images
     if bidirectional or not getattr(config, "is_causal", True):
         raise ValueError("its attention is bidirectional")
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo counts rows of its own mask
+        raise ValueError("it has layers of local attention")
     count = config.num_hidden_layers
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * count
     kinds = config.layer_types if _reads_layer_types(config) else None

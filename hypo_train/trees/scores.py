@@ -17,7 +17,7 @@ class Scores(NamedTuple):
 
     scale: float | None = None  # None: 1 / sqrt(D)
     softcap: float | None = None
-    sink: Tensor | None = None  # (H,)
+    sink: Tensor | None = None  # (H,), or (H, N) for each query
 
     @property
     def is_plain(self) -> bool:
@@ -29,7 +29,9 @@ PLAIN = Scores()
 
 
 def stepwise_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """Return attention under a bool mask, step by step; without a mask it is causal, and the last query sees all keys.
+    """Return attention under a bool or additive mask, step by step.
+
+    Without a mask it is causal, and the last query sees all keys.
 
     It stores all scores (H, N, M).
     """
@@ -42,9 +44,10 @@ def stepwise_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
         every_key = logits.new_ones(logits.shape[-2:], dtype=torch.bool)
         mask = every_key.tril_(key.shape[2] - query.shape[2])
     # Not minus infinity: a padding token sees no key, and its NaN would reach every row that shares a product with it.
-    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    lowest = torch.finfo(logits.dtype).min
+    logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
     if scores.sink is not None:
-        sink = scores.sink.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        sink = scores.sink.to(logits.dtype).view(1, logits.shape[1], -1, 1).expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, sink], dim=-1)
     weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if scores.sink is not None:

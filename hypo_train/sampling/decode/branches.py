@@ -27,6 +27,8 @@ from transformers.cache_utils import StaticLayer
 
 from hypo_train.sampling.decode.windows import Windows
 from hypo_train.sampling.protocol import Distribution, PromptKV, base_model, cache_argument
+from hypo_train.trees.attention import NAME
+from hypo_train.trees.scores import Scores, stepwise_attention
 
 _PACKED = "hypo_packed_sdpa"
 
@@ -99,9 +101,9 @@ class Branches:
         self.done = torch.zeros(P, n, dtype=torch.bool, device=device)
         self.newest = torch.zeros(1, dtype=torch.int64, device=device)
         self.branch = torch.arange(n, device=device)
-        # The index of the token in each slot: of a completion from 0 on, of its prompt from -L to -1.
+        # The index of each slot's token: in a completion from 0 on, in a prompt (known once it is loaded) up to -1.
         index = torch.arange(self.slots, device=device) - self.L
-        self.index = index.where(index < 0, index // n)
+        self.index = (index // n).repeat(P, 1)
         # The results. Row r of the state above belongs to prompt `prompt[r]` of the results.
         self.prompt = torch.arange(P, device=device).unsqueeze(1)
         self.tokens = torch.full((P, n, T), rules.pad_token_id, dtype=torch.int64, device=device)
@@ -130,6 +132,7 @@ class Branches:
             layer.values[rows, :, slots] = values.where(is_token, 0)
         self.mask[rows, :, :, slots].masked_fill_(kv.mask[:, None, None], 0.0)
         self.lengths[rows] = kv.mask.sum(1, keepdim=True)
+        self.index[rows, slots] = kv.mask.cumsum(1) - 1 - self.lengths[rows]
         if self.logits is None:
             self.logits = kv.logits.new_empty(len(self.lengths), kv.logits.shape[1])
         self.logits[rows] = kv.logits
@@ -155,7 +158,7 @@ class Branches:
         return self.model(
             input_ids=self.token,
             position_ids=(self.lengths + self.newest).expand(-1, self.n),
-            attention_mask=self.windows.masks(self.mask[..., :width], self.newest - self.index[:width]),
+            attention_mask=self.windows.masks(self.mask[..., :width], self.newest - self.index[:, :width]),
             use_cache=True,
             **{self.cache_argument: self.cache},
         ).logits
@@ -184,7 +187,7 @@ class Branches:
     def drop(self, row: int) -> None:
         """Remove a row from decoding; the last row takes its place."""
         last = len(self.token) - 1
-        state = ("mask", "step_mask", "lengths", "token", "done", "prompt")
+        state = ("mask", "step_mask", "lengths", "index", "token", "done", "prompt")
         if row != last:
             for layer in self.layers:
                 layer.keys[row].copy_(layer.keys[last])
@@ -244,12 +247,15 @@ def _packed_attention(
 
     transformers' SDPA would copy the KV buffers for each query head of a group, at every step.
     """
-    if softcap is not None or s_aux is not None:
-        raise ValueError("attention with a softcap or sinks needs attn_implementation='eager'")
     batch, heads, length, _ = query.shape
     kv_heads = key.shape[1]
     packed = query.reshape(batch, kv_heads, heads // kv_heads * length, -1)
-    out = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    sink = None if s_aux is None else s_aux.view(kv_heads, -1).repeat_interleave(length, dim=1)
+    scores = Scores(scaling, softcap, sink)
+    if scores.is_plain:
+        out = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        out = stepwise_attention(packed, key, value, attention_mask, scores)
     return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
@@ -257,16 +263,16 @@ AttentionInterface.register(_PACKED, _packed_attention)
 
 
 def takes_packed(config: Any) -> bool:
-    """Return whether decoding may use packed attention; a model with eager attention (for a softcap) keeps it."""
+    """Return whether decoding may use packed attention; a model with eager attention keeps it."""
     return config._attn_implementation != "eager"
 
 
 @contextmanager
 def attention(config: Any, *, packed: bool) -> Iterator[None]:
-    """Use SDPA, packed for steps or plain for prefill, unless the model has eager attention."""
+    """Use packed attention for steps, or the attention of trees for prefill, unless the model has eager attention."""
     chosen = config._attn_implementation
     if chosen != "eager":
-        config._attn_implementation = _PACKED if packed else "sdpa"
+        config._attn_implementation = _PACKED if packed else NAME
     try:
         yield
     finally:

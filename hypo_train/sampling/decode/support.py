@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.positions import rope_limit
+from hypo_train.model.windows import shortened_windows
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, takes_packed
 from hypo_train.sampling.decode.prefill import prefill
 from hypo_train.sampling.decode.windows import Windows
@@ -18,13 +19,14 @@ from hypo_train.sampling.protocol import Distribution, base_model, cache_argumen
 
 _PROMPTS = ([3, 1, 4, 1, 5], [2, 7])  # of different lengths, so that the shorter one is padded
 _STEPS = 3
+_SHORT_WINDOW = 3  # tokens: shorter than a prompt, and than the rows that are compared
 
 
 def serves(model: Any) -> str | None:
     """Return the reason why `DecodeSampler` cannot draw from `model`, or None if it can.
 
-    A few tokens are decoded, and their logits must equal those of a plain forward pass over the same row, to half the
-    digits of the model's dtype.
+    A few tokens are decoded, with sliding windows that are shorter than their rows, and their logits must equal those
+    of a plain forward pass over the same row, to half the digits of the model's dtype.
     """
     return _unsupported_structure(model) or _wrong_logits(model)
 
@@ -72,7 +74,12 @@ def _unsupported_structure(model: Any) -> str | None:
 def _wrong_logits(model: Any) -> str | None:
     name = type(base_model(model)).__name__
     try:
-        with torch.no_grad(), eval_mode(model), _precision_of(model):
+        with (
+            torch.no_grad(),
+            eval_mode(model),
+            _precision_of(model),
+            shortened_windows(text_config(model), _SHORT_WINDOW),
+        ):
             dtype = compute_dtype(model)
             decoded, expected = _decoded_and_plain_logits(model)
     except torch.OutOfMemoryError:

@@ -32,10 +32,10 @@ class Windows:
 
         Args:
             mask: additive, (P, 1, rows, slots), of the tokens that each query may see without a window.
-            tokens_before: int64 (slots,), how many tokens the token in each slot lies before the newest one.
+            tokens_before: int64 (P, slots), how many tokens the token in each slot lies before the newest one.
         """
         if self.size is None:
             return mask
-        in_window = mask.masked_fill(tokens_before >= self.size, torch.finfo(mask.dtype).min)
+        in_window = mask.masked_fill((tokens_before >= self.size)[:, None, None], torch.finfo(mask.dtype).min)
         # A model with two kinds of layers takes a mask for each kind.
         return in_window if self.in_every_layer else {"full_attention": mask, "sliding_attention": in_window}
