@@ -137,12 +137,15 @@ class Config(Settings):
     """Bound on the temporary memory of one loss call, in bytes."""
 
     dataset_name: Text
-    """Training data: a Hub name, a .jsonl, .json, .parquet or .csv file, a folder of such files, or a folder that
-    save_to_disk wrote."""
+    """Training data: a Hub name, a .jsonl, .json, .parquet, .arrow, .csv or .tsv file, a folder of such files, or a
+    folder that save_to_disk wrote. Text files may be compressed (.gz, .bz2, .xz, .zst)."""
     dataset_format: Literal["preferences", "tldr"] = "preferences"
     """Format of the rows. preferences: columns prompt (optional), chosen and rejected, as text or chat messages; sft
-    also takes completion. tldr: the original fields of OpenAI's summarize-from-feedback, either posts with a summary
-    (subreddit, title, post, summary) or comparisons of two summaries (info, summaries, choice)."""
+    also takes completion, or messages. tldr: the original fields of OpenAI's summarize-from-feedback, either posts
+    with a summary (subreddit, title, post, summary) or comparisons of two summaries (info, summaries, choice)."""
+    column_mapping: dict[Text, Text | None] | None = None
+    """New names for columns, {their name: our name}, as in {question: prompt}. null leaves a column out, so that no
+    check asks about it. On the command line: question=prompt id=null."""
     dataset_config: Text | None = None
     """Configuration of the Hub data set, if it has several."""
     dataset_train_split: Text = "train"
@@ -370,6 +373,21 @@ class Config(Settings):
     def _each_once(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
             raise ValueError("should name each tracker once")
+        return value
+
+    @field_validator("column_mapping", mode="before")
+    @classmethod
+    def _is_a_mapping(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, dict):
+            raise ValueError("should be {their name: our name}, on the command line question=prompt id=null")
+        return value
+
+    @field_validator("column_mapping")
+    @classmethod
+    def _one_column_for_each_name(cls, value: dict[str, str | None] | None) -> dict[str, str | None] | None:
+        names = [new for new in (value or {}).values() if new is not None]
+        if repeated := sorted({new for new in names if names.count(new) > 1}):
+            raise ValueError(f"should rename one column to {repeated[0]!r}, not several: join their texts in the data")
         return value
 
     @model_validator(mode="after")

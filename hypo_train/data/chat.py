@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -26,11 +26,14 @@ class Rendered(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def render(conversations: Conversations, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def render(
+    conversations: Conversations, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None
+) -> Rendered:
     """Return the texts of the prompt and of the first message of each answer, written by the chat template.
 
     The prompt is what the template writes before an answer. Some templates write more if no answer follows, such as the
-    beginning of a thinking block: this is left out, and noted.
+    beginning of a thinking block: this is left out, and noted. ``arguments`` are more arguments of the
+    template, such as ``tools``.
 
     Raises:
         Unusable: the template refuses the messages, rewrites them, or writes another prompt if an answer follows.
@@ -45,7 +48,7 @@ def render(conversations: Conversations, tokenizer: PreTrainedTokenizerBase) -> 
     if not any(text_of(message).strip() for message in prompt):
         raise Unusable("an empty 'prompt'")
     answers = [answer[0] for answer in conversations.answers]
-    template = _Template(tokenizer)
+    template = _Template(tokenizer, arguments or {})
     if is_open:
         start = template.write(prompt, continue_final_message=True)
         texts = [template.write([*prompt[:-1], _joined(prompt[-1], answer)]) for answer in answers]
@@ -63,6 +66,9 @@ def render(conversations: Conversations, tokenizer: PreTrainedTokenizerBase) -> 
                 "an answer that the chat template does not write as it is (a thinking block that it leaves out?): use "
                 "a template that keeps it, or write prompt and completion as text"
             )
+    _refuse_unwritten(prompt, template.arguments, start)
+    for answer, completion in zip(answers, completions, strict=True):
+        _refuse_unwritten([answer], {}, completion)
     if not all(_holds(start, message) for message in prompt if message["role"] != "assistant"):
         notes.append("unwritten_messages")
     return Rendered(start, completions, tuple(notes))
@@ -78,7 +84,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -
     content = "the answer"
     messages = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": content}]
     try:
-        text = _Template(tokenizer).write(messages)
+        text = _Template(tokenizer, {}).write(messages)
     except Unusable:  # it asks for other messages; then the rows say what is wrong
         return None
     _, found, rest = text.rpartition(content)
@@ -93,10 +99,11 @@ class _Template(NamedTuple):
     """A chat template whose errors make a row unusable."""
 
     tokenizer: PreTrainedTokenizerBase
+    arguments: Mapping[str, Any]
 
     def write(self, messages: Messages, **how: Any) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **how))
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **how, **self.arguments))
         except _TEMPLATE_ERRORS as error:
             raise Unusable(f"messages that the chat template refuses: {error}") from None
 
@@ -125,3 +132,16 @@ def _holds(text: str, message: dict[str, Any]) -> bool:
     """Return whether a text holds the content of a message, up to white space."""
     content = text_of(message)
     return content in text or "".join(content.split()) in "".join(text.split())
+
+
+def _refuse_unwritten(messages: Messages, arguments: Mapping[str, Any], text: str) -> None:
+    """Raise ``Unusable`` if the template left out tools or tool calls, as one does that does not know them."""
+    calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
+    if unwritten := next((name for name in calls if name not in text), None):
+        raise Unusable(f"tool calls ({unwritten!r}) that the chat template does not write: use a model whose does")
+    names = [tool.get("function", tool).get("name") for tool in arguments.get("tools") or []]
+    if unwritten := next((name for name in names if isinstance(name, str) and name not in text), None):
+        raise Unusable(
+            f"'tools' ({unwritten!r}) that the chat template does not write: use a model whose does, or leave them out "
+            "with column_mapping: {tools: null}"
+        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+MOST_NAMES = 30
+
 
 class DataError(ValueError):
     """The data cannot be trained on; the message names the file, split or column and what it holds."""
@@ -14,8 +16,10 @@ class Unusable(Exception):
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Return the names in quotes, separated by commas, for an error message."""
-    return ", ".join(map(repr, names))
+    """Return the names in quotes, separated by commas, for an error message; of many, the first ones."""
+    listed = list(map(repr, names))
+    more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
+    return ", ".join(listed[:MOST_NAMES]) + more
 
 
 def refuse_blank(text: str, part: str) -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hypo_train.config import Config
 from hypo_train.data.errors import DataError, quoted
+from hypo_train.data.readers import FILE_FORMATS, is_data_file, read_file
+from hypo_train.data.table import Rows, column_names, joined, part_of
 
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
-
-def load_rows(config: Config, split: str) -> datasets.Dataset:
+def load_rows(config: Config, split: str) -> Rows:
     """Return one split of ``config.dataset_name``: a file, a folder of files, a saved data set or a Hub name.
 
     Nothing is written next to a local file: ``datasets`` writes to its own cache folder.
@@ -42,7 +43,8 @@ def load_rows(config: Config, split: str) -> datasets.Dataset:
         raise DataError(f"dataset_name={name!r}, split {split!r}: {where}{reason}") from error
     if len(rows) == 0:
         raise DataError(f"dataset_name={name!r}, split {split!r}: there are no rows")
-    if bad := next((column for column in _column_names(rows.features) if "\0" in column), None):
+    names = _column_names(rows.features) if isinstance(rows, datasets.Dataset) else column_names(rows)
+    if bad := next((column for column in names if "\0" in column), None):
         raise DataError(f"dataset_name={name!r}, split {split!r}: the column or key {bad!r} has a NUL character")
     return rows
 
@@ -59,12 +61,12 @@ def _column_names(features: Any) -> Iterator[str]:
         yield from _column_names(features.feature)
 
 
-def _open(path: Path, config: Config, split: str) -> datasets.Dataset:
+def _open(path: Path, config: Config, split: str) -> Rows:
     if path.exists():
         with _no_telemetry():
             return _open_local(path, config, split)
     name = config.dataset_name
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or path.suffix in FILE_FORMATS:
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or is_data_file(path):
         raise DataError(f"dataset_name={name!r}: there is no such file or folder; {_listing(path.parent)}")
     return datasets.load_dataset(name, config.dataset_config, split=split)
 
@@ -80,72 +82,53 @@ def _no_telemetry() -> Iterator[None]:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
-def _open_local(path: Path, config: Config, split: str) -> datasets.Dataset:
+def _open_local(path: Path, config: Config, split: str) -> Rows:
     if path.is_file():
-        return _open_file(path, split)
+        return _split_of({"train": lambda: read_file(path)}, split)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, split)
     if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise DataError(f"dataset_name={str(path)!r}: the folder is a saved model, not a data set")
-    for file in path.rglob("*.json*"):
-        _refuse_null_rows(file)
-    return datasets.load_dataset(str(path), config.dataset_config, split=split)
+    return _open_folder(path, config, split)
+
+
+def _open_folder(path: Path, config: Config, split: str) -> Rows:
+    """Return the rows of the folder's files of this split, which ``datasets`` finds by their names or a README.md."""
+    card = path / "README.md"
+    if config.dataset_config is not None or (card.is_file() and b"\nconfigs:" in card.read_bytes()):
+        found = datasets.load_dataset_builder(str(path), config.dataset_config).config.data_files
+    else:
+        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    files = {str(name): [Path(file) for file in listed if is_data_file(Path(file))] for name, listed in found.items()}
+    if not any(files.values()):
+        raise DataError(f"dataset_name={str(path)!r}: no file in the folder ends in one of {', '.join(FILE_FORMATS)}")
+    return _split_of({name: partial(_read_files, listed) for name, listed in files.items()}, split)
+
+
+def _read_files(files: Iterable[Path]) -> Rows:
+    return joined(map(read_file, files))
 
 
 def _listing(folder: Path) -> str:
     if not folder.is_dir():
         return f"nor is there a folder {str(folder)!r}"
-    names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir() or path.suffix in FILE_FORMATS)
+    names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir() or is_data_file(path))
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"in {str(folder)!r} there is {shown or 'no data file'}"
 
 
-def _open_file(path: Path, split: str) -> datasets.Dataset:
-    if path.suffix not in FILE_FORMATS:
-        raise DataError(f"dataset_name={str(path)!r}: the name should end in one of {', '.join(FILE_FORMATS)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"dataset_name={str(path)!r}: the file is empty")
-    _refuse_null_rows(path)
-    options: dict[str, Any] = {}
-    if path.suffix == ".csv":
-        # Read every cell as text: the completion "NA" is not a missing value, and "007" is not a number.
-        columns = ("prompt", "chosen", "rejected", "completion", "subreddit", "title", "post", "summary")
-        options = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)}
-    try:
-        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split, **options)
-    except DatasetsError:
-        if path.suffix == ".jsonl":
-            _check_json_lines(path)
-        raise
+def _split_of(splits: Mapping[str, Callable[[], Rows]], split: str) -> Rows:
+    """Return the rows that ``split`` names, as in "train", "train[:90%]" and "train+test".
 
-
-def _refuse_null_rows(path: Path) -> None:
-    """Raise ``DataError`` for a row that is null, because pyarrow's reader would crash the process."""
-    if path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            row = next((number for number, line in enumerate(file, start=1) if line.strip() == b"null"), None)
-        if row is not None:
-            raise DataError(f"dataset_name={str(path)!r}: line {row} is null, not a JSON object")
-    elif path.suffix == ".json" and b"null" in (content := path.read_bytes()):
-        try:
-            rows = json.loads(content)
-        except (ValueError, RecursionError):
-            lines = [line.strip() for line in content.splitlines()]
-            rows = [None] if b"null" in lines else []  # the reader will name any other error
-        if rows is None or (isinstance(rows, list) and None in rows):
-            raise DataError(f"dataset_name={str(path)!r}: a row is null, not a JSON object")
-
-
-def _check_json_lines(path: Path) -> None:
-    """Raise ``DataError`` with the number of the line that is not a JSON object; the reader does not name it."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                raise DataError(f"dataset_name={str(path)!r}: line {number} is not JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"dataset_name={str(path)!r}: line {number} is not a JSON object")
+    Raises:
+        ValueError: there is no such split.
+    """
+    read = {name: splits[name]() for name in splits if name in split}
+    lengths = {name: len(read[name]) if name in read else 0 for name in splits}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return joined(
+        part_of(read[part.splitname], range(len(read[part.splitname]))[part.from_ : part.to]) for part in parts
+    )
 
 
 def _open_saved(path: Path, split: str) -> datasets.Dataset:

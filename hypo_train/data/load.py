@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import datasets
-
 from hypo_train.config import Config
+from hypo_train.data.columns import choose_columns, renamed
 from hypo_train.data.errors import DataError, Unusable
 from hypo_train.data.files import load_rows
 from hypo_train.data.repeats import prompts_in_both
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt, Row
-from hypo_train.data.tokens import FORMATS, columns_of, kind_of, parts_of, tokenize
+from hypo_train.data.table import Rows, part_of, with_columns
+from hypo_train.data.tokens import FORMATS, kind_of, parts_of, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def load_held_out(
         DataError: the data cannot be read, no row can be used, or the settings name no rows to evaluate on.
     """
     if config.dataset_test_split is not None:
-        rows, first_row = load_rows(config, config.dataset_test_split), 0
+        rows, first_row = _read(config, config.dataset_test_split), 0
     elif config.num_eval_rows:
         rows, first_row = _splits(config)["eval"]
     else:
@@ -90,14 +90,15 @@ def check_texts(config: Config) -> dict[str, DataReport]:
     for name, (rows, first_row) in _splits(config).items():
         dropped: dict[str, list[int]] = {}
         with _named(config, name):
-            parts = parts_of(kind, form)(columns_of(rows))
-            for row, example in enumerate(rows, start=first_row):
+            columns = choose_columns(rows, form, parts_of(kind, form))
+            read = with_columns(rows, {name: name for name in columns.read})
+            for row, example in enumerate(read, start=first_row):
                 try:
-                    form.row_text(row, example, parts, _AnyTemplate())  # type: ignore[arg-type]
+                    form.row_text(row, example, columns.parts, _AnyTemplate())  # type: ignore[arg-type]
                 except Unusable as reason:
                     dropped.setdefault(str(reason), []).append(row)
         used = len(rows) - sum(map(len, dropped.values()))
-        reports[name] = DataReport(len(rows), used, dropped)
+        reports[name] = DataReport(len(rows), used, dropped, columns=columns)
         if not used:
             raise DataError(f"{name}: no row can be used: {reports[name].lines()[1]}")
     return reports
@@ -108,15 +109,15 @@ class _AnyTemplate:
 
     chat_template = ""
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **_: Any) -> str:
-        return "".join(message["content"] for message in messages)
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **_: Any) -> str:
+        return str(tools or "") + "".join(f"{message['content']}{message.get('tool_calls')}" for message in messages)
 
 
-def _splits(config: Config) -> dict[str, tuple[datasets.Dataset, int]]:
+def _splits(config: Config) -> dict[str, tuple[Rows, int]]:
     """Return the rows of "train" and, if there are any, of "eval", each with the index of its first row."""
-    train = load_rows(config, config.dataset_train_split)
+    train = _read(config, config.dataset_train_split)
     if config.dataset_test_split is not None:
-        return {"train": (train, 0), "eval": (load_rows(config, config.dataset_test_split), 0)}
+        return {"train": (train, 0), "eval": (_read(config, config.dataset_test_split), 0)}
     if not config.num_eval_rows:
         return {"train": (train, 0)}
     first_row = len(train) - config.num_eval_rows
@@ -125,8 +126,17 @@ def _splits(config: Config) -> dict[str, tuple[datasets.Dataset, int]]:
             f"num_eval_rows={config.num_eval_rows} leaves none of the {len(train)} rows of split "
             f"{config.dataset_train_split!r} for training"
         )
-    held_out = train.select(range(first_row, len(train)))
-    return {"train": (train.select(range(first_row)), 0), "eval": (held_out, first_row)}
+    held_out = part_of(train, range(first_row, len(train)))
+    return {"train": (part_of(train, range(first_row)), 0), "eval": (held_out, first_row)}
+
+
+def _read(config: Config, split: str) -> Rows:
+    """Return the rows of a split with the names of columns that ``config.column_mapping`` gives them."""
+    rows = load_rows(config, split)
+    try:
+        return renamed(rows, config.column_mapping, FORMATS[config.dataset_format].targets)
+    except DataError as error:
+        raise DataError(f"dataset_name={config.dataset_name!r}, split {split!r}: {error}") from None
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from hypo_train.data.columns import Columns
+from hypo_train.data.errors import quoted
 from hypo_train.data.repeats import Repeats
 
 
@@ -72,6 +74,7 @@ class DataReport:
     rendered: int = 0  # rows written by a chat template
     turn_end: str | None = None  # ends an answer in the chat template, and is not the tokenizer's EOS
     unused_template: bool = False  # the tokenizer has a chat template, and the rows are plain text without its tokens
+    columns: Columns = field(default_factory=Columns)
     repeats: Repeats = field(default_factory=Repeats)
     also_trained_on: list[int] = field(default_factory=list)  # held-out rows with a training row's prompt
     lengths: dict[str, Lengths] = field(default_factory=dict)  # of prompt, chosen, ...
@@ -89,6 +92,8 @@ class DataReport:
                 f"completions end with {self.turn_end!r}, as the chat template ends an answer: samples end there too, "
                 "and a server must (eos_token_id in generation_config.json), because it is not the tokenizer's EOS"
             )
+        if self.columns.unread:
+            lines.append(f"columns that nothing reads: {quoted(self.columns.unread)}")
         lines += [finding.line() for finding in self._findings() if finding.count]
         for name, at in self.lengths.items():
             sizes = f"smallest {at.smallest}, median {at.median}, 95% {at.high}, largest {at.largest}"
@@ -97,7 +102,7 @@ class DataReport:
 
     def warnings(self) -> list[str]:
         """Return what is probably a mistake in the data, with its fix, one line each."""
-        lines = []
+        lines = [*self.columns.warnings]
         lost = self.rows - self.used
         if lost > 0.05 * self.rows:
             lines.append(f"{lost} of {self.rows} ({lost / self.rows:.1%}) rows dropped: repair or leave out these rows")

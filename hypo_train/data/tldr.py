@@ -33,6 +33,9 @@ SLACK = 6
 class Tldr:
     """Reads posts and comparisons; a prompt ends with "TL;DR:" and a completion begins with a space."""
 
+    guards_columns = False
+    targets = frozenset(POST | COMPARISON | {"summary"})
+
     def pair_parts(self, columns: AbstractSet[str]) -> tuple[str, ...]:
         if not columns >= COMPARISON:
             raise DataError(
@@ -60,6 +63,9 @@ class Tldr:
             "TL;DR prompts need the columns 'subreddit', 'title' and 'post', or those of comparisons ('info', "
             f"'summaries' and 'choice'); the columns are {quoted(columns)}"
         )
+
+    def columns_read(self, parts: Sequence[str], columns: Sequence[str]) -> list[str]:
+        return [name for name in columns if name in self.targets]
 
     def row_text(
         self, row: int, example: Mapping[str, Any], parts: Sequence[str], tokenizer: PreTrainedTokenizerBase

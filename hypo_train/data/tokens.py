@@ -7,28 +7,28 @@ most one BOS. Prompt and completion together are the tokens of the whole text (:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from hypo_train.data.chat import turn_end
+from hypo_train.data.columns import choose_columns
 from hypo_train.data.encoding import Encoded, Encoder
 from hypo_train.data.errors import DataError, Unusable
 from hypo_train.data.formats import Format, Preferences, RowText
 from hypo_train.data.repeats import find_repeats
 from hypo_train.data.report import DataReport, Lengths
 from hypo_train.data.rows import Example, Ids, Pair, Prompt, Row
+from hypo_train.data.table import Rows, column_names, with_columns
 from hypo_train.data.tldr import Tldr
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
 FORMATS: dict[str, Format] = {"preferences": Preferences(), "tldr": Tldr()}
 BLOCK = 1000  # rows in one call of the tokenizer; a fast tokenizer processes them in parallel
-
-Rows: TypeAlias = "datasets.Dataset | Sequence[Mapping[str, Any]]"
 
 
 def tokenize(
@@ -60,22 +60,23 @@ def tokenize(
         DataError: a column is missing, there are chat messages but no chat template, or no row can be used.
     """
     form = FORMATS[dataset_format]
-    parts = parts_of(kind, form)(columns_of(dataset))
+    columns = choose_columns(dataset, form, parts_of(kind, form))
+    parts, read = columns.parts, with_columns(dataset, {name: name for name in columns.read})
     wanted = {Pair: parts, Example: parts[:1], Prompt: ()}[kind]
     rules = _token_rules(tokenizer, eos_token_ids, max_prompt_length, max_completion_length)
-    tokenized, report = _tokenize(dataset, form, rules, parts, wanted, first_row)
+    tokenized, report = _tokenize(read, form, rules, parts, wanted, first_row)
     rows: list[Row] = [kind(row, prompt, *completions) for row, prompt, completions in tokenized]
-    return rows, replace(report, repeats=find_repeats(rows))
+    return rows, replace(report, repeats=find_repeats(rows), columns=columns)
 
 
-def parts_of(kind: type[Any], form: Format) -> Callable[[KeysView[str]], tuple[str, ...]]:
+def parts_of(kind: type[Any], form: Format) -> Callable[[AbstractSet[str]], tuple[str, ...]]:
     """Return the function that names the parts that ``kind`` needs, given the columns."""
     return {Pair: form.pair_parts, Example: form.example_parts, Prompt: form.prompt_parts}[kind]
 
 
 def kind_of(dataset: Rows, dataset_format: str, *, prefers_pairs: bool) -> type[Any]:
     """Return Pair for preferences if ``prefers_pairs``, Example for rows with a completion, else Prompt."""
-    form, columns = FORMATS[dataset_format], columns_of(dataset)
+    form, columns = FORMATS[dataset_format], dict.fromkeys(column_names(dataset)).keys()
     for kind in (Pair, Example) if prefers_pairs else (Example,):
         try:
             parts_of(kind, form)(columns)
@@ -83,12 +84,6 @@ def kind_of(dataset: Rows, dataset_format: str, *, prefers_pairs: bool) -> type[
             continue
         return kind
     return Prompt
-
-
-def columns_of(dataset: Rows) -> KeysView[str]:
-    if len(dataset) == 0:
-        raise DataError("there are no rows")
-    return dataset[0].keys()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ FIELDS = (
     "dataset_name",
     "dataset_config",
     "dataset_format",
+    "column_mapping",
     "dataset_train_split",
     "dataset_test_split",
     "num_eval_rows",

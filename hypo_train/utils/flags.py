@@ -11,10 +11,12 @@ import inspect
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from hypo_train.utils.errors import ConfigError
@@ -70,7 +72,8 @@ class Settings(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _check_text(cls, value: Any) -> Any:
-        for text in value if isinstance(value, list) else [value]:
+        texts = [*value, *value.values()] if isinstance(value, dict) else value
+        for text in texts if isinstance(texts, list) else [texts]:
             if isinstance(text, (str, Path)) and (problem := why_unusable(str(text))):
                 raise ValueError(f"should be {problem}")
         return value
@@ -169,10 +172,16 @@ def _value(model: type[Settings], name: str, tokens: list[str]) -> Any:
     types = types_of(model, name)
     if not tokens:
         return True if bool in types else model.bare_flags.get(name, "")
+    if any(get_origin(kind) is dict for kind in types) and all("=" in token for token in tokens):
+        pairs = (token.split("=", 1) for token in tokens)
+        return {key: None if value.lower() in ("none", "null") else value for key, value in pairs}
     if len(tokens) > 1:
         return tokens
     if NoneType in types and tokens[0].lower() in ("none", "null"):
         return None
+    if re.fullmatch(r"\{.*\}", tokens[0]) and any(get_origin(kind) is dict for kind in types):
+        with suppress(yaml.YAMLError):
+            return yaml.safe_load(tokens[0])
     if _takes_several(model, name) and re.fullmatch(r"\[.*\]", tokens[0]):
         return re.findall(r"[^\s,'\"]+", tokens[0][1:-1])
     return tokens[0]
@@ -274,7 +283,7 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def _takes_several(model: type[Settings], name: str) -> bool:
-    return any(get_origin(kind) is list for kind in types_of(model, name))
+    return any(get_origin(kind) in (list, dict) for kind in types_of(model, name))
 
 
 def _type_names(types: Sequence[Any]) -> str:
