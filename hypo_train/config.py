@@ -253,6 +253,9 @@ class Config(Settings):
     """Split a step's rows into micro-batches of at most this many tokens, samples included, so that memory has a bound
     that does not depend on the lengths. The step still has per_device_train_batch_size *
     gradient_accumulation_steps rows. none splits it by rows."""
+    dataloader_drop_last: bool = False
+    """Leave out the rows that do not fill the last step of an epoch. Without it that step has fewer rows, and its loss
+    is their mean."""
     group_by_length: bool = False
     """Put rows of similar length into one step: less padding, less random batches. The micro-batches within a step are
     ordered by length in any case."""

@@ -38,13 +38,14 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
     micro_batch_loss = run.config.spec.load_micro_batch_loss()
     prompts = _run_prompts(run, rows) if run.prompts_run_first else None
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None
-    for part in _micro_batches(run, _lengths(rows, samples)):
+    parts = _micro_batches(run, _lengths(rows, samples))
+    for number, (part, counts) in enumerate(parts, start=1):
         part_samples = samples.of_prompts(part.start, part.stop) if samples else None
-        loss_weight = _num_losses(rows[part]) / losses_per_rank
+        loss_weight = _num_losses(rows[part]) / losses_per_rank if counts else 0.0
         batch = MicroBatch(rows[part], indices[part], part_samples, prompts, loss_weight)
-        is_last = part.stop == len(rows)
-        with _gradient_exchange(run, last=is_last):
-            loss = _with_aux_loss(run, micro_batch_loss(run, batch, meter), batch, meter)
+        statistics = meter if counts else Meter()
+        with _gradient_exchange(run, last=number == len(parts)):
+            loss = _with_aux_loss(run, micro_batch_loss(run, batch, statistics), batch, statistics)
             run.finite.see(step, loss.detach())
             with timer.phase("backward"):
                 _backward(run, loss * batch.loss_weight)
@@ -67,16 +68,20 @@ def _with_aux_loss(run: Run, loss: Tensor, batch: MicroBatch, meter: Meter) -> T
     return loss
 
 
-def _micro_batches(run: Run, lengths: Sequence[int]) -> list[slice]:
-    """Split rows of these lengths into micro-batches; under FSDP and ZeRO-2 every rank gets the same number."""
+def _micro_batches(run: Run, lengths: Sequence[int]) -> list[tuple[slice, bool]]:
+    """Split rows of these lengths into micro-batches, each with whether it counts.
+
+    Under FSDP and ZeRO-2 every rank gets the same number. A rank with too few rows for that repeats its last
+    micro-batch, which does not count then.
+    """
     parts = list(run.plan.micro_batches(lengths))
     exchanges_in_each = run.config.fsdp or run.config.zero_stage == 2
     num_parts = run.processes.max(len(parts)) if exchanges_in_each else len(parts)
-    while len(parts) < num_parts:  # all ranks have equally many rows, so one part has two rows or more
+    while len(parts) < min(num_parts, len(lengths)):
         i = max(range(len(parts)), key=lambda i: parts[i].stop - parts[i].start)
         start, stop = parts[i].start, parts[i].stop
         parts[i : i + 1] = [slice(start, (start + stop) // 2), slice((start + stop) // 2, stop)]
-    return parts
+    return [(part, True) for part in parts] + [(parts[-1], False)] * (num_parts - len(parts))
 
 
 def _lengths(rows: Sequence[Any], samples: StepSamples | None) -> list[int]:

@@ -25,7 +25,7 @@ class MicroBatch:
     indices: Sequence[int]  # the rows' indices in the training rows
     samples: StepSamples | None  # completions of the rows' prompts
     prompts: PromptPass | None  # the policy's pass over the rows' prompts
-    loss_weight: float  # the mean loss is multiplied by it before ``backward``
+    loss_weight: float  # the mean loss is multiplied by it before ``backward``; 0 for a repeated micro-batch
     aux_losses: list[Tensor] = field(default_factory=list)  # () of each pass of :func:`run_model`, for MoE models
 
     @property
@@ -54,5 +54,6 @@ def run_model(run: Run, batch: MicroBatch, tree: Tree, call: HeadCall[T], **pass
             batch.aux_losses.append(aux_loss)
         else:
             result = run.model(tree, timed, **passes)
-    run.throughput.policy(tree, len(batch.rows))
+    if batch.loss_weight:  # a micro-batch that is repeated with weight 0 has no tokens of its own
+        run.throughput.policy(tree, len(batch.rows))
     return result

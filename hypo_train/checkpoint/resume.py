@@ -129,10 +129,18 @@ def check_same_run(plan: Plan, extra: dict[str, Any], folder: Path, *, rows: boo
                 f"and this one has {plan.batch_size} on {plan.world_size}: change gradient_accumulation_steps or "
                 "per_device_train_batch_size so that the rows per step are equal"
             )
+        # With rows that fill no step, and are fewer than the processes, an epoch has one step less.
+        if (steps := extra.get("steps_per_epoch", plan.steps_per_epoch)) != plan.steps_per_epoch:
+            raise ConfigError(
+                f"{folder} belongs to a run with {steps} steps per epoch on {num_processes} processes, and this one "
+                f"has {plan.steps_per_epoch} on {plan.world_size}: start {num_processes} processes"
+            )
     # An older checkpoint lacks newer settings: they had their default values.
     saved = {name: field.default for name, field in Config.model_fields.items()} | extra["config"]
     if config.template_date is None or saved["template_date"] is None:  # set only where the chat template writes it
         free = free | {"template_date"}
+    if "dataloader_drop_last" not in extra["config"] and len(plan.train_rows) % plan.batch_size:
+        saved["dataloader_drop_last"] = True  # such a checkpoint's run left these rows out
     changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in config.model_dump().items()

@@ -42,6 +42,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
         extra={
             "config": run.config.model_dump(),
             "rows_a_step": run.plan.batch_size,
+            "steps_per_epoch": run.plan.steps_per_epoch,
             "origin": run.origin,
             "processes": states,  # one entry for each rank
         },

@@ -11,26 +11,42 @@ from itertools import chain
 MEGA_BATCH_AT_MOST, MEGA_BATCHES_AT_LEAST = 50, 4
 
 
-def batches_per_epoch(num_rows: int, batch_size: int) -> int:
-    """Return the number of batches in an epoch: full batches only, but at least one."""
-    return max(1, num_rows // batch_size)
+def batches_per_epoch(num_rows: int, batch_size: int, smallest: int = 1) -> int:
+    """Return the number of batches in an epoch, at least one.
+
+    The rows that do not fill the last batch are a smaller batch if there are at least ``smallest`` of them; otherwise
+    the epoch leaves them out.
+    """
+    full, rest = divmod(num_rows, batch_size)
+    return max(1, full + (rest >= smallest))
+
+
+def rows_per_epoch(num_rows: int, batch_size: int, smallest: int = 1) -> int:
+    """Return the number of rows in an epoch, without the rows that it leaves out."""
+    return min(num_rows, batches_per_epoch(num_rows, batch_size, smallest) * batch_size)
 
 
 def batch_indices(
-    num_rows: int, batch_size: int, step: int, seed: int, lengths: tuple[int, ...] | None = None
+    num_rows: int,
+    batch_size: int,
+    step: int,
+    seed: int,
+    lengths: tuple[int, ...] | None = None,
+    smallest: int = 1,
 ) -> list[int]:
     """Return the row indices of batch number ``step``, counted from 0 over all epochs.
 
     The result depends on the arguments only, so a resumed run needs no stored position. Each epoch is a permutation
-    drawn from (seed, epoch), without the rows that do not fill its last batch. With ``lengths``, one for each row, a
-    batch holds rows of similar length, and the batches come in random order.
+    drawn from (seed, epoch), whose last batch may be smaller (see :func:`batches_per_epoch`). With ``lengths``, one for
+    each row, a batch holds rows of similar length, and the batches come in random order; the smaller one is the last,
+    of rows drawn at random.
 
     Raises:
         ValueError: there are no rows.
     """
     if num_rows < 1:
         raise ValueError(f"num_rows={num_rows}: there is nothing to train on")
-    epoch, batch = divmod(step, batches_per_epoch(num_rows, batch_size))
+    epoch, batch = divmod(step, batches_per_epoch(num_rows, batch_size, smallest))
     return list(_epoch_order(num_rows, batch_size, seed, epoch, lengths)[batch * batch_size : (batch + 1) * batch_size])
 
 
@@ -57,10 +73,10 @@ def _grouped(order: list[int], batch_size: int, lengths: Sequence[int], rng: ran
 
     Rows are sorted within mega-batches of the random order, so that the rows of a batch change every epoch.
     """
-    count = batches_per_epoch(len(order), batch_size)
-    mega = batch_size * max(1, min(count // MEGA_BATCHES_AT_LEAST, MEGA_BATCH_AT_MOST))
-    kept = order[: count * batch_size]  # cut before sorting, else the shortest rows would always be left out
+    full = len(order) // batch_size
+    mega = batch_size * max(1, min(full // MEGA_BATCHES_AT_LEAST, MEGA_BATCH_AT_MOST))
+    kept = order[: full * batch_size]  # cut before sorting, else the shortest rows would always be the last batch
     parts = [longest_first(kept[start : start + mega], lengths) for start in range(0, len(kept), mega)]
     batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
     rng.shuffle(batches)
-    return list(chain.from_iterable(batches))
+    return [*chain.from_iterable(batches), *order[len(kept) :]]

@@ -11,7 +11,7 @@ from typing import Any
 from hypo_train.config import Config
 from hypo_train.data.errors import DataError
 from hypo_train.data.load import ROW_TYPES, load_split_rows
-from hypo_train.data.order import batch_indices, batches_per_epoch, longest_first
+from hypo_train.data.order import batch_indices, batches_per_epoch, longest_first, rows_per_epoch
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt, rows_hash
 from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
@@ -44,11 +44,21 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return batches_per_epoch(len(self.train_rows), self.batch_size)
+        return batches_per_epoch(len(self.train_rows), self.batch_size, self._smallest_batch)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Return the number of training rows that an epoch trains on."""
+        return rows_per_epoch(len(self.train_rows), self.batch_size, self._smallest_batch)
+
+    @property
+    def _smallest_batch(self) -> int:
+        """Return the fewest rows that are a step: each process needs one."""
+        return self.batch_size if self.config.dataloader_drop_last else self.world_size
 
     @property
     def batch_size(self) -> int:
-        """Return the rows of an optimizer step on all processes; each process has the same number."""
+        """Return the rows of an optimizer step on all processes; an epoch's last step may have fewer."""
         config, count = self.config, self.world_size
         wanted = config.per_device_train_batch_size * config.gradient_accumulation_steps * count
         return wanted if count == 1 else min(wanted, len(self.train_rows) // count * count)
@@ -137,7 +147,9 @@ class Plan:
         Processes divide the rows, and micro-batches are cut, in this order.
         """
         grouped = self._row_lengths if self.config.group_by_length else None
-        indices = batch_indices(len(self.train_rows), self.batch_size, step, self.config.seed, grouped)
+        indices = batch_indices(
+            len(self.train_rows), self.batch_size, step, self.config.seed, grouped, self._smallest_batch
+        )
         return longest_first(indices, self._row_lengths)
 
     @cached_property

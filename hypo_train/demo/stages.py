@@ -103,6 +103,7 @@ def configure(output_dir: Path, model: Path, data: Path, seed: int, **settings: 
         "reward": "hypo_train.demo.world:reward",
         "max_prompt_length": world.MAX_PROMPT_TOKENS,
         "max_completion_length": world.MAX_COMPLETION_TOKENS,
+        "dataloader_drop_last": True,  # the published numbers are of full batches
     }
     paths = {"output_dir": str(output_dir), "model_name_or_path": str(model), "dataset_name": str(data)}
     return Config(**{**defaults, **paths, "seed": seed, **settings})

@@ -37,9 +37,9 @@ def describe_steps(config: Config, plan: Plan, findings: Findings) -> None:
     elif plan.one_micro_batch:
         how = "one micro-batch"
     processes = f" on {plan.world_size} processes, each" if plan.world_size > 1 else ""
+    steps = f"{plan.total_steps:,} step{'s' * (plan.total_steps > 1)} of {plan.batch_size} {kind}"
     findings.steps.append(
-        f"{config.algorithm}: {plan.total_steps:,} steps of {plan.batch_size} {kind}{processes} in {how}, "
-        f"{epochs:.3g} epochs"
+        f"{config.algorithm}: {steps}{processes} in {how}, {epochs:.3g} epoch{'s' * (epochs != 1)}{_last_step(plan)}"
     )
     rate = f"{config.lr_scheduler_type}, warm-up {round(config.warmup_ratio * plan.total_steps)} steps"
     findings.steps.append(f"{config.optim}, learning rate {config.learning_rate:g} ({rate})")
@@ -49,12 +49,31 @@ def describe_steps(config: Config, plan: Plan, findings: Findings) -> None:
         findings.warnings.append(
             f"a step trains on up to {plan.batch_size} {kind}, but the data has only {len(plan.train_rows)}"
         )
+    if plan.rows_per_epoch < len(plan.train_rows):
+        findings.warnings.append(_left_out(plan))
     if splits := splits_to_precompute(plan):
         findings.steps.append(
             f"the reference's log-probs of {' and '.join(sorted(splits))} pairs are computed beforehand"
         )
     findings.steps.append(f"largest micro-batch: {_size(plan)}")
     findings.steps.append(f"output in {config.output_dir}")
+
+
+def _last_step(plan: Plan) -> str:
+    """Return how many rows the last step of an epoch has, if they are fewer than those of the others."""
+    rest = plan.rows_per_epoch % plan.batch_size
+    return f"; the last step of an epoch has {rest}" if rest and plan.steps_per_epoch > 1 else ""
+
+
+def _left_out(plan: Plan) -> str:
+    """Return a warning about the rows that fill no step."""
+    count, kind = len(plan.train_rows) - plan.rows_per_epoch, plan.config.spec.row_noun
+    why = (
+        "dataloader_drop_last=true"
+        if plan.config.dataloader_drop_last
+        else f"each of {plan.world_size} processes needs one"
+    )
+    return f"{count} of {len(plan.train_rows)} {kind} fill no step and are left out of each epoch ({why})"
 
 
 def _size(plan: Plan) -> str:

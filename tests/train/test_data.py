@@ -16,7 +16,7 @@ from hypo_train.data import order, tokens
 from hypo_train.data.errors import DataError
 from hypo_train.data.files import load_rows
 from hypo_train.data.load import check_texts, load_split_rows
-from hypo_train.data.order import _epoch_order, batch_indices, batches_per_epoch, longest_first
+from hypo_train.data.order import _epoch_order, batch_indices, batches_per_epoch, longest_first, rows_per_epoch
 from hypo_train.data.rows import Example, Pair, Prompt
 from hypo_train.data.tokens import tokenize
 
@@ -677,16 +677,29 @@ def test_examples_are_loaded_with_their_held_out_rows(tmp_path, plain):
 # The order of the rows
 
 
-@pytest.mark.parametrize(("num_rows", "batch_size"), [(10, 3), (12, 4), (5, 5), (7, 1)])
-def test_an_epoch_visits_rows_at_most_once_in_whole_batches(num_rows, batch_size):
-    steps = batches_per_epoch(num_rows, batch_size)
-    assert steps == num_rows // batch_size
+# Exactly filled batches, one row too many, one batch, batches of a row, fewer rows than a batch.
+SHAPES = [(12, 4), (10, 3), (5, 5), (7, 1), (3, 8)]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("num_rows", "batch_size"), [*SHAPES, (403, 8)])
+def test_an_epoch_visits_every_row_once(num_rows, batch_size, grouped):
+    lengths = ragged(num_rows) if grouped else None
     for epoch in range(3):
-        batches = [batch_indices(num_rows, batch_size, epoch * steps + i, seed=0) for i in range(steps)]
-        assert {len(batch) for batch in batches} == {batch_size}
-        seen = [index for batch in batches for index in batch]
-        assert len(set(seen)) == len(seen)
-        assert set(seen) <= set(range(num_rows))
+        *full, last = epoch_of(num_rows, batch_size, lengths, epoch=epoch)
+        assert {len(batch) for batch in full} <= {batch_size}
+        assert len(last) == num_rows % batch_size or batch_size
+        assert sorted(index for batch in [*full, last] for index in batch) == list(range(num_rows))
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size"), SHAPES)
+def test_an_epoch_may_leave_out_a_last_batch_that_is_too_small(num_rows, batch_size):
+    rest = num_rows % batch_size
+    kept = num_rows if rest >= 2 or num_rows < batch_size else num_rows - rest
+    assert rows_per_epoch(num_rows, batch_size, smallest=2) == kept
+    batches = epoch_of(num_rows, batch_size, None, smallest=2)
+    seen = [index for batch in batches for index in batch]
+    assert len(seen) == len(set(seen)) == kept
 
 
 def test_rows_that_do_not_fill_a_batch_are_one_smaller_batch():
@@ -701,7 +714,7 @@ def test_every_epoch_and_every_seed_has_its_own_order():
 
 
 def test_over_epochs_no_row_is_left_out_for_good():
-    seen = {index for step in range(60) for index in batch_indices(10, 3, step, seed=0)}
+    seen = {index for step in range(60) for index in batch_indices(10, 3, step, seed=0, smallest=3)}
     assert seen == set(range(10))
 
 
@@ -714,7 +727,7 @@ def test_a_batch_depends_on_its_step_alone():
 
 
 def test_the_order_never_changes_so_old_runs_can_be_resumed():
-    assert batch_indices(10, 4, 3, seed=42) == [9, 6, 3, 8]
+    assert batch_indices(10, 4, 4, seed=42) == batch_indices(10, 4, 3, seed=42, smallest=4) == [9, 6, 3, 8]
 
 
 # Batches of rows of like length
@@ -726,19 +739,10 @@ def ragged(num_rows, seed=0):
     return tuple(round(rng.lognormvariate(5, 0.7)) for _ in range(num_rows))
 
 
-def epoch_of(num_rows, batch_size, lengths, *, epoch=0, seed=0):
-    steps = batches_per_epoch(num_rows, batch_size)
-    return [batch_indices(num_rows, batch_size, epoch * steps + i, seed, lengths) for i in range(steps)]
-
-
-@pytest.mark.parametrize(("num_rows", "batch_size"), [(12, 4), (400, 8), (10, 3), (1003, 16), (3, 8)])
-def test_batches_by_length_visit_each_row_at_most_once_an_epoch(num_rows, batch_size):
-    lengths = ragged(num_rows)
-    for epoch in range(3):
-        batches = epoch_of(num_rows, batch_size, lengths, epoch=epoch)
-        seen = [index for batch in batches for index in batch]
-        assert len(set(seen)) == len(seen) == min(num_rows, num_rows // batch_size * batch_size or num_rows)
-        assert {len(batch) for batch in batches} == {min(batch_size, num_rows)}
+def epoch_of(num_rows, batch_size, lengths, *, epoch=0, seed=0, smallest=1):
+    steps = batches_per_epoch(num_rows, batch_size, smallest)
+    first = epoch * steps
+    return [batch_indices(num_rows, batch_size, first + i, seed, lengths, smallest) for i in range(steps)]
 
 
 def test_batches_by_length_hold_similar_rows_in_random_order():
@@ -773,18 +777,14 @@ def test_batches_by_length_depend_on_step_and_lengths_alone():
     assert [batch_indices(50, 3, step, 1, lengths[::-1]) for step in range(40)] != forward
 
 
-def test_batches_by_length_do_not_always_omit_the_shortest():
+def test_the_smaller_batch_by_length_is_not_always_the_shortest_rows():
     lengths = ragged(11)
-    left_out = {
-        lengths[index]
-        for epoch in range(100)
-        for index in set(range(11)) - {i for batch in epoch_of(11, 5, lengths, epoch=epoch) for i in batch}
-    }
-    assert left_out == set(lengths)
+    last = {lengths[index] for epoch in range(100) for index in epoch_of(11, 5, lengths, epoch=epoch)[-1]}
+    assert last == set(lengths)
 
 
 def test_the_order_of_batches_by_length_never_changes():
-    assert batch_indices(10, 4, 3, seed=42, lengths=(5, 9, 2, 7, 1, 8, 3, 6, 4, 10)) == [9, 3, 8, 6]
+    assert batch_indices(10, 4, 4, seed=42, lengths=(5, 9, 2, 7, 1, 8, 3, 6, 4, 10)) == [9, 3, 8, 6]
 
 
 def test_an_epoch_is_put_in_order_once(monkeypatch):

@@ -23,14 +23,21 @@ HEAD_TOO = {"lora_target_modules": ["q_proj", "lm_head"]}
 VOCAB = {"fsdp": True, "vocab_parallel": True}
 MICRO = {"max_tokens_per_micro_batch": 60}
 EXACT = {"kl_estimator": "exact"}
+UNEQUAL = {"num_eval_rows": 5}  # 19 rows, 4 a step: in the last one, a process has two rows and the other has one
 # With the reason for each.
 QUICK = {
     "hypo, micro-batches": {
         **FULL,
         **MICRO,
+        **UNEQUAL,
     },  # DDP: each rank samples, gradients are reduced after the last micro-batch
     "fsdp, exact KL, LoRA": {**LORA, "fsdp": True, **EXACT},  # a reference that is the sharded model without adapter
-    "fsdp, micro-batches, tied head": {**FULL, "fsdp": True, **MICRO},  # a parameter of two modules; swapped copies
+    "fsdp, micro-batches, tied head": {
+        **FULL,
+        "fsdp": True,
+        **MICRO,
+        **UNEQUAL,
+    },  # a parameter of two modules; swapped copies
     "vocab-parallel, exact KL, last layer": {**LAST, **VOCAB, **EXACT},  # a reference head in shards
 }
 SLOW = {

@@ -282,14 +282,40 @@ def test_the_other_algorithms_do_not_sample_while_they_train(settings, algorithm
     assert run.sampler.prompts == []
 
 
-def test_an_epoch_goes_over_every_row_once(settings):
-    run = recorded(settings(max_steps=-1, num_train_epochs=2, per_device_train_batch_size=4))
-    assert run.plan.total_steps == 12
-    steps(run, 12)
+@pytest.mark.parametrize(("batch_size", "last"), [(4, 4), (5, 4)], ids=["filled batches", "a smaller last batch"])
+def test_an_epoch_goes_over_every_row_once(settings, batch_size, last):
+    run = recorded(settings(max_steps=-1, num_train_epochs=2, per_device_train_batch_size=batch_size))
+    per_epoch = math.ceil(24 / batch_size)
+    assert run.plan.total_steps == 2 * per_epoch
+    steps(run, 2 * per_epoch)
+    assert [len(batch) for batch in run.sampler.prompts] == 2 * [*[batch_size] * (per_epoch - 1), last]
     prompts = [prompt for batch in run.sampler.prompts for prompt in batch]
     every_prompt = sorted(list(row.prompt) for row in run.plan.train_rows)
     assert sorted(prompts[:24]) == sorted(prompts[24:]) == every_prompt
     assert prompts[:24] != prompts[24:]
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "sft"])
+def test_a_smaller_last_step_takes_the_mean_of_its_rows(settings, algorithm):
+    shape = {"algorithm": algorithm, "attn_implementation": "sdpa"}
+    found = recorded(
+        settings(**shape, rows=tiny.pair_rows(5), per_device_train_batch_size=1, gradient_accumulation_steps=3)
+    )
+    last = found.plan.rows_of_step(1)
+    assert len(last) == 2
+    rows = [tiny.pair_rows(5)[i] for i in last]
+    expected = recorded(settings(**shape, rows=rows, per_device_train_batch_size=2))
+    metrics = [steps(found, 1, first=1), steps(expected, 1)]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5, abs=1e-5)
+    for name, gradient in expected.optimizer.gradients[0].items():
+        assert_close(found.optimizer.gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_fill_no_step_can_be_left_out(settings, capsys):
+    config = settings(algorithm="dpo", max_steps=-1, per_device_train_batch_size=7, dataloader_drop_last=True)
+    assert [line["epoch"] for line in trained(config)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    page = capsys.readouterr().out
+    assert "3 of 24 pairs fill no step and are left out of each epoch (dataloader_drop_last=true)" in page
 
 
 def test_the_seed_decides_the_run(settings):
