@@ -308,5 +308,7 @@ def _disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         for name, value in vars(module).items():
             # Attention's, OPT's functional ones, layerdrop, the noise of Mixtral's routers.
-            if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            # PhiMoE's router_jitter_noise is no noise, but a threshold of its routing.
+            jitters = "jitter" in name and name != "router_jitter_noise"
+            if ("drop" in name or jitters) and isinstance(value, float):
                 setattr(module, name, 0.0)

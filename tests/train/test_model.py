@@ -22,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    PhimoeConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -451,6 +452,16 @@ def test_the_checkpoints_dropout_is_off_in_training(saved_model, way, architectu
     policy = policy_of(saved_model(architecture, **DROPOUT[architecture]), **way)
     quiet = policy.eval()(tree(), logprobs())
     assert_close(policy.train()(tree(), logprobs()), quiet, atol=1e-5, rtol=0)
+
+
+def test_routing_that_draws_random_numbers_is_not_changed_but_refused(tmp_path):
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    tokens = {"vocab_size": len(tiny.WORDS), "pad_token_id": tiny.PAD, "eos_token_id": tiny.EOS}
+    # PhiMoE's router_jitter_noise is a threshold in eval mode too: without it, the second expert would not be weighed.
+    config = PhimoeConfig(hidden_size=32, intermediate_size=48, router_jitter_noise=0.4, **sizes, **tokens)
+    torch.manual_seed(0)
+    folder = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path)
+    assert "PhimoeForCausalLM draws random numbers in training, a router's noise" in refusal(folder)
 
 
 def test_checkpointing_passes_no_gradient_through_frozen_layers(saved_model):
