@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from hypo_train.utils.errors import HubError
 
@@ -97,6 +97,9 @@ def _explained(repo_id: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise HubError(f"cannot upload to {repo_id!r}: no login: run hf auth login, or set HF_TOKEN") from error
+    except OfflineModeIsEnabled as error:
+        why = "the Hub cannot be reached, or HF_HUB_OFFLINE is set"
+        raise HubError(f"cannot upload to {repo_id!r}: {why}") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         fixes = {401: ": log in again (hf auth login, or HF_TOKEN)", 403: ": use a token that can write there"}

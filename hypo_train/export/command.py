@@ -20,6 +20,7 @@ from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.source import generation_config, load_tokenizer, read_architecture
 from hypo_train.model.tree_model import ModelError
 from hypo_train.sampling.merged_weights import merged_weights, unties
+from hypo_train.utils.errors import HubError
 from hypo_train.utils.quiet import quiet_libraries
 
 
@@ -48,9 +49,18 @@ def run(settings: ExportSettings) -> int:
     kind = str(dtype).removeprefix("torch.") if writes_whole_model else "adapter"
     print(f"{source.folder} exported to {settings.output_dir} ({kind})")
     if settings.push_to_hub is not None:
-        address = upload(settings.output_dir, settings.push_to_hub, private=settings.hub_private_repo)
-        print(f"{settings.output_dir} uploaded to {address}")
+        print(f"uploaded to {_uploaded(settings.output_dir, settings.push_to_hub, private=settings.hub_private_repo)}")
     return 0
+
+
+def _uploaded(folder: Path, repo_id: str, *, private: bool | None) -> str:
+    """Upload the folder and return its address. Raises HubError, which says that the folder is complete."""
+    try:
+        return upload(folder, repo_id, private=private)
+    except HubError as error:
+        raise HubError(
+            f"{folder} is complete, but not uploaded: {error}; repeat it with another --output_dir"
+        ) from error
 
 
 def _writes_whole_model(settings: ExportSettings, source: Source) -> bool:

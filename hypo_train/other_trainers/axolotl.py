@@ -47,8 +47,8 @@ METHOD = (
 DATA = (
     use(
         "datasets",
-        "`dataset_name` for its path, `dataset_train_split` for its split, `dataset_config` for its name: one "
-        "data set of rows with prompt, chosen and rejected, whose type is found from the columns",
+        "`dataset_name` for its path, `dataset_train_split` for its split, `dataset_config` for its name and "
+        "`column_mapping` for its fields: one data set with the columns prompt, chosen and rejected",
     ),
     use("test_datasets", "`dataset_test_split`, a split of `dataset_name`"),
     not_served("pretraining_dataset text_column_pretraining", "training on text without prompts is"),

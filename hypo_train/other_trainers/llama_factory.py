@@ -135,7 +135,7 @@ ADAPTER = (
     not_served(
         "freeze_trainable_modules freeze_extra_modules", "freezing by names is", "use `num_layers_unfrozen`", ("all",)
     ),
-    not_served("additional_target", "training whole modules beside LoRA is"),
+    use("additional_target", "`lora_modules_to_save`, a list"),
     use("quantization_bit", "`load_in_4bit: true` for 4 bits, with `use_peft: true`; others are not served"),
     use("quantization_type", "`bnb_4bit_quant_type`"),
     use("double_quantization", "`use_bnb_nested_quant`, which is false by default"),

@@ -20,7 +20,7 @@ DATA = (
     not_served(
         "dataset_text_field text_column",
         "text without prompts is",
-        "write the columns prompt and completion (or chosen and rejected)",
+        "write the columns prompt and completion (rename others with `column_mapping`)",
     ),
     use("max_length max_seq_length max_source_length block_size", _SEQUENCE),
     use("max_target_length response_length", "`max_completion_length`"),
@@ -84,6 +84,17 @@ MODEL = (
     ),
     use("load_in_8bit", "`load_in_4bit`, 8 bits are not served", false="8 bits are off here too, leave it out"),
     unneeded("bnb_4bit_quant_storage", "4-bit weights cannot be sharded here"),
+    unneeded("bnb_4bit_compute_dtype", "`bf16` says how 4-bit weights compute"),
+    use("bnb_4bit_use_double_quant", "`use_bnb_nested_quant`"),
+    use("quantization_config", "`load_in_4bit`, `bnb_4bit_quant_type` and `use_bnb_nested_quant`"),
+    use("peft_config", "`use_peft` and the lora_ fields"),
+    use("modules_to_save", "`lora_modules_to_save`"),
+    not_served(
+        "bias lora_bias exclude_modules fan_in_fan_out init_lora_weights layers_to_transform layers_pattern "
+        "layer_replication rank_pattern alpha_pattern target_parameters trainable_token_indices ensure_weight_tying",
+        "this option of peft is",
+        neutral=(True,),
+    ),
     unneeded("cast_lm_head_to_fp32", "log-probs are computed in float32"),
 )
 
@@ -186,6 +197,7 @@ ONLINE = (
     use("vllm_importance_sampling_cap", "`importance_cap`, which corrects for samples of earlier steps"),
     not_served("vllm_structured_outputs_regex vllm_guided_decoding_regex", "sampling under a grammar is"),
     unneeded(
+        "predict_with_generate sortish_sampler generation_max_length generation_num_beams generation_config "
         "log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo "
         "wandb_log_unique_prompts num_sample_generations",
         "the samples of every evaluation are in the run's folder",
@@ -286,7 +298,9 @@ LOGGING = (
 )
 
 HUB = (
-    unneeded("hub_token push_to_hub_token", "no token belongs in a file: log in with hf auth login, or set HF_TOKEN"),
+    unneeded(
+        "hub_token push_to_hub_token hf_token", "no token belongs in a file: log in with hf auth login, or set HF_TOKEN"
+    ),
     use("push_to_hub_model_id", "`hub_model_id`"),
     use("push_to_hub_organization", "`hub_model_id`, organisation/name"),
     unneeded("hub_strategy hub_always_push push_to_hub_if_best_kwargs", "the final model is pushed once, at the end"),

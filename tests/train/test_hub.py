@@ -105,7 +105,7 @@ def test_nothing_is_sent_unless_asked_for(settings, fake):
     [
         (LocalTokenNotFoundError("no token"), "no login: run hf auth login, or set HF_TOKEN"),
         (refused(401), "401 from the Hub: log in again"),
-        (OfflineModeIsEnabled("offline mode"), "the Hub cannot be reached (offline mode)"),
+        (OfflineModeIsEnabled("offline mode"), "the Hub cannot be reached, or HF_HUB_OFFLINE is set"),
         (httpx.ConnectError("no route"), "the Hub cannot be reached (no route)"),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_repository_that_cannot_be_created_stops_the_run(settings, fake):
         train(config, progress=False)
 
 
-def test_a_failing_upload_loses_nothing_and_says_how_to_repeat(settings, fake, capsys, monkeypatch):
+def test_a_failing_upload_loses_nothing_and_says_how_to_repeat(settings, fake, capsys):
     fake.failures["create_commit"] = httpx.ReadTimeout("timed out")
     config = settings(algorithm="dpo", push_to_hub=True, hub_model_id="lab/tiny")
     with pytest.raises(HubError) as caught:
@@ -151,6 +151,9 @@ def test_a_failing_upload_loses_nothing_and_says_how_to_repeat(settings, fake, c
     repeat = f"python -m hypo_train export {config.output_dir} --output_dir FOLDER --push_to_hub lab/tiny"
     assert str(caught.value).endswith(f"the Hub cannot be reached (timed out); to upload it: {repeat}")
     assert "\n" not in str(caught.value)
+    flags = repeat.replace("FOLDER", f"{config.output_dir}-first").split()[3:]
+    assert main(flags) == 2
+    assert f"{flags[3]} is complete, but not uploaded: cannot upload to 'lab/tiny'" in capsys.readouterr().err
     fake.failures = {}
     folder = f"{config.output_dir}-again"
     assert main([*repeat.replace("FOLDER", folder).split()[3:], "--hub_private_repo"]) == 0

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from markdown_blocks import blocks, text_of
 from pydantic import ValidationError
+from transformers import Seq2SeqTrainingArguments
 
 from hypo_train.config import Config, ConfigError, load_config
 from hypo_train.other_trainers import TABLES, advice_on
@@ -48,6 +49,7 @@ def test_every_setting_of_the_installed_trl_is_answered():
     trl = pytest.importorskip("trl")
     kinds = ["DPO", "SFT", "Reward", "GRPO", "RLOO", "KTO"]
     configs = [*(getattr(trl, f"{kind}Config") for kind in kinds), trl.ScriptArguments, trl.ModelConfig]
+    configs.append(Seq2SeqTrainingArguments)  # which LLaMA-Factory's are made of
     names = {field.name for config in configs for field in dataclasses.fields(config)}
     assert len(names) > 200
     assert unanswered(names) == []
