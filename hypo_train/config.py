@@ -120,6 +120,9 @@ class Config(Settings):
     """Also quantise the scales of the 4-bit blocks, which saves 0.4 bits a weight."""
     num_layers_unfrozen: PositiveInt | None = None
     """Train only this many last decoder layers, the final norm and an LM head that is not tied; none trains all."""
+    unfrozen_parameters: list[str] | None = None
+    """Train only the parameters whose names begin with a match of one of these regular expressions, such as
+    lm_head or model.layers.[0-3].mlp; none trains all."""
     fsdp: bool = False
     """Shard weights, gradients and the optimizer's state over the processes with PyTorch's FSDP2, for models that do
     not fit one device. Without it every process holds all of them (DDP)."""
@@ -321,6 +324,11 @@ class Config(Settings):
         return self.spec.has_reference
 
     @property
+    def trains_part(self) -> bool:
+        """True if the settings leave some of the model's weights frozen."""
+        return self.use_peft or self.num_layers_unfrozen is not None or self.unfrozen_parameters is not None
+
+    @property
     def has_reward(self) -> bool:
         return self.reward is not None or self.reward_model_path is not None
 
@@ -366,10 +374,22 @@ class Config(Settings):
             return []
         return [value] if isinstance(value, str) else value
 
-    @field_validator("lora_modules_to_save", mode="before")
+    @field_validator("lora_modules_to_save", "unfrozen_parameters", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value or None
+
+    @field_validator("unfrozen_parameters")
+    @classmethod
+    def _are_patterns(cls, value: list[str] | None) -> list[str] | None:
+        for pattern in value or ():
+            if re.search(r"\[\d*:\d*\]$", pattern):
+                raise ValueError(f"{pattern}: parts of a matrix cannot be trained alone, leave the range out")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern} is no regular expression: {error}") from None
+        return value
 
     @field_validator("report_to")
     @classmethod
@@ -460,6 +480,13 @@ def _conflicts(c: Config) -> list[str]:
         (
             c.use_peft and c.num_layers_unfrozen is not None,
             f"use_peft=true with num_layers_unfrozen={c.num_layers_unfrozen}: choose one of the two",
+        ),
+        *(
+            (
+                c.unfrozen_parameters is not None and getattr(c, name),
+                f"unfrozen_parameters with {name}={getattr(c, name)}: choose one of the two",
+            )
+            for name in ("use_peft", "num_layers_unfrozen")
         ),
         (
             c.lora_modules_to_save is not None and c.vocab_parallel,

@@ -123,7 +123,12 @@ def _config_to_load(settings: EvaluateSettings) -> Config:
             "evaluate the result with --model_name_or_path"
         )
     # All weights may differ from those of another reference, so no weights are shared.
-    other = {"model_name_or_path": settings.reference, "use_peft": False, "num_layers_unfrozen": None}
+    other = {
+        "model_name_or_path": settings.reference,
+        "use_peft": False,
+        "num_layers_unfrozen": None,
+        "unfrozen_parameters": None,
+    }
     return config.model_copy(update=other)
 
 

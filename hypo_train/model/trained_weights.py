@@ -26,7 +26,13 @@ ADAPTER_FILE = "adapter_config.json"
 
 def whole_model_config(config: Config, folder: Path) -> Config:
     """Return the configuration that loads the whole model in ``folder``, whose adapters are merged, in fp32."""
-    whole = {"use_peft": False, "load_in_4bit": False, "num_layers_unfrozen": None, "dtype": "float32"}
+    whole = {
+        "use_peft": False,
+        "load_in_4bit": False,
+        "num_layers_unfrozen": None,
+        "unfrozen_parameters": None,
+        "dtype": "float32",
+    }
     return config.model_copy(update={"model_name_or_path": str(folder), **whole})
 
 

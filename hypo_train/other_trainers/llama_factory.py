@@ -132,8 +132,9 @@ ADAPTER = (
         all="use `lora_target_modules: all-linear`",
     ),
     use("freeze_trainable_layers", "`num_layers_unfrozen`, the last layers"),
-    not_served(
-        "freeze_trainable_modules freeze_extra_modules", "freezing by names is", "use `num_layers_unfrozen`", ("all",)
+    use(
+        "freeze_trainable_modules freeze_extra_modules",
+        "`unfrozen_parameters`, regular expressions of names",
     ),
     use("additional_target", "`lora_modules_to_save`, a list"),
     use("quantization_bit", "`load_in_4bit: true` for 4 bits, with `use_peft: true`; others are not served"),

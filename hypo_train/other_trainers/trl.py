@@ -318,7 +318,6 @@ NOT_YET = (
     not_served("load_best_model_at_end metric_for_best_model greater_is_better", "the best checkpoint is"),
     not_served("early_stopping_patience", "early stopping is"),
     not_served("dataloader_drop_last", "keeping rows that fill no batch is"),
-    not_served("unfrozen_parameters", "freezing by names is", "use `num_layers_unfrozen`"),
 )
 
 TABLE = (*NOT_YET, *DATA, *MODEL, *PREFERENCE_LOSS, *ONLINE, *OPTIMISATION, *DEVICES, *LOGGING, *HUB)

@@ -139,7 +139,7 @@ def _advice_on_states(config: Config, numbers: Estimate) -> list[str]:
     if numbers.processes > 1 and not config.fsdp:
         advice.append("fsdp: true")
     if not config.use_peft:
-        advice.append("use_peft: true" + ("" if config.num_layers_unfrozen else " or num_layers_unfrozen"))
-    if config.dtype == "float32" and (config.use_peft or config.num_layers_unfrozen):
+        advice.append("use_peft: true" + ("" if config.trains_part else " or num_layers_unfrozen"))
+    if config.dtype == "float32" and config.trains_part:
         advice.append("dtype: bfloat16 with bf16: true for the frozen weights")
     return advice

@@ -15,6 +15,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.router_loss import asked_weight
 from hypo_train.model.source import check_source, why_not
+from hypo_train.model.text_parts import unreached_modules
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.device import existing_samplers
 from hypo_train.preflight.findings import Findings
@@ -32,7 +33,8 @@ def describe_model(
     layers = source.architecture.get_text_config().num_hidden_layers
     findings.model += source.description.split("\n")
     findings.model.append(f"{type(trained.base).__name__}, {layers} layers, {everything:,} parameters")
-    how = "all"
+    unreached = unreached_modules(trained.base)
+    how = "all that text reaches" if unreached else "all"
     if config.use_peft:
         kind = "DoRA" if config.use_dora else "LoRA"
         below = ", on 4-bit weights" if config.load_in_4bit else ""
@@ -40,9 +42,15 @@ def describe_model(
         how = f"{kind}, rank {config.lora_r}, on {', '.join(_adapted(trained))}{below}{whole}"
     elif config.num_layers_unfrozen is not None:
         how = f"the last {config.num_layers_unfrozen} layers, the final norm and an untied head"
+    elif config.unfrozen_parameters is not None:
+        how = ", ".join(config.unfrozen_parameters)
     findings.model.append(
         f"training {count:,} {'more' if config.use_peft else 'of them'} ({count / everything:.1%}): {how}"
     )
+    if unreached:
+        findings.model.append(f"no text reaches {', '.join(unreached)}: left as it is")
+    if config.use_peft and (experts := _fused_experts(trained)):
+        findings.model.append(f"no LoRA on the experts, which are no linear layers: {', '.join(experts)}")
     if coef := trained.router_aux_loss_coef:
         findings.model.append(f"the load-balancing loss of the routers is added, times {coef:g} (router_aux_loss_coef)")
     elif config.router_aux_loss_coef is None and (asked := asked_weight(trained.base)):
@@ -65,6 +73,12 @@ def describe_model(
     if config.use_liger_kernel:
         findings.unchecked.append("whether Liger's kernels support the model (memory is estimated without them)")
     findings.unchecked.append("the weights themselves: whether they load, and whether the loss is exact with them")
+
+
+def _fused_experts(trained: Policy | RewardModel) -> list[str]:
+    """Return the names of the parameters that hold the matrices of several experts."""
+    decoder = trained.base.get_decoder()
+    return sorted({name.split(".")[-1] for name, parameter in decoder.named_parameters() if parameter.ndim == 3})
 
 
 def _adapted(trained: Policy | RewardModel) -> list[str]:

@@ -43,6 +43,7 @@ def look_at_structure(config: Config, architecture: Any) -> Structure:
     changes: dict[str, Any] = {"dtype": "float32", "gradient_checkpointing": False}
     if config.num_layers_unfrozen is not None:
         changes["num_layers_unfrozen"] = 1
+    changes["unfrozen_parameters"] = None  # they may name layers that the tiny model lacks
     try:
         small = _smaller(architecture)
         with torch.random.fork_rng(devices=[]):
