@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypo_train.data.errors import DataError, Unusable, quoted
 from hypo_train.data.messages import looks_like_messages, text_or_messages
-from hypo_train.data.table import Rows, column_names, spread, with_columns
+from hypo_train.data.table import Rows, column, column_names, spread, with_columns
 
 if TYPE_CHECKING:
     from hypo_train.data.formats import Format
@@ -107,8 +107,9 @@ def choose_columns(rows: Rows, form: Format, parts_of: Callable[[AbstractSet[str
     if not form.guards_columns:
         return Columns(parts, tuple(read), tuple(name for name in names if name not in read), ())
     sample = spread(rows, SAMPLE)
-    if not any(_is_chat(value) for row in with_columns(sample, _same(read)) for value in row.values()):
-        read = [name for name in read if name not in _TEMPLATE_COLUMNS]  # only a chat template writes them
+    others = [name for name in read if name not in _TEMPLATE_COLUMNS]
+    if not any(_is_chat(value) for name in others for value in column(sample, name)):
+        read = others  # only a chat template writes the rest
     unread = [name for name in names if name not in read]
     if len(parts) == 1:
         _check_label(rows, parts[0])
@@ -117,10 +118,10 @@ def choose_columns(rows: Rows, form: Format, parts_of: Callable[[AbstractSet[str
 
 def _judged(sample: Rows, parts: Sequence[str], read: Sequence[str], unread: Sequence[str]) -> list[str]:
     """Return a warning for each unread column that may be missed. Raises DataError if it surely is."""
-    texts = [_text(list(row.values())) for row in with_columns(sample, _same(read))]
+    texts = ["\n".join(_texts(values)) for values in zip(*(column(sample, name) for name in read), strict=True)]
     missed: dict[str, str] = {}  # column -> what it seems to be
     for name in unread:
-        values = [row.get(name) for row in with_columns(sample, {name: name})]
+        values = column(sample, name)
         meaning = _MEANING_OF.get(_plain(name))
         if meaning is None and any(looks_like_messages(value) for value in values):
             meaning = "messages"
@@ -163,7 +164,7 @@ def _check_label(rows: Rows, part: str) -> None:
     """Raise DataError if the rows have a label that calls some completions bad: examples are imitated."""
     if "label" not in column_names(rows):
         return
-    labels = [str(row.get("label")).lower() for row in with_columns(rows, {"label": "label"})]
+    labels = [str(label).lower() for label in column(rows, "label")]
     if set(labels) <= {"true", "false", "1", "0", "none"} and (bad := len([x for x in labels if x in ("false", "0")])):
         raise DataError(
             f"the column 'label' calls {bad} of {len(labels)} completions bad, and training would imitate them: keep "
@@ -173,32 +174,32 @@ def _check_label(rows: Rows, part: str) -> None:
 
 def _is_missed(values: Sequence[Any], texts: Sequence[str], meaning: str) -> bool:
     """Return whether what a column holds is missing from the texts that are read, in more than a few rows."""
-    held = [_text(value) if meaning != "media" else str(value or "") for value in values]
-    lost = sum(bool(text.strip()) and text.strip() not in read for text, read in zip(held, texts, strict=True))
+    if meaning == "media":
+        lost = sum(bool(value) for value in values)
+    else:
+        held = (_texts(value) for value in values)
+        lost = sum(any(part not in read for part in parts) for parts, read in zip(held, texts, strict=True))
     return lost > _FEW * len(values)
 
 
-def _text(value: Any) -> str:
-    """Return the text in a value: itself, or the contents of messages, one a line."""
-    if isinstance(value, str) and not looks_like_messages(value):
-        return value
-    if isinstance(value, str) or looks_like_messages(value):
+def _texts(value: Any) -> list[str]:
+    """Return the texts in a value that are not blank: itself, the contents of messages, or what lists hold."""
+    if looks_like_messages(value):
         try:
             value = text_or_messages(value, "")
         except Unusable:
-            return str(value)
-        return value if isinstance(value, str) else "\n".join(message["content"] or "" for message in value)
-    if isinstance(value, list):
-        return "\n".join(filter(None, map(_text, value)))
-    return "" if value is None else str(value)
+            return [str(value)]
+        value = [value] if isinstance(value, str) else [message["content"] for message in value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in _texts(item)]
+    text = "" if value is None else str(value).strip()
+    return [text] if text else []
 
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, (list, dict)) or looks_like_messages(value)
-
-
-def _same(names: Sequence[str]) -> dict[str, str]:
-    return {name: name for name in names}
 
 
 def _plain(name: str) -> str:

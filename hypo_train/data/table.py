@@ -28,6 +28,14 @@ def with_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
     return [{new: row[name] for name, new in columns.items() if name in row} for row in rows]
 
 
+def column(rows: Rows, name: str) -> list[Any]:
+    """Return the values of one column; pictures and sound are not decoded."""
+    if isinstance(rows, datasets.Dataset):
+        values: list[Any] = rows.select_columns([name]).with_format("arrow")[:][name].to_pylist()
+        return values
+    return [row.get(name) for row in rows]
+
+
 def part_of(rows: Rows, indices: range) -> Rows:
     """Return the rows at consecutive ``indices``."""
     if isinstance(rows, datasets.Dataset):
