@@ -21,6 +21,7 @@ from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.flags import (
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Settings,
@@ -35,6 +36,7 @@ from hypo_train.utils.flags import (
     validated,
     why_unusable,
 )
+from hypo_train.utils.paths import usable_path
 from hypo_train.utils.yaml_file import read_mapping
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -67,14 +69,14 @@ class Config(Settings):
     """Algorithm to train with: hypo is DPO plus the online reverse KL, dpo and ipo are these losses alone, rloo
     maximises a reward minus beta times the KL, reward trains a reward model on preferences, and sft is
     supervised fine-tuning. "package.module:object" names your own algorithm (docs: Extending)."""
-    output_dir: Text = "runs/hypo"
+    output_dir: PathText = "runs/hypo"
     """Folder for metrics, checkpoints and the final model; created if it does not exist."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of the data order, new weights, dropout and sampling."""
-    resume_from_checkpoint: Text | None = None
+    resume_from_checkpoint: PathText | None = None
     """Checkpoint folder to continue from, or "auto" for the newest complete one in output_dir."""
 
-    model_name_or_path: Text
+    model_name_or_path: PathText
     """Causal language model to train, which is also the reference model: a Hub name or a local folder."""
     trust_remote_code: bool = False
     """Allow a model or tokenizer to run Python code from its repository."""
@@ -139,7 +141,7 @@ class Config(Settings):
     max_chunk_bytes: PositiveInt = 2**30
     """Bound on the temporary memory of one loss call, in bytes."""
 
-    dataset_name: Text
+    dataset_name: PathText
     """Training data: a Hub name, a .jsonl, .json, .parquet, .arrow, .csv or .tsv file, a folder of such files, or a
     folder that save_to_disk wrote. Text files may be compressed (.gz, .bz2, .xz, .zst)."""
     dataset_format: Literal["preferences", "tldr"] = "preferences"
@@ -168,7 +170,7 @@ class Config(Settings):
     precompute_ref_log_probs: bool | None = None
     """Compute the reference model's log-probs of the pairs once, before the first step, and keep them on disk for
     other runs; none means yes if that costs no more than computing them in the steps."""
-    ref_logps_cache_dir: Text | None = None
+    ref_logps_cache_dir: PathText | None = None
     """Folder for the reference model's log-probs; none means hypo_train/reference_logps in $XDG_CACHE_HOME or
     ~/.cache."""
 
@@ -194,7 +196,7 @@ class Config(Settings):
     """Reward function, "package.module:function", called with the texts (prompt, completion). rloo learns from it, and
     evaluations of every algorithm report it. If it uses the global generators of Python, NumPy or torch, its random
     numbers depend only on the seed and the step, so a resumed run draws the same ones."""
-    reward_model_path: Text | None = None
+    reward_model_path: PathText | None = None
     """Reward model instead of a function: a Hub name or a local folder of a sequence classifier with one label. It
     reads the policy's token ids if both have the same tokenizer, as after algorithm: reward, and texts otherwise."""
     missing_eos_penalty: NonNegativeFloat = 0.0
@@ -618,7 +620,7 @@ def load_config(argv: Sequence[str]) -> Config:
     if files is not None:
         if len(files) != 1:
             raise ConfigError("--config needs one file, as in --config recipe.yaml")
-        values = _read_recipe(files[0], problems)
+        values = _read_recipe(_usable(files[0], f"--config {shown_name(files[0])}"), problems)
     return validated(Config, values | read_values(Config, flags, problems), problems)
 
 
@@ -642,6 +644,14 @@ def require_trust(saved: Config, *, given: bool, where: Path) -> None:
         )
 
 
+def _usable(path: str, where: str) -> str:
+    """Return ``path`` with ``~`` replaced. Raises ConfigError, which begins with ``where``, for an unusable path."""
+    try:
+        return usable_path(path)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
 def _read_recipe(path: str, problems: list[str], heirs: Sequence[str] = ()) -> dict[str, Any]:
     """Return the known keys of a flat YAML mapping. They override those of the recipe in its ``base``, if there is one.
 
@@ -663,7 +673,7 @@ def _read_base(base: Any, problems: list[str], heirs: Sequence[str]) -> dict[str
     """Return the values of the recipe ``base``, a path relative to the folder of the last recipe in ``heirs``."""
     if not isinstance(base, str) or not base or why_unusable(base):
         raise ConfigError(f"base={shown(base)} in {heirs[-1]}: should be the path of a recipe, relative to this one")
-    path = Path(heirs[-1]).parent / Path(base).expanduser()
+    path = Path(heirs[-1]).parent / _usable(base, f"base={shown(base)} in {heirs[-1]}")
     if path.resolve() in [Path(heir).resolve() for heir in heirs]:
         raise ConfigError(
             f"base={shown(base)} in {heirs[-1]}: a recipe cannot be its own base: {' -> '.join([*heirs, base])}"

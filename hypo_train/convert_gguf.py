@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hypo_train.utils.paths import usable_path
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert the file and return 0; print one line and return 2 where it cannot be converted."""
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where to save the model and its tokenizer")
     options = parser.parse_args(argv)
     try:
-        convert(find_gguf(options.source), options.folder)
+        convert(find_gguf(usable_path(options.source)), Path(usable_path(str(options.folder))))
     except ValueError as error:
         print(f"convert_gguf: {error}", file=sys.stderr)
         return 2

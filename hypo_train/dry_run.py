@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -10,7 +11,7 @@ from pydantic import Field
 
 from hypo_train.metrics.devices import Assumed
 from hypo_train.utils.errors import ConfigError
-from hypo_train.utils.flags import PositiveFloat, Settings, Text, parse, split_argv
+from hypo_train.utils.flags import PathText, PositiveFloat, Settings, parse, split_argv
 
 
 class DryRunFlags(Settings):
@@ -19,7 +20,7 @@ class DryRunFlags(Settings):
     dry_run: bool = False
     """Check everything but weights, write nothing, print what would be trained and the memory it takes; the exit
     status is 2 where the run would be refused."""
-    dry_run_model: Text | None = None
+    dry_run_model: PathText | None = None
     """A model (folder or Hub name) to check in place of one that is not available here."""
     dry_run_device: Literal["cuda", "cpu", "A100", "H100", "H200", "B200", "L40S"] | None = None
     """Estimate memory for this device, wherever the dry run is; for one that is named, predict a step's time as
@@ -66,7 +67,7 @@ def _bytes(gigabytes: float | None) -> float | None:
 def _recipe(argv: Sequence[str]) -> str | None:
     for i, token in enumerate(argv):
         if token.startswith("--config="):
-            return token.partition("=")[2]
+            return os.path.expanduser(token.partition("=")[2])
         if token == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
+            return os.path.expanduser(argv[i + 1])
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def check_same_run(plan: Plan, extra: dict[str, Any], folder: Path, *, rows: boo
         free = free | {"template_date"}
     if "dataloader_drop_last" not in extra["config"] and len(plan.train_rows) % plan.batch_size:
         saved["dataloader_drop_last"] = True  # such a checkpoint's run left these rows out
+    saved = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in saved.items()}
     changed = [
         f"{name} was {saved[name]!r} and is {value!r}"
         for name, value in config.model_dump().items()

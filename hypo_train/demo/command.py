@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def run(settings: DemoSettings) -> int:
     """Train, compare, print the table and draw the curves. Returns the exit status 0."""
     quiet_libraries()
-    started, output_dir = time.perf_counter(), settings.output_dir.expanduser()
+    started, output_dir = time.perf_counter(), settings.output_dir
     seeds = range(settings.seed, settings.seed + settings.seeds)
     outcomes = [run_seed(output_dir / f"seed-{seed}", seed) for seed in seeds]
     table = report.table(outcomes)

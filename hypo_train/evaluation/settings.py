@@ -12,7 +12,18 @@ from typing import ClassVar, Literal
 
 from hypo_train.config import Config, load_config, require_trust
 from hypo_train.utils.errors import ConfigError
-from hypo_train.utils.flags import PositiveFloat, Settings, Text, flag_lines, flag_name, help_page, parse, split_argv
+from hypo_train.utils.flags import (
+    PathText,
+    PositiveFloat,
+    Settings,
+    flag_lines,
+    flag_name,
+    help_page,
+    parse,
+    shown,
+    split_argv,
+)
+from hypo_train.utils.paths import usable_path
 
 # The fields of a run that an evaluation may change; all others affect only training.
 FIELDS = (
@@ -68,7 +79,7 @@ class EvaluateFlags(Settings):
 
     output_dir: Path | None = None
     """Folder for metrics.json and the samples; none means RUN/evaluation."""
-    reference_model_path: Text | None = None
+    reference_model_path: PathText | None = None
     """Model to measure the KL against; none means the model that the run started from (SFT has none)."""
     kl_temperature: PositiveFloat | None = None
     """Temperature of both log-probs in the KL; none means that of the samples."""
@@ -116,14 +127,14 @@ def load_settings(argv: Sequence[str]) -> EvaluateSettings:
     Raises:
         ConfigError: the run does not exist or is not finished, a flag belongs to training, or output_dir is in use.
     """
-    run, argv = (Path(argv[0]), argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    run, argv = (Path(_usable_run(argv[0])), argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     chosen, fields = split_argv(argv, EvaluateFlags)
     given = _check_fields(fields)
     flags = parse(EvaluateFlags, chosen)
     if run is None:
         config = _config_of_model(fields, given, has_reference=flags.reference_model_path is not None)
         training_temperature, start = 1.0, None
-        model_dir, output_dir = Path(config.model_name_or_path).expanduser(), flags.output_dir
+        model_dir, output_dir = Path(config.model_name_or_path), flags.output_dir
     else:
         training_temperature, config = _config_of_run(run, fields, given)
         start = config.model_name_or_path if config.has_reference else None
@@ -143,6 +154,13 @@ def load_settings(argv: Sequence[str]) -> EvaluateSettings:
         kl_mask=flags.kl_mask,
         output_dir=output_dir,
     )
+
+
+def _usable_run(path: str) -> str:
+    try:
+        return usable_path(path)
+    except ValueError as error:
+        raise ConfigError(f"{shown(path)}: {error}") from None
 
 
 def help_text() -> str:

@@ -52,12 +52,12 @@ class ExportSettings(Settings):
 def load_settings(argv: Sequence[str]) -> ExportSettings:
     """Return the settings from the arguments ``argv``. Raises ConfigError without the run, or if output_dir exists."""
     settings = parse(ExportSettings, argv)
-    source, output_dir = settings.run_or_checkpoint.expanduser(), settings.output_dir.expanduser()
-    if not source.is_dir():
-        raise ConfigError(f"there is no folder {str(source)!r}: name a run's output_dir, or one of its checkpoints")
-    if output_dir.exists():
-        raise ConfigError(f"output_dir={str(output_dir)!r} exists already: choose a new folder")
-    return settings.model_copy(update={"run_or_checkpoint": source, "output_dir": output_dir})
+    if not settings.run_or_checkpoint.is_dir():
+        missing = str(settings.run_or_checkpoint)
+        raise ConfigError(f"there is no folder {missing!r}: name a run's output_dir, or one of its checkpoints")
+    if settings.output_dir.exists():
+        raise ConfigError(f"output_dir={str(settings.output_dir)!r} exists already: choose a new folder")
+    return settings
 
 
 def help_text() -> str:

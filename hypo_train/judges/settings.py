@@ -14,7 +14,16 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 
 from hypo_train.utils.errors import ConfigError
-from hypo_train.utils.flags import NonNegativeFloat, NonNegativeInt, PositiveInt, Settings, Text, help_page, parse
+from hypo_train.utils.flags import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    Settings,
+    Text,
+    help_page,
+    parse,
+)
 
 API_KEY_VARIABLE = "JUDGE_API_KEY"
 
@@ -49,7 +58,7 @@ class JudgeSettings(Settings):
 
     judge: Text | None = None
     """Function of the texts (prompt, completion), as package.module:function; the higher score wins."""
-    judge_model: Text | None = None
+    judge_model: PathText | None = None
     """Reward model: a sequence classifier with one label."""
     judge_batch_size: PositiveInt = 16
     """Texts in one batch of judge_model."""
@@ -58,7 +67,7 @@ class JudgeSettings(Settings):
     """OpenAI-compatible endpoint, without /chat/completions."""
     judge_model_name: Text | None = None
     """The model's name at the endpoint."""
-    judge_template: Text = "tldr"
+    judge_template: PathText = "tldr"
     """The question: tldr, tldr-concise, or a text file with {prompt}, {response0} and {response1}."""
     judge_api_key_variable: Text | None = None
     """Environment variable that holds the API key; none means JUDGE_API_KEY, if it is set."""

@@ -42,7 +42,7 @@ def load_template(name: str) -> Template:
     """
     path = FOLDER / f"{name}.txt"
     if not path.is_file():
-        path = Path(name).expanduser()
+        path = Path(name)
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -78,7 +78,7 @@ def splits_to_precompute(plan: Plan) -> set[str]:
 def cache_folder(config: Config) -> Path:
     """Return the cache's folder; it may not exist yet."""
     if config.ref_logps_cache_dir is not None:
-        return Path(config.ref_logps_cache_dir).expanduser()
+        return Path(config.ref_logps_cache_dir)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "hypo_train" / "reference_logps"
 

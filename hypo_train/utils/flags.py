@@ -17,11 +17,13 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from hypo_train.utils.errors import ConfigError
+from hypo_train.utils.paths import usable_path
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(usable_path)]  # a path, or a name on the Hub
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -76,7 +78,9 @@ class Settings(BaseModel):
         for text in texts if isinstance(texts, list) else [texts]:
             if isinstance(text, (str, Path)) and (problem := why_unusable(str(text))):
                 raise ValueError(f"should be {problem}")
-        return value
+        if isinstance(value, list) and any(isinstance(item, Path) for item in value):
+            return [Path(usable_path(str(item))) for item in value]
+        return Path(usable_path(str(value))) if isinstance(value, Path) else value
 
 
 def parse(model: type[S], argv: Sequence[str]) -> S:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -515,3 +517,54 @@ def test_help_shows_how_to_call_the_program():
         "python -m hypo_train demo --help",
     ):
         assert usage in text
+
+
+# Paths: no shell expands those in a file, nor --name=~/folder
+
+
+PATHS = ["output_dir", "model_name_or_path", "dataset_name", "ref_logps_cache_dir", "reward_model_path"]
+
+
+@pytest.mark.parametrize("name", [*PATHS, "resume_from_checkpoint"])
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = {"model_name_or_path": "m", "dataset_name": "d", name: "~/folder"}
+    assert getattr(Config(**settings), name) == f"{tmp_path}/folder"
+
+
+def test_a_recipe_and_its_base_may_be_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("model_name_or_path: m\ndataset_name: ~/data.jsonl\n")
+    (tmp_path / "recipe.yaml").write_text("base: ~/base.yaml\n")
+    assert load_config(["--config=~/recipe.yaml"]).dataset_name == f"{tmp_path}/data.jsonl"
+
+
+# For each command, the arguments before and after the path.
+WITH_A_PATH = {
+    "config": ([*REQUIRED, "--output_dir"], []),
+    "export.settings": ([], ["--output_dir", "out"]),
+    "evaluation.settings": ([], []),
+    "report.settings": ([], []),
+    "judges.settings": ([], ["--judge", "module:function"]),
+}
+
+
+@pytest.mark.parametrize("command", WITH_A_PATH)
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("$HOME/runs", "should be a path without $HOME: variables are not replaced here, write its value or ~"),
+        ("runs/${USER}", "should be a path without ${USER}: variables are not replaced here, write its value or ~"),
+        ("~nobody-of-this-name/runs", "should be a path in full: there is no such home folder"),
+        ("runs/hypo ", "should be a path without white space before or after it"),
+        ("runs/hypo\n", "should be a path without white space before or after it"),
+        ("runs\n/hypo", "should be a path on one line"),
+    ],
+)
+def test_a_path_that_is_not_what_it_seems_is_refused(command, path, problem):
+    module = importlib.import_module(f"hypo_train.{command}")
+    load = load_config if command == "config" else module.load_settings
+    before, after = WITH_A_PATH[command]
+    with pytest.raises(ConfigError) as error:
+        load([*before, path, *after])
+    assert problem in str(error.value)
