@@ -53,7 +53,7 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Return how many leading items (characters or messages) two sequences have in common."""
+    """Return how many leading items two sequences have in common."""
     items = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in items if a != b), min(len(first), len(second)))
 

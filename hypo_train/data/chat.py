@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)  # a template is a program
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of messages that some templates write
 _SHOWN = 16  # characters of a text in a message
 
 
@@ -129,9 +130,9 @@ def _joined(start: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _holds(text: str, message: dict[str, Any]) -> bool:
-    """Return whether a text holds the content of a message, up to white space."""
-    content = text_of(message)
-    return content in text or "".join(content.split()) in "".join(text.split())
+    """Return whether a text holds what a message says and thinks, up to white space."""
+    said = [text_of(message), *(message[name] for name in _THOUGHTS if isinstance(message.get(name), str))]
+    return all(part in text or "".join(part.split()) in "".join(text.split()) for part in said)
 
 
 def _refuse_unwritten(messages: Messages, arguments: Mapping[str, Any], text: str) -> None:

@@ -7,9 +7,9 @@ with the mark of an answer, and an answer ends before the next human turn, which
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from typing import NamedTuple
 
-from hypo_train.data.boundaries import num_shared
 from hypo_train.data.errors import Unusable
 
 # (mark of a human turn, mark of an answer)
@@ -34,6 +34,7 @@ _SENTENCE_END = tuple(".!?:;\n\"'”’»)]}>。！？：")  # noqa: RUF001
 
 
 class _Marks(NamedTuple):
+    name: str  # the text of the human turn's mark, which is searched first because that is fast
     human: re.Pattern[str]
     answer: re.Pattern[str]
 
@@ -49,7 +50,7 @@ class _Marks(NamedTuple):
 def _marks(human: str, answer: str, before: str) -> _Marks:
     # White space before a mark is part of it, and so are line breaks behind it. A space there belongs to the answer.
     patterns = (rf"{before}{re.escape(mark)}(?:[ \t]*\n+)?" for mark in (human, answer))
-    return _Marks(*map(re.compile, patterns))
+    return _Marks(human, *map(re.compile, patterns))
 
 
 _DIALOGUES = [
@@ -76,15 +77,31 @@ def split_texts(prompt: str | None, texts: list[str]) -> Texts:
     if not texts:
         return Texts(prompt or "", [])
     whole = [(prompt or "") + text for text in texts]
-    shared = whole[0][: num_shared(whole[0], whole[-1])] if prompt is None or len(whole) > 1 else prompt
-    marks = _find_marks(shared, whole) if prompt is None else _find_marks(prompt, [prompt])
+    if prompt is not None:
+        return _split_behind(prompt, texts, whole)
+    shared = _common_start(whole)
+    marks = _find_marks(shared, whole)
     if marks is None:
-        return _split_at_space(shared, whole) if prompt is None else Texts(prompt, texts)
-    end, human = marks.last_answer(shared), marks.last_human(shared)
-    if prompt is None and end < human:
+        return _split_at_space(shared, whole)
+    end = marks.last_answer(shared)
+    if end < marks.last_human(shared):
         raise Unusable("dialogues that part in a human turn: no answers to the same prompt")
-    if prompt is not None and not marks.last_human(prompt) < human < end:  # no later turn is shared
-        end = len(prompt)
+    return _cut_turns(marks, whole, end)
+
+
+def _split_behind(prompt: str, texts: list[str], whole: list[str]) -> Texts:
+    """Return the prompt, with the turns that the answers share, and the answers."""
+    marks = _find_marks(prompt, [prompt])
+    if marks is None:
+        return Texts(prompt, texts)
+    shared = _common_start(whole) if len(whole) > 1 else prompt
+    end, human = marks.last_answer(shared), marks.last_human(shared)
+    shares_turns = marks.last_human(prompt) < human < end
+    return _cut_turns(marks, whole, end if shares_turns else len(prompt))
+
+
+def _cut_turns(marks: _Marks, whole: list[str], end: int) -> Texts:
+    """Return the prompt, which ends at ``end``, and the answers without what follows them."""
     answers = [text[end:] for text in whole]
     kept = [marks.human.split(answer, maxsplit=1)[0] for answer in answers]
     return Texts(whole[0][:end], kept, ("cut_turns",) if kept != answers else ())
@@ -94,10 +111,17 @@ def _find_marks(start: str, texts: list[str]) -> _Marks | None:
     """Return the marks of a dialogue: ``start`` has a human turn, and each text has an answer behind it."""
 
     def is_dialogue(marks: _Marks) -> bool:
-        human = marks.human.search(start)
+        human = marks.human.search(start) if marks.name in start else None
         return human is not None and all(marks.answer.search(text, human.end()) for text in texts)
 
     return next((marks for marks in _DIALOGUES if is_dialogue(marks)), None)
+
+
+def _common_start(texts: list[str]) -> str:
+    """Return the common beginning of the first and the last text; it is searched by halving."""
+    first, last = texts[0], texts[-1]
+    sizes = range(min(len(first), len(last)))
+    return first[: bisect(sizes, False, key=lambda size: first[: size + 1] != last[: size + 1])]
 
 
 def _split_at_space(shared: str, whole: list[str]) -> Texts:

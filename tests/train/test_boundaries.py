@@ -203,8 +203,9 @@ def test_the_prompts_that_are_sampled_from_are_those_of_the_pairs(thinking):
     assert prompt.prompt == pair.prompt
 
 
-def test_thoughts_that_the_template_leaves_out_are_no_silent_loss(thinking):
-    rows = [row(), row([user("hi")], [assistant("<think>hm</think>yes")], [assistant("no")])]
+@pytest.mark.parametrize("answer", [assistant("<think>hm</think>yes"), {**assistant("yes"), "reasoning_content": "hm"}])
+def test_thoughts_that_the_template_leaves_out_are_no_silent_loss(thinking, answer):
+    rows = [row(), row([user("hi")], [answer], [assistant("no")])]
     _, report = pairs_of(rows, thinking)
     assert only_reason(report).startswith("an answer that the chat template does not write as it is (a thinking block")
 
