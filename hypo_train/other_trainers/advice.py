@@ -27,14 +27,15 @@ class Advice:
         return (self.values.get(key(value)) or self._on_other(value)).replace("`", "")
 
     def _on_other(self, value: Any) -> str:
-        if value is None or (not self.is_served and _is_among(value, (*_OFF, *self.neutral))):
+        is_switch = not self.is_served or (" for true" in self.text and " for false" not in self.text)
+        if value is None or (is_switch and _is_among(value, (*_OFF, *self.neutral))):
             return "with this value nothing is different here, leave it out"
         return self.text
 
 
 def use(names: str, text: str, **values: str) -> Advice:
     """Return the entry of settings that have a counterpart here."""
-    return Advice(names, f"use {text}", values=values)
+    return Advice(names, f"{'set' if text.startswith('`use_') else 'use'} {text}", values=values)
 
 
 def unneeded(names: str, why: str) -> Advice:

@@ -7,6 +7,19 @@ from hypo_train.other_trainers.advice import not_served, unneeded, use
 _LIMITS = "`max_prompt_length` and `max_completion_length`: a prompt keeps its end, a completion its start"
 
 METHOD = (
+    not_served(
+        "kd_trainer kd_ce_alpha kd_alpha kd_temperature kd_beta kd_normalize_topk kd_online_server_base_url "
+        "kd_online_topk kd_online_server kd_online_timeout kd_temperature_min diffusion noise_schedule min_mask_ratio "
+        "max_mask_ratio num_diffusion_steps importance_weighting mask_token_id mask_token_str generation_interval "
+        "generation_steps",
+        "distillation and diffusion are",
+    ),
+    not_served(
+        "nemo_gym_enabled nemo_gym_dir nemo_gym_auto_clone nemo_gym_config_paths nemo_gym_head_port "
+        "nemo_gym_server_timeout nemo_gym_verify_timeout nemo_gym_run_timeout nemo_gym_datasets nemo_gym_auto_start "
+        "nemo_gym_model_name nemo_gym_multi_turn nemo_gym_max_turns hatchery",
+        "environments and remote training are",
+    ),
     use(
         "rl",
         "`algorithm`: hypo, dpo, ipo, rloo, reward or sft",
@@ -74,7 +87,7 @@ DATA = (
         "num_dataset_shards_to_save is_preprocess preprocess_iterable strict axolotl_config_path",
         "there is nothing to set here",
     ),
-    unneeded("dataset_exact_deduplication", "repeated rows are counted and shown; drop them from the data"),
+    unneeded("dataset_exact_deduplication", "repeated rows are counted and shown, and stay"),
     not_served("dataset_shard_num dataset_shard_idx", "a part of a data set is", "write it to a file of its own"),
     not_served("push_dataset_to_hub", "uploading data is"),
     unneeded("hf_use_auth_token", "huggingface_hub's login is used: hf auth login, or HF_TOKEN"),
@@ -146,14 +159,32 @@ MODEL = (
     unneeded(
         "fp32_norms fp32_norm_classes embeddings_skip_upcast peft_autocast_adapter_dtype", "trained weights are float32"
     ),
+    use(
+        "liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation",
+        "`use_liger_kernel: true` for all of them",
+    ),
+    unneeded(
+        "liger_cross_entropy liger_fused_linear_cross_entropy liger_use_token_scaling cut_cross_entropy",
+        "the loss has its own kernel",
+    ),
+    unneeded(
+        "use_scattermoe use_sonicmoe use_dsv4_kernels use_glm_dsa_kernels expert_backend moe_grouped_backend "
+        "moe_dequant_chunk_size moe_bnb_fast dsv4_fp8_lora_kernel dsv4_shared_mlp_lora_kernel",
+        "the model's own code computes its experts",
+    ),
+    not_served(
+        "dense_mixer nonexpert_quantization dsv4_fp8_nonexpert_mode dsv4_bf16_all dsv4_fp4_grouped_mode "
+        "gemma4_fp8_nonexpert gemma4_nf4_nonexpert nvfp4_merge_aware nvfp4_merge_aware_start_step",
+        "this way to compute or quantise the model is",
+    ),
 )
 
 ADAPTER = (
     use(
         "adapter",
         "`use_peft: true` for LoRA",
-        lora="use `use_peft: true`",
-        qlora="use `use_peft: true` and `load_in_4bit: true`",
+        lora="set `use_peft: true`",
+        qlora="set `use_peft: true` and `load_in_4bit: true`",
     ),
     use("lora_target_linear", "`lora_target_modules: all-linear` for true"),
     use("peft_use_dora", "`use_dora`"),
@@ -189,10 +220,19 @@ ADAPTER = (
         "this quantisation is",
         "use `load_in_4bit`, `bnb_4bit_quant_type` and `use_bnb_nested_quant`",
     ),
+    not_served("use_mora mora_type mora", "MoRA is", "set `use_peft: true` for LoRA"),
+    not_served("llmcompressor recipe save_compressed", "pruning is"),
     use("merge_lora", "python -m hypo_train export RUN --output_dir FOLDER --merge, after training"),
 )
 
 OPTIMISATION = (
+    not_served("grokfast_alpha grokfast_lamb spectrum_top_fraction spectrum_model_name", "this way to train is"),
+    not_served(
+        "expert_parallel_size expert_parallel_backend expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes "
+        "expert_parallel_token_capacity expert_parallel_fallback_on_unsupported",
+        "splitting experts over devices is",
+        neutral=(1,),
+    ),
     use("micro_batch_size", "`per_device_train_batch_size`"),
     not_served(
         "adam_epsilon2 adam_beta3 torchdistx_path dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of "
@@ -227,6 +267,16 @@ OPTIMISATION = (
 )
 
 LOGGING = (
+    not_served(
+        "swanlab_experiment_name swanlab_description swanlab_log_model swanlab_web_host swanlab_api_host "
+        "swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer",
+        "this tracker is",
+        "use `report_to`: tensorboard, wandb, trackio or mlflow",
+    ),
+    unneeded(
+        "lm_eval_tasks lm_eval_batch_size lm_eval_post_train lm_eval_model",
+        "run lm-eval on the folder of python -m hypo_train export",
+    ),
     use("evals_per_epoch", "`eval_steps`, a number of steps: the steps of an epoch are shown at the start"),
     use("saves_per_epoch", "`save_steps`, a number of steps: the steps of an epoch are shown at the start"),
     use("save_first_step", "`save_steps: 1` for a checkpoint after each step"),

@@ -18,7 +18,7 @@ METHOD = (
     use("pref_beta", "`beta`"),
     use(
         "pref_loss",
-        "`algorithm`: hypo, dpo or ipo",
+        "`algorithm`: hypo, dpo or ipo; other losses are not served",
         sigmoid="use `algorithm: dpo`",
         ipo="use `algorithm: ipo`, with another `beta`: TRL's IPO averages over tokens, this one sums as in its paper",
     ),
@@ -121,10 +121,10 @@ ADAPTER = (
     use(
         "finetuning_type",
         "`use_peft: true` for LoRA",
-        lora="use `use_peft: true`",
+        lora="set `use_peft: true`",
         full="all weights are trained by default, leave it out",
         freeze="use `num_layers_unfrozen`",
-        oft="OFT is not served, use `use_peft: true` for LoRA",
+        oft="OFT is not served, set `use_peft: true` for LoRA",
     ),
     use(
         "lora_target",
@@ -148,7 +148,7 @@ ADAPTER = (
     not_served(
         "pissa_init pissa_iter pissa_convert create_new_adapter oft_rank oft_block_size oft_target module_dropout",
         "this adapter is",
-        "use `use_peft: true` for LoRA",
+        "set `use_peft: true` for LoRA",
     ),
     not_served("use_llama_pro", "training blocks that were added is", "use `num_layers_unfrozen`"),
 )

@@ -101,7 +101,7 @@ MODEL = (
 PREFERENCE_LOSS = (
     use(
         "loss_type",
-        "`algorithm`: hypo, dpo or ipo",
+        "`algorithm`: hypo, dpo or ipo; other losses are not served",
         sigmoid="use `algorithm: dpo`",
         ipo="use `algorithm: ipo`, with another `beta`: TRL's IPO averages over tokens, this one sums as in its paper",
         nll="use `algorithm: sft`",
@@ -317,7 +317,6 @@ NOT_YET = (
     not_served("lr_scheduler_kwargs", "arguments of a schedule are", "use `lr_scheduler_type`"),
     not_served("load_best_model_at_end metric_for_best_model greater_is_better", "the best checkpoint is"),
     not_served("early_stopping_patience", "early stopping is"),
-    not_served("dataloader_drop_last", "keeping rows that fill no batch is"),
 )
 
 TABLE = (*NOT_YET, *DATA, *MODEL, *PREFERENCE_LOSS, *ONLINE, *OPTIMISATION, *DEVICES, *LOGGING, *HUB)

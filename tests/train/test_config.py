@@ -300,7 +300,7 @@ def test_a_line_that_is_not_yaml_is_named_with_its_fix(tmp_path, content, messag
     [
         ("per_device_batch_size", "use per_device_train_batch_size"),
         ("lr", "use learning_rate"),
-        ("loss_type", "use algorithm: hypo, dpo or ipo"),
+        ("loss_type", "use algorithm: hypo, dpo or ipo; other losses are not served"),
         ("ref_model", "the reference is the model that training starts from, leave it out"),
     ],
 )

@@ -84,7 +84,7 @@ def test_advice_is_one_line_that_says_what_to_do():
             for value in (..., None, False, True, "x"):
                 text = advice_on(name, value)
                 assert "\n" not in text
-                assert re.match(r"use |.*(leave it out|, \w+)", text), (name, text)
+                assert re.match(r"(use|set) |.*(leave it out|, \w+)", text), (name, text)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,13 @@ def test_advice_is_one_line_that_says_what_to_do():
         ("repetition_penalty: 1.0", "with this value nothing is different here, leave it out"),
         ("packing: true", "rows are always packed, leave it out"),
         ("rl: dpo", "use algorithm: dpo"),
+        ("use_muon: true", "use optim: muon for true"),
+        ("use_muon: false", "with this value nothing is different here, leave it out"),
+        ("loss_type: apo_zero", "use algorithm: hypo, dpo or ipo; other losses are not served"),
         ("rl: grpo", "GRPO is not served, use algorithm: rloo, or algorithm: hypo for pairs and samples"),
         ("stage: rm", "use algorithm: reward"),
-        ("finetuning_type: lora", "use use_peft: true"),
-        ("adapter: qlora", "use use_peft: true and load_in_4bit: true"),
+        ("finetuning_type: lora", "set use_peft: true"),
+        ("adapter: qlora", "set use_peft: true and load_in_4bit: true"),
         ("loss_type: [sigmoid]", "use algorithm: dpo"),
         ("eval_strategy: steps", "eval_steps alone says it, leave it out"),
         ("save_strategy: 'no'", "use save_steps: 0"),
@@ -131,7 +134,7 @@ def test_a_translated_recipe_says_what_the_answers_say(block):
     for name, value in yaml.safe_load(theirs.text).items():
         if name in Config.model_fields:
             assert name in ours or name in ("attn_implementation", "bf16", "weight_decay"), name
-        elif (answer := advice_on(name, value)).startswith("use ") and "leave it out" not in answer:
+        elif (answer := advice_on(name, value)).startswith(("use ", "set ")) and "leave it out" not in answer:
             assert any(word in ours for word in re.findall(r"\w+", answer)), (name, answer)
 
 
