@@ -39,7 +39,10 @@ def load_rows(config: Config, split: str) -> Rows:
         if "corresponds to no data" in reason:
             reason = "there are no rows"
         reason = reason if len(reason) <= 300 else f"{reason[:280]}..."
-        where = "" if Path(name).expanduser().exists() else "no local file or folder, and from the Hub: "
+        is_local = Path(name).expanduser().exists()
+        if isinstance(error, DatasetGenerationError) and not is_local:
+            reason += ": download its files and name their folder, where columns that nothing reads may hold anything"
+        where = "" if is_local else "no local file or folder, and from the Hub: "
         raise DataError(f"dataset_name={name!r}, split {split!r}: {where}{reason}") from error
     if len(rows) == 0:
         raise DataError(f"dataset_name={name!r}, split {split!r}: there are no rows")

@@ -14,7 +14,7 @@ from hypo_train.data.files import load_rows
 from hypo_train.data.repeats import prompts_in_both
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt, Row
-from hypo_train.data.table import Rows, part_of, with_columns
+from hypo_train.data.table import Rows, each_row, part_of, with_columns
 from hypo_train.data.tokens import FORMATS, kind_of, parts_of, tokenize
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def check_texts(config: Config) -> dict[str, DataReport]:
         with _named(config, name):
             columns = choose_columns(rows, form, parts_of(kind, form))
             read = with_columns(rows, {name: name for name in columns.read})
-            for row, example in enumerate(read, start=first_row):
+            for row, example in enumerate(each_row(read), start=first_row):
                 try:
                     form.row_text(row, example, columns.parts, _AnyTemplate())  # type: ignore[arg-type]
                 except Unusable as reason:

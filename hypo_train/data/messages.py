@@ -40,7 +40,7 @@ _LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value
 def text_or_messages(value: Any, column: str) -> str | Messages:
     """Return the value if it is text, else its chat messages.
 
-    Keys without a value are left out of messages: Arrow gives every row the keys of all others.
+    A message's keys without a value are left out.
 
     Raises:
         Unusable: the value is empty, or neither text nor chat messages.
@@ -76,7 +76,7 @@ def without_answer(messages: Messages) -> Messages:
 
 
 def value_or_json(value: Any, column: str) -> Any:
-    """Return the value of a column that may be JSON text, without keys that have no value; None if it is empty.
+    """Return the value of a column that may be JSON text; None if it is empty.
 
     Raises:
         Unusable: the text is not JSON.
@@ -88,16 +88,7 @@ def value_or_json(value: Any, column: str) -> Any:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise Unusable(f"a {column!r} that is text, but not JSON") from None
-    return without_nulls(value) or None
-
-
-def without_nulls(value: Any) -> Any:
-    """Return the value without the keys, at any depth, whose value is None."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+    return value or None
 
 
 def _parsed(text: str, column: str) -> Any:
@@ -130,7 +121,7 @@ def _of_lists(value: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
 
 def _message(message: Mapping[str, Any], column: str) -> dict[str, Any]:
     role, content = _turn(message)
-    calls = without_nulls(message.get("tool_calls")) or None
+    calls = message.get("tool_calls") or None
     if not isinstance(role, str):
         raise Unusable(f"a {column!r} with a message without a 'role' and a 'content' text")
     if message.get("role") is None and role not in _KNOWN:
@@ -142,7 +133,7 @@ def _message(message: Mapping[str, Any], column: str) -> dict[str, Any]:
     if not isinstance(content, str) and not (content is None and calls):
         raise Unusable(f"a {column!r} with a message without a 'role' and a 'content' text")
     others = {
-        key: without_nulls(item)
+        key: item
         for key, item in message.items()
         if item is not None and key not in ("role", "content", "from", "value", "tool_calls")
     }

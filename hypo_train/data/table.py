@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -28,6 +28,29 @@ def with_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
     return [{new: row[name] for name, new in columns.items() if name in row} for row in rows]
 
 
+def each_row(rows: Rows) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows, without the keys that Arrow filled in.
+
+    A column of Arrow has one type, so each dictionary in it gets the keys of all others, with None as their value. A
+    None that the data had cannot be told from these. The type ``Json`` of ``datasets`` keeps dictionaries as they are.
+    """
+    if isinstance(rows, datasets.Dataset):
+        features = rows.features
+        return ({name: _without_filled(value, features[name]) for name, value in row.items()} for row in rows)
+    return iter(rows)
+
+
+def _without_filled(value: Any, feature: Any) -> Any:
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {key: _without_filled(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(value, dict) and isinstance(inner, dict):  # a list of dictionaries that is stored as lists
+        return {key: _without_filled(item, [inner[key]]) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and inner is not None:
+        return [_without_filled(item, inner) for item in value]
+    return value
+
+
 def column(rows: Rows, name: str) -> list[Any]:
     """Return the values of one column; pictures and sound are not decoded."""
     if isinstance(rows, datasets.Dataset):
@@ -51,7 +74,7 @@ def joined(parts: Iterable[Rows]) -> Rows:
     arrow = [table for table in tables if isinstance(table, datasets.Dataset)]
     if len(arrow) == len(tables) and all(table.features == arrow[0].features for table in arrow):
         return datasets.concatenate_datasets(arrow)
-    return [row for table in tables for row in table]
+    return [row for table in tables for row in each_row(table)]
 
 
 def spread(rows: Rows, count: int) -> Rows:

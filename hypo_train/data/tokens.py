@@ -21,7 +21,7 @@ from hypo_train.data.formats import Format, Preferences, RowText
 from hypo_train.data.repeats import find_repeats
 from hypo_train.data.report import DataReport, Lengths
 from hypo_train.data.rows import Example, Ids, Pair, Prompt, Row
-from hypo_train.data.table import Rows, column_names, with_columns
+from hypo_train.data.table import Rows, column_names, each_row, with_columns
 from hypo_train.data.tldr import Tldr
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _tokenize(
     rows = []
 
     def texts() -> Iterator[RowText]:
-        for row, example in enumerate(dataset, start=first_row):
+        for row, example in enumerate(each_row(dataset), start=first_row):
             try:
                 yield form.row_text(row, example, parts, rules.tokenizer)
             except Unusable as reason:

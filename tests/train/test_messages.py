@@ -234,7 +234,7 @@ def test_tools_that_the_template_does_not_know_are_named(chat):
     assert rows == [1]
 
 
-@pytest.mark.parametrize("given", [{"shout": True}, '{"shout": true}', {"shout": True, "other": None}])
+@pytest.mark.parametrize("given", [{"shout": True}, '{"shout": true}'])
 def test_a_rows_own_arguments_reach_the_template(with_tools, given):
     [pair], _ = pairs_of([{**EXPECTED, "chat_template_kwargs": given}], with_tools)
     assert with_tools.decode(pair.prompt).startswith("<s>!<|im_start|>")
@@ -282,10 +282,26 @@ def test_arguments_that_arrow_filled_in_are_left_out(with_tools, tmp_path):
     assert with_tools.decode(examples[1].completion) == '<call>weather {"day": 3}</call><|im_end|>'
 
 
-def test_a_null_argument_is_kept_in_json_text(with_tools):
-    function = {"name": "weather", "arguments": '{"town": null}'}
-    called = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
-    [example], _ = examples_of([{"messages": [user("Rain?"), called]}], with_tools)
+def test_tools_do_not_get_the_parameters_of_others(with_tools):
+    tool = {"type": "function", "function": {"name": "time", "parameters": {"properties": {"zone": {"enum": ["a"]}}}}}
+    rows = [{**EXPECTED, "tools": [TOOL]}, {**EXPECTED, "tools": [tool]}]
+    saved = datasets.Dataset.from_list(rows)
+    assert saved[1]["tools"][0]["function"]["parameters"]["properties"]["town"] is None
+    assert pairs_of(saved, with_tools, max_prompt_length=300)[0] == pairs_of(rows, with_tools, max_prompt_length=300)[0]
+
+
+@pytest.mark.parametrize("stored", ["rows", "JSON text in Arrow", "the type Json"])
+def test_a_null_argument_is_kept_where_it_can_be_told(with_tools, stored):
+    arguments = '{"town": null}' if stored == "JSON text in Arrow" else {"town": None}
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
+    rows = [{"messages": [user("Rain?"), called]}]
+    if stored == "JSON text in Arrow":
+        rows = datasets.Dataset.from_list(rows)
+    if stored == "the type Json":
+        text = datasets.Value("string")
+        message = {"role": text, "content": text, "tool_calls": datasets.List(datasets.Json())}
+        rows = datasets.Dataset.from_list(rows, features=datasets.Features({"messages": datasets.List(message)}))
+    [example], _ = examples_of(rows, with_tools)
     assert '{"town": null}' in with_tools.decode(example.completion)
 
 

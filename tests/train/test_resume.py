@@ -566,6 +566,7 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(killed):
         ("max_steps", 24),
         ("per_device_train_batch_size", 2),
         ("use_peft", True),
+        ("column_mapping", {"prompt": "prompt"}),
         ("model_name_or_path", None),
     ],
 )
