@@ -305,8 +305,10 @@ def _build_optimizer(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
-    warmup_steps = round(config.warmup_ratio * total_steps)
-    scheduler = build_scheduler(optimizer, config.lr_scheduler_type, warmup_steps, total_steps)
+    warmup_steps = config.num_warmup_steps(total_steps)
+    scheduler = build_scheduler(
+        optimizer, config.lr_scheduler_type, warmup_steps, total_steps, config.lr_scheduler_kwargs
+    )
     if config.zero_stage:
         optimizer = ZeroOptimizer(
             trained,

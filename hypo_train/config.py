@@ -6,8 +6,10 @@ here, so that it does so at once. Fields that TRL has too have TRL's names.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -40,6 +42,18 @@ from hypo_train.utils.paths import usable_path
 from hypo_train.utils.yaml_file import read_mapping
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+ScheduleName = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
 
 
 class Config(Settings):
@@ -232,10 +246,17 @@ class Config(Settings):
     moments. muon orthogonalises the updates of matrices and uses AdamW for embeddings, LM head, norms and biases."""
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so it uses the same values."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """Schedule of the learning rate after the warm-up."""
+    lr_scheduler_type: Annotated[ScheduleName, Field(examples=["cosine", "linear", "constant", "..."])] = "cosine"
+    """Schedule of the learning rate after the warm-up, by transformers' names: cosine, linear, constant (with the
+    warm-up, as constant_with_warmup), cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr,
+    cosine_warmup_with_min_lr or warmup_stable_decay."""
+    lr_scheduler_kwargs: dict[Text, int | float | str] | None = None
+    """Arguments of the schedule, as of transformers' function, such as {min_lr_rate: 0.1} of cosine_with_min_lr or
+    {num_decay_steps: 100} of warmup_stable_decay. On the command line: min_lr_rate=0.1."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of the steps in which the learning rate rises linearly from zero."""
+    warmup_steps: NonNegativeFloat = 0
+    """Number of these steps, or below 1 their fraction, rounded up. A value above 0 overrides warmup_ratio."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay; applies to matrices only."""
     adam_beta1: BelowOne = 0.9
@@ -330,6 +351,12 @@ class Config(Settings):
         """True if the settings leave some of the model's weights frozen."""
         return self.use_peft or self.num_layers_unfrozen is not None or self.unfrozen_parameters is not None
 
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Return the number of steps in which the learning rate rises."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil(self.warmup_steps * total_steps) or round(self.warmup_ratio * total_steps)
+
     @property
     def has_reward(self) -> bool:
         return self.reward is not None or self.reward_model_path is not None
@@ -368,6 +395,12 @@ class Config(Settings):
         if value in ("all", ["all"]):
             raise ValueError("should be all-linear, or names of modules")
         return "all-linear" if value == ["all-linear"] else value
+
+    @field_validator("lr_scheduler_kwargs", mode="before")
+    @classmethod
+    def _texts_of_numbers_are_numbers(cls, value: Any) -> Any:
+        # The command line gives texts, and YAML reads 1e-5 as one.
+        return {name: _number(item) for name, item in value.items()} if isinstance(value, dict) else value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -582,6 +615,14 @@ def _conflicts(c: Config) -> list[str]:
     return [problem for broken, problem in rules if broken]
 
 
+def _number(value: Any) -> Any:
+    """Return the number that the text ``value`` is, or ``value`` itself."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(value) if isinstance(value, str) else value
+    return value
+
+
 def _without_effect(c: Config) -> list[str]:
     """Return one line for each field that was set but has no effect."""
     draws = "algorithm: hypo or rloo"
@@ -595,6 +636,7 @@ def _without_effect(c: Config) -> list[str]:
         (("kl_coef",), c.spec.is_hybrid, "algorithm: hypo"),
         (("num_generations", "length_penalty"), c.draws_samples, draws),
         (("importance_cap",), c.rollout_steps > 1, "rollout_steps above 1"),
+        (("warmup_ratio",), c.warmup_steps == 0, "warmup_steps: 0"),
         (("hub_model_id", "hub_private_repo"), c.push_to_hub, "push_to_hub: true"),
     ]
     return [

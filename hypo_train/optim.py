@@ -6,6 +6,7 @@ Names and settings are those of transformers and TRL. All parameters have the sa
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -149,7 +150,7 @@ class MuonAndAdamW(Optimizer):
 
     def __init__(self, muon: Muon, adamw: AdamW | None) -> None:
         self._parts: list[Optimizer] = [muon] if adamw is None else [muon, adamw]
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": muon.defaults["lr"]})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters."""
@@ -203,20 +204,61 @@ def _newton_schulz(shape: torch.Size) -> int:
     return 4 * shape.numel() + 2 * 2 * shape.numel() + 2 * 2 * min(shape) ** 2
 
 
-def build_scheduler(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Return the schedule of :func:`lr_at`. Call its ``step()`` after each optimizer step."""
-    return LambdaLR(optimizer, partial(lr_at, kind=kind, warmup_steps=warmup_steps, total_steps=total_steps))
+def require_schedule(config: Config) -> None:
+    """Raise ConfigError if the run's schedule does not take the arguments ``lr_scheduler_kwargs``."""
+    optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    try:
+        scheduler = build_scheduler(optimizer, config.lr_scheduler_type, 1, 4, config.lr_scheduler_kwargs)
+        for _ in range(4):
+            optimizer.step()
+            scheduler.step()
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(
+            f"lr_scheduler_kwargs={config.lr_scheduler_kwargs} with lr_scheduler_type={config.lr_scheduler_type}: "
+            f"{error} (it takes: {', '.join(_schedule_arguments(config.lr_scheduler_type)) or 'none'})"
+        ) from None
+
+
+def _schedule_arguments(kind: str) -> list[str]:
+    """Return the names of the arguments of transformers' schedule ``kind``."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    names = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+    return [name for name in names if name not in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")]
+
+
+def build_scheduler(
+    optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: int, kwargs: Mapping[str, Any] | None = None
+) -> LambdaLR:
+    """Return the schedule ``kind``. Call its ``step()`` after each optimizer step.
+
+    It is that of :func:`lr_at`, or transformers' if that has none of this kind or ``kwargs`` are given.
+
+    Raises:
+        TypeError, ValueError: the schedule does not take these ``kwargs``.
+    """
+    if kind in _OWN_SCHEDULES and not kwargs:
+        return LambdaLR(optimizer, partial(lr_at, kind=kind, warmup_steps=warmup_steps, total_steps=total_steps))
+    from transformers import get_scheduler
+
+    if unknown := [name for name in kwargs or {} if name not in _schedule_arguments(kind)]:
+        raise ValueError(f"there is no argument {unknown[0]}")
+    scheduler: LambdaLR = get_scheduler(kind, optimizer, warmup_steps, total_steps, dict(kwargs or {}))
+    return scheduler
+
+
+_OWN_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
 def lr_at(step: int, *, kind: str, warmup_steps: int, total_steps: int) -> float:
     """Return the learning rate after ``step`` optimizer steps, as a fraction of its peak.
 
-    It rises from 0 to 1 over the warm-up. Then "linear" and "cosine" fall to 0 at ``total_steps``; "constant" stays.
-    These are transformers' schedules; its linear one rounds differently in the last bit.
+    It rises from 0 to 1 over the warm-up. Then "linear" and "cosine" fall to 0 at ``total_steps``; "constant" and
+    "constant_with_warmup" stay. These are transformers' schedules; its linear one rounds differently in the last bit.
     """
     if step < warmup_steps:
         return step / warmup_steps
-    if kind == "constant":
+    if kind.startswith("constant"):
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

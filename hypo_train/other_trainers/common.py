@@ -13,7 +13,7 @@ TABLE = (
     use("epochs num_epochs", "`num_train_epochs`"),
     use("lr", "`learning_rate`"),
     use("steps train_steps num_steps", "`max_steps`"),
-    use("warmup num_warmup_steps", "`warmup_ratio`, a share of the steps"),
+    use("warmup num_warmup_steps", "`warmup_steps`"),
     use("dataset_path", "`dataset_name`"),
     unneeded("wandb_api_key", "no key belongs in a file: log in with wandb login, or set WANDB_API_KEY"),
     use("scheduler lr_scheduler schedule", "`lr_scheduler_type`"),

@@ -313,8 +313,6 @@ HUB = (
 )
 
 NOT_YET = (
-    use("warmup_steps", "`warmup_ratio`, a share of the steps"),
-    not_served("lr_scheduler_kwargs", "arguments of a schedule are", "use `lr_scheduler_type`"),
     not_served("load_best_model_at_end metric_for_best_model greater_is_better", "the best checkpoint is"),
     not_served("early_stopping_patience", "early stopping is"),
 )

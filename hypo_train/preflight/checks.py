@@ -28,7 +28,7 @@ from hypo_train.model.quantization import require_quantization
 from hypo_train.model.reference_cache import cache_folder, require_writable, splits_to_precompute
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import first_line
-from hypo_train.optim import require_optimizer
+from hypo_train.optim import require_optimizer, require_schedule
 from hypo_train.preflight.data import check_vocabulary, describe_steps
 from hypo_train.preflight.device import check_kernels, require_sampler
 from hypo_train.preflight.disk import check_disk, check_output_dir
@@ -139,7 +139,14 @@ def _check_settings(inputs: Inputs, device: _Device, findings: Findings) -> Path
         check_output_dir(config)
     with findings.collected():
         check_kernels(config, device.kind)
-    for require in (require_optimizer, require_quantization, require_deepspeed, require_sampler, require_trackers):
+    for require in (
+        require_optimizer,
+        require_schedule,
+        require_quantization,
+        require_deepspeed,
+        require_sampler,
+        require_trackers,
+    ):
         with findings.collected():
             require(config)
     if config.push_to_hub and inputs.rank_share.rank == 0:

@@ -41,7 +41,7 @@ def describe_steps(config: Config, plan: Plan, findings: Findings) -> None:
     findings.steps.append(
         f"{config.algorithm}: {steps}{processes} in {how}, {epochs:.3g} epoch{'s' * (epochs != 1)}{_last_step(plan)}"
     )
-    rate = f"{config.lr_scheduler_type}, warm-up {round(config.warmup_ratio * plan.total_steps)} steps"
+    rate = f"{config.lr_scheduler_type}, warm-up {config.num_warmup_steps(plan.total_steps)} steps"
     findings.steps.append(f"{config.optim}, learning rate {config.learning_rate:g} ({rate})")
     if config.draws_samples:
         findings.steps.append(f"{config.num_generations} samples of each prompt, of up to {plan.max_new_tokens} tokens")

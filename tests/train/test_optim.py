@@ -1,11 +1,15 @@
 """Optimizer groups, and the learning rate over a run."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from transformers import get_scheduler
 
-from hypo_train.optim import build_optimizer, build_scheduler, lr_at
+from hypo_train.checkpoint.tensors import load_optimizer_state, optimizer_state
+from hypo_train.config import Config, ConfigError
+from hypo_train.optim import build_optimizer, build_scheduler, lr_at, require_schedule
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -94,9 +98,22 @@ def test_a_warm_up_as_long_as_the_run(kind):
     assert rates(kind, warmup_steps=4, total_steps=4)[:4] == [0.0, 0.25, 0.5, 0.75]
 
 
+OF_TRANSFORMERS = {
+    "constant_with_warmup": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"power": 2.0, "lr_end": 1e-4},
+    "inverse_sqrt": {"timescale": 3},
+    "cosine_with_min_lr": {"min_lr": 1e-3},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
+    "warmup_stable_decay": {"num_decay_steps": 2, "min_lr_ratio": 0.1},
+}
+
+
 @pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 7), (1, 7), (3, 10)])
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", [*SCHEDULES, *OF_TRANSFORMERS])
 def test_schedules_are_those_of_transformers(kind, warmup_steps, total_steps):
+    kwargs = OF_TRANSFORMERS.get(kind, {})
+
     def curve(build_schedule):
         optimizer = build(small_model())
         scheduler = build_schedule(optimizer)
@@ -108,6 +125,58 @@ def test_schedules_are_those_of_transformers(kind, warmup_steps, total_steps):
         return rates
 
     name = "constant_with_warmup" if kind == "constant" else kind
-    ours = curve(lambda optimizer: build_scheduler(optimizer, kind, warmup_steps, total_steps))
-    theirs = curve(lambda optimizer: get_scheduler(name, optimizer, warmup_steps, total_steps))
+    ours = curve(lambda optimizer: build_scheduler(optimizer, kind, warmup_steps, total_steps, kwargs))
+    theirs = curve(lambda optimizer: get_scheduler(name, optimizer, warmup_steps, total_steps, kwargs))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_schedule_of_transformers_serves_muon_and_resumes():
+    def new():
+        model = nn.Linear(4, 3)
+        optimizer = build_optimizer(model.named_parameters(), learning_rate=1e-2, optim="muon")
+        return optimizer, build_scheduler(optimizer, "cosine_with_min_lr", 1, 6, {"min_lr": 1e-3})
+
+    def advance(optimizer, scheduler, steps):
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+        return [group["lr"] for group in optimizer.param_groups]
+
+    whole, (stopped, its_schedule), (resumed, schedule) = new(), new(), new()
+    advance(stopped, its_schedule, 3)
+    load_optimizer_state(resumed, *optimizer_state(stopped, keep=True))
+    schedule.load_state_dict(json.loads(json.dumps(its_schedule.state_dict())))
+    assert advance(resumed, schedule, 2) == advance(*whole, 5)
+    assert advance(resumed, schedule, 1) == pytest.approx([1e-3] * len(resumed.param_groups))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"warmup_ratio": 0.25}, 2),
+        ({"warmup_steps": 3}, 3),
+        ({"warmup_steps": 0.3}, 3),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, 5),
+    ],
+    ids=["a ratio", "steps", "a fraction is rounded up", "steps override the ratio"],
+)
+def test_the_length_of_the_warm_up(settings, steps):
+    assert Config(model_name_or_path="m", dataset_name="d", **settings).num_warmup_steps(10) == steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "problem"),
+    [
+        ("cosine", {"cycles": 2}, "there is no argument cycles (it takes: num_cycles)"),
+        ("linear", {"power": 2}, "there is no argument power (it takes: none)"),
+        ("cosine_with_min_lr", None, "One of min_lr or min_lr_rate should be set"),
+        ("polynomial", {"lr_end": 1.0}, "lr_end (1.0) must be smaller than initial lr"),
+        ("warmup_stable_decay", {"num_stable_steps": 2}, "'num_decay_steps'"),
+        ("polynomial", {"power": "much"}, "(it takes: lr_end, power)"),
+    ],
+)
+def test_wrong_arguments_of_a_schedule_are_refused(kind, kwargs, problem):
+    config = Config(model_name_or_path="m", dataset_name="d", lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs)
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs=.* with lr_scheduler_type=") as error:
+        require_schedule(config)
+    assert problem in str(error.value)
