@@ -14,6 +14,8 @@ from transformers import GenerationConfig
 
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.positions import check_sample_length
+from hypo_train.model.windows import shortened_windows
+from hypo_train.sampling.comparison import SHORT_WINDOW, compute_dtype, difference, precision_of, prompts_of
 from hypo_train.sampling.protocol import (
     MODELS_OWN,
     Distribution,
@@ -26,11 +28,15 @@ from hypo_train.sampling.protocol import (
     positions,
 )
 
+_NEW_TOKENS = 4  # generated to compare with plain rows
 _SCORE_BYTES = 64 * 2**20  # of fp32 logits at a time while scoring
 
 
 class GenerateSampler(Sampler):
     """Samples with ``model.generate`` and ignores the generation config of the checkpoint.
+
+    Rows are sampled in batches, padded on the left. A few tokens are generated first: if a row has other logits in a
+    batch than alone, each row is sampled alone.
 
     Args:
         model: a decoder with an LM head, or a PeftModel around one. A call does not change its parameters, gradients,
@@ -44,7 +50,8 @@ class GenerateSampler(Sampler):
         score: also return `logprobs`, by one more forward pass over each batch.
 
     Raises:
-        ValueError: a max_batch_tokens below 1; or, in a draw, rows that pass the limit of the model's RoPE.
+        ValueError: a max_batch_tokens below 1; a model whose ``generate`` does not draw from its own distribution; or,
+            in a draw, rows that pass the limit of the model's RoPE.
     """
 
     def __init__(
@@ -65,14 +72,15 @@ class GenerateSampler(Sampler):
         self.distribution = distribution
         self.max_batch_tokens = max_batch_tokens
         self.score = score
+        self._takes_batches = _takes_batches(model)
 
     def draw(self, request: SampleRequest) -> Samples:
         prompts, max_new_tokens, seed = request.prompts, request.max_new_tokens, request.seed
         check_sample_length(base_model(self.model), max(map(len, prompts)) + max_new_tokens)
         rows = [prompt for prompt in prompts for _ in range(request.n)]
-        size = self._rows_per_batch(prompts, len(rows), max_new_tokens)
         if request.prompt_indices is not None and request.prompt_indices[0] > 0:  # another process has prompt 0
             seed = _batch_seed(seed, -request.prompt_indices[0])
+        size = self._rows_per_batch(rows, max_new_tokens)
         with torch.no_grad(), _sampling_mode(self.model):
             batches = [
                 self._sample_batch(rows[start : start + size], max_new_tokens, _batch_seed(seed, start // size))
@@ -89,10 +97,11 @@ class GenerateSampler(Sampler):
             version=self.version,
         )
 
-    def _rows_per_batch(self, prompts: list[list[int]], num_rows: int, max_new_tokens: int) -> int:
-        if self.max_batch_tokens is None:
-            return num_rows
-        return max(1, self.max_batch_tokens // (max(map(len, prompts)) + max_new_tokens))
+    def _rows_per_batch(self, rows: list[list[int]], max_new_tokens: int) -> int:
+        longest = max(map(len, rows)) + max_new_tokens
+        if not self._takes_batches or _counts_padding(self.model, longest):
+            return 1
+        return len(rows) if self.max_batch_tokens is None else max(1, self.max_batch_tokens // longest)
 
     def _sample_batch(self, rows: list[list[int]], max_new_tokens: int, seed: int) -> _Batch:
         """Draw one completion of each row."""
@@ -145,6 +154,51 @@ class GenerateSampler(Sampler):
         warped = self.distribution.scores(logits)
         # A drawn token survived truncation; rounding in this second forward pass must not remove it.
         return warped.scatter(1, drawn, logits.gather(1, drawn) / self.distribution.temperature)
+
+
+@torch.no_grad()
+def _takes_batches(model: Any) -> bool:
+    """Return whether rows have the same logits in a padded batch as alone.
+
+    Raises:
+        ValueError: they are not those of the model's plain forward pass for a row alone either.
+    """
+    prompts = prompts_of(model)
+    with _sampling_mode(model), precision_of(model), shortened_windows(base_model(model).config, SHORT_WINDOW):
+        if _generate_difference(model, prompts) is None:
+            return True
+        for prompt in prompts:
+            if reason := _generate_difference(model, [prompt]):
+                raise ValueError(
+                    f"the generate of {type(base_model(model)).__name__} gives other logits than a plain forward pass: "
+                    f"{reason}; no sampler draws from this model"
+                )
+    return False
+
+
+def _generate_difference(model: Any, prompts: list[list[int]]) -> str | None:
+    """Return how the logits of ``generate``, or of scoring its tokens, differ from those of plain rows; None if not."""
+    device = next(model.parameters()).device
+    input_ids, attention_mask = left_padded(prompts, 0, device)
+    config = GenerationConfig(
+        max_new_tokens=_NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+    seen = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), _NEW_TOKENS)], dim=1)
+    scored = _completion_logits(model, output.sequences, seen, _NEW_TOKENS)
+    plain = []
+    for prompt, tokens in zip(prompts, output.sequences[:, input_ids.shape[1] :].tolist(), strict=True):
+        row = torch.tensor([prompt + tokens], device=device)
+        plain.append(_completion_logits(model, row, torch.ones_like(row), _NEW_TOKENS))
+    expected, dtype = torch.cat(plain).float(), compute_dtype(model)
+    generated = torch.stack(output.logits, dim=1).float()
+    return difference(generated, expected, dtype) or difference(scored.float(), expected, dtype)
+
+
+def _counts_padding(model: Any, longest: int) -> bool:
+    """Return whether padding changes rows of ``longest`` tokens: Llama 4 scales queries by their place in a batch."""
+    config = base_model(model).config.get_text_config()
+    return bool(getattr(config, "attn_temperature_tuning", False)) and longest >= config.floor_scale
 
 
 class _Batch(NamedTuple):

@@ -95,7 +95,10 @@ def _decode_unsupported(model: Any) -> str | None:
 def _build_generate(model: Any, settings: SamplerSettings) -> Sampler:
     from hypo_train.sampling.generate import GenerateSampler
 
-    return GenerateSampler(model, **settings.common)
+    try:
+        return GenerateSampler(model, **settings.common)
+    except ValueError as error:
+        raise ConfigError(f"sampler=generate: {error}") from error
 
 
 def _build_vllm(model: Any, settings: SamplerSettings) -> Sampler:

@@ -11,15 +11,11 @@ from torch import Tensor
 
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.positions import check_sample_length
+from hypo_train.sampling.comparison import compute_dtype
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, num_slots, takes_packed
 from hypo_train.sampling.decode.cuda_graphs import CapturedBranches, bucket, memory_layout
 from hypo_train.sampling.decode.prefill import prefill
-from hypo_train.sampling.decode.support import (
-    compute_dtype,
-    kv_shape,
-    serves,
-    text_config,
-)
+from hypo_train.sampling.decode.support import kv_shape, serves, text_config
 from hypo_train.sampling.merged_weights import MergedWeights, is_adapted, linear_layers, quantized, unmergeable
 from hypo_train.sampling.protocol import MODELS_OWN, Distribution, PromptKV, Sampler, SampleRequest, Samples, base_model
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,14 +10,13 @@ from torch import Tensor
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.positions import rope_limit
 from hypo_train.model.windows import shortened_windows
+from hypo_train.sampling.comparison import SHORT_WINDOW, compute_dtype, difference, precision_of, prompts_of
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, takes_packed
 from hypo_train.sampling.decode.prefill import prefill
 from hypo_train.sampling.decode.windows import Windows
 from hypo_train.sampling.protocol import Distribution, base_model, cache_argument, forward_arguments
 
-_PROMPTS = ([3, 1, 4, 1, 5], [2, 7])  # of different lengths, so that the shorter one is padded
 _STEPS = 3
-_SHORT_WINDOW = 3  # tokens: shorter than a prompt, and than the rows that are compared
 
 
 def serves(model: Any) -> str | None:
@@ -35,18 +32,11 @@ def text_config(model: Any) -> Any:
     return base_model(model).config.get_text_config()
 
 
-def compute_dtype(model: Any) -> torch.dtype:
-    """Return the dtype of attention: autocast's if it is on, else that of the hidden states."""
-    weight = base_model(model).get_input_embeddings().weight
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
 @torch.no_grad()
 def kv_shape(model: Any) -> KVShape:
     """Return the sizes of the KV cache, read from the cache of one token because configs name sizes differently."""
     config = text_config(model)
-    with eval_mode(model), attention(config, packed=False), _precision_of(model):
+    with eval_mode(model), attention(config, packed=False), precision_of(model):
         kv = prefill(model, [[0]], pad_token_id=0)
     return KVShape(
         layers=tuple((k.shape[1], k.shape[3], v.shape[3]) for k, v in zip(kv.keys, kv.values, strict=True)),
@@ -77,8 +67,8 @@ def _wrong_logits(model: Any) -> str | None:
         with (
             torch.no_grad(),
             eval_mode(model),
-            _precision_of(model),
-            shortened_windows(text_config(model), _SHORT_WINDOW),
+            precision_of(model),
+            shortened_windows(text_config(model), SHORT_WINDOW),
         ):
             dtype = compute_dtype(model)
             decoded, expected = _decoded_and_plain_logits(model)
@@ -87,21 +77,15 @@ def _wrong_logits(model: Any) -> str | None:
     except Exception as failure:  # models raise different exceptions
         words = str(failure).strip().splitlines() or [type(failure).__name__]
         return f"{name} cannot decode branches of a prompt: {words[0]}"
-    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
-    error = (decoded - expected).square().mean().sqrt()
-    if not error <= torch.finfo(dtype).eps ** 0.5 * spread:
-        return (
-            f"{name} decodes branches of a prompt to other logits than a plain forward pass: they differ by "
-            f"{error:.2g}, where logits spread by {spread:.2g}"
-        )
+    if (reason := difference(decoded, expected, dtype)) is not None:
+        return f"{name} decodes branches of a prompt to other logits than a plain forward pass: {reason}"
     return None
 
 
 def _decoded_and_plain_logits(model: Any) -> tuple[Tensor, Tensor]:
     """Return two (tokens, V) fp32: the logits of decoding, and those of plain forward passes over the same rows."""
     n, device = 2, next(model.parameters()).device
-    vocab_size = base_model(model).get_output_embeddings().weight.shape[0]
-    prompts = [[token % vocab_size for token in prompt] for prompt in _PROMPTS]
+    prompts = prompts_of(model)
     uniforms = torch.rand(2, n, _STEPS + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rules = Rules(Distribution(), torch.empty(0, dtype=torch.int64, device=device), pad_token_id=0)
     packed, length = takes_packed(text_config(model)), max(map(len, prompts))
@@ -123,11 +107,3 @@ def _decoded_and_plain_logits(model: Any) -> tuple[Tensor, Tensor]:
             ids = torch.tensor([prompts[row // n] + tokens[:-1]], device=device)
             plain.append(model(input_ids=ids, use_cache=False).logits[0, -_STEPS - 1 :])
     return stacked.float().flatten(0, 1), torch.cat(plain).float()
-
-
-@contextmanager
-def _precision_of(model: Any) -> Iterator[None]:
-    """Compute in fp32 if all weights are fp32 or packed in 4 bits, else under bfloat16 autocast."""
-    all_fp32 = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
-    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=not all_fp32):
-        yield
