@@ -30,6 +30,7 @@ from hypo_train.model.meta_pass import fake_weights
 from hypo_train.model.policy import Head, Policy
 from hypo_train.model.quantization import num_elements
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.text_parts import decoder_of
 from hypo_train.model.trunk import decoder_layers
 from hypo_train.trees.layout import Layout, causal_pairs
 from hypo_train.trees.pack import pack, separate_rows
@@ -174,7 +175,7 @@ def _probe(policy: Policy | RewardModel) -> tuple[list[_Linear], bool]:
         flops, trained = 2.0 * num_elements(module.weight), module.weight.requires_grad
         found.append(_Linear(id(module.weight), flops, trained, x.requires_grad, layer_of.get(id(module))))
 
-    decoder = policy.base.get_decoder()
+    decoder = decoder_of(policy.base)
     handles = [m.register_forward_pre_hook(record) for m in decoder.modules() if isinstance(m, nn.Linear | Conv1D)]
     try:
         with eval_mode(policy), torch.enable_grad():
@@ -199,7 +200,7 @@ def _one_row() -> Tree:
 
 def _check_complete(policy: Policy | RewardModel, linears: list[_Linear]) -> None:
     """Raise UncountedError if the decoder has matrices outside of linear layers, such as fused experts."""
-    decoder = policy.base.get_decoder()
+    decoder = decoder_of(policy.base)
     counted = {linear.weight for linear in linears}
     counted |= {id(p) for m in decoder.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for name, parameter in decoder.named_parameters():
@@ -208,7 +209,7 @@ def _check_complete(policy: Policy | RewardModel, linears: list[_Linear]) -> Non
 
 
 def _layers(policy: Policy | RewardModel) -> list[nn.Module]:
-    return list(decoder_layers(policy.base.get_decoder()) or [])
+    return list(decoder_layers(decoder_of(policy.base)) or [])
 
 
 def _head_weights(head: Head | nn.Module) -> Sequence[Tensor]:

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.policy import Head, HeadFunction, Policy, active_module
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.text_parts import decoder_of
 from hypo_train.model.tree_model import ModelError, TreeModel, first_line
 from hypo_train.model.windows import layer_windows, other_window, shortened_windows
 from hypo_train.trees.attention import NAME
@@ -233,6 +234,11 @@ def _check_parts(policy: Policy) -> None:
     """Raise ModelError for a head that is not linear (LoRA is allowed), or an adapter that cannot be switched off."""
     name, head = type(policy.base).__name__, active_module(policy.base.get_output_embeddings())
     plain = head
+    if hasattr(head, "token_adapter"):
+        raise ModelError(
+            "trainable_token_indices of the adapter reach the LM head: use modules_to_save with the names of the "
+            "embeddings and the LM head"
+        )
     if policy.is_peft:
         from peft.tuners.lora import Linear
 
@@ -261,7 +267,7 @@ def _plain_logits(policy: Policy, prompt: Sequence[int], branch: Sequence[int]) 
     head = policy.head()
     ids = torch.tensor([[*prompt, *branch]], device=head.weight.device)
     models_own = policy.base(input_ids=ids, use_cache=False).logits
-    hidden = policy.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = decoder_of(policy.base)(input_ids=ids, use_cache=False).last_hidden_state
     predicting = slice(len(prompt) - 1, -1)
     return models_own[0, predicting].float(), head.next_token_logits(hidden[0, predicting])
 

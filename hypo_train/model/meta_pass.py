@@ -36,6 +36,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.text_parts import decoder_of
 from hypo_train.trees.layout import Layout
 
 _NAME = "hypo_simulated"
@@ -144,7 +145,7 @@ def _decode(trained: Policy | RewardModel, rows: PassShape, device_type: str) ->
     # transformers does not change a mask of four dimensions. Other masks would be built from values.
     mask = (1, 1, 1, 1) if rows.layout else (rows.rows, 1, rows.width, rows.width)
     return (
-        trained.base.get_decoder()(
+        decoder_of(trained.base)(
             input_ids=ids,
             position_ids=ids,
             attention_mask=torch.ones(mask, dtype=torch.bool),

@@ -80,7 +80,8 @@ class Policy(TreeModel[Head]):
             # An adapted layer's weight is that of its frozen base.
             weight=linear.weight if shards is None else local(linear.weight),
             bias=linear.bias if shards is None or linear.bias is None else local(linear.bias),
-            logit_softcap=getattr(config, "final_logit_softcapping", None),
+            # RecurrentGemma has another name for it.
+            logit_softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
             logit_scale=1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0),
             temperature=self.temperature,
             lora=lora,

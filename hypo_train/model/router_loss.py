@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from hypo_train.model.text_parts import decoder_of
 from hypo_train.trees.layout import Layout
 
 RouterLogits = tuple[Tensor, ...]  # of each layer with experts, (tokens, experts)
@@ -77,7 +78,7 @@ def router_loss(base: Any, router_logits: RouterLogits, weights: Tensor) -> Tens
     hidden = torch.zeros(1, 1, base.get_output_embeddings().weight.shape[1], device=weights.device)
     outputs = MoeModelOutputWithPast(last_hidden_state=hidden, router_logits=router_logits)  # type: ignore[arg-type]
     with (
-        _replaced_forward(base.get_decoder(), lambda *args, **options: outputs),
+        _replaced_forward(decoder_of(base), lambda *args, **options: outputs),
         _replaced_forward(base.get_output_embeddings(), lambda hidden: hidden),
     ):
         found = base(

@@ -9,9 +9,20 @@ from typing import Any
 from torch import nn
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the module of a transformers model that turns token ids into the hidden states that the head reads.
+
+    ``get_decoder`` gives Llama 4's whole causal language model.
+    """
+    decoder = model.get_decoder()
+    while decoder.get_output_embeddings() is not None and hasattr(decoder, "model"):
+        decoder = decoder.model
+    return decoder
+
+
 def reached_by_text(model: Any) -> set[int]:
     """Return the ids of the parameters of the decoder, the embeddings and the head, which are all that text reaches."""
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings(), _score(model))
+    parts = (decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings(), _score(model))
     return {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
 
 

@@ -10,7 +10,7 @@ from hypo_train.config import Config
 from hypo_train.model import checkpointing
 from hypo_train.model.checkpointing import Checkpointing
 from hypo_train.model.lora import add_lora
-from hypo_train.model.text_parts import nearest_names, reached_by_text
+from hypo_train.model.text_parts import decoder_of, nearest_names, reached_by_text
 from hypo_train.model.tree_model import ModelError
 from hypo_train.model.trunk import decoder_layers
 
@@ -72,7 +72,7 @@ def _nearest(names: Iterable[str], pattern: str) -> str:
 
 def _unfreeze_last(model: Any, count: int) -> None:
     """Train the last ``count`` decoder layers, the norm above them and an untied head."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     layers = decoder_layers(decoder)
     if layers is None:
         raise ModelError(f"num_layers_unfrozen: found no list of layers in {type(decoder).__name__}")

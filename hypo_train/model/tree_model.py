@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hypo_train.distributed.fsdp import Sharding, full_tensor, is_sharded, local, shard, unsharded
 from hypo_train.distributed.vocab_parallel import VocabShards, ranks_without_a_shard
 from hypo_train.model.router_loss import RouterLogits, concatenated_logits, router_loss, rows_of_tokens
+from hypo_train.model.text_parts import decoder_of
 from hypo_train.model.trunk import concatenated, decoder_layers, frozen_layers, kept_trunk, replayed_trunk, run_trunk
 from hypo_train.model.windows import layer_windows
 from hypo_train.optim import Role, parameter_roles
@@ -85,7 +86,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         # The frozen layers below every trained one, which policy and reference share. LoRA trains all layers.
         # The routers' loss is one of all layers.
         has_trunk = not is_peft and not router_aux_loss_coef
-        self.trunk_layers = frozen_layers(self.base.get_decoder()) if has_trunk else []
+        self.trunk_layers = frozen_layers(decoder_of(self.base)) if has_trunk else []
 
     @property
     def base(self) -> Any:
@@ -118,7 +119,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         Raises:
             ModelError: the model has no list of layers, or the vocabulary is too small for the number of ranks.
         """
-        layers = decoder_layers(self.base.get_decoder())
+        layers = decoder_layers(decoder_of(self.base))
         if layers is None:
             raise ModelError(f"fsdp: {type(self.base).__name__} has no list of layers to shard by, leave fsdp out")
         sharding = Sharding.over_all_ranks(device, autocast=autocast)
@@ -235,7 +236,7 @@ class TreeModel(nn.Module, ABC, Generic[H]):
         else:
             tokens, attention = part.tokens, decoder_inputs(part, device)
         with replayed_trunk(self.trunk_layers, trunk) if trunk is not None else nullcontext():
-            outputs = self.base.get_decoder()(
+            outputs = decoder_of(self.base)(
                 input_ids=tree.input_ids[:, tokens],
                 position_ids=tree.position_ids[:, tokens],
                 use_cache=False,

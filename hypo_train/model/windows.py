@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from hypo_train.model.text_parts import decoder_of
+
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]  # (batch, head, query, key) -> whether query sees key
 _RECORDER = "hypo_mask_recorder"
-_FARTHEST = 2**17  # positions beyond this one are not asked for
+_FARTHEST = 2**17  # positions beyond this one are not asked forfrom hypo_train.model.text_parts import decoder_of
 
 
 def layer_windows(config: Any) -> list[int | None]:
@@ -92,7 +94,7 @@ def other_window(model: Any, windows: Sequence[int | None]) -> str | None:
     model.set_attn_implementation(_RECORDER)
     try:
         # Padding at the end keeps masks from being left out as plain causal ones.
-        model.get_decoder()(input_ids=ids, attention_mask=torch.arange(8, device=device)[None] < 7, use_cache=False)
+        decoder_of(model)(input_ids=ids, attention_mask=torch.arange(8, device=device)[None] < 7, use_cache=False)
     finally:
         model.set_attn_implementation(attention)
         masks = dict(recorder.of_layer)

@@ -22,6 +22,7 @@ from hypo_train.inputs import Inputs
 from hypo_train.metrics.environment import versions
 from hypo_train.model.reference_cache import settings_computed_with
 from hypo_train.model.reward_model import RewardModel
+from hypo_train.model.text_parts import decoder_of
 from hypo_train.model.weight_digest import weight_hashes
 from hypo_train.rewards import EndedReward
 
@@ -106,7 +107,7 @@ def _source_code() -> list[list[str]]:
 def _read_weights(models: Models) -> dict[str, list[Any]]:
     """Return digests of the decoder's weights, without a new adapter, which DDP broadcasts from the main process."""
     trained = models.trained
-    weights = trained.base.get_decoder().state_dict(keep_vars=True)
+    weights = decoder_of(trained.base).state_dict(keep_vars=True)
     return weight_hashes({name: x for name, x in weights.items() if not (trained.is_peft and x.requires_grad)})
 
 

@@ -15,7 +15,7 @@ from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.router_loss import asked_weight
 from hypo_train.model.source import check_source, why_not
-from hypo_train.model.text_parts import unreached_modules
+from hypo_train.model.text_parts import decoder_of, unreached_modules
 from hypo_train.model.tree_model import ModelError
 from hypo_train.preflight.device import existing_samplers
 from hypo_train.preflight.findings import Findings
@@ -77,7 +77,7 @@ def describe_model(
 
 def _fused_experts(trained: Policy | RewardModel) -> list[str]:
     """Return the names of the parameters that hold the matrices of several experts."""
-    decoder = trained.base.get_decoder()
+    decoder = decoder_of(trained.base)
     return sorted({name.split(".")[-1] for name, parameter in decoder.named_parameters() if parameter.ndim == 3})
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from hypo_train.distributed.zero import BUCKET
 from hypo_train.model.meta_pass import num_bytes
+from hypo_train.model.text_parts import decoder_of
 from hypo_train.model.trunk import decoder_layers
 
 
@@ -22,7 +23,7 @@ class Groups(NamedTuple):
 
 def groups(trained: Any) -> Groups:
     """Return the groups that :func:`hypo_train.distributed.fsdp.shard` makes."""
-    layers: Sequence[nn.Module] = decoder_layers(trained.base.get_decoder()) or ()  # type: ignore[assignment]
+    layers: Sequence[nn.Module] = decoder_layers(decoder_of(trained.base)) or ()  # type: ignore[assignment]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     return Groups(
         [p for p in trained.parameters() if id(p) not in inside], [list(layer.parameters()) for layer in layers]

@@ -150,6 +150,10 @@ def _tree_attention(
     scores = Scores(options.get("scaling"), options.get("softcap"), options.get("s_aux"))
     if options.get("position_bias") is not None and not (tree is None and scores.is_plain):
         raise ValueError(f"{type(module).__name__} has position_bias, which tree attention does not support")
+    if tree is not None and attention_mask is not None and attention_mask.numel() > 1:  # not that of decoder_inputs
+        raise ValueError(
+            f"{type(module).__name__} has an attention mask of its own, which tree attention does not support"
+        )
     if tree is not None:
         layer: int = module.layer_idx  # type: ignore[assignment]
         return tree.attend(layer, query, key, value, scores), None

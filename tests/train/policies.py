@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tiny
+import torch
 
 from hypo_train.config import Config
 from hypo_train.data.rows import Pair
@@ -35,3 +36,15 @@ def tree(*, shares_prompts=True):
 def logprobs():
     """Return a head function that computes the (S,) log-probs of ``tree()``."""
     return sequence_logprobs_call(tree(), model_config("-"))
+
+
+def own_logprobs(model):
+    """Return the (S,) log-probs of ``tree()`` by the model's own forward pass, with gradients: a plain row for each."""
+    rows = [(pair.prompt, pair.chosen) for pair in PAIRS] + [(pair.prompt, pair.rejected) for pair in PAIRS]
+    rows += [(PAIRS[i // 2].prompt, sample) for i, sample in enumerate(SAMPLES)]
+    parts = []
+    for prompt, completion in rows:
+        row = torch.tensor([[*prompt, *completion]])
+        logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        parts.append(logits.log_softmax(-1).gather(1, torch.tensor(completion).unsqueeze(1)).sum())
+    return torch.stack(parts)

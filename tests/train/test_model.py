@@ -263,7 +263,10 @@ def test_an_adapter_on_the_head_is_saved_without_base_weights(saved_model, tmp_p
         ({"lora_dropout": 0.3}, "lora_dropout=0.3 is not served on the LM head: use 0, or leave the head out"),
         ({"use_dora": True}, "not with DoraLinearVariant"),
         ({"bias": "all"}, "bias='all' of the adapter also trains the reference"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, r"\(found ModulesToSaveWrapper\)"),
+        (
+            {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3]}},
+            "trainable_token_indices of the adapter reach the LM head: use modules_to_save",
+        ),
     ],
     ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
 )

@@ -21,26 +21,12 @@ BOTH = ["embed_tokens", "lm_head"]
 SAVED = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj"], "lora_modules_to_save": BOTH}
 
 
-def own_logprobs(model):
-    """The log-probs of ``policies.tree()`` by the model's own forward pass, in the tree's order."""
-    pairs, samples = policies.PAIRS, policies.SAMPLES
-    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
-    rows += [(pairs[i // 2].prompt, sample) for i, sample in enumerate(samples)]
-    parts = []
-    for prompt, completion in rows:
-        logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[
-            0, len(prompt) - 1 : -1
-        ]
-        parts.append(logits.log_softmax(-1).gather(1, torch.tensor(completion).unsqueeze(1)).sum())
-    return torch.stack(parts)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_and_gradients_are_those_of_the_trained_copy(saved_model, tied):
     policy = policies.policy_of(saved_model(tie_word_embeddings=tied), **SAVED)
-    start = own_logprobs(policy.base).detach()
+    start = policies.own_logprobs(policy.base).detach()
     tiny.perturb(policy.trained_parameters().values())
-    expected = own_logprobs(policy.base)
+    expected = policies.own_logprobs(policy.base)
     expected.square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in policy.trained_parameters().items()}
     policy.zero_grad()
