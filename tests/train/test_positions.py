@@ -150,15 +150,20 @@ def test_samples_beyond_a_table_of_positions_are_refused(tmp_path):
 @pytest.fixture
 def make_trainer(tmp_path):
     """Return a function that makes a TRL trainer of a tiny Phi-3 with LongRoPE; its longest row has 10 tokens."""
-    trl = pytest.importorskip("hypo_train.trl", reason="trl is not installed")
+    pytest.importorskip("trl", reason="trl is not installed")
+    from trl import DPOConfig, DPOTrainer
+
+    from hypo_train.trl import HyPOConfig, HyPOTrainer
+
     folder = tiny.save(new_phi3(), tmp_path / "model")
     rows = [{"prompt": "tell me about the film ", "chosen": "the film was very good", "rejected": "bad"}]
 
-    def make(*, streaming=False, **changes):
+    def make(*, streaming=False, plain=False, **changes):
         dataset = datasets.Dataset.from_list(rows)
-        return trl.HyPOTrainer(
+        kind, config = (DPOTrainer, DPOConfig) if plain else (HyPOTrainer, HyPOConfig)
+        return kind(
             str(folder),
-            args=trl.HyPOConfig(str(tmp_path / "out"), bf16=False, use_cpu=True, report_to="none", **changes),
+            args=config(str(tmp_path / "out"), bf16=False, use_cpu=True, report_to="none", **changes),
             train_dataset=dataset.to_iterable_dataset() if streaming else dataset,
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
@@ -167,13 +172,22 @@ def make_trainer(tmp_path):
 
 
 def test_a_trl_trainer_reads_the_lengths_of_its_rows(make_trainer):
-    assert make_trainer(kl_coef=0.0, max_new_tokens=100).sampler is not None
+    make_trainer(kl_coef=0.0, max_new_tokens=100)  # draws nothing
     with pytest.raises(ModelError, match=r"longrope.* a prompt \+ max_new_tokens allows 13: lower it to 12"):
         make_trainer(max_new_tokens=8)
 
 
+def test_loss_and_gradients_in_trl_are_those_of_dpo(make_trainer):
+    found = []
+    for trainer in (make_trainer(kl_coef=0.0), make_trainer(plain=True)):
+        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad for parameter in trainer.model.parameters()]))
+    assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 def test_a_trl_trainer_needs_max_length_for_rows_that_stream(make_trainer):
     options = {"streaming": True, "max_steps": 1, "kl_coef": 0.0}
-    assert make_trainer(max_length=12, **options).sampler is not None
+    make_trainer(max_length=12, **options)
     with pytest.raises(ModelError, match=r"longrope.* max_length=None allows rows of any length: lower it to 12"):
         make_trainer(max_length=None, **options)
