@@ -108,6 +108,8 @@ def _kind(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is list:
         return f"list of {_kind(arguments[0])}"
+    if origin is dict:
+        return "mapping"
     return {bool: "true or false", int: "integer", float: "number", str: "text", NoneType: "none"}[annotation]
 
 
