@@ -18,6 +18,7 @@ from hypo_train.checkpoint.files import (
 from hypo_train.checkpoint.model_card import write_card
 from hypo_train.checkpoint.resume import check_same_run, checkpoint_to_resume
 from hypo_train.metrics.meter import Meter, sum_states
+from hypo_train.model.source import list_turn_end
 from hypo_train.model.trained_weights import put_saved
 from hypo_train.utils.errors import ConfigError
 
@@ -122,6 +123,7 @@ def _write_model(run: Run, state: dict[str, Tensor] | None) -> Path:
     def fill(folder: Path) -> None:
         run.trained.save_pretrained(folder, state)
         run.tokenizer.save_pretrained(folder)
+        list_turn_end(folder, run.tokenizer)
         write_card(folder, run.config, run.output_dir)
 
     final = run.output_dir / "final"

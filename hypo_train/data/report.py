@@ -89,8 +89,8 @@ class DataReport:
             lines.append(f"chat template applied to {'all' if self.rendered == self.used else self.rendered} rows")
         if self.rendered and self.turn_end is not None:
             lines.append(
-                f"completions end with {self.turn_end!r}, as the chat template ends an answer: samples end there too, "
-                "and a server must (eos_token_id in generation_config.json), because it is not the tokenizer's EOS"
+                f"completions end with {self.turn_end!r}, as the chat template ends an answer, and not with the EOS: "
+                "samples end there too, and a whole final model's generation_config.json names it to servers"
             )
         if self.columns.unread:
             lines.append(f"columns that nothing reads: {quoted(self.columns.unread)}")
@@ -172,7 +172,8 @@ class DataReport:
                 self.inside_token,
                 completions,
                 "completions begin inside a token of their row's text",
-                "end the prompts where a token ends: a space belongs to the beginning of the completions",
+                "end the prompts where a token ends: a space belongs to the beginning of the completions; of chats, "
+                "take a generation prompt that ends as the template's answers begin (chat_template_kwargs)",
                 0.01,
             ),
             Finding(

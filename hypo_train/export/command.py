@@ -17,7 +17,7 @@ from hypo_train.export.settings import ExportSettings
 from hypo_train.export.source import Source
 from hypo_train.model.policy import Policy
 from hypo_train.model.reward_model import RewardModel
-from hypo_train.model.source import generation_config, load_tokenizer, read_architecture
+from hypo_train.model.source import generation_config, list_turn_end, load_tokenizer, read_architecture
 from hypo_train.model.tree_model import ModelError
 from hypo_train.sampling.merged_weights import merged_weights, unties
 from hypo_train.utils.errors import HubError
@@ -43,6 +43,7 @@ def run(settings: ExportSettings) -> int:
         else:
             trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        list_turn_end(folder, tokenizer)
         write_card(folder, source.config, source.run, step=_step(source))
 
     save_folder(settings.output_dir, write, advice="")

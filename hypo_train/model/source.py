@@ -133,11 +133,16 @@ def eos_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ..
 
     If the chat template ends an answer with another special token, this is the last one.
     """
+    listed = _listed_ends(model_generation_config, tokenizer)
+    end = turn_end(tokenizer, listed)
+    return listed if end is None else (*listed, end)
+
+
+def _listed_ends(model_generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokenizer's EOS, then those of the generation config."""
     more = getattr(model_generation_config, "eos_token_id", None)
     listed = [] if more is None else [more] if isinstance(more, int) else list(more)
-    known = dict.fromkeys([tokenizer.eos_token_id, *listed])
-    end = turn_end(tokenizer, known)
-    return tuple(known) if end is None else (*known, end)
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
 
 
 def generation_config(config: Config) -> GenerationConfig | None:
@@ -146,6 +151,19 @@ def generation_config(config: Config) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(config.model_name_or_path)
     except OSError:
         return None
+
+
+def list_turn_end(folder: Path, tokenizer: Any) -> None:
+    """Add the token that ends an answer in the chat template to a saved model's generation config, for servers.
+
+    Nothing changes if it is already among the tokens that end a completion, or if the folder has no generation config.
+    """
+    if not (folder / "generation_config.json").is_file():
+        return
+    found = GenerationConfig.from_pretrained(folder)
+    if turn_end(tokenizer, _listed_ends(found, tokenizer)) is not None:
+        found.eos_token_id = list(eos_token_ids(found, tokenizer))
+        found.save_pretrained(folder)
 
 
 def why_not(error: Exception) -> str:

@@ -135,8 +135,34 @@ def test_a_prompt_that_ends_in_a_space_is_counted_and_named(name):
     assert (report.inside_token, report.not_as_text) == (2, 0)
     assert [line for line in report.warnings() if "inside a token" in line] == [
         "2 of 2 (100.0%) completions begin inside a token of their row's text: end the prompts where a token ends: a "
-        "space belongs to the beginning of the completions"
+        "space belongs to the beginning of the completions; of chats, take a generation prompt that ends as the "
+        "template's answers begin (chat_template_kwargs)"
     ]
+
+
+def test_a_template_written_as_text_may_end_in_a_space():
+    tokenizer = family("metaspace of a normalizer")
+    rows = [row("<s> [INST] What is tea? [/INST] ", "I think that it is good.", "I think not.")]
+    [pair], report = pairs_of(rows, tokenizer)
+    assert tokenizer.decode([*pair.prompt, *pair.chosen]).endswith("[/INST] I think that it is good.</s>")
+    assert (report.inside_token, report.not_as_text, report.doubled_bos) == (2, 0, 1)
+
+
+def test_a_thinking_block_that_the_generation_prompt_opens_is_cut_in_a_line_break():
+    """As of Qwen3.5: the prompt ends in one line break, of the two that are a single token in an answer."""
+    tokenizer = copy.copy(family("byte level, no words"))
+    block = "<|user|>\n\n<|user|>\n\n"
+    opens = "{% if enable_thinking is defined and not enable_thinking %}" + block + "{% else %}<|user|>\n{% endif %}"
+    answer = "{% if m.role == 'assistant' %}" + block + "{% endif %}{{ m.content }}<|im_end|>"
+    start = "{% if add_generation_prompt %}<|im_start|>" + opens + "{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>" + answer + "{% endfor %}" + start
+    chat = row([user("tea?")], [assistant("good")], [assistant("bad")])
+    [pair], report = pairs_of([chat], tokenizer)
+    assert tokenizer.decode([*pair.prompt, *pair.chosen]).endswith(f"<|im_start|>{block}good<|im_end|>")
+    assert report.inside_token == 2
+    [pair], report = pairs_of([{**chat, "chat_template_kwargs": {"enable_thinking": False}}], tokenizer)
+    assert tokenizer.decode(pair.prompt).endswith(block)
+    assert report.inside_token == 0
 
 
 def test_completions_that_disagree_on_a_token_share_the_prompt():

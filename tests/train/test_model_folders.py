@@ -9,12 +9,13 @@ import sys
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hypo_train import preflight
 from hypo_train.config import ConfigError
 from hypo_train.dry_run import DryRun
 from hypo_train.model.load import load_policy
+from hypo_train.model.source import list_turn_end
 from hypo_train.model.tree_model import ModelError
 from hypo_train.prepare import prepare
 
@@ -174,3 +175,15 @@ def test_unsupported_settings_are_refused_before_weights_load(said, monkeypatch,
 def test_a_missing_engine_is_refused_before_weights_load(said, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert said(sampler="vllm") == "sampler=vllm needs vLLM: pip install 'hypo-kernels[vllm]' (or use sampler: auto)"
+
+
+def test_a_saved_model_tells_servers_how_a_turn_ends(tmp_path):
+    tokenizer = tiny.word_tokenizer(chat=True)
+    tokenizer.eos_token = "<eos>"
+    tiny.new_model("llama").save_pretrained(tmp_path)
+    list_turn_end(tmp_path, tokenizer)
+    ends = tokenizer.convert_tokens_to_ids(["<eos>", "<|im_end|>"])
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == ends
+    before = (tmp_path / "generation_config.json").stat().st_mtime_ns
+    list_turn_end(tmp_path, tokenizer)
+    assert (tmp_path / "generation_config.json").stat().st_mtime_ns == before

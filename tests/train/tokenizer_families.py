@@ -16,7 +16,7 @@ CORPUS = [
     f"{start} {topic}? {answer} {topic}, and it's good.\nQuestion: what is {topic}\nAnswer: don't ask the cat."
     for topic in ("soup", "bread", "rain", "trains", "tea", "日本語", "café")
     for start in ("Can you tell me about", "What do you think of")
-    for answer in ("I think that it is", "Sure, here is a line on", "12 345 times:\n\n\tno  more")
+    for answer in ("I think that it is", "Sure, here is a line on", "12 345\tand:\n\n- \n\nno  more")
 ]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
