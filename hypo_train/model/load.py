@@ -243,7 +243,27 @@ def _from_pretrained(
     _refuse_other_shapes(loading_info, path)
     _refuse_extra_layers(loading_info, path, model)
     refuse_missing(loading_info, path, new)
+    _untie_as_loaded(model, config, path)
     return model
+
+
+def _untie_as_loaded(model: Any, config: Config, path: str) -> None:
+    """Let the config say that embeddings and LM head are two matrices if the checkpoint has two different ones.
+
+    transformers loads both whatever the config says. A model that is built from the config later, for an export or by
+    other processes, would have one.
+    """
+    head, parts = model.get_output_embeddings(), (model.config, model.config.get_text_config())
+    said = getattr(model, "_tied_weights_keys", None) and any(getattr(p, "tie_word_embeddings", False) for p in parts)
+    if not said or head is None or head.weight is model.get_input_embeddings().weight:
+        return
+    if config.fsdp:
+        raise ModelError(
+            f"the checkpoint {path!r} does not fit its config.json: its embeddings and LM head differ, and the config "
+            "has tie_word_embeddings: true; set it to false there"
+        )
+    for part in parts:
+        part.tie_word_embeddings = False
 
 
 def _refuse_other_shapes(loading_info: dict[str, Any], path: str) -> None:
