@@ -115,7 +115,7 @@ def test_loss_and_gradients_are_those_of_rows_alone(tmp_path, rope, more):
 
 
 @pytest.mark.parametrize("kind", [DecodeSampler, GenerateSampler])
-def test_samples_up_to_the_limit_have_the_log_probs_of_rows_alone(kind):
+def test_samples_up_to_the_limit_are_those_of_rows_alone(kind):
     model = new_phi3()
     sampler = kind(model, eos_token_ids=(), pad_token_id=tiny.PAD, score=True)
     prompts = [[5, 9, 11, 7], [6, 3]]
