@@ -76,9 +76,9 @@ def render(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> int | None:
-    """Return the special token that ends an assistant's message in the chat template.
+    """Return the added token, such as <|im_end|>, that ends an assistant's message in the chat template.
 
-    It is None if the template writes one of ``eos_token_ids`` or no special token there, and without a template.
+    It is None if the template writes one of ``eos_token_ids`` or no added token there, and without a template.
     """
     if tokenizer.chat_template is None:
         return None
@@ -92,8 +92,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -
     if not found or not rest:
         return None
     ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
-    special = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special}
-    return None if set(eos_token_ids).intersection(ids) else next((token for token in ids if token in special), None)
+    added = {token for token, what in tokenizer.added_tokens_decoder.items() if what.content.strip()}
+    return None if set(eos_token_ids).intersection(ids) else next((token for token in ids if token in added), None)
 
 
 class _Template(NamedTuple):

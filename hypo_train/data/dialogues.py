@@ -16,19 +16,23 @@ from hypo_train.data.errors import Unusable
 _LINE_MARKS = [
     ("Human:", "Assistant:"),
     ("User:", "Assistant:"),
-    ("USER:", "ASSISTANT:"),
+    ("Human:", "AI:"),
     ("### Human:", "### Assistant:"),
     ("### User:", "### Assistant:"),
     ("### Instruction:", "### Response:"),
+    ("### Question:", "### Answer:"),
     ("Question:", "Answer:"),
     ("Q:", "A:"),
 ]
-_TOKEN_MARKS = [
+_TOKEN_MARKS = [  # anywhere in a line
     ("<|im_start|>user", "<|im_start|>assistant"),
     ("<|start_header_id|>user<|end_header_id|>", "<|start_header_id|>assistant<|end_header_id|>"),
     ("<start_of_turn>user", "<start_of_turn>model"),
     ("<|user|>", "<|assistant|>"),
+    ("<|prompter|>", "<|assistant|>"),
+    ("<human>:", "<bot>:"),
     ("[INST]", "[/INST]"),
+    ("USER:", "ASSISTANT:"),
 ]
 _SENTENCE_END = tuple(".!?:;\n\"'”’»)]}>。！？：")  # noqa: RUF001
 

@@ -74,6 +74,7 @@ START = f"{HUMAN} hi{ANSWER}"
         ("### Instruction:\nhi\n\n### Response:\nyes", "### Instruction:\nhi\n\n### Response:\nyeah",
          ("### Instruction:\nhi\n\n### Response:\n", "yes", "yeah")),
         ("Q: hi\nA: yes", "Q: hi\nA: yeah\nQ: more?\nA: no", ("Q: hi\nA:", " yes", " yeah")),
+        ("USER: hi ASSISTANT: yes", "USER: hi ASSISTANT: yeah USER: so?", ("USER: hi ASSISTANT:", " yes", " yeah")),
         ("[INST] hi [/INST] yes", "[INST] hi [/INST] yeah[INST] more", ("[INST] hi [/INST]", " yes", " yeah")),
     ],
 )  # fmt: skip
@@ -195,7 +196,7 @@ def test_a_thinking_block_of_the_generation_prompt_is_left_out(thinking):
     assert any(line.startswith("1 of 1 (100.0%) prompts end before what the chat") for line in report.warnings())
 
 
-def test_the_prompts_that_are_sampled_from_are_those_of_the_pairs(thinking):
+def test_prompts_that_are_sampled_from_are_those_of_the_pairs(thinking):
     rows = [row([user("hi")], [assistant("yes")], [assistant("no")])]
     limits = {"max_prompt_length": 99, "max_completion_length": 99, "eos_token_ids": [thinking.eos_token_id]}
     [prompt], _ = tokenize(Prompt, rows, thinking, **limits)
@@ -204,7 +205,7 @@ def test_the_prompts_that_are_sampled_from_are_those_of_the_pairs(thinking):
 
 
 @pytest.mark.parametrize("answer", [assistant("<think>hm</think>yes"), {**assistant("yes"), "reasoning_content": "hm"}])
-def test_thoughts_that_the_template_leaves_out_are_no_silent_loss(thinking, answer):
+def test_lost_thoughts_of_an_answer_drop_its_row(thinking, answer):
     rows = [row(), row([user("hi")], [answer], [assistant("no")])]
     _, report = pairs_of(rows, thinking)
     assert only_reason(report).startswith("an answer that the chat template does not write as it is (a thinking block")

@@ -148,7 +148,7 @@ def test_a_template_written_as_text_may_end_in_a_space():
     assert (report.inside_token, report.not_as_text, report.doubled_bos) == (2, 0, 1)
 
 
-def test_a_thinking_block_that_the_generation_prompt_opens_is_cut_in_a_line_break():
+def test_a_generation_prompt_may_end_inside_a_line_break_token():
     """As of Qwen3.5: the prompt ends in one line break, of the two that are a single token in an answer."""
     tokenizer = copy.copy(family("byte level, no words"))
     block = "<|user|>\n\n<|user|>\n\n"
@@ -174,7 +174,7 @@ def test_completions_that_disagree_on_a_token_share_the_prompt():
     assert [tokenizer.decode(found.prompt + ids) for ids in found.completions] == ["I think that it is", "I th\n"]
 
 
-def test_a_word_that_is_cut_in_two_is_named_where_no_tokens_can_say_it():
+def test_words_that_no_tokens_can_join_are_named():
     _, report = pairs_of([row("what is", "soup?", "tea?")], family("words"))
     assert report.not_as_text == 2
     assert any(line.startswith("2 of 2 (100.0%) completions have tokens that do not") for line in report.warnings())
