@@ -132,6 +132,11 @@ def _policy_case(policy: Policy, precise: bool, reference: str | None) -> _Case:
             f"{(by_head - expected).abs().max():.2g} from its head applied to the last hidden state"
         )
 
+    with _attention(policy, reference):
+        sooner, _ = run(None, lambda _, head: _plain_logits(policy, prompts[0], branches[0][1][:-1]))
+    if torch.isfinite(expected).all() and not _close(sooner, expected[: len(sooner)], 1e-3 if precise else 1e-1):
+        raise ModelError(f"{name} is no causal language model: a token's logits depend on the tokens after it")
+
     def logits(tree: Tree) -> Tensor:
         return run(tree, lambda hidden, head: head.next_token_logits(hidden))
 

@@ -24,7 +24,7 @@ from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.router_loss import router_aux_loss_coef
 from hypo_train.model.source import check_architecture, check_source, read_architecture, why_not
 from hypo_train.model.trainable import make_trainable
-from hypo_train.model.tree_model import ModelError, TreeModel, attention_window, first_line
+from hypo_train.model.tree_model import ModelError, TreeModel, first_line
 from hypo_train.model.weight_files import SAFETENSORS_ONLY, check_weight_files, why_not_read
 from hypo_train.trees.attention import NAME
 
@@ -107,7 +107,6 @@ def _load(kind: Any, config: Config, *, autocast: bool, **options: Any) -> Polic
     check_architecture(read_architecture(config), config)
     pad_token_id = options.pop("pad_token_id", None)
     model = _from_pretrained(kind, config, config.model_name_or_path, autocast=autocast, **options)
-    _check_window(model, config)
     if pad_token_id is not None:
         model.config.get_text_config().pad_token_id = pad_token_id  # a classifier reads the token before it
     if config.use_liger_kernel:
@@ -152,7 +151,6 @@ def build_on_meta(config: Config, architecture: Any, *, device_type: str, autoca
         architecture.num_labels = 1
     kind = AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM
     model = model_on_meta(kind, config, architecture)
-    _check_window(model, config)
     check_positions(model, LongestRow.of(config))
     if config.load_in_4bit:
         for weight in quantizable(model):  # a product unpacks them to the dtype that it computes in
@@ -206,7 +204,6 @@ def load_classifier(config: Config, *, autocast: bool) -> Any:
 
 def as_reward_model(classifier: Any, config: Config) -> RewardModel:
     """Make a classifier a frozen reward model. Raise ModelError if its rewards would not be exact."""
-    _check_window(classifier, config)
     return make_exact(
         classifier,
         lambda model: RewardModel(model, is_peft=False),
@@ -309,16 +306,6 @@ def _errors_only() -> Iterator[None]:
 def _check_dtype(config: Config, *, autocast: bool) -> None:
     if config.dtype == "bfloat16" and not autocast:
         raise ModelError("dtype='bfloat16' needs bf16 compute: set bf16: true, or dtype: float32")
-
-
-def _check_window(model: Any, config: Config) -> None:
-    """Raise ModelError if prompt and completion may be longer than the model's sliding window."""
-    longest, window = LongestRow.of(config), attention_window(model)
-    if window is not None and longest.tokens is not None and window < longest.tokens:
-        raise ModelError(
-            f"{type(model).__name__} attends to the last {window} tokens only, and prompt and completion may have "
-            f"{longest.tokens}: lower {longest.settings} to {window}"
-        )
 
 
 def _disable_dropout(model: nn.Module) -> None:

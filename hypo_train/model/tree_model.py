@@ -277,15 +277,6 @@ def _rows_of_tokens(tree: Tree) -> Tensor:
     return tree.attention_mask.long()
 
 
-def attention_window(model: Any) -> int | None:
-    """Return the model's sliding window, beyond which a token is no longer attended to; None if it has none."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
 def first_line(error: BaseException) -> str:
     """Return an error's message without the page of advice that libraries add."""
     lines = [line.strip() for line in str(error).strip().splitlines()]

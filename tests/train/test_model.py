@@ -155,11 +155,14 @@ def test_log_probs_at_a_temperature_divide_the_logits_by_it(saved_model):
     assert_close(policy(tree(), logprobs()), torch.stack(expected), atol=1e-4, rtol=0)
 
 
-def test_a_window_that_the_sequences_fit_in_is_no_hindrance(saved_model):
-    policy = policy_of(saved_model("mistral", sliding_window=32))
-    original = AutoModelForCausalLM.from_pretrained(saved_model("mistral", sliding_window=32)).eval()
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_a_window_shorter_than_the_sequences_is_kept(saved_model, attention):
+    policy = policy_of(saved_model("mistral", sliding_window=3), attn_implementation=attention)
+    original = AutoModelForCausalLM.from_pretrained(saved_model("mistral", sliding_window=3)).eval()
+    assert policy.shares_prompts == (attention == "auto")
     with torch.no_grad():
-        assert_close(policy(tree(), logprobs()), plain_logprobs(original), atol=1e-4, rtol=0)
+        found = policy(tree(shares_prompts=policy.shares_prompts), logprobs())
+        assert_close(found, plain_logprobs(original), atol=1e-4, rtol=0)
 
 
 def test_gradients_equal_those_of_plain_rows(folder):
@@ -620,14 +623,6 @@ def test_a_decoder_without_its_language_model_head_is_refused(tmp_path, kind):
     assert f"is a llama model ({kind.__name__}), not a causal language model" in refusal(folder)
 
 
-def test_a_window_shorter_than_the_sequences_is_refused(saved_model):
-    message = refusal(saved_model("mistral", sliding_window=20))
-    assert message == (
-        "MistralForCausalLM attends to the last 20 tokens only, and prompt and completion may have 32: "
-        "lower max_prompt_length + max_completion_length to 20"
-    )
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
 def test_too_few_positions_are_refused(saved_model, architecture):
     message = refusal(saved_model(architecture), max_prompt_length=100, max_completion_length=29)
@@ -704,12 +699,12 @@ def test_a_decoder_without_tree_support_trains_on_separate_rows(saved_model, mon
 
 
 def test_a_decoder_that_ignores_padding_too_is_refused(saved_model, monkeypatch):
-    # Its hidden states depend on what stands in the row after them.
     original = LlamaModel.forward
 
-    def forward(self, input_ids, **keywords):
-        out = original(self, input_ids, **keywords)
-        out.last_hidden_state = out.last_hidden_state + 0.1 * out.last_hidden_state.mean(1, keepdim=True)
+    def forward(self, input_ids, attention_mask=None, **keywords):
+        out = original(self, input_ids, attention_mask=attention_mask, **keywords)
+        if attention_mask is not None:
+            out.last_hidden_state = out.last_hidden_state + (~attention_mask.bool()).sum()
         return out
 
     monkeypatch.setattr(LlamaModel, "forward", forward)

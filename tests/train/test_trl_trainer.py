@@ -407,15 +407,22 @@ def test_a_prompt_that_tokenises_to_nothing_is_named_by_its_row(make):
 # Safety steps that the trainer shares with this project's own loop
 
 
-def test_rows_longer_than_a_sliding_window_have_the_loss_of_dpo(make, saved_model):
+@pytest.mark.parametrize("architecture", ["mistral", "gpt_oss"])  # every layer; every other one, with sinks
+def test_rows_longer_than_a_sliding_window_have_the_loss_of_dpo(make, saved_model, architecture):
     # The proof of exactness has rows of 11 tokens, the window is longer, and the batches' rows are longer still.
-    model = saved_model("mistral", sliding_window=16)
-    rows = [{**row, "prompt": 3 * row["prompt"]} for row in ROWS]
-    losses = []
+    model = saved_model(architecture, sliding_window=16)
+    rows = [{**row, "prompt": 8 * row["prompt"]} for row in ROWS]  # up to 66 tokens
+    found = []
     for kind, changes in ((HyPOTrainer, {"kl_coef": 0.0}), (trl.DPOTrainer, {})):
-        trainer, _ = trained(make(kind, model=model, rows=rows, **changes))
-        losses.append(logged(trainer, "loss", "logps/chosen"))
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
+        trainer, gradients = trained(make(kind, model=model, rows=rows, **changes))
+        if kind is HyPOTrainer:
+            assert trainer._batcher.shares_prompts
+        found.append((logged(trainer, "loss", "logps/chosen"), gradients[0]))
+    (losses, gradients), (expected_losses, expected) = found
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected_losses), rtol=1e-4, atol=1e-4)
+    for name, gradient in expected.items():
+        largest = max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
 
 
 def test_functional_dropout_is_off(make, saved_model):

@@ -29,6 +29,7 @@ from hypo_train.model import checkpointing, exactness
 from hypo_train.model.load import make_exact
 from hypo_train.model.policy import Policy
 from hypo_train.model.positions import LongestRow
+from hypo_train.model.tree_model import ModelError
 from hypo_train.model.windows import layer_windows, other_window
 from hypo_train.trees import layout
 from hypo_train.trees.pack import Batcher
@@ -225,3 +226,9 @@ def test_chunked_attention_takes_separate_rows_with_the_reason():
     model = tiny.new_model("llama", attention_chunk_size=8)
     policy = make_exact(model, lambda model: Policy(model, is_peft=False), longest=LONGEST)
     assert policy.why_separate_rows == "it cannot take trees: it has layers of chunked_attention"
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    model = tiny.new_model("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(ModelError, match="is no causal language model: a token's logits depend on the tokens after it"):
+        make_exact(model, lambda model: Policy(model, is_peft=False), longest=LONGEST)
