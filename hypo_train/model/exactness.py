@@ -64,6 +64,11 @@ def check_exactness(model: TreeModel[Any], *, reference: str | None = None, has_
     Raises:
         ModelError: logits (or rewards) differ from the model's own on separate rows too, or in training mode.
     """
+    if empty := [window for window in model.windows or () if window is not None and window < 1]:
+        raise ModelError(
+            f"{type(model.base).__name__} has sliding_window={empty[0]}, so that a token would not even see itself: "
+            "set it to null in its config.json if it has no window"
+        )
     precise = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     device = next(model.parameters()).device
     # Two layouts of a row round differently: by 3 % of the largest logit in 30 layers of bf16, while a wrong mask is

@@ -228,6 +228,13 @@ def test_chunked_attention_takes_separate_rows_with_the_reason():
     assert policy.why_separate_rows == "it cannot take trees: it has layers of chunked_attention"
 
 
+def test_a_window_of_no_tokens_is_refused_by_name():
+    # Exported configs write 0 for no window, and transformers then masks every token.
+    model = tiny.new_model("mistral", sliding_window=0)
+    with pytest.raises(ModelError, match="has sliding_window=0, so that a token would not even see itself: set it to"):
+        make_exact(model, lambda model: Policy(model, is_peft=False), longest=LONGEST)
+
+
 def test_a_model_that_looks_ahead_is_refused():
     model = tiny.new_model("gemma3_text", use_bidirectional_attention=True)
     with pytest.raises(ModelError, match="is no causal language model: a token's logits depend on the tokens after it"):
