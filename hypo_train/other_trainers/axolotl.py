@@ -244,7 +244,10 @@ OPTIMISATION = (
     not_served(
         "lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor", "this schedule is", "use `lr_scheduler_type`"
     ),
-    not_served("cosine_min_lr_ratio", "a cosine that ends above zero is", "use `lr_scheduler_type`"),
+    use(
+        "cosine_min_lr_ratio",
+        "`lr_scheduler_type: cosine_with_min_lr` with `lr_scheduler_kwargs`: {min_lr_rate: its value}",
+    ),
     not_served("selective_checkpointing", "a list of operations to keep is", "use `gradient_checkpointing: selective`"),
     not_served("layer_offloading", "weights in CPU memory are", "use `load_in_4bit` or `fsdp`"),
     unneeded("gc_steps gc_collect_steps", "micro-batches have bounded memory"),

@@ -111,8 +111,8 @@ def test_a_line_that_is_not_json_is_named(refusal, tmp_path):
 def test_a_file_in_another_encoding_is_one_line(refusal, tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"prompt": "café", "chosen": "a", "rejected": "b"}\n'.encode("latin-1"))
-    message = refusal(dataset_name=str(path))
-    assert message.startswith(f"dataset_name='{path}', split 'train': 'utf-8' codec can't decode byte 0xe9")
+    message = "line 1 is not UTF-8: save the file as UTF-8"
+    assert refusal(dataset_name=str(path)) == f"dataset_name='{path}': {message}"
 
 
 def test_an_unknown_split_is_named_with_those_that_are_there(refusal):
