@@ -14,7 +14,14 @@ from hypo_train.data.messages import Messages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)  # a template is a program
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+)  # a template is a program
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of messages that some templates write
 _SHOWN = 16  # characters of a text in a message
 
@@ -140,7 +147,8 @@ def _refuse_unwritten(messages: Messages, arguments: Mapping[str, Any], text: st
     calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
     if unwritten := next((name for name in calls if name not in text), None):
         raise Unusable(f"tool calls ({unwritten!r}) that the chat template does not write: use a model whose does")
-    names = [tool.get("function", tool).get("name") for tool in arguments.get("tools") or []]
+    functions = [tool.get("function", tool) for tool in arguments.get("tools") or []]
+    names = [function.get("name") for function in functions if isinstance(function, Mapping)]
     if unwritten := next((name for name in names if isinstance(name, str) and name not in text), None):
         raise Unusable(
             f"'tools' ({unwritten!r}) that the chat template does not write: use a model whose does, or leave them out "

@@ -68,7 +68,9 @@ def renamed(rows: Rows, mapping: Mapping[str, str | None] | None, targets: Abstr
         return rows
     names = column_names(rows)
     if unknown := [name for name in mapping if name not in names]:
-        raise DataError(f"column_mapping renames {quoted(unknown)}, and the columns are {quoted(names)}")
+        raise DataError(
+            f"column_mapping renames {quoted(unknown)}, and the columns are {quoted(names)}: take it out of the mapping"
+        )
     if useless := [new for new in mapping.values() if new is not None and new not in targets]:
         raise DataError(
             f"column_mapping renames a column to {quoted(useless)}, which nothing reads: the names are "

@@ -122,6 +122,8 @@ def _of_lists(value: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
 def _message(message: Mapping[str, Any], column: str) -> dict[str, Any]:
     role, content = _turn(message)
     calls = message.get("tool_calls") or None
+    if calls is not None and not isinstance(calls, list):
+        raise Unusable(f"a {column!r} with 'tool_calls' that are not a list")
     if not isinstance(role, str):
         raise Unusable(f"a {column!r} with a message without a 'role' and a 'content' text")
     if message.get("role") is None and role not in _KNOWN:

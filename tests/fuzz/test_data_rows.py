@@ -23,11 +23,13 @@ from hypo_train.data.tokens import tokenize
 
 LIMITS = {"max_prompt_length": 12, "max_completion_length": 6}
 COLUMNS = ["prompt", "chosen", "rejected", "completion", "info", "summaries", "choice", "subreddit", "title", "post"]
+COLUMNS += ["messages", "conversations", "system", "tools", "chat_template_kwargs", "label", "question", "images"]
 
 roles = st.one_of(st.sampled_from(["user", "assistant", "system", "tool", "USER", ""]), readable_text)
 message = st.one_of(
     st.fixed_dictionaries({"role": roles, "content": text}),
-    st.fixed_dictionaries({"role": roles, "content": values}, optional={"name": text}),
+    st.fixed_dictionaries({"role": roles, "content": values}, optional={"name": text, "tool_calls": values}),
+    st.fixed_dictionaries({"from": roles, "value": values}),
     values,
 )
 cell = st.one_of(text, text, st.lists(message, max_size=4), values)
@@ -36,6 +38,10 @@ rows_of_any_kind = st.lists(
         st.fixed_dictionaries({"prompt": cell, "chosen": cell, "rejected": cell}),
         st.fixed_dictionaries({"prompt": text, "chosen": text, "rejected": text}),
         st.fixed_dictionaries({"chosen": cell, "rejected": cell}),
+        st.fixed_dictionaries(
+            {"messages": st.lists(message, max_size=4)},
+            optional={"tools": values, "system": values, "chat_template_kwargs": values, "label": scalars},
+        ),
         st.fixed_dictionaries({"prompt": cell, "completion": cell}),
         st.fixed_dictionaries(
             {"info": values, "summaries": st.lists(st.one_of(values, st.fixed_dictionaries({"text": text})))},

@@ -112,6 +112,7 @@ def test_text_in_brackets_that_is_no_message_stays_text(chat, text):
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{a"}}]}],
             "with a tool call whose arguments are not JSON",
         ),
+        ([{"role": "assistant", "tool_calls": {"name": "f"}}], "with 'tool_calls' that are not a list"),
         ([{"from": "function_call", "value": "f(1)"}], "with a tool call that is not JSON"),
     ],
 )
