@@ -288,6 +288,19 @@ class Config(Settings):
 
     eval_steps: NonNegativeInt = 0
     """Steps between two evaluations; 0 means only at the end."""
+    load_best_model_at_end: bool = False
+    """Save the best checkpoint as the final model instead of the last weights. It is kept whatever save_total_limit
+    is; save_steps must be a multiple of eval_steps."""
+    metric_for_best_model: Text | None = None
+    """Metric of the evaluations that says which checkpoint is the best, with or without eval_; none means eval_loss."""
+    greater_is_better: bool | None = None
+    """Whether a larger metric is better; none means yes, unless the metric's name ends in loss."""
+    max_kl_for_best_model: PositiveFloat | None = None
+    """Only evaluations with an eval_kl of at most this many nats count for the best checkpoint and early stopping."""
+    early_stopping_patience: PositiveInt | None = None
+    """End the training after this many evaluations in a row without a better metric_for_best_model."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """Smallest improvement of the metric that counts for early stopping."""
     num_eval_prompts: PositiveInt = 128
     """Number of held-out prompts to sample from, for the reverse KL."""
     num_eval_samples: PositiveInt = 1
@@ -356,6 +369,37 @@ class Config(Settings):
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return math.ceil(self.warmup_steps * total_steps) or round(self.warmup_ratio * total_steps)
+
+    @property
+    def compares_evaluations(self) -> bool:
+        """True if the run looks for its best checkpoint, or may end early."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @property
+    def best_metric(self) -> str:
+        """The metric that says which evaluation is the best, as it is logged."""
+        return f"eval_{(self.metric_for_best_model or 'eval_loss').removeprefix('eval_')}"
+
+    @property
+    def best_is_greatest(self) -> bool:
+        """True if a larger value of the metric is better."""
+        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+
+    @property
+    def eval_metrics(self) -> list[str]:
+        """The names of the metrics of an evaluation, as they are logged."""
+        spec, names = self.spec, list[str]()
+        if spec.trains_reward_model:
+            names = ["loss", "accuracy", "margin", "mean_reward"]
+        elif spec.row_type == "example":
+            names = ["loss"]
+        elif spec.row_type == "pair":
+            names = ["loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins"))]
+            names += ["logps/chosen", "logps/rejected"]
+        if not spec.trains_reward_model:
+            names += ["kl"] * spec.has_reference + ["reward"] * self.has_reward
+            names += ["completions/mean_length", "completions/clipped_ratio"]
+        return [f"eval_{name}" for name in names]
 
     @property
     def has_reward(self) -> bool:
@@ -612,7 +656,40 @@ def _conflicts(c: Config) -> list[str]:
             f"reward={c.reward!r}: write it as package.module:function",
         ),
     ]
-    return [problem for broken, problem in rules if broken]
+    return [problem for broken, problem in [*rules, *_rules_of_best_model(c)] if broken]
+
+
+def _rules_of_best_model(c: Config) -> list[tuple[bool, str]]:
+    """Return the rules of the best checkpoint and early stopping: whether each is broken, and the message."""
+    if not c.compares_evaluations:
+        return []
+    what = "load_best_model_at_end=true" if c.load_best_model_at_end else "early_stopping_patience"
+    has_rows = c.dataset_test_split is not None or c.num_eval_rows > 0
+    name = c.best_metric
+    return [
+        (not has_rows, f"{what}: nothing to evaluate on, set dataset_test_split or num_eval_rows"),
+        (has_rows and c.eval_steps == 0, f"{what} with eval_steps=0: that evaluates only at the end, set eval_steps"),
+        (
+            c.load_best_model_at_end and c.eval_steps > 0 and (c.save_steps == 0 or c.save_steps % c.eval_steps > 0),
+            f"load_best_model_at_end=true with save_steps={c.save_steps} and eval_steps={c.eval_steps}: every "
+            "checkpoint must be evaluated, use a save_steps that is a multiple of eval_steps",
+        ),
+        (
+            name not in c.eval_metrics,
+            f"metric_for_best_model={shown(c.metric_for_best_model)}: the evaluations of this run have "
+            f"{', '.join(c.eval_metrics)}",
+        ),
+        (
+            name in ("eval_kl", "eval_completions/clipped_ratio") and c.greater_is_better is None,
+            f"metric_for_best_model={shown(c.metric_for_best_model)}: by transformers' rule a larger one would be "
+            "better, say greater_is_better: false (or true)",
+        ),
+        (
+            c.max_kl_for_best_model is not None and "eval_kl" not in c.eval_metrics,
+            f"max_kl_for_best_model={c.max_kl_for_best_model} with algorithm={c.algorithm}: its evaluations have no "
+            "eval_kl, leave it out",
+        ),
+    ]
 
 
 def _number(value: Any) -> Any:
@@ -637,6 +714,12 @@ def _without_effect(c: Config) -> list[str]:
         (("num_generations", "length_penalty"), c.draws_samples, draws),
         (("importance_cap",), c.rollout_steps > 1, "rollout_steps above 1"),
         (("warmup_ratio",), c.warmup_steps == 0, "warmup_steps: 0"),
+        (
+            ("metric_for_best_model", "greater_is_better", "max_kl_for_best_model"),
+            c.compares_evaluations,
+            "load_best_model_at_end or early_stopping_patience",
+        ),
+        (("early_stopping_threshold",), c.early_stopping_patience is not None, "early_stopping_patience"),
         (("hub_model_id", "hub_private_repo"), c.push_to_hub, "push_to_hub: true"),
     ]
     return [

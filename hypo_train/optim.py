@@ -222,8 +222,10 @@ def require_schedule(config: Config) -> None:
 def _schedule_arguments(kind: str) -> list[str]:
     """Return the names of the arguments of transformers' schedule ``kind``."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+    from transformers.trainer_utils import SchedulerType
 
-    names = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(kind)]
+    names = inspect.signature(function).parameters
     return [name for name in names if name not in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")]
 
 

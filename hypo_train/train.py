@@ -15,12 +15,13 @@ from hypo_train.checkpoint.hub import upload
 from hypo_train.checkpoint.lock import locked
 from hypo_train.checkpoint.model_card import DATA_FILE, write_card, write_data_report
 from hypo_train.checkpoint.resume import refuse_to_overwrite
-from hypo_train.checkpoint.state import resume, save, save_model
+from hypo_train.checkpoint.state import load_weights, resume, save, save_model
 from hypo_train.config import Config
 from hypo_train.evaluation.held_out import Evaluation, evaluate
+from hypo_train.evaluation.history import Evaluations
 from hypo_train.metrics.devices import device_name
 from hypo_train.metrics.environment import Attempt
-from hypo_train.metrics.log import RunLog, SilentLog, logged_evaluations
+from hypo_train.metrics.log import RunLog, SilentLog
 from hypo_train.metrics.memory import peak_memory
 from hypo_train.metrics.meter import Meter
 from hypo_train.metrics.throughput import combine_processes
@@ -130,14 +131,15 @@ def _print_lines(lines: list[str]) -> None:
 def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: StopRequest) -> Result:
     """Train from ``first_step`` to the end. Weights are saved before they are evaluated, so a failure loses none."""
     config, total_steps = run.config, run.plan.total_steps
-    evaluated_steps = run.processes.run_on_main(lambda: [line["step"] for line in logged_evaluations(run.output_dir)])
+    evaluations = Evaluations(run)
     run.model.train()
-    if first_step < total_steps and first_step not in evaluated_steps and _evaluates_at(config, first_step):
-        _evaluate(run, log, first_step)
-    for step in range(first_step, total_steps):
+    done = saved = first_step
+    if done < total_steps and _evaluates_at(config, done) and not evaluations.has(done):
+        _evaluate(run, log, done, evaluations)
+    while done < total_steps and not evaluations.end_training:
+        step, done = done, done + 1
         learning_rate = float(run.scheduler.get_last_lr()[0])  # read first: a step ends by setting the next one's rate
         _step(run, step, meter)
-        done = step + 1
         is_last = done == total_steps
         stopped_by = None if is_last else run.processes.max(stop.number or 0) or None
         log.advance(done)
@@ -154,17 +156,34 @@ def _train_from(run: Run, log: SilentLog, meter: Meter, first_step: int, stop: S
             log.log(done, metrics | _costs(run))
         if saves:
             log.flush()
-            save(run, meter, done)
+            save(run, meter, done, best=evaluations.best_step)
+            saved = done
         if stopped_by is not None:
             raise Stopped(stopped_by, checkpoint_folder(run.output_dir, done))
         if evaluates:
-            _evaluate(run, log, done)
-    model_dir = save_model(run)
-    if total_steps in evaluated_steps:
-        return Result(model_dir, None)
-    evaluation = _evaluate(run, log, total_steps)
-    if evaluation is not None:
-        run.processes.run_on_main(lambda: write_card(model_dir, config, run.output_dir))
+            _evaluate(run, log, done, evaluations)
+    if done > saved:  # training ends early, after an evaluation between two checkpoints
+        log.flush()
+        save(run, meter, done, best=evaluations.best_step)
+    return _finish(run, log, done, evaluations)
+
+
+def _finish(run: Run, log: SilentLog, last_step: int, evaluations: Evaluations) -> Result:
+    """Save the final model, before the last evaluation if that does not choose it, and return the result."""
+    model_dir = None if run.config.load_best_model_at_end else save_model(run)
+    evaluation = None if evaluations.has(last_step) else _evaluate(run, log, last_step, evaluations)
+    if last_step < run.plan.total_steps:
+        log.message(evaluations.why_training_ends(last_step))
+    if model_dir is None:
+        log.message(evaluations.what_is_final(last_step))
+        best = evaluations.best_step
+        if best is not None and best != last_step:
+            load_weights(run, best)
+            evaluation = None
+        model_dir = save_model(run, step=best)
+    elif evaluation is not None:
+        final = model_dir
+        run.processes.run_on_main(lambda: write_card(final, run.config, run.output_dir))
     return Result(model_dir, evaluation)
 
 
@@ -191,7 +210,7 @@ def _costs(run: Run) -> dict[str, float]:
     return combine_processes(run.processes.gather(costs))
 
 
-def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
+def _evaluate(run: Run, log: SilentLog, step: int, evaluations: Evaluations) -> Evaluation | None:
     if not run.plan.eval_rows:
         return None
     if run.config.has_reference:
@@ -205,5 +224,6 @@ def _evaluate(run: Run, log: SilentLog, step: int) -> Evaluation | None:
         with record_errors(path):
             path.parent.mkdir(exist_ok=True)
             write_json_lines(path, evaluation.samples)
-    log.log(step, evaluation.metrics)  # written last: a resumed run repeats an evaluation that is not in the log
+    # Logged last: a resumed run repeats an evaluation that is not in the log.
+    log.log(step, evaluation.metrics | evaluations.add(step, evaluation.metrics))
     return evaluation

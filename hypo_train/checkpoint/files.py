@@ -168,6 +168,11 @@ def damaged_checkpoints(output_dir: Path, *, tensors: bool) -> list[str]:
     return [f"{name}: {damage}" for name, damage in damages.items() if damage]
 
 
+def is_complete(folder: Path) -> bool:
+    """Return whether ``folder`` is a checkpoint with all its files, without reading its tensors."""
+    return _damage(folder, tensors=False) is None
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Return whether ``folder`` has the name or the manifest of a checkpoint."""
     return folder.is_dir() and bool(_FOLDER.fullmatch(folder.name) or (folder / _MANIFEST).exists())
@@ -179,8 +184,10 @@ def read_extra(folder: Path) -> dict[str, Any]:
     return extra
 
 
-def prune(output_dir: Path, keep: int) -> None:
+def prune(output_dir: Path, keep: int, *, best: int | None = None) -> None:
     """Remove all checkpoints older than the newest ``keep`` complete ones.
+
+    That of step ``best`` is one of the ``keep``, or one more if ``keep`` is 1: the newest is always kept.
 
     Only the existence and size of the tensor files are checked: reading them at every save would take too long.
 
@@ -189,12 +196,15 @@ def prune(output_dir: Path, keep: int) -> None:
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}: at least 1 checkpoint must stay")
-    complete = 0
-    for folder in _newest_first(Path(output_dir)):
-        if complete >= keep:
+    folders = _newest_first(Path(output_dir))
+    complete = [folder for folder in folders if not _damage(folder, tensors=False)]
+    if len(complete) < keep:
+        return
+    older_best = [folder for folder in complete[keep:] if _step(folder) == best]
+    kept = complete[: max(1, keep - len(older_best))]
+    for folder in folders[folders.index(kept[-1]) + 1 :]:
+        if folder not in older_best:
             remove_folder(folder)
-        elif not _damage(folder, tensors=False):
-            complete += 1
 
 
 def remove_temporaries(output_dir: Path) -> None:

@@ -27,6 +27,12 @@ FREE_TO_CHANGE = {
     "hub_model_id",
     "hub_private_repo",
     "eval_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "max_kl_for_best_model",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "num_eval_prompts",
     "num_eval_samples",
     "per_device_eval_batch_size",
@@ -84,6 +90,12 @@ def checkpoint_to_resume(config: Config, *, tensors: bool = True) -> Path | None
         raise ConfigError(
             f"resume_from_checkpoint={resume_from!r} is not a checkpoint folder (checkpoint-<step>)"
             f"{_suggestion(Path(resume_from), output_dir)}"
+        )
+    if config.compares_evaluations and Path(resume_from).resolve().parent != output_dir.resolve():
+        raise ConfigError(
+            f"resume_from_checkpoint={resume_from!r} is not in output_dir={config.output_dir!r}: the best checkpoint "
+            "is found among the evaluations in output_dir, continue there (or leave out load_best_model_at_end and "
+            "early_stopping_patience)"
         )
     return Path(resume_from)
 

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from hypo_train.build import Run
 
 
-def save(run: Run, meter: Meter, step: int) -> None:
-    """Save a checkpoint. Every process must call this; the main process writes."""
+def save(run: Run, meter: Meter, step: int, *, best: int | None = None) -> None:
+    """Save a checkpoint. Every process must call this; the main process writes.
+
+    ``best``: the step of the best checkpoint so far, which is not deleted.
+    """
     process_state = {
         "meter": meter.state(),
         "num_tokens": run.throughput.num_tokens,
@@ -49,7 +52,7 @@ def save(run: Run, meter: Meter, step: int) -> None:
         },
         processes=run.processes,
     )
-    run.processes.run_on_main(lambda: prune(run.output_dir, run.config.save_total_limit))
+    run.processes.run_on_main(lambda: prune(run.output_dir, run.config.save_total_limit, best=best))
 
 
 def resume(run: Run, meter: Meter) -> int:
@@ -113,18 +116,27 @@ def _check_same_origin(run: Run, extra: dict[str, Any], folder: Path) -> None:
         )
 
 
-def save_model(run: Run) -> Path:
-    """Save the final model and its tokenizer atomically in ``output_dir/final``, and return that folder."""
+def load_weights(run: Run, step: int) -> None:
+    """Give the model the weights of the checkpoint of ``step``, for saving: the optimizer keeps its state."""
+    folder = checkpoint_folder(run.output_dir, step)
+    put_saved(run.trained, load_checkpoint(folder).model_state, folder)
+
+
+def save_model(run: Run, *, step: int | None = None) -> Path:
+    """Save the final model and its tokenizer atomically in ``output_dir/final``, and return that folder.
+
+    ``step``: the step after which the weights were saved, for the model card; None for the last one.
+    """
     state = run.trained.full_state_dict()
-    return run.processes.run_on_main(lambda: _write_model(run, state))
+    return run.processes.run_on_main(lambda: _write_model(run, state, step))
 
 
-def _write_model(run: Run, state: dict[str, Tensor] | None) -> Path:
+def _write_model(run: Run, state: dict[str, Tensor] | None, step: int | None) -> Path:
     def fill(folder: Path) -> None:
         run.trained.save_pretrained(folder, state)
         run.tokenizer.save_pretrained(folder)
         list_turn_end(folder, run.tokenizer)
-        write_card(folder, run.config, run.output_dir)
+        write_card(folder, run.config, run.output_dir, step=step)
 
     final = run.output_dir / "final"
     advice = "; training is done and the last checkpoint is kept: --resume_from_checkpoint auto saves the model from it"

@@ -175,7 +175,7 @@ OPTIMISATION = (
 )
 
 LOGGING = (
-    not_served("early_stopping_steps", "early stopping is"),
+    use("early_stopping_steps", "`early_stopping_patience`"),
     not_served(
         "use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir "
         "swanlab_lark_webhook_url swanlab_lark_secret",

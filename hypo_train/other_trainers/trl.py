@@ -312,9 +312,4 @@ HUB = (
     ),
 )
 
-NOT_YET = (
-    not_served("load_best_model_at_end metric_for_best_model greater_is_better", "the best checkpoint is"),
-    not_served("early_stopping_patience", "early stopping is"),
-)
-
-TABLE = (*NOT_YET, *DATA, *MODEL, *PREFERENCE_LOSS, *ONLINE, *OPTIMISATION, *DEVICES, *LOGGING, *HUB)
+TABLE = (*DATA, *MODEL, *PREFERENCE_LOSS, *ONLINE, *OPTIMISATION, *DEVICES, *LOGGING, *HUB)

@@ -35,7 +35,8 @@ def check_disk(config: Config, plan: Plan, trained: Policy | RewardModel, findin
         ConfigError: there is not enough space for one checkpoint.
     """
     one, final = checkpoint_bytes(config, trained), final_bytes(trained)
-    kept = min(config.save_total_limit, _num_saves(config, plan))
+    limit = max(config.save_total_limit, 2 if config.compares_evaluations else 1)  # the best and the newest
+    kept = min(limit, _num_saves(config, plan))
     peak = max(min(kept + 1, _num_saves(config, plan)) * one, kept * one + final)
     free = shutil.disk_usage(_existing_parent(config)).free
     replaced = _bytes_of_checkpoints(Path(config.output_dir))

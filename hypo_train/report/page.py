@@ -148,6 +148,8 @@ def _card(run: RecordedRun, number: int) -> dict[str, Any]:
         progress.append(more + duration(float(sum(seconds))) + attempts)
     elif run.last_written is not None:
         progress.append(f"last line written {run.last_written:%Y-%m-%d %H:%M UTC}")
+    if run.best_step is not None:
+        progress.append(f"best: step {run.best_step}")
     ending, kind = run.ending, "good" if run.ending == "finished" else "bad"
     if ending is None:
         ending, kind = "no end recorded: it is running, or was killed", "open"
@@ -174,10 +176,10 @@ def _last_part(path: Any) -> str:
 
 
 def _figures(run: RecordedRun) -> list[tuple[str, str, str]]:
-    """Return (title, note, value) of the main metrics, from the last evaluation if there is one, else from training."""
+    """Return (title, note, value) of the main metrics, from the final model's evaluation, else from training."""
     figures = []
     for names in _HEADLINE:
-        sources = [(lines, p + n) for n in names for lines, p in ((run.evaluated, "eval_"), (run.trained, ""))]
+        sources = [(lines, p + n) for n in names for lines, p in ((run.final_lines, "eval_"), (run.trained, ""))]
         for lines, name in sources:
             value = last(lines, name)
             if value is not None:
@@ -197,11 +199,11 @@ def _figures(run: RecordedRun) -> list[tuple[str, str, str]]:
 
 
 def _evaluations(runs: Sequence[RecordedRun]) -> dict[str, Any] | None:
-    """Return a table with each run's last evaluation in training, and its evaluation after training."""
+    """Return a table with the evaluation of each run's final model in training, and its evaluation after training."""
     evaluations: list[tuple[str, str, Mapping[str, Any]]] = []
     for run in runs:
-        if run.evaluated:
-            evaluations.append((run.name, str(run.evaluated[-1]["step"]), run.evaluated[-1]))
+        if run.final_lines:
+            evaluations.append((run.name, str(run.final_lines[-1]["step"]), run.final_lines[-1]))
         if run.final_evaluation is not None:
             evaluations.append((f"{run.name}, evaluate", "final", run.final_evaluation))
     if not evaluations:

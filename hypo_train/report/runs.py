@@ -67,6 +67,19 @@ class RecordedRun:
         return [line for line in self.lines if _is_evaluation(line)]
 
     @property
+    def best_step(self) -> int | None:
+        """The step of the weights in the final model, if the run chose the best of its checkpoints."""
+        chooses = self.config.get("load_best_model_at_end") is True and self.evaluated
+        step = self.evaluated[-1].get("best_global_step") if chooses else None
+        return step if isinstance(step, int) else None
+
+    @property
+    def final_lines(self) -> list[dict[str, Any]]:
+        """The evaluations up to that of the final model's weights."""
+        best = self.best_step
+        return self.evaluated if best is None else [line for line in self.evaluated if line["step"] <= best]
+
+    @property
     def last_step(self) -> int:
         """The last step in metrics.jsonl, or 0."""
         return max((line["step"] for line in self.lines), default=0)
