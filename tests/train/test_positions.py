@@ -114,9 +114,15 @@ def test_loss_and_gradients_are_those_of_rows_alone(tmp_path, rope, more):
         assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("kind", [DecodeSampler, GenerateSampler])
-def test_samples_up_to_the_limit_are_those_of_rows_alone(kind):
-    model = new_phi3()
+def new_dynamic():
+    return tiny.new_model("llama", rope_parameters=dict(DYNAMIC), max_position_embeddings=LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(new_phi3, DecodeSampler), (new_phi3, GenerateSampler), (new_dynamic, GenerateSampler)]
+)
+def test_samples_up_to_the_limit_are_those_of_rows_alone(make, kind):
+    model = make()
     sampler = kind(model, eos_token_ids=(), pad_token_id=tiny.PAD, score=True)
     prompts = [[5, 9, 11, 7], [6, 3]]
     samples = sampler.sample(prompts, 2, LIMIT - 4, seed=1)
