@@ -204,7 +204,9 @@ def test_the_reference_of_a_loaded_adapter_is_that_adapter(make, saved_model):
     assert [name for name, p in model.named_parameters() if p.requires_grad and ".ref." in name] == []
 
 
-@pytest.mark.parametrize("way", slow_unless(["gpt_neox"], ["full", "lora", "gpt_neox"]))
+@pytest.mark.parametrize(
+    "way", slow_unless(["gpt_neox", "loaded adapter"], ["full", "lora", "gpt_neox", "loaded adapter"])
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(make, saved_model, way):
     options = {
         "model": saved_model("gpt_neox") if way == "gpt_neox" else None,
@@ -217,7 +219,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make, saved_model, way):
         "max_steps": 4,
         **HYPO,
     }
-    whole, resumed = make(name="whole", **options), make(name="resumed", **options)
+
+    def start(name):
+        if way == "loaded adapter":  # its copy, the reference, is saved in a folder of its own
+            torch.manual_seed(0)
+            options["policy"] = get_peft_model(AutoModelForCausalLM.from_pretrained(saved_model()), LORA)
+        return make(name=name, **options)
+
+    whole, resumed = start("whole"), start("resumed")
     whole.train()
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
     names = ["loss", "kl", "rewards/margins", "completions/mean_length", "completions/clipped_ratio"]
@@ -226,7 +235,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make, saved_model, way):
     for (name, found), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(found, expected), name
     whole.save_model()
-    kind = AutoPeftModelForCausalLM if way == "lora" else AutoModelForCausalLM
+    kind = AutoPeftModelForCausalLM if way in ("lora", "loaded adapter") else AutoModelForCausalLM
     loaded = kind.from_pretrained(whole.args.output_dir)
     torch.testing.assert_close(
         tiny.plain_logits(loaded.eval(), [5, 20, 6]), tiny.plain_logits(whole.model.eval(), [5, 20, 6])
@@ -325,8 +334,12 @@ def test_precomputed_reference_logps_change_no_loss(make, kl_coef):
 
 
 def test_a_precomputed_reference_of_a_full_model_is_that_model(make):
-    plain, precomputed = (trained(make(precompute_ref_log_probs=given, **NO_KL))[0] for given in (False, True))
+    options = {"eval_dataset": datasets.Dataset.from_list(ROWS[:4]), **NO_KL}
+    plain, precomputed = (trained(make(precompute_ref_log_probs=given, **options))[0] for given in (False, True))
     assert precomputed.ref_model is None
+    # The trained policy must not stand for the reference: all rewards would be 0.
+    margins = [trainer.evaluate()["eval_rewards/margins"] for trainer in (plain, precomputed)]
+    assert margins[0] == pytest.approx(margins[1], rel=1e-4) != 0
     torch.testing.assert_close(
         torch.tensor(logged(precomputed, "loss", "rewards/margins")),
         torch.tensor(logged(plain, "loss", "rewards/margins")),
