@@ -14,16 +14,26 @@ from hypo_train.data.errors import DataError
 from hypo_train.data.rows import Pair
 
 
+def shown_name(dataset_name: str) -> str:
+    """Return the argument of the trainer that TRL calls ``dataset_name``."""
+    return f"{dataset_name}_dataset" if dataset_name in ("train", "eval") else f"eval_dataset[{dataset_name!r}]"
+
+
+def refuse_no_rows(dataset: Any, problem: str) -> None:
+    """Raise DataError with ``problem`` for a data set without rows."""
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise DataError(problem)
+
+
 def refuse_empty_prompts(dataset: Any, dataset_name: str) -> None:
     """Raise DataError for a prompt without tokens: its only token may merge with the completion."""
-    name = f"{dataset_name}_dataset" if dataset_name in ("train", "eval") else f"eval_dataset[{dataset_name!r}]"
     if not isinstance(dataset, Dataset):  # an iterable data set is not read in advance
         return
     empty = next((row for row, prompt in enumerate(dataset["prompt_ids"]) if not prompt), None)
     if empty is not None:
         raise DataError(
-            f"row {empty} of {name} has an empty prompt once it is tokenised: give it text that ends where a "
-            "token ends (a space, a line break), or a chat template"
+            f"row {empty} of {shown_name(dataset_name)} has an empty prompt once it is tokenised: give it text that "
+            "ends where a token ends (a space, a line break), or a chat template"
         )
 
 

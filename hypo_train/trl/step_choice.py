@@ -87,9 +87,11 @@ def _processes(args: HyPOConfig) -> Iterable[Obstacle]:
 
 
 def _peft_methods(model: Any, peft_config: Any) -> Iterable[Obstacle]:
-    """Yield methods that change more than linear layers, or whose reference is not the adapter switched off."""
+    """Yield adapters other than LoRA. Raise ConfigError for one that cannot be switched off."""
     loaded = getattr(model, "peft_config", None) or {}
     for config in [*loaded.values(), *([] if peft_config is None else [peft_config])]:
+        if (bias := getattr(config, "bias", "none")) != "none":
+            raise ConfigError(f"peft_config: bias={bias!r} also trains the reference model's biases, use bias='none'")
         if config.peft_type != "LORA":
             yield Obstacle(f"peft_config of type {config.peft_type.value}", "use LoraConfig")
 

@@ -27,11 +27,11 @@ from hypo_train.model.positions import LongestRow, check_positions
 from hypo_train.model.router_loss import has_router_loss
 from hypo_train.model.source import eos_token_ids
 from hypo_train.sampling import Distribution, Sampler, Samples
-from hypo_train.sampling.registry import SamplerSettings, choose_sampler
+from hypo_train.sampling.registry import SamplerSettings, candidates, choose_sampler
 from hypo_train.trees.pack import Batcher
 from hypo_train.trees.tree import Tree
 from hypo_train.trl.config import HyPOConfig
-from hypo_train.trl.rows import longest_lengths, pairs_of_batch, refuse_empty_prompts
+from hypo_train.trl.rows import longest_lengths, pairs_of_batch, refuse_empty_prompts, refuse_no_rows, shown_name
 from hypo_train.trl.step_choice import arguments_of_trls_step, check_step, options_of_trls_step
 
 logger = logging.get_logger(__name__)
@@ -95,6 +95,9 @@ class HyPOTrainer(trl.DPOTrainer):
         if self.why_trls_step is not None:
             logger.warning("TRL's own step computes the loss, because of: %s", self.why_trls_step)
         _refuse_missing_reference(model, ref_model, args, peft_config)
+        for entry in candidates(args.sampler) if args.kl_coef else ():
+            entry.require_package()
+        refuse_no_rows(train_dataset, "train_dataset has no rows: pass some with prompt, chosen and rejected")
         self._settings = args.loss_settings()
         self._is_ready = False
         super().__init__(model, ref_model, args, **arguments)
@@ -162,7 +165,6 @@ class HyPOTrainer(trl.DPOTrainer):
 
     def _new_sampler(self) -> Sampler:
         entry, _ = choose_sampler(self.args.sampler, self._policy.model)
-        entry.require_package()
         longest = self.args.max_length
         settings = SamplerSettings(
             eos_token_ids=eos_token_ids(self._policy.base.generation_config, self._tokenizer),
@@ -177,8 +179,11 @@ class HyPOTrainer(trl.DPOTrainer):
         """Send nothing."""
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """Tokenise a data set as ``DPOTrainer`` does. Raise DataError for a prompt without tokens."""
+        """Tokenise a data set as ``DPOTrainer`` does. Raise DataError if no row is left, or a prompt has no tokens."""
         tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        refuse_no_rows(
+            tokenised, f"no prompt of {shown_name(dataset_name)} is shorter than max_length={args.max_length}"
+        )
         refuse_empty_prompts(tokenised, dataset_name)
         return tokenised
 

@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerFast
 ORGANIZATION = "trl-internal-testing"
 DATASETS = {
     "zen": "generate_zen_dataset",
+    "zen-image": "generate_zen_image_dataset",
     "toolcall": "generate_toolcall_dataset",
     "harmony": "generate_harmony_dataset",
 }
-IMAGES = {"zen-image": "generate_zen_image_dataset"}
 
 _TEMPLATE = """\
 {%- if tools %}<|im_start|>system

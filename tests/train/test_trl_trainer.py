@@ -281,14 +281,29 @@ def test_a_config_of_dpo_is_refused(tmp_path):
         ({"peft_config": IA3Config()}, "peft_config of type IA3: use LoraConfig"),
         ({"data_collator": default_data_collator}, "data_collator is function: use DataCollatorForPreference, or None"),
         ({"rows": [{**ROWS[0], "images": []}]}, "train_dataset has images: use a data set of text"),
+        ({"peft_config": LoraConfig(bias="all")}, "bias='all' also trains the reference model's biases"),
+        ({"sampler": "vllm"}, "sampler=vllm needs vLLM: pip install"),
+        ({"rows": []}, "train_dataset has no rows"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: samples ask the reference model at every"),
     ],
-    ids=["loha", "ia3", "collator", "images", "precomputed"],
+    ids=["loha", "ia3", "collator", "images", "biases", "sampler", "empty", "precomputed"],
 )
 def test_what_a_kl_cannot_have_is_refused_before_loading(make, monkeypatch, changes, message):
     monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", None)
-    with pytest.raises(ConfigError, match=message):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises((ConfigError, DataError), match=message):
         make(**HYPO, **changes)
+
+
+def test_several_processes_are_refused_before_loading(make, monkeypatch):
+    monkeypatch.setattr(HyPOConfig, "world_size", 2)
+    with pytest.raises(ConfigError, match="2 processes: use this project's own loop, torchrun -m hypo_train"):
+        make(**HYPO)
+
+
+def test_rows_that_max_length_drops_are_named(make):
+    with pytest.raises(DataError, match="no prompt of train_dataset is shorter than max_length=1"):
+        make(max_length=1, **HYPO)
 
 
 def test_the_arguments_are_in_the_order_of_dpo_trainer():
