@@ -7,7 +7,7 @@ content tells, and what is read already (a question that the prompt repeats) is 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -115,7 +115,8 @@ def choose_columns(rows: Rows, form: Format, parts_of: Callable[[AbstractSet[str
     unread = [name for name in names if name not in read]
     if len(parts) == 1:
         _check_label(rows, parts[0])
-    return Columns(parts, tuple(read), tuple(unread), tuple(_judged(sample, parts, read, unread)))
+    warnings = [*_judged(sample, parts, read, unread), *_contradicted(rows, unread)]
+    return Columns(parts, tuple(read), tuple(unread), tuple(warnings))
 
 
 def _judged(sample: Rows, parts: Sequence[str], read: Sequence[str], unread: Sequence[str]) -> list[str]:
@@ -144,6 +145,18 @@ def _judged(sample: Rows, parts: Sequence[str], read: Sequence[str], unread: Seq
             f"'chosen' and 'rejected': set column_mapping: {_flow({prompts[0]: ours})}{_or_leave(prompts)}"
         )
     return [_warning(name, meaning) for name, meaning in missed.items()]
+
+
+def _contradicted(rows: Rows, unread: Sequence[str]) -> Iterator[str]:
+    """Yield a warning for each two columns of scores that call rejected answers better than the chosen ones."""
+    for name in unread:
+        other = name.replace("chosen", "rejected")
+        if not re.search("score|rating", name) or other == name or other not in unread:
+            continue
+        scores = list(zip(column(rows, name), column(rows, other), strict=True))
+        worse = sum(isinstance(a, (int, float)) and isinstance(b, (int, float)) and a < b for a, b in scores)
+        if worse > _FEW * len(scores):
+            yield f"{worse} of {len(scores)} pairs have a lower {name!r} than {other!r}: leave them out or swap the two"
 
 
 def _warning(name: str, meaning: str) -> str:

@@ -234,6 +234,17 @@ def test_a_label_of_pairs_that_changes_is_a_warning(plain):
     assert line.startswith("nothing reads the column 'label': 'chosen' is preferred in every row")
 
 
+@pytest.mark.parametrize("names", [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")])
+def test_scores_that_contradict_the_choice_are_a_warning(plain, names):
+    chosen, rejected = names
+    scored = [(5.0, 3.0), (2, 4), (1.0, 1.0), (None, 3.0)]
+    rows = [row(f"Q {i}", "a", "b") | {chosen: a, rejected: b} for i, (a, b) in enumerate(scored)]
+    _, report = pairs_of(rows, plain)
+    assert report.warnings() == [
+        f"1 of 4 pairs have a lower {chosen!r} than {rejected!r}: leave them out or swap the two"
+    ]
+
+
 @pytest.mark.parametrize("label", ["science", 3, True, "true", 1])
 def test_a_label_that_calls_nothing_bad_is_only_named(plain, label):
     examples, report = examples_of([{"prompt": "a", "completion": "b", "label": label}], plain)
