@@ -9,7 +9,9 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from hypo_train import preflight
 from hypo_train.config import Config
+from hypo_train.dry_run import DryRun
 from hypo_train.model.router_loss import has_router_loss
 from hypo_train.model.tree_model import ModelError
 from hypo_train.trees.pack import Batcher
@@ -79,3 +81,23 @@ def test_a_model_that_does_not_ask_gets_no_loss(saved_model):
     assert has_router_loss(policy.base)
     assert policy.router_aux_loss_coef == 0
     assert policies.policy_of(saved_model("mixtral"), router_aux_loss_coef=0.2).router_aux_loss_coef == 0.2
+
+
+@pytest.fixture
+def no_memory_estimate():
+    """Here there is one."""
+
+
+def test_the_page_names_routers_and_experts_and_has_memory(settings, saved_model):
+    """The estimate runs the model with fake tensors, for which torch knows the experts' products in bf16 alone."""
+    config = settings(model=saved_model("mixtral", **ASKS), **short_runs.LORA)
+    page = "\n".join(preflight.check(config, DryRun()).page())
+    assert "the load-balancing loss of the routers is added, times 0.5" in page
+    assert "no LoRA on the experts, which are no linear layers: down_proj, gate_up_proj" in page
+    assert "memory is not estimated" not in page
+    assert "at the peak of each phase" in page
+
+
+def test_a_reward_model_names_the_loss_that_it_lacks(settings, saved_model):
+    found = preflight.check(settings(model=saved_model("mixtral", **ASKS), algorithm="reward"), DryRun())
+    assert any("router_aux_loss_coef=0.5), and MixtralForSequ" in line for line in found.warnings)
