@@ -38,9 +38,8 @@ def add_lora(model: Any, config: Config) -> Any:
     )
     try:
         adapted = get_peft_model(model, settings)
-    except (ValueError, re.error) as error:
-        as_list = ": write several names as a list, [q_proj, v_proj]" if "," in str(targets) else ""
-        raise ModelError(f"lora_target_modules={targets!r}: {first_line(error)}{as_list}") from error
+    except ValueError as error:
+        raise ModelError(f"lora_target_modules={targets!r}: {first_line(error)}") from error
     if saved is not None and is_tied and not _is_tied(model):
         raise ModelError(
             f"lora_modules_to_save={saved!r}: {type(model).__name__} has one matrix for its embeddings and its LM "
@@ -91,6 +90,16 @@ def _targets(model: Any, config: Config) -> list[str] | str | None:
             f"lora_target_modules: peft has no default for {kind} models: set lora_target_modules: all-linear, or a "
             f"list of {', '.join(linear)}"
         )
+    if isinstance(targets, str) and targets != "all-linear":
+        try:
+            found = any(re.fullmatch(targets, name) for name, _ in modules)
+        except re.error as error:
+            raise ModelError(f"lora_target_modules={targets!r} is no regular expression: {error}") from None
+        if not found:
+            raise ModelError(
+                f"lora_target_modules={targets!r}: this regular expression matches the whole name of no module of "
+                f"{type(model).__name__}, such as {next(n for n, m in modules if isinstance(m, nn.Linear | Conv1D))}"
+            )
     if isinstance(targets, list):  # peft ignores an unknown one if it finds any other
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name, _ in modules):

@@ -60,6 +60,18 @@ def test_a_missing_default_of_peft_names_our_setting(multimodal):
         policies.policy_of(multimodal, use_peft=True)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"layers\.\d+\.q_proj", r"matches the whole name of no module of Llama.* such as model\.layers\.0\.self_attn"),
+        ("(q_proj", "is no regular expression"),
+    ],
+)
+def test_a_pattern_without_a_match_names_our_setting(saved_model, pattern, message):
+    with pytest.raises(ModelError, match=f"^lora_target_modules=.*{message}"):
+        policies.policy_of(saved_model(), use_peft=True, lora_target_modules=pattern)
+
+
 def test_one_name_is_not_a_regular_expression(saved_model):
     policy = policies.policy_of(saved_model(), use_peft=True, lora_target_modules="q_proj")
     assert len(policy.trained_parameters()) == 2 * 2

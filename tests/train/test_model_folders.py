@@ -158,8 +158,11 @@ def test_weights_that_are_not_finite_are_named_as_such(settings, folder):
         ({"impl": "triton"}, "impl=triton on a cpu: it needs a GPU, use impl: auto"),
         ({"use_liger_kernel": True}, "use_liger_kernel=true on a cpu: Liger's kernels need a GPU, leave it out"),
         ({"attn_implementation": "flashattention"}, "attn_implementation='flashattention': Specified "),
-        ({"use_peft": True, "lora_target_modules": "("}, "lora_target_modules='(': missing )"),
-        ({"use_peft": True, "lora_target_modules": "q_proj,v_proj"}, "lora_target_modules='q_proj,v_proj': Target "),
+        ({"use_peft": True, "lora_target_modules": "("}, "lora_target_modules='(' is no regular expression: missing )"),
+        (
+            {"use_peft": True, "lora_target_modules": "q_proj|v_proj"},
+            "lora_target_modules='q_proj|v_proj': this regular expression matches the whole name of no module",
+        ),
         (
             {"use_peft": True, "lora_target_modules": ["q_prj", "v_proj"]},
             "lora_target_modules=['q_prj', 'v_proj']: LlamaForCausalLM has no module 'q_prj'; its linear ones are ",
