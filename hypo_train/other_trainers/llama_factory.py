@@ -175,7 +175,7 @@ OPTIMISATION = (
 )
 
 LOGGING = (
-    use("early_stopping_steps", "`early_stopping_patience`"),
+    use("early_stopping_steps", "`early_stopping_patience`, a number of evaluations without a better metric"),
     not_served(
         "use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir "
         "swanlab_lark_webhook_url swanlab_lark_secret",

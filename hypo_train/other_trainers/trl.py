@@ -287,6 +287,7 @@ LOGGING = (
         "save_strategy",
         "`save_steps`, a number of steps",
         steps="`save_steps` alone says it, leave it out",
+        best="use `load_best_model_at_end: true` with `save_steps` and `eval_steps`",
         no="use `save_steps: 0`",
         false="use `save_steps: 0`",
         epoch="use `save_steps`, a number of steps: the steps of an epoch are shown at the start",

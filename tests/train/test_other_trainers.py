@@ -21,6 +21,7 @@ REQUIRED = "model_name_or_path: m\ndataset_name: d\n"
 PARTNERS = {
     "algorithm: rloo": {"reward": "module:function"},
     "load_in_4bit: true": {"use_peft": True},
+    "load_best_model_at_end: true": {"num_eval_rows": 8, "eval_steps": 100},
     "push_to_hub: true": {"hub_model_id": "organisation/name"},
 }
 ENTRIES = [(trainer, advice) for trainer, table in TABLES.items() for advice in table]
