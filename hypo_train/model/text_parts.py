@@ -12,9 +12,11 @@ from torch import nn
 def decoder_of(model: Any) -> Any:
     """Return the module of a transformers model that turns token ids into the hidden states that the head reads.
 
-    ``get_decoder`` gives Llama 4's whole causal language model.
+    ``get_decoder`` gives Llama 4's whole causal language model, and ModernBERT's head, which is called decoder.
     """
     decoder = model.get_decoder()
+    if decoder is model.get_output_embeddings():
+        decoder = model.base_model
     while decoder.get_output_embeddings() is not None and hasattr(decoder, "model"):
         decoder = decoder.model
     return decoder

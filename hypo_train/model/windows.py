@@ -15,7 +15,7 @@ from hypo_train.model.text_parts import decoder_of
 
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]  # (batch, head, query, key) -> whether query sees key
 _RECORDER = "hypo_mask_recorder"
-_FARTHEST = 2**17  # positions beyond this one are not asked forfrom hypo_train.model.text_parts import decoder_of
+_FARTHEST = 2**17  # positions beyond this one are not asked for
 
 
 def layer_windows(config: Any) -> list[int | None]:

@@ -99,6 +99,8 @@ EXACT = {
 }
 REFUSED = {
     "Bert": ({"is_decoder": True}, "BertLMHeadModel computes its logits in a way the kernels do not serve"),
+    # Its head is called decoder, and layers stand before it.
+    "ModernBertDecoder": ({"bos_token_id": 2}, "ModernBertDecoderForCausalLM computes its logits in a way the kernels"),
     "T5": ({"d_model": 32, "d_kv": 8, "num_layers": 2}, "is a t5 model .* not a causal language model"),
 }
 
