@@ -777,7 +777,7 @@ def test_batches_by_length_depend_on_step_and_lengths_alone():
     assert [batch_indices(50, 3, step, 1, lengths[::-1]) for step in range(40)] != forward
 
 
-def test_the_smaller_batch_by_length_is_not_always_the_shortest_rows():
+def test_the_smaller_batch_by_length_has_random_rows():
     lengths = ragged(11)
     last = {lengths[index] for epoch in range(100) for index in epoch_of(11, 5, lengths, epoch=epoch)[-1]}
     assert last == set(lengths)
