@@ -159,6 +159,14 @@ def test_a_killed_search_for_the_best_is_resumed_exactly(run_of, function, nth):
     assert_same_weights(config, expected)
 
 
+def test_the_patience_so_far_survives_a_kill(run_of):
+    config = kill_run(run_of(**BEST, early_stopping_patience=2), loop, "train_step", 6)
+    assert [line["step"] for line in metrics_of(config) if "eval_loss" in line] == [0, 2, 4]
+    resume(config)
+    assert metrics_of(config)[-1]["step"] == 6
+    assert_final_is(config, 2)
+
+
 def test_without_a_checkpoint_in_the_budget_the_last_is_final(run_of, capsys):
     config = run_of(**BEST, max_kl_for_best_model=1e-9)
     train(config, progress=False)

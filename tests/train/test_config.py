@@ -568,3 +568,11 @@ def test_a_path_that_is_not_what_it_seems_is_refused(command, path, problem):
     with pytest.raises(ConfigError) as error:
         load([*before, path, *after])
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"min_lr": 1e-7, "num_cycles": 2}', "{min_lr: 1e-7, num_cycles: 2}"])
+def test_arguments_of_a_schedule_are_numbers(recipe, text):
+    for arguments in (["--lr_scheduler_kwargs", text], ["--config", recipe(f"lr_scheduler_kwargs: {text}\n")]):
+        kwargs = load_config([*REQUIRED, *arguments]).lr_scheduler_kwargs
+        assert kwargs == {"min_lr": 1e-7, "num_cycles": 2}
+        assert type(kwargs["num_cycles"]) is int
