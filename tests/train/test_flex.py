@@ -119,11 +119,11 @@ def test_the_mask_of_random_layouts_is_its_definition():
 
 
 @pytest.mark.parametrize("window", [1, 129, 200])  # a token alone, one more than a block, several blocks
-def test_the_mask_within_a_window_lists_the_blocks_of_its_definition(layout, part, window):
+def test_the_mask_within_a_window_lists_exactly_its_blocks(layout, part, window):
     check_mask(layout, part, window)
 
 
-def test_the_mask_of_random_layouts_within_a_window_is_its_definition():
+def test_the_mask_of_random_layouts_within_a_window_is_right():
     full = sum(check_mask(random_layout(s), part, 1 + s * 7) for s in range(60) for part in PARTS.values())
     assert full > 0
 
@@ -256,7 +256,7 @@ def test_gradients_are_those_of_attention_by_group(uncompiled, layout, part):
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_windows_and_sinks_have_the_gradients_of_attention_by_group(uncompiled, layout, part, window):
+def test_windows_and_sinks_have_the_gradients_of_sdpa(uncompiled, layout, part, window):
     states = [x.requires_grad_() for x in inputs(layout, part)]
     if not states[0].shape[2]:
         return
