@@ -83,7 +83,8 @@ def _targets(model: Any, config: Config) -> list[str] | str | None:
     targets, kind = config.lora_target_modules, model.config.model_type
     if isinstance(targets, str) and re.fullmatch(r"\w+", targets):  # one name
         targets = [targets]
-    modules = [(name, module) for name, module in model.named_modules() if name]
+    unreached = _pattern_of(unreached_modules(model)) or "$"
+    modules = [(name, m) for name, m in model.named_modules() if name and not re.fullmatch(unreached, name)]
     linear = sorted({name.split(".")[-1] for name, module in modules if isinstance(module, nn.Linear | Conv1D)})
     if targets is None and kind not in DEFAULTS:
         raise ModelError(

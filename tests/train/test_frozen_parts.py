@@ -34,7 +34,7 @@ def multimodal(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, policies.LORA, {**policies.LORA, "lora_target_modules": ["q_proj", "fc1", "o_proj"]}], ids=str
+    "changes", [{}, policies.LORA, {**policies.LORA, "lora_target_modules": ["q_proj", "o_proj"]}], ids=str
 )
 def test_a_vision_tower_is_left_alone(multimodal, changes):
     policy = policies.policy_of(multimodal, **changes)
@@ -58,6 +58,8 @@ def test_weight_decay_does_not_shrink_a_vision_tower(settings, multimodal):
 def test_a_missing_default_of_peft_names_our_setting(multimodal):
     with pytest.raises(ModelError, match="peft has no default for gemma3 models: set lora_target_modules: all-linear"):
         policies.policy_of(multimodal, use_peft=True)
+    with pytest.raises(ModelError, match="has no module 'fc1'"):  # it is in the vision tower
+        policies.policy_of(multimodal, use_peft=True, lora_target_modules=["q_proj", "fc1"])
 
 
 @pytest.mark.parametrize(
