@@ -29,6 +29,7 @@ from hypo_train.trees.tree import Tree
 
 T = TypeVar("T")
 Sequences = list[tuple[int, list[int]]]  # a prompt's index, and the tokens that follow it
+EAGER = "eager"  # the attention by which transformers defines every architecture
 _SHORT_WINDOW = 4  # shorter than the prompts and than a branch of the rows that are compared
 
 
@@ -51,11 +52,13 @@ class _Case:
         return self.compute(pack(self.prompts, self.sequences).to(self.expected.device))
 
 
-def check_exactness(model: TreeModel[Any], *, reference: str | None = None, has_dropout: bool = False) -> str | None:
+def check_exactness(
+    model: TreeModel[Any], *, rows_attention: str | None = None, has_dropout: bool = False
+) -> str | None:
     """Compare what training will compute with the model's own forward pass on plain rows, for a few tokens.
 
     Args:
-        reference: the attention implementation of the model's own forward pass; None: the present one.
+        rows_attention: the attention implementation that separate rows will have; None: the present one, as trees have.
         has_dropout: the model draws random numbers in training by intention.
 
     Returns:
@@ -81,18 +84,15 @@ def check_exactness(model: TreeModel[Any], *, reference: str | None = None, has_
             shortened_windows(model.base.config, _SHORT_WINDOW),
         ):
             with eval_mode(model):
-                if isinstance(model, Policy):
-                    case = _policy_case(model, precise, reference)
-                else:
-                    case = _reward_case(model, reference)
+                case = _policy_case(model, precise) if isinstance(model, Policy) else _reward_case(model)
                 why_separate = _why_not_trees(model, case, tolerance)
                 if why_separate is not None:
-                    _check_rows(model, case, tolerance, reference)
+                    _check_rows(model, case, tolerance, rows_attention)
                 if isinstance(model, Policy) and model.router_aux_loss_coef:
                     _check_router_loss(model, case, tolerance, in_trees=why_separate is None)
             if not has_dropout:
                 compute = case.in_trees if why_separate is None else case.in_rows
-                with _attention(model, None if why_separate is None else reference):
+                with _attention(model, None if why_separate is None else rows_attention):
                     _check_training_mode(model, case, tolerance, compute)
             return why_separate
     except (TypeError, RuntimeError) as error:
@@ -113,7 +113,7 @@ def _attention(model: TreeModel[Any], implementation: str | None) -> Iterator[No
         model.base.set_attn_implementation(present)
 
 
-def _policy_case(policy: Policy, precise: bool, reference: str | None) -> _Case:
+def _policy_case(policy: Policy, precise: bool) -> _Case:
     """Compute the logits of a few rows by the model's own forward pass, and compare them with those of its head."""
     name = type(policy.base).__name__
     _check_parts(policy)
@@ -129,7 +129,7 @@ def _policy_case(policy: Policy, precise: bool, reference: str | None) -> _Case:
         models_own, by_head = zip(*(_plain_logits(policy, prompts[p], branch) for p, branch in branches), strict=True)
         return torch.cat(models_own), torch.cat(by_head)
 
-    with _attention(policy, reference):
+    with _attention(policy, EAGER):
         expected, by_head = run(None, plain)
     if torch.isfinite(expected).all() and not _close(by_head, expected, 1e-3 if precise else 1e-2):
         raise ModelError(
@@ -137,7 +137,7 @@ def _policy_case(policy: Policy, precise: bool, reference: str | None) -> _Case:
             f"{(by_head - expected).abs().max():.2g} from its head applied to the last hidden state"
         )
 
-    with _attention(policy, reference):
+    with _attention(policy, EAGER):
         sooner, _ = run(None, lambda _, head: _plain_logits(policy, prompts[0], branches[0][1][:-1]))
     if torch.isfinite(expected).all() and not _close(sooner, expected[: len(sooner)], 1e-3 if precise else 1e-1):
         raise ModelError(f"{name} is no causal language model: a token's logits depend on the tokens after it")
@@ -169,7 +169,7 @@ def _check_router_loss(policy: Policy, case: _Case, tolerance: float, *, in_tree
             )
 
 
-def _reward_case(model: TreeModel[Any], reference: str | None) -> _Case:
+def _reward_case(model: TreeModel[Any]) -> _Case:
     """Compute the rewards of a few rows by the model's own forward pass."""
     assert isinstance(model, RewardModel)
     vocab, pad = model.base.get_input_embeddings().weight.shape[0], model.base.config.get_text_config().pad_token_id
@@ -182,7 +182,7 @@ def _reward_case(model: TreeModel[Any], reference: str | None) -> _Case:
     completions = [(0, ids(11, 3, 4)), (0, ids(5, 2, 6)), (1, ids(5, 1, 5)), (1, ids(3, 2, 2))]
     device = next(model.parameters()).device
     rows = [torch.tensor([[*prompts[p], *completion]], device=device) for p, completion in completions]
-    with _attention(model, reference):
+    with _attention(model, EAGER):
         expected = torch.cat([model.base(input_ids=row, use_cache=False).logits[:, 0].float() for row in rows])
     scored = [(p, [*completion, pad]) for p, completion in completions]  # a reward is read before the last token
     return _Case("rewards", prompts, scored, pad, expected, model.rewards)
@@ -214,15 +214,20 @@ def _why_not_trees(model: TreeModel[Any], case: _Case, tolerance: float) -> str 
     return None
 
 
-def _check_rows(model: TreeModel[Any], case: _Case, tolerance: float, reference: str | None) -> None:
+def _check_rows(model: TreeModel[Any], case: _Case, tolerance: float, rows_attention: str | None) -> None:
     """Raise ModelError if padded rows do not give the model's own results either."""
-    with _attention(model, reference):
-        in_rows, attention = case.in_rows(), model.base.config._attn_implementation
-    if not _close(in_rows, case.expected, tolerance):
-        raise ModelError(
-            f"{type(model.base).__name__} ({attention} attention) does not honour padding: {case.what} differ by "
-            f"{(in_rows - case.expected).abs().max():.2g} from those of a row alone"
-        )
+    with _attention(model, rows_attention):
+        in_rows, name = case.in_rows(), model.base.config._attn_implementation
+    if _close(in_rows, case.expected, tolerance):
+        return
+    difference = f"{case.what} differ by {(in_rows - case.expected).abs().max():.2g} from those of a row alone"
+    with _attention(model, EAGER):
+        if name != EAGER and _close(case.in_rows(), case.expected, tolerance):
+            raise ModelError(
+                f"{type(model.base).__name__} computes something else with {name} attention: {difference} "
+                "with eager attention, set attn_implementation: eager"
+            )
+    raise ModelError(f"{type(model.base).__name__} ({name} attention) does not honour padding: {difference}")
 
 
 def _check_training_mode(model: TreeModel[Any], case: _Case, tolerance: float, compute: Callable[[], Tensor]) -> None:

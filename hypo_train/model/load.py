@@ -60,11 +60,10 @@ def make_exact(
     check_positions(model.get_base_model() if hasattr(model, "get_base_model") else model, longest)
     make_repeatable(model, disable_dropout=disable_dropout)
     trained = wrap(model)
-    original, reference = trained.base.config._attn_implementation, None
+    original = trained.base.config._attn_implementation
     if attn_implementation == "auto":
         trained.base.set_attn_implementation(NAME)
-        reference = "eager"  # which transformers defines every architecture by
-    trained.why_separate_rows = check_exactness(trained, reference=reference, has_dropout=not disable_dropout)
+    trained.why_separate_rows = check_exactness(trained, rows_attention=original, has_dropout=not disable_dropout)
     if not trained.shares_prompts:
         trained.base.set_attn_implementation(original)
     return trained

@@ -52,7 +52,7 @@ def policies(tmp_path_factory):
             ),
             autocast=False,
         )
-        return policy.eval(), tiny.new_model(architecture).double()
+        return policy.eval(), tiny.new_model(architecture, attn_implementation="eager").double()
 
     return make
 

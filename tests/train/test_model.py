@@ -16,6 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
@@ -26,6 +27,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.measure import peak_extra_bytes
 from hypo_train.algorithms.preference import preference_loss_call
@@ -682,6 +684,17 @@ def test_a_decoder_that_loses_the_tree_trains_on_separate_rows(saved_model, monk
     policy = policy_of(saved_model())
     assert "does not keep to trees: logits differ by" in policy.why_separate_rows
     assert policy.base.config._attn_implementation == "sdpa"
+
+
+def test_rows_of_another_attention_than_eager_are_checked(saved_model, monkeypatch):
+    def doubled(module, query, *states, scaling=None, **options):
+        return sdpa_attention_forward(module, 100 * query, *states, scaling=scaling, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", doubled)
+    model = saved_model()
+    assert policy_of(model).shares_prompts
+    with pytest.raises(ModelError, match="something else with sdpa attention: logits differ by"):
+        policy_of(model, attn_implementation="sdpa")
 
 
 def test_a_decoder_without_tree_support_trains_on_separate_rows(saved_model, monkeypatch):

@@ -49,7 +49,7 @@ def saved_classifier(tmp_path_factory):
 @torch.no_grad()
 def plain_rewards(folder):
     """By transformers' own forward, a row at a time."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
     rows = [[*PROMPTS[i // 2], *completion] for i, completion in enumerate(COMPLETIONS)]
     return torch.cat([model(input_ids=torch.tensor([row])).logits[:, 0] for row in rows])
 
@@ -94,7 +94,7 @@ def test_the_loss_is_bradley_terrys_on_plain_rows(reward_settings, saved_classif
     run, meter = prepare(reward_settings(model=folder)), Meter()
     run.model.train()
     train_step(run, 0, meter)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
     losses = []
     for row in (run.plan.train_rows[i] for i in run.plan.rows_of_step(0)):
         with torch.no_grad():

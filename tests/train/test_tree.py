@@ -144,8 +144,8 @@ def flash(monkeypatch):
         return torch.cat(parts)
 
     functions = plain, varlen, None, flash_utils._pad_input, flash_utils._unpad_input
-    process = flash_utils._lazy_define_process_function(varlen)
-    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *_, **__: (functions, (process, dict)))
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *_, **__: functions)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
     return unpadded
 
 
