@@ -90,6 +90,8 @@ def test_every_block_has_a_language_that_is_checked():
 @pytest.mark.parametrize("page", sorted({block.page for block in blocks("python")} - {LOOP, EXTENDING}))
 def test_the_python_blocks_of_a_page_run(page):
     namespace = {"__name__": "__main__"}
+    if page.endswith("trl.md"):
+        pytest.importorskip("trl", reason="needs trl, which needs Python 3.11")
     for block in blocks("python", page):
         exec(compile(block.text, str(block), "exec"), namespace)
 
@@ -262,7 +264,10 @@ def test_a_training_command_of_readme_runs(words, at_work, capsys):
 @pytest.mark.usefixtures("at_work")
 @pytest.mark.parametrize("words", commands_that("torchrun"), ids=ids)
 def test_a_torchrun_command_is_understood(words):
-    launched = get_args_parser().parse_args(words)
+    parser = get_args_parser()
+    if "--shutdown-timeout" in words and "--shutdown-timeout" not in parser.format_help():
+        pytest.skip("torch 2.11 has no --shutdown-timeout")
+    launched = parser.parse_args(words)
     assert (launched.module, launched.training_script) == (True, "hypo_train")
     load_config(launched.training_script_args)
 
