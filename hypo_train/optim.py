@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hypo_train.config import Config, ConfigError
@@ -206,7 +206,7 @@ def _newton_schulz(shape: torch.Size) -> int:
 
 def require_schedule(config: Config) -> None:
     """Raise ConfigError if the run's schedule does not take the arguments ``lr_scheduler_kwargs``."""
-    optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     try:
         scheduler = build_scheduler(optimizer, config.lr_scheduler_type, 1, 4, config.lr_scheduler_kwargs)
         for _ in range(4):

@@ -241,7 +241,9 @@ def nearest(model: type[Settings], name: str, value: Any, *, prefix: str = "", a
     if advice := model.advice_on(name, value):
         return f": {advice}"
     names = [field for field in (*model.model_fields, *also) if field != model.positional]
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+    # Letters in another order weigh too much in a short name.
+    matches = [known for known in names if sorted(known) == sorted(name)]
+    matches = matches or difflib.get_close_matches(name, names, n=1, cutoff=0.85)
     longer = [known for known in names if known.startswith(f"{name}_")]
     if not matches and len(longer) == 1:
         matches = longer

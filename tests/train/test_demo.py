@@ -118,9 +118,9 @@ def test_pairs_are_labelled_by_bradley_terry_on_the_true_reward():
         kind_is_chosen = 0
         for _ in range(draws):
             row = stages._labelled(PROMPT, texts, rng)
-            assert {row["chosen"], row["rejected"]} == {KIND, UNKIND}
+            assert {row["chosen"], row["rejected"]} == {f" {KIND}", f" {UNKIND}"}  # behind a prompt without a space
             assert row["prompt"] == PROMPT
-            kind_is_chosen += row["chosen"] == KIND
+            kind_is_chosen += row["chosen"] == f" {KIND}"
         expected = 1 / (1 + math.exp(-2))
         error = math.sqrt(expected * (1 - expected) / draws)
         assert abs(kind_is_chosen / draws - expected) < 4 * error

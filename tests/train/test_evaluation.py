@@ -99,7 +99,7 @@ def test_samples_hold_the_reference_response_of_their_row(settings, evaluated):
     _, samples = evaluated(run)
     rows = tiny.pair_rows()
     assert [sample["row"] for sample in samples] == [18, 18, 19, 19, 20, 20, 21, 21]
-    assert all(sample["reference"] == rows[sample["row"]]["chosen"] for sample in samples)
+    assert all(sample["reference"] == rows[sample["row"]]["chosen"].strip() for sample in samples)
     with (run / "evaluation" / "samples.csv").open(encoding="utf-8-sig", newline="") as file:
         assert [row["completion"] for row in csv.DictReader(file)] == [sample["completion"] for sample in samples]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from functools import partial
 
 import pytest
@@ -734,7 +735,7 @@ def test_checking_a_model_leaves_its_mode_and_the_random_state(saved_model):
 
 @pytest.mark.parametrize("name", ["./missing", "/not/there", "../a/b", "a/b/c", "~/no such model"])
 def test_a_local_folder_that_is_not_there_is_named(name):
-    assert refusal(name) == f"model_name_or_path: there is no folder {name!r}"
+    assert refusal(name) == f"model_name_or_path: there is no folder {os.path.expanduser(name)!r}"
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
@@ -791,7 +792,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_eos(tmp_path):
 def test_eos_tokens_are_the_tokenizers_and_the_checkpoints(generation_eos, expected):
     from types import SimpleNamespace
 
-    tokenizer = SimpleNamespace(eos_token_id=4)
+    tokenizer = SimpleNamespace(eos_token_id=4, chat_template=None)
     assert eos_token_ids(SimpleNamespace(eos_token_id=generation_eos), tokenizer) == expected
     assert eos_token_ids(None, tokenizer) == (4,)
 

@@ -119,7 +119,7 @@ def test_utilisation_is_logged_where_the_peak_is_known(settings):
 def test_evaluations_and_checkpoints_take_no_time_of_a_step(settings, monkeypatch):
     now = 0.0
 
-    def slow(*_):
+    def slow(*_, **__):
         nonlocal now
         now += 1000.0
 
