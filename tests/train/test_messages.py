@@ -299,6 +299,8 @@ def test_a_null_argument_is_kept_where_it_can_be_told(with_tools, stored):
     if stored == "JSON text in Arrow":
         rows = datasets.Dataset.from_list(rows)
     if stored == "the type Json":
+        if not hasattr(datasets, "Json"):
+            pytest.skip("datasets 4.0 has no type Json")
         text = datasets.Value("string")
         message = {"role": text, "content": text, "tool_calls": datasets.List(datasets.Json())}
         rows = datasets.Dataset.from_list(rows, features=datasets.Features({"messages": datasets.List(message)}))
