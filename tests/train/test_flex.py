@@ -239,8 +239,9 @@ def test_no_length_is_compiled_for_itself(monkeypatch):
                 by_flex(layout, part, states, window=50)  # in the same graphs
                 shapes.add((states[0].shape, states[1].shape))
     assert len(shapes) > 40
-    # As many queries as keys, fewer of them, the first mask of several blocks, and a row of one token.
-    assert counter.frame_count <= 4
+    # As many queries as keys, fewer of them, the first mask of several blocks, a row of one token; and since torch 2.15
+    # a mask with more blocks than the first one of several.
+    assert counter.frame_count <= 5
 
 
 def test_gradients_are_those_of_attention_by_group(uncompiled, layout, part):
