@@ -51,16 +51,22 @@ def find_gguf(source: str) -> Path:
 def convert(file: Path, folder: Path) -> None:
     """Save the model of ``file``, dequantised to fp32, and its tokenizer in ``folder``."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hypo_train.utils.atomic import inherit_read_permission
 
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("reading GGUF files needs the package gguf: pip install gguf")
+    if not hasattr(transformers, "GgufConfig"):
+        raise ValueError(
+            f"reading GGUF files needs transformers 5.17 or newer, this is {transformers.__version__}: "
+            "pip install --upgrade transformers"
+        )
     source, name = str(file.parent), file.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        source, gguf_file=name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
     )
     # The saved weights are fp32: a folder whose config still names a quantisation would not load.
     if hasattr(model.config, "quantization_config"):

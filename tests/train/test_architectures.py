@@ -131,7 +131,7 @@ def loaded(folder):
 def test_log_probs_and_gradients_are_those_of_plain_rows(name, tmp_path):
     folder = saved(name, EXACT[name], tmp_path)
     policy = loaded(folder).train()
-    # Eager defines an architecture; separate rows have transformers' default, which is not always equal (Falcon's ALiBi).
+    # Separate rows have transformers' default, which is not always equal to eager attention (Falcon's ALiBi).
     attention = "eager" if policy.shares_prompts else policy.base.config._attn_implementation
     own = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
     tree = policies.tree(shares_prompts=policy.shares_prompts)

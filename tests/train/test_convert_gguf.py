@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hypo_train.algorithms.sft import token_losses_call
@@ -68,6 +69,13 @@ def test_a_missing_gguf_package_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = refusal(str(file), tmp_path / "model", capsys)
     assert message == "reading GGUF files needs the package gguf: pip install gguf"
+
+
+@pytest.mark.skipif(hasattr(transformers, "GgufConfig"), reason="this version of transformers reads GGUF files")
+def test_a_transformers_that_is_too_old_for_gguf_is_named(tmp_path, capsys):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert "needs transformers 5.17 or newer, this is" in refusal(str(file), tmp_path / "model", capsys)
 
 
 # The real model
