@@ -11,7 +11,7 @@ _OFF = (None, False, "none", "null", "no", "false", "", 0)
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do about settings of another trainer. Fields of ``Config`` stand in backticks."""
+    """An answer to settings of another trainer: what to write here. Names of ``Config`` are in backticks."""
 
     names: str  # separated by white space
     text: str

@@ -91,7 +91,7 @@ class HyPOTrainer(trl.DPOTrainer):
         }
         obstacles = [*options_of_trls_step(args), *arguments_of_trls_step(model, args, arguments)]
         self.why_trls_step = check_step(args, obstacles)
-        """What only TRL's own step can train; None if the fused step trains."""
+        """The options for which TRL's own step computes the loss; None if this project's step does."""
         if self.why_trls_step is not None:
             logger.warning("TRL's own step computes the loss, because of: %s", self.why_trls_step)
         _refuse_missing_reference(model, ref_model, args, peft_config)

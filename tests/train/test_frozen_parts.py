@@ -1,4 +1,4 @@
-"""What is trained and what is not: parts that no text reaches, and parameters that are chosen by name."""
+"""Tests of frozen parts: towers that no text reaches, and parameters that `unfrozen_parameters` leaves out."""
 
 from __future__ import annotations
 

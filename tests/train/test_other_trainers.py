@@ -28,7 +28,7 @@ ENTRIES = [(trainer, advice) for trainer, table in TABLES.items() for advice in 
 
 
 def lines_of(tmp_path, text):
-    """What each line of a recipe with problems says after the name of the file."""
+    """Return the lines of the error about a recipe, without the name of its file."""
     path = tmp_path / "recipe.yaml"
     path.write_text(("" if "model_name_or_path" in text else REQUIRED) + text, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:

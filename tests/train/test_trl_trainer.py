@@ -311,7 +311,7 @@ def test_the_arguments_are_in_the_order_of_dpo_trainer():
     assert ours == theirs
 
 
-# What only TRL's own step serves, without a KL: the same numbers, by construction, and all of TRL's metrics
+# Options that TRL's own step serves if there is no KL: the logged numbers are those of DPOTrainer
 
 
 @pytest.mark.parametrize(
