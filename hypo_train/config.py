@@ -543,7 +543,7 @@ def load_config(argv: Sequence[str]) -> Config:
     if files is not None:
         if len(files) != 1:
             raise ConfigError("--config needs one file, as in --config recipe.yaml")
-        values = _read_recipe(_usable(files[0], f"--config {shown_name(files[0])}"), problems)
+        values = _read_recipe(require_usable(files[0], f"--config {shown_name(files[0])}"), problems)
     return validated(Config, values | read_values(Config, flags, problems), problems)
 
 
@@ -567,7 +567,7 @@ def require_trust(saved: Config, *, given: bool, where: Path) -> None:
         )
 
 
-def _usable(path: str, where: str) -> str:
+def require_usable(path: str, where: str) -> str:
     """Return ``path`` with ``~`` replaced. Raises ConfigError, which begins with ``where``, for an unusable path."""
     try:
         return usable_path(path)
@@ -596,7 +596,7 @@ def _read_base(base: Any, problems: list[str], heirs: Sequence[str]) -> dict[str
     """Return the values of the recipe ``base``, a path relative to the folder of the last recipe in ``heirs``."""
     if not isinstance(base, str) or not base or why_unusable(base):
         raise ConfigError(f"base={shown(base)} in {heirs[-1]}: should be the path of a recipe, relative to this one")
-    path = Path(heirs[-1]).parent / _usable(base, f"base={shown(base)} in {heirs[-1]}")
+    path = Path(heirs[-1]).parent / require_usable(base, f"base={shown(base)} in {heirs[-1]}")
     if path.resolve() in [Path(heir).resolve() for heir in heirs]:
         raise ConfigError(
             f"base={shown(base)} in {heirs[-1]}: a recipe cannot be its own base: {' -> '.join([*heirs, base])}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from hypo_train.config import Config, load_config, require_trust
+from hypo_train.config import Config, load_config, require_trust, require_usable
 from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.flags import (
     PathText,
@@ -23,7 +23,6 @@ from hypo_train.utils.flags import (
     shown,
     split_argv,
 )
-from hypo_train.utils.paths import usable_path
 
 # The fields of a run that an evaluation may change; all others affect only training.
 FIELDS = (
@@ -127,7 +126,9 @@ def load_settings(argv: Sequence[str]) -> EvaluateSettings:
     Raises:
         ConfigError: the run does not exist or is not finished, a flag belongs to training, or output_dir is in use.
     """
-    run, argv = (Path(_usable_run(argv[0])), argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    names_run = bool(argv) and not argv[0].startswith("-")
+    run = Path(require_usable(argv[0], shown(argv[0]))) if names_run else None
+    argv = argv[names_run:]
     chosen, fields = split_argv(argv, EvaluateFlags)
     given = _check_fields(fields)
     flags = parse(EvaluateFlags, chosen)
@@ -154,13 +155,6 @@ def load_settings(argv: Sequence[str]) -> EvaluateSettings:
         kl_mask=flags.kl_mask,
         output_dir=output_dir,
     )
-
-
-def _usable_run(path: str) -> str:
-    try:
-        return usable_path(path)
-    except ValueError as error:
-        raise ConfigError(f"{shown(path)}: {error}") from None
 
 
 def help_text() -> str:
