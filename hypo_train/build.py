@@ -138,7 +138,7 @@ class Run:
             total_steps=plan.total_steps,
             num_generations=self.config.num_generations,
             max_new_tokens=plan.max_new_tokens,
-            prompts_of=lambda step: [list(plan.train_rows[i].prompt) for i in plan.rows_of_step(step)],
+            prompts_of=lambda step: [list(row.prompt) for row in plan.online_rows(step)],
             rank_share=plan.rank_share,
             seed_of=plan.step_seed,
         )

@@ -204,6 +204,10 @@ class Config(Settings):
     distributions at its positions (exact), which has less noise and needs the reference's logits; hypo only."""
     num_generations: PositiveInt = 2
     """Samples for each prompt; each is a baseline for the others, so hypo and rloo need at least 2."""
+    online_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a step's prompts that get samples, chosen at random; hypo only. The KL term stays unbiased: it is the
+    sum over these prompts divided by their expected number. Below 1 / (rows of a step), some steps have no samples. A
+    value below 1 makes steps cheaper, most of all together with rollout_steps."""
     length_penalty: NonNegativeFloat = 0.0
     """Added to a sample's log-ratio for each of its tokens, so that length has a cost too; hypo and rloo."""
 

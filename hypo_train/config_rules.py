@@ -25,6 +25,11 @@ def conflicts(c: Config) -> list[str]:
             "out (or use algorithm: hypo)",
         ),
         (
+            not c.spec.is_hybrid and c.online_fraction != 1,
+            f"online_fraction={c.online_fraction:g} with algorithm={c.algorithm}: only hypo has pairs beside its "
+            "samples, leave it out (or use algorithm: hypo)",
+        ),
+        (
             not c.draws_samples and c.rollout_steps > 1,
             f"rollout_steps={c.rollout_steps} with algorithm={c.algorithm}: it draws no samples, leave it out (or use "
             "algorithm: hypo)",

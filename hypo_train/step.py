@@ -40,7 +40,7 @@ def train_step(run: Run, step: int, meter: Meter) -> None:
     samples = _samples(run, rows, step, prompts) if run.config.draws_samples else None
     parts = _micro_batches(run, _lengths(rows, samples))
     for number, (part, counts) in enumerate(parts, start=1):
-        part_samples = samples.of_prompts(part.start, part.stop) if samples else None
+        part_samples = samples.of_rows(part.start, part.stop) if samples else None
         loss_weight = _num_losses(rows[part]) / losses_per_rank if counts else 0.0
         batch = MicroBatch(rows[part], indices[part], part_samples, prompts, loss_weight)
         statistics = meter if counts else Meter()
@@ -85,7 +85,7 @@ def _micro_batches(run: Run, lengths: Sequence[int]) -> list[tuple[slice, bool]]
 
 
 def _lengths(rows: Sequence[Any], samples: StepSamples | None) -> list[int]:
-    """Return the number of tokens of each row, including its samples."""
+    """Return the number of tokens of each row, including the samples of its prompt."""
     if samples is None:
         return [row.num_tokens for row in rows]
     k = samples.num_generations
@@ -106,13 +106,15 @@ def _run_prompts(run: Run, rows: Sequence[Any]) -> PromptPass:
 
 
 def _samples(run: Run, rows: Sequence[Any], step: int, prompts: PromptPass | None) -> StepSamples:
-    """Sample ``num_generations`` completions of each of the step's prompts from the current weights."""
+    """Sample ``num_generations`` completions of each of the step's online prompts from the current weights."""
     assert run.sampler is not None
+    online = [row.prompt for row in rows[: run.plan.num_online_here(step)]]
     with run.timer.phase("sample"), run.accelerator.autocast():
-        samples = run.rollouts.of_step(step, None if prompts is None else _prompt_kv(run, prompts))
+        known = _prompt_kv(run, prompts.first(len(online))) if prompts is not None and online else None
+        samples = run.rollouts.of_step(step, known)
         if not run.config.keep_sampling_memory:
             run.sampler.release()
-    run.throughput.sample([row.prompt for row in rows], samples.completions, prompts_known=prompts is not None)
+    run.throughput.sample(online, samples.completions, prompts_known=prompts is not None)
     return samples
 
 

@@ -44,6 +44,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 MORE: dict[str, dict[str, Any]] = {
     "hypo, exact KL": {"kl_estimator": "exact"},
     "hypo, samples drawn ahead": {"rollout_steps": 3},
+    "hypo, a third of the prompts online": {"rollout_steps": 3, "online_fraction": 0.3},
     "hypo, generate": {"sampler": "generate"},
     "hypo, separate rows": {"attn_implementation": "sdpa"},
     "hypo, micro-batches of tokens": {"max_tokens_per_micro_batch": 60},

@@ -23,10 +23,28 @@ class MicroBatch:
 
     rows: Sequence[Any]  # Pair, Example or Prompt
     indices: Sequence[int]  # the rows' indices in the training rows
-    samples: StepSamples | None  # completions of the rows' prompts
+    samples: StepSamples | None  # completions of the prompts of the first rows; None if no row has samples
     prompts: PromptPass | None  # the policy's pass over the rows' prompts
     loss_weight: float  # the mean loss is multiplied by it before ``backward``; 0 for a repeated micro-batch
     aux_losses: list[Tensor] = field(default_factory=list)  # () of each pass of :func:`run_model`, for MoE models
+
+    @property
+    def online_prompts(self) -> list[Sequence[int]]:
+        """The prompts that have samples."""
+        return self.prompt_ids[: self.samples.num_prompts] if self.samples else []
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """The completions of these prompts."""
+        return self.samples.completions if self.samples else []
+
+    def online_weight(self, online_fraction: float) -> float:
+        """Return the factor of the mean online loss of this micro-batch that makes the step's loss unbiased.
+
+        The online loss of a step estimates the mean over all of its prompts. Each has samples with the probability
+        ``online_fraction``, so the sum over those that have samples is divided by this probability.
+        """
+        return len(self.online_prompts) / (online_fraction * len(self.rows))
 
     @property
     def prompt_ids(self) -> list[Sequence[int]]:

@@ -21,13 +21,19 @@ def micro_batch_loss(run: Run, batch: MicroBatch, meter: Meter) -> Tensor:
     """Return the mean loss () of a micro-batch of pairs and their samples; add its statistics to ``meter``."""
     samples, device = batch.samples, run.accelerator.device
     with run.timer.phase("data"):
-        tree = run.batcher.pairs(batch.rows, samples.completions if samples else []).to(device)
+        tree = run.batcher.pairs(batch.rows, batch.completions, run.config.num_generations).to(device)
         behavior_logps = samples.behavior_logps(tree) if samples else None
     trunk = run_trunk(run, batch, tree)
     with run.timer.phase("reference"), run.accelerator.autocast():
         reference = reference_of_batch(run, batch, tree, trunk)
     call = preference_loss_call(
-        tree, reference, len(batch.rows), run.config, behavior_logps, loss_weight=batch.loss_weight
+        tree,
+        reference,
+        len(batch.rows),
+        run.config,
+        behavior_logps,
+        loss_weight=batch.loss_weight,
+        online_weight=batch.online_weight(run.config.online_fraction),
     )
     out = run_model(run, batch, tree, call, prompts=batch.prompts, trunk=trunk)
     add_loss_statistics(meter, out, run.config.num_generations)
@@ -42,6 +48,7 @@ def preference_loss_call(
     behavior_logps: Tensor | None = None,
     *,
     loss_weight: float = 1.0,
+    online_weight: float = 1.0,
 ) -> HeadCall[HypoLoss]:
     """Return a call that computes the configured preference loss of a tree of pairs and samples.
 
@@ -52,6 +59,7 @@ def preference_loss_call(
         config: the configuration of the run.
         behavior_logps: (T,) log-probs under the earlier policy that drew the samples.
         loss_weight: the factor by which the caller multiplies the loss before ``backward``.
+        online_weight: the factor of the mean online loss, beside ``kl_coef``.
     """
     preference = config.spec.preference
     if callable(preference):
@@ -69,7 +77,7 @@ def preference_loss_call(
         loss_weight,
         ref_lm_head_weight=reference.weight,
         ref_bias=reference.bias,
-        kl_coef=config.kl_coef,
+        kl_coef=config.kl_coef * online_weight,
         preference=preference or "sigmoid",
         label_smoothing=config.label_smoothing,
         kl_estimator=config.kl_estimator,

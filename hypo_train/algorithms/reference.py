@@ -46,7 +46,7 @@ def reference_of_batch(run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | N
     elif trunk is not None:  # running the pairs through the layers above the trunk costs less than a second trunk
         remaining = tree.sequences_from(len(precomputed))
     else:
-        remaining = run.batcher.samples(batch.prompt_ids, samples.completions).to(precomputed.device)
+        remaining = run.batcher.samples(batch.online_prompts, samples.completions).to(precomputed.device)
     run.throughput.reference(remaining, trunk_known=trunk is not None)
     if precomputed is None:
         return compute_reference(run.policy, remaining, run.config, trunk=trunk)

@@ -34,6 +34,7 @@ def save(run: Run, meter: Meter, step: int, *, best: int | None = None) -> None:
     process_state = {
         "meter": meter.state(),
         "num_tokens": run.throughput.num_tokens,
+        "num_online_samples": run.throughput.num_online_samples,
         "rollouts": run.rollouts.state() if run.config.draws_samples else [],
     }
     states = run.processes.gather(process_state)
@@ -96,12 +97,13 @@ def _load_process_state(run: Run, meter: Meter, states: list[dict[str, Any]], fo
         )
     elif run.processes.is_main:
         meters = [saved["meter"] for saved in states]
-        num_tokens = sum(saved["num_tokens"] for saved in states)
-        state = {"meter": sum_states(meters), "num_tokens": num_tokens, "rollouts": []}
+        counts = {name: sum(saved.get(name, 0) for saved in states) for name in ("num_tokens", "num_online_samples")}
+        state = {"meter": sum_states(meters), **counts, "rollouts": []}
     else:
         state = {"meter": {}, "num_tokens": 0, "rollouts": []}
     meter.load(state["meter"])
     run.throughput.num_tokens = state["num_tokens"]
+    run.throughput.num_online_samples = state.get("num_online_samples", 0)  # older checkpoints do not have it
     if run.config.draws_samples:
         run.rollouts.load(state["rollouts"])
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypo_train.config import Config
 from hypo_train.data.errors import DataError
 from hypo_train.data.load import ROW_TYPES, load_split_rows
+from hypo_train.data.online import num_online, online_first
 from hypo_train.data.order import batch_indices, batches_per_epoch, longest_first, rows_per_epoch
 from hypo_train.data.report import DataReport
 from hypo_train.data.rows import Example, Pair, Prompt, rows_hash
@@ -19,7 +21,17 @@ from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
 # The seeds of training steps start here; evaluations use the smaller ones.
 SEEDS_PER_RUN = 2**31
 
+_MOST_STEPS_SEARCHED = 100_000  # for the largest micro-batch, so that a run of any length starts at once
+
 Rows = Sequence[Pair] | Sequence[Example] | Sequence[Prompt]
+
+
+class LargestMicroBatch(NamedTuple):
+    """The micro-batch of a run with the most tokens."""
+
+    rows: list[int]  # indices of training rows
+    num_online: int  # rows, the first ones, whose prompts get samples
+    tokens: int  # with samples of full length
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class Plan:
 
     @property
     def max_sampled(self) -> int:
-        """Return the most tokens that all samples of a training row can have together."""
+        """Return the most tokens that all samples of an online prompt can have together."""
         return self.config.num_generations * self.max_new_tokens if self.config.draws_samples else 0
 
     @cached_property
@@ -83,8 +95,9 @@ class Plan:
         budget = self.config.max_tokens_per_micro_batch
         if budget is None:
             return self.config.gradient_accumulation_steps == 1
-        longest = sorted((length + self.max_sampled for length in self._row_lengths), reverse=True)
-        return sum(longest[: self.batch_size // self.world_size]) <= budget
+        rows = self.batch_size // self.world_size
+        online = -(-self.most_online // self.world_size)
+        return sum(sorted(self._row_lengths, reverse=True)[:rows]) + online * self.max_sampled <= budget
 
     @property
     def may_run_prompts_first(self) -> bool:
@@ -111,16 +124,17 @@ class Plan:
         yield slice(start, len(lengths))
 
     @cached_property
-    def largest_micro_batch(self) -> list[int]:
-        """Return the rows of this process's micro-batch with the most tokens, if all samples have full length."""
-        longest = [length + self.max_sampled for length in self._row_lengths]
-        most, largest, tokens = self._most_tokens(longest), list[int](), 0
-        for step in range(self.total_steps):
-            rows = self.rank_share.select(self.rows_of_step(step))
-            for part in self.micro_batches([longest[i] for i in rows]):
-                if (size := sum(longest[i] for i in rows[part])) > tokens:
-                    largest, tokens = rows[part], size
-            if tokens == most:  # no later step can have more
+    def largest_micro_batch(self) -> LargestMicroBatch:
+        """Return this process's micro-batch with the most tokens, if all samples have full length."""
+        most = self._most_tokens([length + self.max_sampled for length in self._row_lengths])
+        largest = LargestMicroBatch([], 0, 0)
+        for step in range(min(self.total_steps, _MOST_STEPS_SEARCHED)):
+            rows, online = self.rank_share.select(self.rows_of_step(step)), self.num_online_here(step)
+            longest = [self._row_lengths[row] + self.max_sampled * (i < online) for i, row in enumerate(rows)]
+            for part in self.micro_batches(longest):
+                if (tokens := sum(longest[part])) > largest.tokens:
+                    largest = LargestMicroBatch(rows[part], max(0, min(part.stop, online) - part.start), tokens)
+            if largest.tokens == most:  # no later step can have more
                 break
         return largest
 
@@ -142,15 +156,42 @@ class Plan:
         return seed if rank == 0 else random.Random(f"{seed}/{rank}").getrandbits(63)
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Return the indices of an optimizer step's rows on all processes, the longest row first.
+        """Return the indices of an optimizer step's rows on all processes: online prompts first, then by length.
 
-        Processes divide the rows, and micro-batches are cut, in this order.
+        The first :meth:`num_online` rows are those whose prompts get samples. In both parts the longest row comes
+        first. Processes divide the rows, and micro-batches are cut, in this order.
         """
         grouped = self._row_lengths if self.config.group_by_length else None
         indices = batch_indices(
             len(self.train_rows), self.batch_size, step, self.config.seed, grouped, self._smallest_batch
         )
-        return longest_first(indices, self._row_lengths)
+        rows = longest_first(indices, self._row_lengths)
+        return online_first(rows, self._num_online(step, len(rows)), step, self.config.seed)
+
+    def num_online(self, step: int) -> int:
+        """Return the number of a step's prompts that get samples, on all processes."""
+        batch = step % self.steps_per_epoch
+        return self._num_online(step, min(self.batch_size, self.rows_per_epoch - batch * self.batch_size))
+
+    def online_rows(self, step: int) -> list[Any]:
+        """Return the rows of a step whose prompts get samples, on all processes."""
+        return [self.train_rows[i] for i in self.rows_of_step(step)[: self.num_online(step)]]
+
+    def num_online_here(self, step: int) -> int:
+        """Return the number of a step's prompts that get samples on this process."""
+        return len(self.rank_share.indices(self.num_online(step)))
+
+    @property
+    def most_online(self) -> int:
+        """Return the most prompts of one step that get samples, on all processes."""
+        return min(self.batch_size, math.ceil(self.config.online_fraction * self.batch_size))
+
+    def _num_online(self, step: int, num_rows: int) -> int:
+        if not self.config.draws_samples:
+            return 0
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        first_row = epoch * self.rows_per_epoch + batch * self.batch_size
+        return num_online(self.config.online_fraction, first_row, num_rows, self.config.seed)
 
     @cached_property
     def _row_lengths(self) -> tuple[int, ...]:

@@ -26,7 +26,9 @@ class Throughput:
     def __init__(self, flops: ModelFlops | None, peak_flops: float | None) -> None:
         self._flops = flops
         self._peak_flops = peak_flops
-        self.num_tokens = 0  # tokens through the policy since the first step of the run; restored on resume
+        # Tokens through the policy, and online samples, since the first step of the run; restored on resume.
+        self.num_tokens = 0
+        self.num_online_samples = 0
         self._rows = 0
         self._tokens = 0
         self._computed: defaultdict[str, float] = defaultdict(float)
@@ -52,25 +54,28 @@ class Throughput:
     def sample(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, prompts_known: bool
     ) -> None:
-        """Count the sampling of ``completions``, the same number of consecutive ones for each prompt.
+        """Count online samples: ``completions``, the same number of consecutive ones for each prompt.
 
         ``prompts_known``: keys and values of the prompts come from the training pass, so there is no prefill.
         """
-        if self._flops is not None:
+        self.num_online_samples += len(completions)
+        if self._flops is not None and completions:
             size = Size.of_samples(prompts, completions, self._flops.windows, prefill=not prompts_known)
             self._computed["sample"] += self._flops.policy.of(size)
 
     def read(self, steps: int, seconds: float) -> dict[str, float]:
         """Return rates over ``seconds`` and each part's mean FLOPs over ``steps`` steps, and reset the counts.
 
-        ``num_tokens`` counts from the start of the run and is not reset; a prompt that several completions share
-        counts once.
+        ``num_tokens`` and ``num_online_samples`` count from the start of the run and are not reset; a prompt that
+        several completions share counts once.
         """
         metrics: dict[str, float] = {
             "num_tokens": self.num_tokens,
             "tokens_per_second": self._tokens / seconds,
             "train_samples_per_second": self._rows / seconds,
         }
+        if self.num_online_samples:
+            metrics["num_online_samples"] = self.num_online_samples
         if self._flops is not None:
             per_second = sum(self._computed.values()) / seconds
             metrics |= {f"flops/{part}": computed / steps for part, computed in self._computed.items()}
@@ -83,7 +88,7 @@ class Throughput:
 
 
 _MAXIMA = ("memory/",)
-_SUMS = ("num_tokens", "tokens_per_second", "train_samples_per_second", "tflops_per_second")
+_SUMS = ("num_tokens", "num_online_samples", "tokens_per_second", "train_samples_per_second", "tflops_per_second")
 
 
 def combine_processes(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:

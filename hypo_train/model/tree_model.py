@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -38,11 +38,15 @@ class ModelError(ValueError):
 class PromptPass:
     """A forward pass of a tree's prompts, with gradients, which its branches and its samples continue."""
 
-    hidden: Tensor  # (1, N, D)
+    hidden: Tensor  # (1, N, D), of at least the P prompts
     key_values: KeyValues
     trunk: Any  # the last frozen layer's output, if layers are frozen
     lengths: tuple[int, ...]  # of the P prompts
     router_logits: RouterLogits = ()  # if the model adds its routers' loss
+
+    def first(self, count: int) -> PromptPass:
+        """Return the pass of the first ``count`` prompts; its hidden states, keys and values keep all tokens."""
+        return replace(self, lengths=self.lengths[:count])
 
     def last_hidden(self) -> Tensor:
         """Return the hidden state of each prompt's last token, (P, D)."""

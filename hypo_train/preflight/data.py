@@ -44,7 +44,12 @@ def describe_steps(config: Config, plan: Plan, findings: Findings) -> None:
     rate = f"{config.lr_scheduler_type}, warm-up {config.num_warmup_steps(plan.total_steps)} steps"
     findings.steps.append(f"{config.optim}, learning rate {config.learning_rate:g} ({rate})")
     if config.draws_samples:
-        findings.steps.append(f"{config.num_generations} samples of each prompt, of up to {plan.max_new_tokens} tokens")
+        findings.steps.append(_samples(plan))
+        if not any(map(plan.num_online, range(plan.total_steps))):
+            findings.warnings.append(
+                f"no prompt of this run gets samples: online_fraction={config.online_fraction:g} of the "
+                f"{plan.total_steps:,} steps' rows is less than one, use a larger one"
+            )
     if plan.batch_size > len(plan.train_rows):
         findings.warnings.append(
             f"a step trains on up to {plan.batch_size} {kind}, but the data has only {len(plan.train_rows)}"
@@ -57,6 +62,15 @@ def describe_steps(config: Config, plan: Plan, findings: Findings) -> None:
         )
     findings.steps.append(f"largest micro-batch: {_size(plan)}")
     findings.steps.append(f"output in {config.output_dir}")
+
+
+def _samples(plan: Plan) -> str:
+    """Return a line on the samples of a step."""
+    config, lengths = plan.config, f"of up to {plan.max_new_tokens} tokens"
+    if config.online_fraction == 1:
+        return f"{config.num_generations} samples of each prompt, {lengths}"
+    online = f"{config.online_fraction * plan.batch_size:.3g} of {plan.batch_size} prompts a step"
+    return f"{config.num_generations} samples of {online} (online_fraction={config.online_fraction:g}), {lengths}"
 
 
 def _last_step(plan: Plan) -> str:
@@ -77,6 +91,6 @@ def _left_out(plan: Plan) -> str:
 
 
 def _size(plan: Plan) -> str:
-    rows = plan.largest_micro_batch
-    tokens = sum(plan.train_rows[i].num_tokens + plan.max_sampled for i in rows)
-    return f"{len(rows)} rows, {tokens:,} tokens" + (", with samples of the maximal length" if plan.max_sampled else "")
+    largest = plan.largest_micro_batch
+    samples = ", with samples of the maximal length" if plan.max_sampled else ""
+    return f"{len(largest.rows)} rows, {largest.tokens:,} tokens{samples}"

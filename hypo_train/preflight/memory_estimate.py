@@ -11,6 +11,7 @@ layers, each kind of checkpointing, fp32 and bf16). On CUDA nothing has been com
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -185,8 +186,10 @@ def _reference_bytes(plan: Plan, trained: Policy | RewardModel, device_type: Dev
 
 def _training_pass(plan: Plan, trained: Policy | RewardModel, conditions: Conditions) -> PeakMemory:
     """Return the peak of the run's largest micro-batch, forward and backward."""
-    rows = [plan.train_rows[i] for i in plan.largest_micro_batch]
-    prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
+    largest = plan.largest_micro_batch
+    rows = [plan.train_rows[i] for i in largest.rows]
+    prompts = [len(row.prompt) for row in rows]
+    branches = [branch_lengths(plan, row, online=i < largest.num_online) for i, row in enumerate(rows)]
     shape = (PassShape.packed if conditions.shares_prompts else PassShape.separate)(prompts, branches)
     peak = simulate_memory(
         trained,
@@ -209,14 +212,14 @@ def _parts(plan: Plan) -> int:
     return plan.world_size if plan.config.vocab_parallel else 1
 
 
-def branch_lengths(plan: Plan, row: Any) -> list[int]:
-    """Return the tokens of each completion of a row; samples have the maximal length."""
+def branch_lengths(plan: Plan, row: Any, *, online: bool) -> list[int]:
+    """Return the tokens of each completion of a row. An online row also has samples, of the maximal length."""
     if isinstance(row, Example):
         return [len(row.completion)]
     lengths = [len(row.chosen), len(row.rejected)] if isinstance(row, Pair) else []
     if plan.config.spec.trains_reward_model:
         return [length + 1 for length in lengths]  # one more token, whose hidden state gives the score
-    return lengths + ([plan.max_new_tokens] * plan.config.num_generations if plan.config.draws_samples else [])
+    return lengths + ([plan.max_new_tokens] * plan.config.num_generations if online else [])
 
 
 def _chunk_bytes(
@@ -255,7 +258,8 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
         return _Draws()
     config, per_token = plan.config, kv_bytes_per_token(trained, autocast)
     n, new = config.num_generations, plan.max_new_tokens
-    count = plan.batch_size // plan.world_size * min(config.rollout_steps, plan.total_steps)
+    window = min(config.rollout_steps, plan.total_steps)
+    count = -(-math.ceil(config.online_fraction * plan.batch_size * window) // plan.world_size)
     longest = max(len(row.prompt) for row in plan.train_rows)
     weights = _merged_bytes(trained, device_type, autocast, new) if kind == "decode" else 0
     if kind == "decode":

@@ -157,16 +157,24 @@ def work_of(plan: Plan, conditions: Conditions, windows: Collection[int | None] 
     prefills = bool(sampled) and not conditions.prompts_run_first(plan)
     for step in steps:
         rows = [plan.train_rows[i] for i in plan.rank_share.select(plan.rows_of_step(step))]
-        prompts, branches = [len(row.prompt) for row in rows], [branch_lengths(plan, row) for row in rows]
-        micro_batches.append(sum(1 for _ in plan.micro_batches([row.num_tokens + sum(sampled) for row in rows])))
+        online = plan.num_online_here(step)
+        samples = [sampled if i < online else [] for i in range(len(rows))]
+        prompts = [len(row.prompt) for row in rows]
+        branches = [branch_lengths(plan, row, online=i < online) for i, row in enumerate(rows)]
+        lengths = [row.num_tokens + sum(added) for row, added in zip(rows, samples, strict=True)]
+        micro_batches.append(sum(1 for _ in plan.micro_batches(lengths)))
         policy.append(_size(prompts, branches, conditions, windows))
-        reference_branches = branches if reference_reads_pairs else [sampled] * len(rows)
-        reference.append(_size(prompts, reference_branches, conditions, windows) if uses_reference else nothing)
-        prefill.append(_size(prompts, [[]] * len(rows), conditions, windows) if prefills else nothing)
+        if reference_reads_pairs:
+            reference.append(_size(prompts, branches, conditions, windows))
+        elif uses_reference and online:
+            reference.append(_size(prompts[:online], samples[:online], conditions, windows))
+        else:
+            reference.append(nothing)
+        prefill.append(_size(prompts[:online], [[]] * online, conditions, windows) if prefills and online else nothing)
     n, window = fmean(micro_batches), config.rollout_steps
-    prompt_tokens = fmean(sum(len(plan.train_rows[i].prompt) for i in plan.rows_of_step(step)) for step in steps)
-    sequences = plan.batch_size // plan.world_size * len(sampled) * window
-    draw = Drawn(sequences, round(prompt_tokens / plan.world_size * window), plan.max_new_tokens)
+    prompt_tokens = fmean(sum(len(row.prompt) for row in plan.online_rows(step)) for step in steps)
+    sequences = round(config.online_fraction * plan.batch_size / plan.world_size * len(sampled) * window)
+    draw = Drawn(max(1, sequences), round(prompt_tokens / plan.world_size * window), plan.max_new_tokens)
     passes = Passes(draws=1 / window if sampled else 0, micro_batches=n, of_reference=n if uses_reference else 0)
     return Work(passes, _mean(policy), _mean(reference), _mean(prefill), draw if sampled else None, len(sampled))
 

@@ -120,6 +120,10 @@ class Sampler(ABC):
     def draw(self, request: SampleRequest) -> Samples:
         """Draw the completions that ``request`` asks for."""
 
+    def skip(self) -> None:
+        """Take part in a draw of other processes without prompts of its own, if the sampler exchanges anything."""
+        return
+
     def weights_changed(self, step: int) -> None:
         """Record that optimizer step ``step`` was made: the next samples come from the new weights."""
         self.version = step

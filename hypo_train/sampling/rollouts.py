@@ -29,7 +29,7 @@ from hypo_train.utils.rank_share import SINGLE_PROCESS, RankShare
 
 @dataclass(frozen=True)
 class StepSamples:
-    """The completions of a step's prompts: ``num_generations`` consecutive completions for each prompt."""
+    """The completions of a step's online prompts: ``num_generations`` consecutive completions for each prompt."""
 
     completions: list[list[int]]  # token ids, EOS included
     num_generations: int
@@ -37,8 +37,21 @@ class StepSamples:
     # there is nothing to correct.
     logps: Tensor | None
 
+    @property
+    def num_prompts(self) -> int:
+        """Return the number of prompts that have samples."""
+        return len(self.completions) // self.num_generations
+
+    def of_rows(self, start: int, stop: int) -> StepSamples | None:
+        """Return the samples of the step's rows ``start`` to ``stop``, a micro-batch; None if these have no samples.
+
+        The first rows of a step are those whose prompts have samples.
+        """
+        found = self.of_prompts(start, stop)
+        return found if found.completions else None
+
     def of_prompts(self, start: int, stop: int) -> StepSamples:
-        """Return the samples of the step's prompts ``start`` to ``stop``, a micro-batch."""
+        """Return the samples of the online prompts ``start`` to ``stop``."""
         first, last = start * self.num_generations, stop * self.num_generations
         completions = self.completions[first:last]
         if self.logps is None:
@@ -66,7 +79,7 @@ class Rollouts:
         total_steps: optimizer steps of the run; nothing is drawn for later steps.
         num_generations: samples for each prompt.
         max_new_tokens: the most tokens of a sample, EOS included.
-        prompts_of: returns the prompts of a step on all processes, as token ids, equal at every call.
+        prompts_of: returns the prompts of a step that get samples, on all processes, as token ids, equal at every call.
         seed_of: returns the seed of the draw that begins at a step.
         rank_share: which prompts this process samples from.
 
@@ -139,6 +152,10 @@ class Rollouts:
             for start, step_prompts in zip(first, all_prompts, strict=False)
             for place in self.rank_share.indices(len(step_prompts))
         ]
+        if not any(prompts):  # this process has none; others may sample
+            if any(all_prompts):
+                self.sampler.skip()
+            return {step: StepSamples([], self.num_generations, None) for step in steps}
         samples = self.sampler.sample(
             [prompt for step_prompts in prompts for prompt in step_prompts],
             self.num_generations,

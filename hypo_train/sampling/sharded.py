@@ -24,6 +24,9 @@ class ShardedSampler(Sampler):
     def draw(self, request: SampleRequest) -> Samples:
         return self.policy.with_full_weights(lambda: self.engine.draw(request))
 
+    def skip(self) -> None:
+        self.policy.with_full_weights(self.engine.skip)
+
     def weights_changed(self, step: int) -> None:
         self.engine.weights_changed(step)
 

@@ -24,15 +24,19 @@ class Batcher:
     pad_token_id: int
     shares_prompts: bool = True
 
-    def pairs(self, pairs: Sequence[Pair], completions: TokenLists) -> Tree:
-        """Return the tree of P chosen, P rejected, then ``completions``: equally many, or 0, for each prompt."""
+    def pairs(self, pairs: Sequence[Pair], completions: TokenLists, num_generations: int | None = None) -> Tree:
+        """Return the tree of P chosen, P rejected, then ``completions``.
+
+        ``num_generations`` of them belong to each of the first prompts in turn. None: they belong to all prompts.
+        """
         sequences = [(i, pair.chosen) for i, pair in enumerate(pairs)]
         sequences += [(i, pair.rejected) for i, pair in enumerate(pairs)]
-        return self._tree([pair.prompt for pair in pairs], [*sequences, *_with_prompts(completions, len(pairs))])
+        samples = _with_prompts(completions, num_generations or len(completions) // len(pairs))
+        return self._tree([pair.prompt for pair in pairs], [*sequences, *samples])
 
     def samples(self, prompts: TokenLists, completions: TokenLists) -> Tree:
         """Return the tree of ``completions``: equally many for each prompt in turn."""
-        return self._tree(prompts, _with_prompts(completions, len(prompts)))
+        return self._tree(prompts, _with_prompts(completions, len(completions) // len(prompts)))
 
     def scored(self, prompts: TokenLists, completions: TokenLists) -> Tree:
         """Return the tree of ``completions`` for a reward model, which reads each sequence's last hidden state.
@@ -136,8 +140,7 @@ def separate_rows(prompts: TokenLists, sequences: Sequences, *, pad_token_id: in
     )
 
 
-def _with_prompts(completions: TokenLists, num_prompts: int) -> list[tuple[int, Sequence[int]]]:
-    per_prompt = len(completions) // num_prompts
+def _with_prompts(completions: TokenLists, per_prompt: int) -> list[tuple[int, Sequence[int]]]:
     return [(i // per_prompt, completion) for i, completion in enumerate(completions)]
 
 

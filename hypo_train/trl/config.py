@@ -28,6 +28,10 @@ class HyPOConfig(trl.DPOConfig):
     num_generations: int = field(
         default=2, metadata={"help": "Samples for each prompt; each is a baseline for the others, so at least 2."}
     )
+    online_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Share of a batch's prompts that get samples, chosen at random; the KL stays unbiased."},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Maximum number of tokens of a sample, with EOS."})
     temperature: float = field(
         default=1.0,
@@ -61,6 +65,7 @@ class HyPOConfig(trl.DPOConfig):
                 "beta": self.beta,
                 "kl_coef": self.kl_coef,
                 "num_generations": self.num_generations,
+                "online_fraction": self.online_fraction,
                 "max_new_tokens": self.max_new_tokens,
                 "temperature": self.temperature,
                 "length_penalty": self.length_penalty,

@@ -65,3 +65,12 @@ def pairs_of_batch(inputs: dict[str, Tensor]) -> list[Pair]:
         completions.append(tuple(token for token, _, counted in row if counted))
     half = len(rows) // 2
     return [Pair(i, prompts[i], completions[i], completions[half + i]) for i in range(half)]
+
+
+def reordered(inputs: dict[str, Tensor], pairs: list[int]) -> dict[str, Tensor]:
+    """Return a batch with its pairs in another order; its tensors have P rows, or 2 P with all chosen first."""
+    if pairs == sorted(pairs):
+        return inputs
+    order = torch.tensor(pairs, device=inputs["input_ids"].device)
+    both = torch.cat([order, order + len(pairs)])
+    return {name: x[order if len(x) == len(pairs) else both] for name, x in inputs.items()}

@@ -18,6 +18,7 @@ from hypo_kernels import HypoLoss
 from hypo_train.algorithms.preference import preference_loss_call
 from hypo_train.algorithms.reference import Reference
 from hypo_train.config import ConfigError
+from hypo_train.data.online import num_online, online_first
 from hypo_train.data.plan import SEEDS_PER_RUN
 from hypo_train.model.eval_mode import eval_mode
 from hypo_train.model.head_functions import sequence_logprobs_call
@@ -31,7 +32,14 @@ from hypo_train.sampling.registry import SamplerSettings, candidates, choose_sam
 from hypo_train.trees.pack import Batcher
 from hypo_train.trees.tree import Tree
 from hypo_train.trl.config import HyPOConfig
-from hypo_train.trl.rows import longest_lengths, pairs_of_batch, refuse_empty_prompts, refuse_no_rows, shown_name
+from hypo_train.trl.rows import (
+    longest_lengths,
+    pairs_of_batch,
+    refuse_empty_prompts,
+    refuse_no_rows,
+    reordered,
+    shown_name,
+)
 from hypo_train.trl.step_choice import arguments_of_trls_step, check_step, options_of_trls_step
 
 logger = logging.get_logger(__name__)
@@ -131,7 +139,8 @@ class HyPOTrainer(trl.DPOTrainer):
             self._tokenizer.pad_token_id,
             shares_prompts=all(policy.shares_prompts for policy in policies),
         )
-        self._drawn_at, self._draws = -1, 0  # the step of the last draw, and the number of draws in that step
+        self._drawn_at, self._batches = -1, -1  # the step of the last batch, and its number in that step
+        self._num_online_samples = 0
         if self._settings.draws_samples:
             self.sampler = self._new_sampler()
 
@@ -191,14 +200,17 @@ class HyPOTrainer(trl.DPOTrainer):
         """Return the mean loss () of P pairs; ``inputs`` has (2 P, L) token ids, all chosen first."""
         if self.why_trls_step is not None:
             return super()._compute_loss(model, inputs, return_outputs)
-        pairs = pairs_of_batch(inputs)
+        inputs, num_online = self._online_first(inputs)
+        pairs, settings = pairs_of_batch(inputs), self._settings
+        prompts = [list(pair.prompt) for pair in pairs[:num_online]]
         with self.accelerator.autocast():
-            prompts = [list(pair.prompt) for pair in pairs]
-            samples = self._samples(prompts) if self._settings.draws_samples else None
+            samples = self._samples(prompts) if prompts else None
             completions = samples.completions() if samples else []
-            tree = self._batcher.pairs(pairs, completions).to(self.accelerator.device)
+            tree = self._batcher.pairs(pairs, completions, settings.num_generations).to(self.accelerator.device)
             reference = Reference(logps=self._ref_logps(inputs, tree, prompts, completions))
-            call = preference_loss_call(tree, reference, len(pairs), self._settings)
+            share = self.args.online_fraction if self.model.training else 1.0
+            weight = len(prompts) / (share * len(pairs))
+            call = preference_loss_call(tree, reference, len(pairs), settings, online_weight=weight)
             if self.aux_loss_enabled:
                 out, aux_loss = self._policy(tree, call, with_aux_loss=True)
                 loss = out.loss + self.router_aux_loss_coef * aux_loss
@@ -212,20 +224,31 @@ class HyPOTrainer(trl.DPOTrainer):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         return loss, outputs
 
-    def _samples(self, prompts: list[list[int]]) -> Samples:
-        """Sample ``num_generations`` completions of each prompt from the live weights.
+    def _online_first(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """Return the batch with the pairs first whose prompts get samples, and the number of these pairs.
 
-        The samples depend on the seed, the step and the batch's number in the step, so a resumed run draws the same.
+        The choice and the samples depend on the seed, the step and the batch's number in the step, so a resumed run has
+        the same. An evaluation samples from all prompts.
         """
+        if not self._settings.draws_samples:
+            return inputs, 0
         step = self.state.global_step if self.model.training else -2
         if step != self._drawn_at:
-            self._drawn_at, self._draws = step, 0
+            self._drawn_at, self._batches = step, -1
+        self._batches += 1
+        num_pairs, args = len(inputs["input_ids"]) // 2, self.args
+        if not self.model.training:
+            return inputs, num_pairs
+        batch = step * args.gradient_accumulation_steps + self._batches
+        online = num_online(args.online_fraction, batch * args.per_device_train_batch_size, num_pairs, args.seed)
+        return reordered(inputs, online_first(list(range(num_pairs)), online, batch, args.seed)), online
+
+    def _samples(self, prompts: list[list[int]]) -> Samples:
+        """Sample ``num_generations`` completions of each prompt from the live weights."""
+        step, seed = self._drawn_at, self._batches
         if step >= 0:
             self.sampler.weights_changed(step)
-        seed = self._draws
-        if step >= 0:
             seed += (self.args.seed + 1) * SEEDS_PER_RUN + step * self.args.gradient_accumulation_steps
-        self._draws += 1
         n, longest = self._settings.num_generations, self.args.max_new_tokens
         samples = self.sampler.sample(prompts, n, longest, seed=seed)
         self.sampler.release()
@@ -286,6 +309,7 @@ class HyPOTrainer(trl.DPOTrainer):
             "logps/rejected": out.logps[pairs : 2 * pairs].mean(),
         }
         if samples is not None:
+            self._num_online_samples += len(samples.ended) if mode == "train" else 0
             found["kl"] = out.kl.mean()
             found["completions/mean_length"] = samples.mask.sum(1).float().mean()
             found["completions/clipped_ratio"] = (~samples.ended).float().mean()
@@ -298,6 +322,8 @@ class HyPOTrainer(trl.DPOTrainer):
         for name, value in zip(list(found)[:-1], values, strict=False):
             self._metrics[mode][name].append(value)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if self._num_online_samples:
+            self._metrics[mode]["num_online_samples"] = [self._num_online_samples]
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Evaluate as ``DPOTrainer`` does, with the same random numbers for the samples every time."""

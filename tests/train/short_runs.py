@@ -26,7 +26,7 @@ OF_PAIRS = {
     "logps/chosen",
     "logps/rejected",
 }
-OF_SAMPLES = {"kl", "kl_se", "completions/mean_length"}
+OF_SAMPLES = {"kl", "kl_se", "completions/mean_length", "num_online_samples"}
 OF_STEPS = {"step", "grad_norm", "learning_rate", "epoch", "num_tokens"}
 
 # Two passes of one model over the same rows need not have the same bits: a BLAS may add in another order where a buffer

@@ -187,6 +187,8 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
             "--algorithm dpo --kl_estimator exact",
             "kl_estimator=exact with algorithm=dpo: only hypo has this estimator",
         ),
+        ("--algorithm dpo --online_fraction 0.5", "online_fraction=0.5 with algorithm=dpo: only hypo has pairs"),
+        ("--online_fraction 0", "online_fraction='0': should be greater than 0"),
         ("--algorithm ipo --rollout_steps 2", "rollout_steps=2 with algorithm=ipo: it draws no samples"),
         ("--kl_estimator k3", "kl_estimator='k3': should be 'sampled' or 'exact'"),
         ("--algorithm ipo --label_smoothing 0.1", "label_smoothing=0.1: IPO has none, use 0"),

@@ -120,14 +120,22 @@ def test_the_largest_micro_batch_is_the_one_of_most_tokens(settings):
         rows = run.plan.rows_of_step(step)
         lengths = [run.plan.train_rows[i].num_tokens + 2 * 8 for i in rows]
         sizes += [sum(lengths[part]) for part in run.plan.micro_batches(lengths)]
-    assert sum(run.plan.train_rows[i].num_tokens + 2 * 8 for i in run.plan.largest_micro_batch) == max(sizes)
+    largest = run.plan.largest_micro_batch
+    assert largest.tokens == sum(run.plan.train_rows[i].num_tokens + 2 * 8 for i in largest.rows) == max(sizes)
+
+
+def test_only_online_prompts_count_their_samples(settings):
+    run = prepare(settings(online_fraction=0.25, num_generations=3))
+    largest = run.plan.largest_micro_batch
+    assert largest.num_online == 1
+    assert largest.tokens == sum(run.plan.train_rows[i].num_tokens for i in largest.rows) + 3 * 8
 
 
 @pytest.mark.parametrize(("budget", "rows"), [(None, 4), (1, 1), (10_000, 24)])
 def test_no_steps_are_checked_for_an_impossible_micro_batch(settings, budget, rows):
     everything = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6}  # in every step
     run = prepare(settings(max_tokens_per_micro_batch=budget, max_steps=10**12, **everything))
-    assert run.plan.largest_micro_batch == run.plan.rows_of_step(0)[:rows]
+    assert run.plan.largest_micro_batch.rows == run.plan.rows_of_step(0)[:rows]
 
 
 def test_memory_can_be_estimated_for_a_gpu_that_is_not_here(dry_run):

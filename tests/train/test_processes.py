@@ -38,6 +38,7 @@ QUICK = {
         **MICRO,
         **UNEQUAL,
     },  # a parameter of two modules; swapped copies
+    "fsdp, one online prompt": {**FULL, "fsdp": True, "online_fraction": 0.25},  # one of the ranks draws nothing
     "vocab-parallel, exact KL, last layer": {**LAST, **VOCAB, **EXACT},  # a reference head in shards
 }
 SLOW = {
@@ -45,6 +46,7 @@ SLOW = {
     "hypo, exact KL, LoRA": {**LORA, **EXACT},
     "hypo, LoRA, samples drawn ahead": {**LORA, "rollout_steps": 3},
     "hypo, last layer": LAST,
+    "hypo, a third online, drawn ahead": {**FULL, **MICRO, "online_fraction": 0.3, "rollout_steps": 3},
     "dpo, GPT-NeoX": {"algorithm": "dpo", **FULL},
     "ipo, LoRA": {"algorithm": "ipo", **LORA},
     "rloo": {**RLOO, **FULL},

@@ -230,6 +230,7 @@ def test_a_run_may_be_killed_several_times(interrupted, uninterrupted):
         pytest.param({"algorithm": "dpo"}, id="DPO", marks=slow),
         pytest.param({"algorithm": "sft"}, id="SFT", marks=slow),
         pytest.param({"rollout_steps": 4}, id="HyPO, samples drawn ahead", marks=slow),
+        pytest.param({"rollout_steps": 4, "online_fraction": 0.2}, id="a fifth online, drawn ahead", marks=slow),
         pytest.param({"bf16": True, "dtype": "bfloat16", **LORA}, id="bf16 LoRA", marks=slow),
     ],
 )

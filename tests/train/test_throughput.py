@@ -37,6 +37,7 @@ def test_rates_count_all_work_and_parts_are_means():
     per_second = sum(parts.values()) * 2 / 4.0
     assert found == {
         "num_tokens": 12,
+        "num_online_samples": 4,
         "tokens_per_second": 3.0,
         "train_samples_per_second": 2.0,
         **{f"flops/{part}": value for part, value in parts.items()},
@@ -72,7 +73,7 @@ def test_unknown_flops_are_not_logged():
     throughput.reference(TREE, trunk_known=False)
     throughput.sample(PROMPTS, COMPLETIONS, prompts_known=False)
     rates = {"tokens_per_second": 3.0, "train_samples_per_second": 0.5}
-    assert throughput.read(steps=1, seconds=2.0) == {"num_tokens": 6, **rates}
+    assert throughput.read(steps=1, seconds=2.0) == {"num_tokens": 6, "num_online_samples": 2, **rates}
 
 
 # In a run

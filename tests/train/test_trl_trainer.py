@@ -128,8 +128,9 @@ def test_without_a_kl_it_is_dpo(make, saved_model, way):
     assert "kl" not in ours.state.log_history[0]
 
 
-def test_the_loss_of_a_batch_is_fused_hypo_loss(make, drawn):
-    trainer, _ = trained(make(**HYPO, temperature=0.7))  # away from the reference
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_the_loss_of_a_batch_is_fused_hypo_loss(make, drawn, fraction):
+    trainer, _ = trained(make(**HYPO, temperature=0.7, online_fraction=fraction))  # away from the reference
     batch = next(iter(trainer.get_train_dataloader()))
     drawn.clear()
     trainer.model.train()
@@ -140,15 +141,15 @@ def test_the_loss_of_a_batch_is_fused_hypo_loss(make, drawn):
     trainer.model.zero_grad()
     [(prompts, samples)] = drawn
     completions = samples.completions()
-    assert len(completions) == 2 * len(prompts) == 8
+    assert len(completions) == 2 * len(prompts) == 8 * fraction
 
     # Plain rows of the batch and the samples, no tree, through the models as TRL holds them.
     rows, counted = batch["input_ids"], batch["completion_mask"]
     pairs = [rows[i][counted[i] == 1].tolist() for i in range(8)]
-    assert [rows[i][(counted[i] == 0) & (batch["attention_mask"][i] == 1)].tolist() for i in range(4)] == prompts
+    all_prompts = [rows[i][(counted[i] == 0) & (batch["attention_mask"][i] == 1)].tolist() for i in range(4)]
     sequences = [(i % 4, completion) for i, completion in enumerate(pairs)]
-    sequences += [(i // 2, completion) for i, completion in enumerate(completions)]
-    tree = separate_rows(prompts, sequences, pad_token_id=tiny.PAD)
+    sequences += [(all_prompts.index(prompts[i // 2]), completion) for i, completion in enumerate(completions)]
+    tree = separate_rows(all_prompts, sequences, pad_token_id=tiny.PAD)
 
     def hidden(model):
         inputs = {"input_ids": tree.input_ids, "attention_mask": tree.attention_mask}
