@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.conftest import grid
+from benchmarks.grid import Grid
 from benchmarks.providers import GEMMS, OURS, PROVIDERS, Provider
 from benchmarks.replay import CLOCK
 from benchmarks.session import Session
@@ -18,13 +20,13 @@ from benchmarks.workloads import Group, groups
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    quick = metafunc.config.getoption("quick")
+    chosen = grid(metafunc.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = [
         pytest.param(group, provider, id=f"{group}-{provider.name}")
-        for group in groups(device, quick=quick)
+        for group in groups(device, chosen)
         for provider in PROVIDERS
-        if provider.serves(group) and not (quick and provider.compiles)
+        if provider.serves(group) and not (chosen is Grid.QUICK and provider.compiles)
     ]
     metafunc.parametrize(("group", "provider"), cases)
 

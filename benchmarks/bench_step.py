@@ -1,35 +1,38 @@
 """Compare one optimizer step with TRL's: DPO and HyPO on the same model, pairs and dtype, and each saving switched off.
 
-The first test of a case measures all of its variants in turns, as ``bench_loss.py`` does; ``step/variants.py`` lists
-the variants.
+The first test of a case measures all of its selected variants in turns; ``step/variants.py`` lists the variants.
+``-m table`` selects the contenders of the table.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="needs trl: pip install -e '.[bench]'")
 
-from benchmarks.conftest import SECTIONS, results_file, say
+from benchmarks.conftest import SECTIONS, grid, results_file, say
+from benchmarks.grid import Grid
 from benchmarks.replay import CLOCK
 from benchmarks.report import append, hardware, state, versions
 from benchmarks.step import report, waterfall
 from benchmarks.step.cases import Case, cases
 from benchmarks.step.material import Missing
+from benchmarks.step.memory import allocator
+from benchmarks.step.rate import why_no_bf16
 from benchmarks.step.session import MeasuredCase, StepSession
-from benchmarks.step.variants import TRL_DPO, TRL_HYPO, Variant, variants
+from benchmarks.step.variants import DPO, TABLE, Variant, variants
 
 HOURS = 3600
 PLOTS = Path(__file__).parent / "plots"
-QUICK_PLOTS = Path(__file__).parents[1] / ".benchmarks" / "plots"  # a quick run must not replace a real picture
+SMALL_PLOTS = Path(__file__).parents[1] / ".benchmarks" / "plots"  # a small run must not replace a real picture
+ROUNDS = {Grid.QUICK: 1, Grid.SHORT: 2, Grid.FULL: 5}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -37,9 +40,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(
         ("case", "variant"),
         [
-            pytest.param(case, variant, id=f"{case}-{variant}")
-            for case in cases(device, quick=metafunc.config.getoption("quick"))
-            for variant in variants(case)
+            pytest.param(case, variant, id=f"{case}-{variant}", marks=[pytest.mark.table] if variant in TABLE else [])
+            for case in cases(device, grid(metafunc.config))
+            for variant in variants(case, grid(metafunc.config))
         ],
     )
 
@@ -48,37 +51,42 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Prevent downloads, telemetry (TRL's trainers send it) and files in the user's cache of data sets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        datasets.disable_progress_bars()
+        # The contenders' processes read them.
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         yield
 
 
 @pytest.fixture(scope="session")
 def step_session(pytestconfig: pytest.Config, offline: None) -> StepSession:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path, quick = results_file(pytestconfig, device), pytestconfig.getoption("quick")
-    rounds = pytestconfig.getoption("rounds") or (1 if quick else 3)
-    heads = [f"{hardware(device)}; {state(device)}", versions(), *report.legend(device), ""]
+    path, chosen = results_file(pytestconfig, device), grid(pytestconfig)
+    rounds = pytestconfig.getoption("rounds") or ROUNDS[chosen]
+    memory = f"allocator: {allocator()}"
+    heads = [f"{hardware(device)}; {state(device)}", memory, versions(), *report.legend(device), ""]
     shown = [("steps, variants in turns", "\n".join(heads))]
     pytestconfig.stash[SECTIONS] = shown
 
     def keep(measured: MeasuredCase, seconds: float) -> None:
         where = f"{hardware(device)}, {datetime.date.today().isoformat()}"
-        picture = waterfall.draw(measured, where, _picture_path(measured.case, device, path, quick))
+        picture = waterfall.draw(measured, where, _picture_path(measured.case, device, path, chosen))
         table = report.table(measured, device)
         if path is not None:
             link = [f"![waterfall]({picture.relative_to(path.parent.resolve())})", ""] if picture is not None else []
-            append(path, f"**{table[0]}**", "", "```text", *table[1:], *report.legend(device), "```", "", *link)
+            conditions = [f"{rounds} rounds; {memory}", *report.legend(device)]
+            append(path, f"**{table[0]}**", "", "```text", *table[1:], "", *conditions, "```", "", *link)
         shown.append((str(measured.case), "\n".join([*table, f"  picture  {picture}", ""])))
         say(pytestconfig, f"measured {measured.case}, {rounds} rounds, in {seconds:.0f} s")
 
     return StepSession(device, rounds=rounds, on_measured=keep)
 
 
-def _picture_path(case: Case, device: torch.device, results: Path | None, quick: bool) -> Path:
+def _picture_path(case: Case, device: torch.device, results: Path | None, chosen: Grid) -> Path:
     """Return the path of a case's picture: beside the results file, if there is one."""
-    folder = results.parent.resolve() / "plots" if results is not None else QUICK_PLOTS if quick else PLOTS
+    folder = (
+        results.parent.resolve() / "plots" if results is not None else PLOTS if chosen is Grid.FULL else SMALL_PLOTS
+    )
     return folder / f"step_waterfall_{str(case).lower().replace(' ', '-')}_{device.type}.png"
 
 
@@ -87,6 +95,10 @@ def _picture_path(case: Case, device: torch.device, results: Path | None, quick:
 def bench_step(
     case: Case, variant: Variant, step_session: StepSession, request: pytest.FixtureRequest, benchmark: Any
 ) -> None:
+    if variant.why_missing:
+        pytest.skip(variant.why_missing)
+    if case.autocast and not request.config.getoption("bf16") and (reason := _why_no_bf16(step_session.device)):
+        pytest.skip(reason)
     try:
         measured = step_session.measure(case, _selected(case, request))
     except Missing as why:
@@ -99,8 +111,10 @@ def bench_step(
     benchmark.group = str(case)
     benchmark.extra_info.update(
         variant=variant.name,
-        times_trl_dpo=measured.times(result, TRL_DPO),
-        times_trl_hypo=measured.times(result, TRL_HYPO),
+        times_dpo=measured.times(result, DPO),
+        times_best_trl_dpo=measured.times_best(result),
+        times_bare_gemms=measured.times_gemms(result),
+        extra_seconds=measured.extra_seconds(result),
         held_bytes=result.held_bytes,
         peak_bytes=result.peak_bytes,
         loss_error=result.loss_error,
@@ -110,9 +124,15 @@ def bench_step(
     CLOCK.replay(result.samples, benchmark)
 
 
+@functools.cache
+def _why_no_bf16(device: torch.device) -> str:
+    return why_no_bf16(device)
+
+
 def _selected(case: Case, request: pytest.FixtureRequest) -> list[str]:
     """Return the case's variants that pytest selected (``-k`` leaves some out)."""
     asked: list[dict[str, Any]] = [
         item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)
     ]
-    return [params["variant"].name for params in asked if params.get("case") == case]
+    chosen = [params["variant"] for params in asked if params.get("case") == case]
+    return [variant.name for variant in chosen if not variant.why_missing]

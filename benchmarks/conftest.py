@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import report
+from benchmarks.grid import Grid
 from benchmarks.session import Measured, Session
 
 SESSION = pytest.StashKey[Session]()
@@ -19,10 +20,21 @@ SECTIONS = pytest.StashKey[list[tuple[str, str]]]()  # title and text of further
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hypo-kernels benchmarks")
-    group.addoption("--quick", action="store_true", help="small shapes, few rounds, without torch.compile")
+    group.addoption("--quick", action="store_true", help="tiny shapes, few rounds, without torch.compile")
+    group.addoption("--full", action="store_true", help="the full grids: hours on a CPU")
+    group.addoption("--bf16", action="store_true", help="bf16 steps too where fp32 products are faster")
     group.addoption("--results", type=Path, metavar="PATH", help="append the tables to PATH as a dated section")
-    group.addoption("--rounds", type=int, metavar="N", help="rounds of optimizer steps (default: 3, --quick: 1)")
+    group.addoption(
+        "--rounds", type=int, metavar="N", help="rounds of optimizer steps (default: 2, --quick: 1, --full: 5)"
+    )
     group.addoption("--same-section", action="store_true", help="the section in --results has a head already")
+
+
+def grid(config: pytest.Config) -> Grid:
+    """Return the part of the benchmarks that was asked for."""
+    if config.getoption("quick"):
+        return Grid.QUICK
+    return Grid.FULL if config.getoption("full") else Grid.SHORT
 
 
 def results_file(config: pytest.Config, device: torch.device) -> Path | None:
@@ -54,7 +66,7 @@ def session(pytestconfig: pytest.Config) -> Session:
             report.append_group(path, measured, device)
         say(pytestconfig, f"measured {measured.group} in {seconds:.0f} s")
 
-    measuring = Session(device, quick=pytestconfig.getoption("quick"), on_measured=keep)
+    measuring = Session(device, few_rounds=grid(pytestconfig) is not Grid.FULL, on_measured=keep)
     pytestconfig.stash[SESSION] = measuring
     return measuring
 

@@ -77,6 +77,7 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
     pytest = (sys.executable, "-m", "pytest")
     small = (sys.executable, "-m", "benchmarks.small_shapes")
     quickly = ("--quick",) if quick else ()
+    size = ("--quick",) if quick else ("--full",)
     # torch's caching allocator is one large block to the sanitizer, which would miss overruns between tensors.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     everything = [
@@ -115,7 +116,7 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
         Step(
             "grid",
             "the loss beside every installed peer: time with a cold and a hot cache, memory, error",
-            (*pytest, "benchmarks/bench_loss.py", "--benchmark-only", *quickly,
+            (*pytest, "benchmarks/bench_loss.py", "--benchmark-only", *size,
              "--results", str(results), "--same-section"),
             limit=160 if quick else 3600,
             needs=("pytest", "pytest_benchmark"),
@@ -132,7 +133,8 @@ def steps(results: Path, *, quick: bool) -> list[Step]:
         Step(
             "step",
             "an optimizer step beside TRL's: time by phase, memory, loss and gradients, each saving switched off",
-            (*pytest, "benchmarks/bench_step.py", "--benchmark-only", "--results", str(results), "--same-section"),
+            (*pytest, "benchmarks/bench_step.py", "--benchmark-only", *size,
+             "--results", str(results), "--same-section"),
             limit=3600,
             needs=("pytest", "pytest_benchmark", "trl", *TRAINING),
             in_quick=False,

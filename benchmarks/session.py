@@ -75,9 +75,11 @@ class Session:
     ``on_measured`` is called with every measured group and the seconds that it took.
     """
 
-    def __init__(self, device: torch.device, *, quick: bool, on_measured: Callable[[Measured, float], None]) -> None:
+    def __init__(
+        self, device: torch.device, *, few_rounds: bool, on_measured: Callable[[Measured, float], None]
+    ) -> None:
         self.device = device
-        self.quick = quick
+        self.few_rounds = few_rounds
         self.on_measured = on_measured
         self.measured: dict[Group, Measured] = {}
         self._workload: Workload | None = None
@@ -116,8 +118,8 @@ class Session:
             steps,
             self.device,
             before=lambda: batch.prepare(group.mode),
-            seconds=1.0 if self.quick else 6.0,
-            min_rounds=3 if self.quick else 5,
+            seconds=1.0 if self.few_rounds else 6.0,
+            min_rounds=3 if self.few_rounds else 5,
             max_rounds=50 if cuda else 15,
             warm_up_rounds=1 if cuda else 0,  # a GPU's clocks need time to rise
         )

@@ -74,7 +74,7 @@ def measure(device: torch.device, folder: Path, *, quick: bool) -> Path:
         "axes": {},
     }
     # A sweep on a CPU must end within minutes; a few rounds are enough for a picture.
-    session = Session(device, quick=quick or device.type == "cpu", on_measured=_say)
+    session = Session(device, few_rounds=quick or device.type == "cpu", on_measured=_say)
     names = [name for name in PEERS[device.type] if not (BY_NAME[name].compiles and device.type == "cpu")]
     for axis, points in workloads(device, quick=quick).items():
         curve: list[dict[str, Any]] = []

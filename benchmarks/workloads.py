@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import float64
+from benchmarks.grid import Grid
 from hypo_kernels.objective import Objective
 
 IGNORE_INDEX = -100
@@ -67,15 +68,15 @@ LLAMA_1K = replace(LLAMA, rows=1024)
 LLAMA_HALF = replace(LLAMA, counted=0.5)
 
 
-def groups(device: torch.device, *, quick: bool) -> list[Group]:
-    """Return the groups for a device, most important first; ``quick`` has small shapes and few repeats."""
+def groups(device: torch.device, chosen: Grid) -> list[Group]:
+    """Return the groups for a device, most important first."""
     both = ("frozen", "trained")
     f32, bf16 = torch.float32, torch.bfloat16
     if device.type == "cuda":
         grid = [LLAMA, PYTHIA, LLAMA_1K, LLAMA_HALF, replace(PYTHIA, task="dpo", modes=both)]
-        if not quick:
+        if chosen is Grid.FULL:
             grid += [replace(LLAMA, task="dpo", modes=both), replace(PYTHIA, rows=16384)]
-    elif quick:
+    elif chosen is Grid.QUICK:
         tiny = Workload("hypo", 256, 4096, 64, f32, sequence_length=32)
         grid = [
             tiny,
@@ -89,14 +90,17 @@ def groups(device: torch.device, *, quick: bool) -> list[Group]:
         long_pairs = replace(small, task="dpo", rows=8192, sequence_length=1024, against=FULL_LOGITS_AND_LIGER)
         smollm = Workload("hypo", 512, 49152, 576, f32, sequence_length=64)  # SmolLM2-135M's head
         grid = [
-            small,
-            replace(small, counted=0.5, modes=("trained",)),
-            replace(small, task="dpo", modes=("trained",)),
-            replace(long_pairs, modes=("trained",)),
-            replace(small, dtype=bf16, modes=("trained",)),
             replace(smollm, modes=("trained",)),
             replace(smollm, dtype=bf16, modes=("trained",)),
+            replace(small, task="dpo", modes=("trained",)),
         ]
+        if chosen is Grid.FULL:
+            grid += [
+                small,
+                replace(small, counted=0.5, modes=("trained",)),
+                replace(small, dtype=bf16, modes=("trained",)),
+                replace(long_pairs, modes=("trained",)),
+            ]
     return [Group(workload, mode) for workload in grid for mode in workload.modes]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import GPTNeoXConfig, LlamaConfig
 
+from benchmarks.grid import Grid
+
 TUNINGS = ("full", "LoRA", "last-k")
 
 
@@ -31,6 +33,7 @@ class Case:
 
     model: str
     tuning: str  # one of TUNINGS
+    shape: str  # a name for the lengths
     pairs: int
     micro_pairs: int
     prompt: Lengths
@@ -43,13 +46,17 @@ class Case:
 
     def __str__(self) -> str:
         tuning = f"last-{self.last_layers}" if self.tuning == "last-k" else self.tuning
-        return f"{self.model}-{tuning}"
+        return f"{self.model}-{tuning}-{self.shape}-{self.dtype}"
+
+    @property
+    def dtype(self) -> str:
+        return "bf16" if self.autocast else "fp32"
 
     @property
     def title(self) -> str:
         return (
             f"{self}, {self.pairs} pairs a step, prompts ~{self.prompt.mean}, responses ~{self.response.mean}, "
-            f"{self.num_generations} samples of {self.new_tokens}, {'bf16' if self.autocast else 'fp32'}"
+            f"{self.num_generations} samples of {self.new_tokens}"
         )
 
 
@@ -65,6 +72,19 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "small Llama": (
+        LlamaConfig,
+        {
+            "vocab_size": 8192,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
         },
     ),
@@ -110,6 +130,7 @@ SMOLLM = "SmolLM2-135M"  # real weights, from a folder (see material.py)
 _SMALL = Case(
     model=SMOLLM,
     tuning="full",
+    shape="TLDR",
     pairs=8,
     micro_pairs=8,
     prompt=Lengths(256, 40, 160, 320),
@@ -117,9 +138,27 @@ _SMALL = Case(
     new_tokens=48,
     autocast=False,
 )
+_CHAT = replace(
+    _SMALL,
+    shape="chat",
+    pairs=4,
+    micro_pairs=4,
+    prompt=Lengths(64, 10, 40, 80),
+    response=Lengths(128, 20, 80, 160),
+    new_tokens=192,
+)
+_LONG = replace(
+    _CHAT,
+    shape="long",
+    micro_pairs=2,  # TRL without gradient checkpointing fits into 16 GB
+    prompt=Lengths(300, 60, 160, 440),
+    response=Lengths(270, 50, 120, 400),
+    new_tokens=256,
+)
 _QUICK = replace(
     _SMALL,
     model="tiny Llama",
+    shape="tiny",
     pairs=4,
     micro_pairs=2,  # two micro-batches: the sums over them are checked too
     prompt=Lengths(32, 8, 16, 48),
@@ -130,6 +169,7 @@ _QUICK = replace(
 _TLDR = Case(
     model="Pythia-2.8B",
     tuning="full",
+    shape="TLDR",
     pairs=64,
     micro_pairs=8,
     prompt=Lengths(340, 100, 96, 512),
@@ -140,6 +180,7 @@ _TLDR = Case(
 _ULTRAFEEDBACK = Case(
     model="Llama-3-8B",
     tuning="last-k",
+    shape="UltraFeedback",
     pairs=64,
     micro_pairs=8,
     prompt=Lengths(300, 150, 32, 1024),
@@ -150,11 +191,20 @@ _ULTRAFEEDBACK = Case(
 )
 
 
-def cases(device: torch.device, *, quick: bool) -> list[Case]:
+def cases(device: torch.device, grid: Grid) -> list[Case]:
     """Return the cases of a device, most important first."""
-    if quick:
+    if grid is Grid.QUICK:
         return [replace(_QUICK, tuning=tuning) for tuning in TUNINGS]
     if device.type == "cuda":
         small = replace(_TLDR, model="Pythia-1.4B")
+        if grid is Grid.SHORT:
+            return [small]
         return [_TLDR, replace(_TLDR, tuning="LoRA"), _ULTRAFEEDBACK, small, replace(small, tuning="LoRA")]
-    return [replace(_SMALL, tuning=tuning) for tuning in TUNINGS]
+    if grid is Grid.SHORT:
+        return [replace(case, model="small Llama") for case in (_SMALL, _CHAT)]
+    return [
+        replace(case, tuning=tuning, autocast=autocast)
+        for tuning in TUNINGS
+        for autocast in (False, True)
+        for case in (_SMALL, _CHAT, _LONG)
+    ]

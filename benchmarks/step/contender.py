@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +29,9 @@ class Tap:
         self.material = material
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return one given completion for each prompt, in order if a prompt is repeated."""
+        """Return one given completion for each prompt, in turns if a prompt is repeated."""
         assert self.given is not None
-        left = {prompt: iter(completions) for prompt, completions in self.given.items()}
+        left = {prompt: itertools.cycle(completions) for prompt, completions in self.given.items()}
         return [next(left[tuple(prompt)]) for prompt in prompts]
 
     def note(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> None:
@@ -66,6 +67,10 @@ class Contender(ABC):
     def seen_pairs(self) -> set[tuple[Ids, Ids, Ids]]:
         """Return the (prompt, chosen, rejected) ids that enter the model."""
 
+    def flop(self) -> float | None:
+        """Return the FLOP of all matrix products since the last call; None if they are not counted."""
+        return None
+
     def trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.parameters().items() if p.requires_grad}
 
@@ -79,10 +84,17 @@ class Contender(ABC):
             if isinstance(value, Tensor) and value.ndim > 0
         }
 
+    def held(self) -> list[tuple[str, str, Tensor]]:
+        """Return kind, name and tensor of policy, reference and AdamW's state, which stay in memory between steps."""
+        kinds: dict[str, Mapping[str, Tensor]] = {
+            "policy": self.parameters(),
+            "reference": self.references(),
+            "moment": self.moments(),
+        }
+        return [(kind, name, tensor) for kind, named in kinds.items() for name, tensor in named.items()]
+
     def held_bytes(self) -> int:
-        """Return the bytes of policy, reference and AdamW's state, which stay in memory between steps."""
-        tensors = [*self.parameters().values(), *self.references().values(), *self.moments().values()]
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        return sum({tensor.data_ptr(): tensor.nbytes for _, _, tensor in self.held()}.values())
 
 
 def move_from_reference(contender: Contender) -> None:
@@ -101,7 +113,7 @@ def move_from_reference(contender: Contender) -> None:
 
 
 class Pool:
-    """Keeps one copy of the tensors that are equal in all contenders, so that they fit into memory together.
+    """Keeps one copy of the tensors that are equal in all contenders of a process, so that a GPU holds all of them.
 
     Weights do not move (see LEARNING_RATE), so all contenders can share them. AdamW's moments move, but their values do
     not change a step's work.
@@ -111,13 +123,8 @@ class Pool:
         self._tensors: dict[tuple[str, str], Tensor] = {}
 
     def share(self, contender: Contender) -> None:
-        for kind, named in (
-            ("policy", contender.parameters()),
-            ("reference", contender.references()),
-            ("moment", contender.moments()),
-        ):
-            for name, tensor in named.items():
-                tensor.data = self._tensors.setdefault((kind, name), tensor.data)
+        for kind, name, tensor in contender.held():
+            tensor.data = self._tensors.setdefault((kind, name), tensor.data)
 
 
 @contextmanager

@@ -53,14 +53,20 @@ class Material:
     def rows(self) -> list[dict[str, str]]:
         return [json.loads(line) for line in self.data.read_text().splitlines()]
 
-    def given_samples(self) -> dict[Ids, list[list[int]]]:
-        """Return fixed completions of each prompt, for the steps whose gradients are compared."""
+    def given_samples(self, *, equal: bool = False) -> dict[Ids, list[list[int]]]:
+        """Return fixed completions of each prompt, for the steps whose gradients are compared.
+
+        ``equal``: a prompt's completions are the same, so that their KL gradient is 0 (each is compared with the rest).
+        """
         rng, case = random.Random(SEED + 1), self.case
         words = range(FIRST_WORD, self.vocab_size)
-        return {
-            pair.prompt: [rng.choices(words, k=case.new_tokens) for _ in range(case.num_generations)]
-            for pair in self.pairs
-        }
+
+        def completions() -> list[list[int]]:
+            if equal:
+                return [rng.choices(words, k=case.new_tokens)] * case.num_generations
+            return [rng.choices(words, k=case.new_tokens) for _ in range(case.num_generations)]
+
+        return {pair.prompt: completions() for pair in self.pairs}
 
     @property
     def vocab_size(self) -> int:

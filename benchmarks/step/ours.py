@@ -52,6 +52,10 @@ class Ours(Contender):
         rest = phases.pop(OTHER) + phases.pop("data")
         return {**phases, REST: rest}
 
+    def flop(self) -> float | None:
+        counts = self.run.throughput.read(steps=1, seconds=1.0)
+        return sum(count for name, count in counts.items() if name.startswith("flops/")) or None
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name.removeprefix("model."): p for name, p in self.run.policy.named_parameters()}
 
@@ -69,9 +73,23 @@ class Ours(Contender):
         else:
             tokens = torch.tensor(self.tap.answer(repeated), device=self.run.accelerator.device)
             ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-            samples = Samples(tokens, torch.ones_like(tokens, dtype=torch.bool), None, ended, version=0)
+            logps = self._given_logps(repeated, tokens) if self.run.config.rollout_steps > 1 else None
+            samples = Samples(tokens, torch.ones_like(tokens, dtype=torch.bool), logps, ended, version=0)
         self.tap.note(repeated, samples.completions())
         return samples
+
+    @torch.no_grad()
+    def _given_logps(self, prompts: list[list[int]], tokens: Tensor) -> Tensor:
+        """Return the policy's log-probs (N, L) of given completions, by the plain forward pass of transformers."""
+        model: Any = self.run.sampler.model  # type: ignore[union-attr]
+        device, length = tokens.device, tokens.shape[1]
+        sequences = [(*prompt, *completion) for prompt, completion in zip(prompts, tokens.tolist(), strict=True)]
+        found: dict[tuple[int, ...], Tensor] = {}
+        for ids in set(sequences):
+            row = torch.tensor([ids], device=device)
+            logps = model(row).logits[0, -length - 1 : -1].float().log_softmax(-1)
+            found[ids] = logps.gather(1, row[0, -length:, None])[:, 0]
+        return torch.stack([found[ids] for ids in sequences])
 
 
 def config(variant: Variant, material: Material, output_dir: Path) -> Config:

@@ -7,6 +7,7 @@ model, reference and optimizer; both trainers' gradients add up before the one o
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,9 +166,25 @@ def _no_reward(completions: list[str], **_: Any) -> list[float | None]:
 
 def _policy(variant: Variant, material: Material, output_dir: Path) -> Any:
     """Return the model with the dtypes and frozen weights that this project uses; TRL adds the rest."""
+    if variant.side == "unsloth":
+        return _unsloth_policy(material)
     ours = config(Variant(variant.name, "ours", variant.algorithm), material, output_dir)
     plain = ours.model_copy(update={"use_peft": False, "gradient_checkpointing": False})
     return load_policy(plain, autocast=material.case.autocast).model
+
+
+def _unsloth_policy(material: Material) -> Any:
+    """Return unsloth's model with all weights trained."""
+    fast: Any = importlib.import_module("unsloth").FastLanguageModel
+    model, _ = fast.from_pretrained(
+        str(material.folder),
+        max_seq_length=material.case.prompt.high + material.case.response.high,
+        dtype=torch.float32,
+        load_in_4bit=False,
+        full_finetuning=True,
+        use_gradient_checkpointing=False,  # DPOConfig's setting decides
+    )
+    return model
 
 
 def _arguments(case: Case, output_dir: Path) -> dict[str, Any]:
@@ -203,7 +220,8 @@ def _rloo_config(case: Case, output_dir: Path, settings: Any) -> RLOOConfig:
         "max_completion_length": case.new_tokens,
         "generation_kwargs": {"eos_token_id": None},
     }
-    return RLOOConfig(**{**arguments, **settings})
+    of_samples = {key: value for key, value in settings.items() if key != "precompute_ref_log_probs"}  # DPO's alone
+    return RLOOConfig(**{**arguments, **of_samples})
 
 
 def _lora(case: Case) -> LoraConfig | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import measure, report, targets
+from benchmarks.grid import Grid
 from benchmarks.providers import BY_NAME, GEMMS, OURS, PROVIDERS
 from benchmarks.session import Measured, Result
 from benchmarks.workloads import LLAMA, LLAMA_HALF, MODES, Group, groups
@@ -64,8 +65,8 @@ def test_half_of_the_rows_is_compared_with_all_rows() -> None:
 
 
 def test_the_grid_has_the_groups_of_every_target() -> None:
-    for quick in (True, False):
-        assert {target.group for target in targets.TARGETS} <= set(groups(CUDA, quick=quick))
+    for chosen in Grid:
+        assert {target.group for target in targets.TARGETS} <= set(groups(CUDA, chosen))
 
 
 def test_targets_are_for_cuda_alone() -> None:
