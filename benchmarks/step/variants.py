@@ -17,7 +17,7 @@ DPO, HYPO, HYPO_PLAIN = "DPO", "HyPO", "HyPO, all off"
 HYPO_RECOMMENDED = "HyPO, recommended"
 
 # What the documentation recommends where the online half shall cost little.
-RECOMMENDED: dict[str, Any] = {"rollout_steps": 8}
+RECOMMENDED: dict[str, Any] = {"online_fraction": 0.125, "rollout_steps": 8}
 
 
 @dataclass(frozen=True)

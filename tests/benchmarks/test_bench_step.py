@@ -139,7 +139,7 @@ def test_right_variants_are_timed_and_wrong_ones_are_named(
     wrong = Variant("HyPO with another KL", "ours", "hypo", {"kl_coef": 0.5})
     short = Variant("HyPO with short samples", "ours", "hypo", {"max_new_tokens": 3})
     broken = Variant("HyPO that cannot start", "ours", "hypo", {"num_layers_unfrozen": 99})
-    window = Variant("HyPO, 2 steps a draw", "ours", "hypo", {"rollout_steps": 2})
+    window = Variant("HyPO, 2 steps a draw", "ours", "hypo", {"rollout_steps": 2, "online_fraction": 0.5})
     trl = [BY_NAME[TRL_DPO], BY_NAME[NO_CHECKPOINTING], BY_NAME[TRL_HYPO]]
     everyone = [*trl, BY_NAME[HYPO], window, wrong, short, broken]
     monkeypatch.setattr(session, "variants", lambda case: everyone)
