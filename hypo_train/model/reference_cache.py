@@ -45,16 +45,16 @@ _SECONDS_PER_LINE = 30.0
 _NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
 
 
-def precompute_pays(rows: Sequence[Pair], passes: float, *, prompts_shared: bool) -> bool:
+def precompute_pays(rows: Sequence[Pair], passes: float, *, shared_prompts: float) -> bool:
     """Return whether one reference pass over ``rows`` costs at most as many tokens as ``passes`` passes in the steps.
 
-    With ``prompts_shared`` the steps run the reference on the prompts for their samples anyway, so a pair adds only
-    its completions to a step. At equal cost it pays, because other runs can use the values. The answer does not
-    depend on what the cache holds, so that a run can be repeated.
+    The steps run the reference on a share of the prompts, ``shared_prompts``, for their samples anyway. A pair of such
+    a prompt adds only its completions to a step. At equal cost it pays, because other runs can use the values. The
+    answer does not depend on what the cache holds, so that a run can be repeated.
     """
     completions = sum(len(row.chosen) + len(row.rejected) for row in rows)
-    once = completions + sum(len(row.prompt) for row in rows)
-    return once <= passes * (completions if prompts_shared else once)
+    prompts = sum(len(row.prompt) for row in rows)
+    return completions + prompts <= passes * (completions + (1 - shared_prompts) * prompts)
 
 
 def splits_to_precompute(plan: Plan) -> set[str]:
@@ -69,8 +69,10 @@ def splits_to_precompute(plan: Plan) -> set[str]:
     epochs = plan.total_steps / plan.steps_per_epoch
     evaluations = 1 + math.ceil(plan.total_steps / config.eval_steps) if config.eval_steps else 1
     pays = {
-        "train": precompute_pays(rows["train"], epochs, prompts_shared=config.draws_samples),
-        "eval": precompute_pays(rows["eval"], evaluations, prompts_shared=False),
+        "train": precompute_pays(
+            rows["train"], epochs, shared_prompts=config.online_fraction if config.draws_samples else 0
+        ),
+        "eval": precompute_pays(rows["eval"], evaluations, shared_prompts=0),
     }
     return {split for split in splits if pays[split]}
 

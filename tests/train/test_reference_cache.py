@@ -453,17 +453,19 @@ def pairs(prompt, completion, count=3):
 @pytest.mark.parametrize(
     ("prompt", "completion", "passes", "shared", "pays"),
     [
-        (100, 50, 0.5, False, False),
-        (100, 50, 1, False, True),
-        (100, 50, 1.9, True, False),  # once 200, in the steps 100 an epoch
-        (100, 50, 2, True, True),
-        (250, 48, 3.7, True, True),
-        (250, 48, 3.6, True, False),
-        (250, 48, 1, False, True),
+        (100, 50, 0.5, 0, False),
+        (100, 50, 1, 0, True),
+        (100, 50, 1.9, 1, False),  # once 200, in the steps 100 an epoch
+        (100, 50, 2, 1, True),
+        (250, 48, 3.7, 1, True),
+        (250, 48, 3.6, 1, False),
+        (250, 48, 1, 0, True),
+        (100, 50, 1.1, 0.25, False),  # once 200, in the steps 175 an epoch
+        (100, 50, 1.2, 0.25, True),
     ],
 )
 def test_precomputing_pays_if_it_saves_tokens(prompt, completion, passes, shared, pays):
-    assert precompute_pays(pairs(prompt, completion), passes, prompts_shared=shared) is pays
+    assert precompute_pays(pairs(prompt, completion), passes, shared_prompts=shared) is pays
 
 
 @pytest.mark.parametrize(
