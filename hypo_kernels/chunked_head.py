@@ -255,7 +255,7 @@ class ChunkedLMHead:
             if by_features is not None:
                 product = torch.empty(len(unit), features.shape[-1], dtype=self.accumulator_dtype, device=unit.device)
                 for i, (vocab, panel) in enumerate(self.panels[id(matrix)]):
-                    gemm.mm_(product, unit[:, vocab], panel, accumulate=i > 0)
+                    gemm.mm_(product, unit[:, vocab], panel, accumulate=i > 0, may_round=True)
                 by_features.index_copy_(0, self.rows[rows], product.mul_(factor).to(by_features.dtype))
             if by_matrix is not None:
                 self._add_products(by_matrix, unit, self._inputs(features, rows), factor, gradients.begun(by_matrix))
@@ -266,7 +266,7 @@ class ChunkedLMHead:
     def _add_products(self, out: Tensor, unit: Tensor, x: Tensor, factor: Tensor, begun: bool) -> None:
         """Add ``Uᵀ·(factor ⊙ x)`` to ``out``, summed in fp32. If not ``begun``, overwrite ``out``."""
         if self.operand_dtype != torch.float16:
-            gemm.mm_(out, unit.t(), (x * factor).to(self.operand_dtype), accumulate=begun)
+            gemm.mm_(out, unit.t(), (x * factor).to(self.operand_dtype), accumulate=begun, may_round=True)
             return
         # fp16 coefficients would underflow: divide by the largest, on the device, and multiply by it afterwards.
         top = factor.abs().amax().clamp_min(torch.finfo(factor.dtype).tiny)

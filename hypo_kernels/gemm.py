@@ -1,7 +1,7 @@
 """Products with the LM head: library GEMMs on operands of the compute dtype, accumulated in fp32.
 
-CUDA multiplies 16-bit operands into fp32. A CPU cannot, so there the operands are rounded to the compute dtype and then
-converted to fp32: the same numbers, with exact fp32 accumulation.
+CUDA multiplies 16-bit operands into fp32. So does ``amx``, in bf16, on a CPU with AMX. Another CPU cannot, so there the
+operands are rounded to the compute dtype and then converted to fp32: the same numbers, with exact fp32 accumulation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from hypo_kernels import amx
 
 # A head that must be converted is converted once if the copy takes at most 1/PANEL_SHARE of the budget; otherwise panel
 # by panel.
@@ -30,7 +32,7 @@ def operand_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dty
     """Return the dtype of a GEMM's operands on ``device``."""
     if device.type == "cuda" or compute_dtype == torch.float64:
         return compute_dtype
-    return torch.float32
+    return torch.bfloat16 if compute_dtype == torch.bfloat16 and amx.is_supported() else torch.float32
 
 
 def accumulator_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -43,10 +45,15 @@ def convert(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
     return x.to(compute_dtype).to(operand_dtype(x.device, compute_dtype))
 
 
-def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-    """Compute ``out = a @ b``, or ``out += a @ b``. ``out`` (fp32 or fp64) may have a wider dtype than the operands."""
+def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, may_round: bool = False) -> None:
+    """Compute ``out = a @ b``, or ``out += a @ b``. ``out`` (fp32 or fp64) may have a wider dtype than the operands.
+
+    With ``may_round``, the product may be rounded to the operands' dtype once, which is faster on a CPU with AMX.
+    """
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    elif out.device.type == "cpu" and amx.is_supported():
+        amx.mm_(out, a, b, accumulate=accumulate, may_round=may_round)
     elif accumulate:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:

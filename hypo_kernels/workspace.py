@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hypo_kernels import gemm
+from hypo_kernels import amx, gemm
 from hypo_kernels.head import LMHead
 
 # fp16 gradients of the weight are added block by block, through a temporary of this size.
@@ -117,6 +117,8 @@ def max_rows(
     def fixed(budget: int) -> int:
         panels = sum(gemm.Panels.copy_bytes(weight, compute_dtype, budget, vocab) for weight in weights)
         block = min(FP16_BLOCK_BYTES, 4 * vocab * width) if operand == torch.float16 else 0
+        if device.type == "cpu" and operand == torch.bfloat16:
+            block = min(amx.BLOCK_BYTES, 2 * vocab * width)
         return panels + block + (BYTES_PER_COUNTED_ROW + objective_bytes) * num_rows
 
     logits_bytes = vocab * accumulator.itemsize

@@ -35,6 +35,7 @@ from hypo_train.model.reference_cache import cache_folder, pair_reference_logps,
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.weight_digest import initial_weights, weight_hashes
 from hypo_train.optim import build_optimizer, build_scheduler
+from hypo_train.precision import computes_in_bf16
 from hypo_train.rewards import Reward, load_reward
 from hypo_train.sampling import Distribution, Sampler, ShardedSampler
 from hypo_train.sampling.registry import SamplerSettings, choose_sampler
@@ -146,11 +147,11 @@ class Run:
 
 def build_accelerator(config: Config) -> Accelerator:
     """Return accelerate's Accelerator for the run, with its device, mixed precision and DDP options."""
-    bf16 = torch.cuda.is_available() if config.bf16 is None else config.bf16
     # With gradients as views of DDP's buckets, they are in memory once.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    precision = "bf16" if bf16 else "no"
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "bf16" if computes_in_bf16(config, device_type) else "no"
+    return Accelerator(mixed_precision=precision, cpu=device_type == "cpu", kwargs_handlers=[ddp])
 
 
 @dataclass

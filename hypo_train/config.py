@@ -102,7 +102,8 @@ class Config(Settings):
     """Dtype of the frozen weights. Trained weights are always float32, because bfloat16 would round most updates of
     1e-6 to nothing."""
     bf16: bool | None = None
-    """Compute under bfloat16 autocast; none means yes on CUDA and no elsewhere."""
+    """Compute under bfloat16 autocast; none means yes on CUDA and no elsewhere. On a CPU, only AMX multiplies bfloat16
+    faster than float32."""
     gradient_checkpointing: bool | Literal["selective"] | None = None
     """Recompute activations in the backward pass. true keeps only each layer's input and costs one more forward pass.
     selective also keeps the results of matrix products and attention and costs a few percent. none means selective

@@ -29,6 +29,7 @@ from hypo_train.model.reference_cache import cache_folder, require_writable, spl
 from hypo_train.model.reward_model import RewardModel
 from hypo_train.model.tree_model import first_line
 from hypo_train.optim import require_optimizer, require_schedule
+from hypo_train.precision import computes_in_bf16, describe_precision
 from hypo_train.preflight.data import check_vocabulary, describe_steps
 from hypo_train.preflight.device import check_kernels, require_sampler
 from hypo_train.preflight.disk import check_disk, check_output_dir
@@ -62,7 +63,7 @@ def check(config: Config, dry_run: DryRun) -> Findings:
     """Check a run for a dry run, and return all problems and the page."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     kind = cast(DeviceType, "cuda" if dry_run.device in DEVICES else dry_run.device or default)
-    device = _Device(kind, kind == "cuda" if config.bf16 is None else config.bf16, dry_run.device)
+    device = _Device(kind, computes_in_bf16(config, kind), dry_run.device)
     findings = Findings(config)
     with offline_if_unreachable(config):
         with findings.collected():
@@ -186,6 +187,7 @@ def _check_model(
         with findings.collected():
             structure = look_at_structure(config, source.architecture)
         describe_model(config, source, trained, structure, findings)
+    findings.model.append(describe_precision(config, device.kind))
     with findings.collected():
         reward_model = check_reward_model(config, source, findings, must_exist=must_exist)
     return None if trained is None else _Outline(trained, structure, reward_model)

@@ -20,7 +20,7 @@ from benchmarks import cost
 from benchmarks.cost import TORCH, TRITON, Operation, Work
 from benchmarks.issued import OperationMeter
 from benchmarks.workloads import NUM_GENERATIONS, Batch, Workload, make_batch
-from hypo_kernels import fused_hypo_loss, gemm, sequence_logprobs, token_logprobs, workspace
+from hypo_kernels import amx, fused_hypo_loss, gemm, sequence_logprobs, token_logprobs, workspace
 from hypo_kernels.gradients import Gradients, Leaves
 from hypo_kernels.head import LMHead
 
@@ -54,6 +54,7 @@ class SixteenBitProducts(TorchDispatchMode):
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
     """The dtype of hidden states, weight and operands."""
     dtype: torch.dtype = getattr(torch, request.param)
+    monkeypatch.setattr(amx, "is_supported", lambda: False)
     monkeypatch.setattr(gemm, "operand_dtype", lambda device, compute_dtype: compute_dtype)
     with SixteenBitProducts():
         yield dtype

@@ -5,7 +5,7 @@ import torch
 from interpreter import patch_once_a_launch
 from torch import Tensor
 
-from hypo_kernels import gemm
+from hypo_kernels import amx, gemm
 
 patch_once_a_launch()
 
@@ -23,7 +23,7 @@ def sixteen_bit_operands(device: torch.device, monkeypatch: pytest.MonkeyPatch) 
         yield
         return
 
-    def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
+    def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, may_round: bool = False) -> None:
         product = (a.double() @ b.double()).to(out.dtype)
         if accumulate:
             out.add_(product)
@@ -33,3 +33,11 @@ def sixteen_bit_operands(device: torch.device, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gemm, "operand_dtype", lambda device, compute_dtype: compute_dtype)
     monkeypatch.setattr(gemm, "mm_", mm_)
     yield
+
+
+@pytest.fixture
+def amx_products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make any CPU multiply bf16 matrices as one with AMX does."""
+    if device.type == "cuda":
+        pytest.skip("products on a CPU")
+    monkeypatch.setattr(amx, "is_supported", lambda: True)

@@ -30,7 +30,7 @@ from contract import (
 )
 from torch import Tensor
 
-from hypo_kernels import token_logprobs
+from hypo_kernels import gemm, token_logprobs
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -173,7 +173,8 @@ def test_bf16_inputs_have_the_error_of_fp32_sums(
     record_property("error of bf16 logits, nats", error_if_stored)
     print(f"{impl}: largest logit {size:.3g}, error {error:.3g} nats, of bf16 logits {error_if_stored:.3g}")
     assert error <= 1e-5 * size
-    if device.type == "cpu":  # tensor cores cut what a CPU rounds, so fp32 eager is no measure of theirs
+    # Tensor cores and AMX round in other places than fp32 eager, which is no measure of theirs.
+    if gemm.operand_dtype(device, torch.bfloat16) == torch.float32:
         eager = F.linear(hidden.float(), weight.float()).log_softmax(-1).gather(1, index).squeeze(1)
         assert_close("logps", found, [eager], exact, torch.float32, size)
     assert error < 1e-2 * error_if_stored

@@ -81,6 +81,7 @@ def test_the_page_of_a_run_without_weights(dry_run, tmp_path):
         "LlamaForCausalLM, 2 layers, 17,888 parameters",
         "training 17,888 of them (100.0%): all",
         "completions share their prompt (checked on a tiny model of the architecture)",
+        "computing in float32 (bf16: false)",
     ]
     steps = lines_of(page, "steps")
     assert steps[0] == "hypo: 3 steps of 4 pairs in one micro-batch, 0.6 epochs"
