@@ -27,7 +27,7 @@ from benchmarks.step.material import Missing
 from benchmarks.step.memory import allocator
 from benchmarks.step.rate import why_no_bf16
 from benchmarks.step.session import MeasuredCase, StepSession
-from benchmarks.step.variants import DPO, TABLE, Variant, variants
+from benchmarks.step.variants import DPO, HYPO_PLAIN, TABLE, Variant, variants
 
 HOURS = 3600
 PLOTS = Path(__file__).parent / "plots"
@@ -70,13 +70,15 @@ def step_session(pytestconfig: pytest.Config, offline: None) -> StepSession:
 
     def keep(measured: MeasuredCase, seconds: float) -> None:
         where = f"{hardware(device)}, {datetime.date.today().isoformat()}"
-        picture = waterfall.draw(measured, where, _picture_path(measured.case, device, path, chosen))
+        picture = None
+        if HYPO_PLAIN in measured.results:  # the savings were measured
+            picture = waterfall.draw(measured, where, _picture_path(measured.case, device, path, chosen))
         table = report.table(measured, device)
         if path is not None:
             link = [f"![waterfall]({picture.relative_to(path.parent.resolve())})", ""] if picture is not None else []
             conditions = [f"{rounds} rounds; {memory}", *report.legend(device)]
             append(path, f"**{table[0]}**", "", "```text", *table[1:], "", *conditions, "```", "", *link)
-        shown.append((str(measured.case), "\n".join([*table, f"  picture  {picture}", ""])))
+        shown.append((str(measured.case), "\n".join([*table, *([f"  picture  {picture}"] if picture else []), ""])))
         say(pytestconfig, f"measured {measured.case}, {rounds} rounds, in {seconds:.0f} s")
 
     return StepSession(device, rounds=rounds, on_measured=keep)

@@ -103,20 +103,20 @@ class Trial:
         if self.parking is not None and self.rests:
             self.parking.bring_back(self.contender)
         self.rests = False
-        contender, phases = self.contender, Counter[str]()
+        contender, phases, seconds = self.contender, Counter[str](), 0.0
         contender.flop()
         contender.tap.tokens = 0
-        gc.collect()
         self._forget_peak()
-        gc.disable()
-        try:
-            self._wait()
-            start = time.perf_counter()
-            for _ in range(steps):
+        for _ in range(steps):
+            give_back()  # before every step, so that one among several pays for as many page faults as one alone
+            gc.disable()
+            try:
+                self._wait()
+                start = time.perf_counter()
                 phases.update(contender.timed_step())
-            seconds = time.perf_counter() - start
-        finally:
-            gc.enable()
+                seconds += time.perf_counter() - start
+            finally:
+                gc.enable()
         flop = contender.flop()
         return Sample(
             seconds / steps,

@@ -116,6 +116,9 @@ def variants(case: Case, grid: Grid = Grid.FULL) -> list[Variant]:
     if off:
         everything = {key: value for settings in off.values() for key, value in settings.items()}
         found.append(Variant(HYPO_PLAIN, "ours", "hypo", everything))
+    if grid is Grid.QUICK and case.tuning != "full":  # what differs from full fine-tuning
+        kept = (_DEFAULT, _TRL_HYPO, *_OURS)
+        found = [variant for variant in found if variant in kept or variant.name == without("shared trunk")]
     return found
 
 
