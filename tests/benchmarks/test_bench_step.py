@@ -151,7 +151,7 @@ def test_right_variants_are_timed_and_wrong_ones_are_named(
     assert {"sample", "reference", "forward", "backward", "optimizer"} <= right.phases[0].keys()
     assert right.peak_bytes > right.held_bytes > 0
     assert measured.times_gemms(right) > 1
-    assert measured.results[window.name].phase("sample") < 0.8 * right.phase("sample")
+    assert measured.results[window.name].flop < right.flop  # half as many prompts have samples
     assert not measured.results[window.name].wrong
     best = min(trl[:2], key=lambda variant: measured.results[variant.name].first_seconds)
     assert measured.results[TRL_HYPO].variant.settings == best.settings
