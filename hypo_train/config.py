@@ -106,8 +106,8 @@ class Config(Settings):
     faster than float32."""
     gradient_checkpointing: bool | Literal["selective"] | None = None
     """Recompute activations in the backward pass. true keeps only each layer's input and costs one more forward pass.
-    selective also keeps the results of matrix products and attention and costs a few percent. none means selective
-    for models of 10 million parameters or more on a CPU, and false elsewhere."""
+    selective also keeps the results of matrix products and attention and costs a few percent. none means false,
+    except on a CPU for models of 10 million parameters or more whose layers are not fused: selective."""
     use_liger_kernel: bool = False
     """Use Liger's kernels for the model's RMSNorm, RoPE and SwiGLU; needs liger-kernel and a GPU. The loss is not
     affected."""

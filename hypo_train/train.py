@@ -31,6 +31,7 @@ from hypo_train.prepare import prepare
 from hypo_train.report.page import report_at_the_end
 from hypo_train.report.runs import CONFIG_FILE
 from hypo_train.step import train_step
+from hypo_train.utils.allocator import keep_freed_memory
 from hypo_train.utils.atomic import write_file
 from hypo_train.utils.errors import HubError, Stopped
 from hypo_train.utils.records import record_errors, write_json_lines
@@ -60,6 +61,8 @@ def train(config: Config, *, progress: bool = True) -> Result:
         Stopped: SIGTERM, SIGINT or SIGHUP arrived; the step in progress was finished and saved.
     """
     refuse_to_overwrite(config)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     run = prepare(config, show=_print_lines)
     with run.processes.report_failures():
         result = _train(run, progress=progress)

@@ -9,13 +9,15 @@ from typing import Any
 from hypo_train.config import Config
 from hypo_train.model import checkpointing
 from hypo_train.model.checkpointing import Checkpointing
+from hypo_train.model.fused_layers import fuse_layers
 from hypo_train.model.lora import add_lora
 from hypo_train.model.text_parts import decoder_of, nearest_names, reached_by_text
 from hypo_train.model.tree_model import ModelError
 from hypo_train.model.trunk import decoder_layers
 
-# Number of parameters from which selective checkpointing is the default on CPUs. It inspects every operation: that took
-# 0.3 of 0.8 s a step in a model of a million parameters, and 4 % of the time in one of 135 million.
+# Number of parameters from which selective checkpointing is the default on CPUs for models whose layers are not fused.
+# It inspects every operation: that took 0.3 of 0.8 s a step in a model of a million parameters, and 4 % of the
+# time in one of 135 million.
 SELECTIVE_FROM = 10_000_000
 
 
@@ -25,6 +27,8 @@ def make_trainable(model: Any, config: Config, device_type: str) -> Any:
     Args:
         device_type: of the device that it will train on; it decides the default of activation checkpointing.
     """
+    # On CUDA, Liger's kernels serve these layers.
+    is_fused = device_type == "cpu" and fuse_layers(model, recompute=not config.gradient_checkpointing)
     if config.use_peft:
         model = add_lora(model, config)
     elif config.num_layers_unfrozen is not None:
@@ -37,7 +41,7 @@ def make_trainable(model: Any, config: Config, device_type: str) -> Any:
         if parameter.requires_grad:
             # In bf16, an update of 3e-6 would change only 4 % of the weights.
             parameter.data = parameter.data.float()
-    if kind := _checkpointing(config, model, device_type):
+    if kind := _checkpointing(config, model, keeps_too_much=device_type == "cpu" and not is_fused):
         checkpointing.enable(model, kind, has_dropout=config.lora_dropout > 0)
     return model
 
@@ -89,12 +93,16 @@ def _unfreeze_last(model: Any, count: int) -> None:
         head.requires_grad_(True)
 
 
-def _checkpointing(config: Config, model: Any, device_type: str) -> Checkpointing:
-    """Return the configured kind of checkpointing, or the default for the device."""
+def _checkpointing(config: Config, model: Any, *, keeps_too_much: bool) -> Checkpointing:
+    """Return the configured kind of checkpointing, or the default.
+
+    Args:
+        keeps_too_much: whether a large model is checkpointed by default.
+    """
     serves = model.supports_gradient_checkpointing
     if config.gradient_checkpointing is None:
         large = sum(p.numel() for p in model.parameters()) >= SELECTIVE_FROM
-        return "selective" if serves and large and device_type == "cpu" else False
+        return "selective" if serves and large and keeps_too_much else False
     if config.gradient_checkpointing and not serves:
         raise ModelError(f"gradient_checkpointing: {type(model).__name__} has none: set it to false")
     return config.gradient_checkpointing

@@ -517,9 +517,9 @@ class Matmuls(TorchDispatchMode):
 
 
 def test_selective_checkpointing_recomputes_no_product(saved_model):
-    kept, counts = [], []
+    kept, counts = [], []  # of a model whose MLPs are not fused: fused ones keep little without checkpointing
     for kind in (False, "selective", True):
-        policy = policy_of(saved_model(), gradient_checkpointing=kind).train()
+        policy = policy_of(saved_model("phi3"), gradient_checkpointing=kind).train()
         with Matmuls() as matmuls:
             forward = partial(policy, tree(), lambda hidden, head: hidden.sum())
             loss, extra = peak_extra_bytes(forward, torch.device("cpu"))
@@ -542,14 +542,20 @@ def test_selective_checkpointing_keeps_no_low_rank_result(saved_model):
 
 
 @pytest.mark.parametrize(
-    ("asked", "enabled"),
-    [(None, not torch.cuda.is_available()), ("selective", True), (True, True), (False, False)],
+    ("architecture", "asked", "enabled"),
+    [
+        ("gpt2", None, not torch.cuda.is_available()),
+        ("llama", None, False),  # its layers are fused, which needs no checkpointing
+        ("llama", "selective", True),
+        ("llama", True, True),
+        ("gpt2", False, False),
+    ],
 )
-def test_checkpointing_follows_the_setting_and_the_device(saved_model, monkeypatch, asked, enabled):
-    assert not policy_of(saved_model()).base.is_gradient_checkpointing, "a small model keeps what it computes"
+def test_checkpointing_follows_the_setting_and_the_device(saved_model, monkeypatch, architecture, asked, enabled):
+    folder = saved_model(architecture)
+    assert not policy_of(folder).base.is_gradient_checkpointing, "a small model keeps what it computes"
     monkeypatch.setattr("hypo_train.model.trainable.SELECTIVE_FROM", 1000)
-    policy = policy_of(saved_model(), gradient_checkpointing=asked)
-    assert policy.base.is_gradient_checkpointing is enabled
+    assert policy_of(folder, gradient_checkpointing=asked).base.is_gradient_checkpointing is enabled
 
 
 def test_a_model_without_checkpointing_trains_unless_required(saved_model, monkeypatch):
