@@ -93,7 +93,7 @@ def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     assert eps is not None
     if hidden_states.numel() <= _FEW:
         return rms_norm(hidden_states, weight.shape, weight, eps)
-    return _RMSNorm.apply(hidden_states, weight, eps)  # type: ignore[no-any-return]
+    return _RMSNorm.apply(hidden_states, weight, eps)
 
 
 def _eps(module: nn.Module) -> float | None:
