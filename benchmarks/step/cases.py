@@ -147,6 +147,9 @@ _CHAT = replace(
     response=Lengths(128, 20, 80, 160),
     new_tokens=192,
 )
+# Steps that are large enough for samples of a few prompts in each.
+_SMALL_32 = replace(_SMALL, shape="TLDR-32", pairs=32)
+_CHAT_32 = replace(_CHAT, shape="chat-32", pairs=32)
 _LONG = replace(
     _CHAT,
     shape="long",
@@ -159,8 +162,8 @@ _QUICK = replace(
     _SMALL,
     model="tiny Llama",
     shape="tiny",
-    pairs=4,
-    micro_pairs=2,  # two micro-batches: the sums over them are checked too
+    pairs=8,
+    micro_pairs=4,  # two micro-batches: the sums over them are checked too
     prompt=Lengths(32, 8, 16, 48),
     response=Lengths(12, 4, 4, 16),
     new_tokens=8,
@@ -201,10 +204,10 @@ def cases(device: torch.device, grid: Grid) -> list[Case]:
             return [small]
         return [_TLDR, replace(_TLDR, tuning="LoRA"), _ULTRAFEEDBACK, small, replace(small, tuning="LoRA")]
     if grid is Grid.SHORT:
-        return [replace(case, model="small Llama") for case in (_SMALL, _CHAT)]
+        return [replace(case, model="small Llama", pairs=16) for case in (_SMALL, _CHAT)]
     return [
         replace(case, tuning=tuning, autocast=autocast)
         for tuning in TUNINGS
         for autocast in (False, True)
-        for case in (_SMALL, _CHAT, _LONG)
+        for case in (_SMALL, _CHAT, _SMALL_32, _CHAT_32, _LONG)
     ]

@@ -20,15 +20,13 @@ TARGETS: dict[str, tuple[tuple[str, str | None, float], ...]] = {
     f"{SMALL}-full-TLDR": (
         (HYPO, DPO, 1.6),
         (HYPO, None, 0.65),
-        (HYPO_RECOMMENDED, DPO, 1.25),
-        (HYPO_RECOMMENDED, None, 0.5),
     ),
+    f"{SMALL}-full-TLDR-32": ((HYPO_RECOMMENDED, DPO, 1.25), (HYPO_RECOMMENDED, None, 0.5)),
     f"{SMALL}-full-chat": (
         (HYPO, DPO, 3.0),
         (HYPO, None, 1.5),
-        (HYPO_RECOMMENDED, DPO, 1.5),
-        (HYPO_RECOMMENDED, None, 0.75),
     ),
+    f"{SMALL}-full-chat-32": ((HYPO_RECOMMENDED, DPO, 1.5), (HYPO_RECOMMENDED, None, 0.75)),
     f"{SMALL}-LoRA-TLDR": ((HYPO, None, 0.8),),
     f"{SMALL}-last-4-TLDR": ((HYPO, None, 0.8),),
     "Pythia-2.8B-full-TLDR": ((HYPO, TRL_DPO, 0.65),),

@@ -16,8 +16,8 @@ TRL_DPO, TRL_HYPO = "TRL DPO", "HyPO on TRL"
 DPO, HYPO, HYPO_PLAIN = "DPO", "HyPO", "HyPO, all off"
 HYPO_RECOMMENDED = "HyPO, recommended"
 
-# What the documentation recommends where the online half shall cost little.
-RECOMMENDED: dict[str, Any] = {"online_fraction": 0.125, "rollout_steps": 8}
+# What the documentation recommends where the online half shall cost little (docs/cost.md).
+RECOMMENDED: dict[str, Any] = {"online_fraction": 0.125}
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ def variants(case: Case, grid: Grid = Grid.FULL) -> list[Variant]:
         return list(SHORT)
     off = {saving.name: saving.off for saving in savings(case) if saving.off is not None}
     found = [variant for variant in (*TABLE, _KEPT) if variant != _UNSLOTH or case.tuning == "full"]
+    if case.pairs * RECOMMENDED["online_fraction"] < 1:  # not every step would have samples
+        found = [variant for variant in found if variant.name != HYPO_RECOMMENDED]
     found += [Variant(without(name), "ours", "hypo", settings) for name, settings in off.items()]
     if off:
         everything = {key: value for settings in off.values() for key, value in settings.items()}
