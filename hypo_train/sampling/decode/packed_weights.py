@@ -31,8 +31,7 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     The copies take as much memory as the weights and are made of the current ones. A layer whose weight is not a plain
     tensor on the CPU, in a dtype that oneDNN multiplies, is left alone, as is one with a forward pass of its own.
     """
-    modules: list[Any] = list(model.modules())
-    layers = [(layer, dtype) for layer in modules if (dtype := _dtype_to_pack(layer)) is not None]
+    layers = [(layer, dtype) for layer in model.modules() if (dtype := _dtype_to_pack(layer)) is not None]
     try:
         for layer, dtype in layers:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), None)
