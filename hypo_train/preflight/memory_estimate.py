@@ -29,7 +29,6 @@ from hypo_train.optim import footprint
 from hypo_train.preflight.sharded_sizes import divided, gathered_bytes, zero_bytes
 from hypo_train.sampling.decode.branches import num_slots
 from hypo_train.sampling.decode.cuda_graphs import bucket
-from hypo_train.sampling.decode.packed_weights import packed_bytes, packing_pays
 from hypo_train.sampling.decode.sampler import copy_to_decode_from, prefill_tokens
 from hypo_train.sampling.merged_weights import MergedWeights
 from hypo_train.sampling.registry import SamplerEntry
@@ -167,7 +166,6 @@ def estimate(
         Component("the loss: a chunk of logits and gradients", 0, peak.loss, 0),
         Component("one layer's weights, dequantized", unpacked, unpacked, 0),
         *([] if count > 1 else [Component("the sampler's copy of weights", draws.weights, *[kept_draws.weights] * 2)]),
-        Component("the sampler's packed copy of weights", draws.packed_weights, 0, 0),
         Component("the sampler's keys and values", draws.kv, kept_draws.kv, kept_draws.kv),
         Component("the optimizer's temporaries", 0, 0, temporary),
     ]
@@ -248,7 +246,6 @@ class _Draws(NamedTuple):
     """The bytes that sampling takes in a step."""
 
     weights: int = 0
-    packed_weights: int = 0  # in a draw only
     kv: int = 0
     kv_of_a_prompt: int = 0
     activations: int = 0
@@ -265,10 +262,7 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
     count = -(-math.ceil(config.online_fraction * plan.batch_size * window) // plan.world_size)
     longest = max(len(row.prompt) for row in plan.train_rows)
     weights = _merged_bytes(trained, device_type, autocast, new) if kind == "decode" else 0
-    packed = 0
     if kind == "decode":
-        if device_type == "cpu" and packing_pays(count * n, new):
-            packed = packed_bytes(trained.model, torch.bfloat16 if autocast else torch.float32)
         width = bucket(longest) if device_type == "cuda" else longest
         of_a_prompt = num_slots(width, n * new) * per_token
         prefilled = min(count, max(1, prefill_tokens(device_type) // longest))
@@ -283,7 +277,7 @@ def _sampling(plan: Plan, trained: Policy | RewardModel, conditions: Conditions)
         peak = simulate_prompt_memory(trained, [longest] * prefilled, **options, gradients=False)
         prefill = peak.total - (peak.casts if weights else 0)  # the copy has the compute dtype, so nothing is cast
         activations = max(prefill + prefilled * longest * per_token, logits)
-    return _Draws(weights, packed, count * of_a_prompt, of_a_prompt, activations)
+    return _Draws(weights, count * of_a_prompt, of_a_prompt, activations)
 
 
 def _merged_bytes(policy: Policy, device_type: DeviceType, autocast: bool, max_new_tokens: int) -> int:

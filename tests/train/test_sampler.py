@@ -30,8 +30,6 @@ def decode_sampler(model, *, max_batch_tokens=None, **options):
 # A factory takes (model, *, eos_token_ids, pad_token_id, distribution, max_batch_tokens, score).
 ENGINES = {"generate": GenerateSampler, "decode": decode_sampler}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    ENGINES["decode, packed weights"] = partial(decode_sampler, pack_weights=True)
 if DEVICE == "cuda":  # where "decode" replays graphs
     ENGINES["decode, step by step"] = partial(decode_sampler, capture=False)
 EOS, PAD = 1, 0

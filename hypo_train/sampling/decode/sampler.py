@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from hypo_train.model.positions import check_sample_length
 from hypo_train.sampling.comparison import compute_dtype
 from hypo_train.sampling.decode.branches import Branches, KVShape, Rules, attention, num_slots, takes_packed
 from hypo_train.sampling.decode.cuda_graphs import CapturedBranches, bucket, memory_layout
-from hypo_train.sampling.decode.packed_weights import packed_weights, packing_pays
 from hypo_train.sampling.decode.prefill import prefill
 from hypo_train.sampling.decode.support import kv_shape, serves, text_config
 from hypo_train.sampling.merged_weights import MergedWeights, is_adapted, linear_layers, quantized, unmergeable
@@ -63,15 +61,12 @@ class DecodeSampler(Sampler):
             step would cast them again.
         capture: run the step as a CUDA graph; None = on CUDA. Its KV buffers are kept until `release`, and prompts are
             padded to the next of 128, 256, 512, ... tokens. A step that cannot be captured raises.
-        pack_weights: multiply copies of the weights in a layout for few rows, made for each call; None = on the CPU,
-            from 4 completions of 32 tokens on.
         max_kv_bytes: the most memory of a batch's KV; a batch has at least one prompt. None = one batch on the CPU, and
             0.6 of the free memory elsewhere.
         score: also return `logprobs`, at no cost.
 
     Raises:
-        ValueError: a model that is not supported, a max_kv_bytes below 1, or pack_weights for a model that is not on
-            the CPU.
+        ValueError: a model that is not supported, or a max_kv_bytes below 1.
     """
 
     takes_prompt_kv = True
@@ -85,22 +80,17 @@ class DecodeSampler(Sampler):
         distribution: Distribution = MODELS_OWN,
         merge_lora: bool | None = None,
         capture: bool | None = None,
-        pack_weights: bool | None = None,
         max_kv_bytes: int | None = None,
         score: bool = False,
     ) -> None:
         if max_kv_bytes is not None and max_kv_bytes < 1:
             raise ValueError(f"max_kv_bytes is {max_kv_bytes}: it must be at least 1, or None")
-        device_type = next(model.parameters()).device.type
-        if pack_weights and device_type != "cpu":
-            raise ValueError(f"pack_weights is for models on the CPU, and this one is on {device_type}: leave it out")
         self.model = model
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.distribution = distribution
         self.merge_lora = merge_lora
         self.capture = capture
-        self.pack_weights = pack_weights
         self.max_kv_bytes = max_kv_bytes
         self.score = score
         if reason := serves(model):
@@ -143,11 +133,9 @@ class DecodeSampler(Sampler):
         )
         capture = device.type == "cuda" if self.capture is None else self.capture
         widths = _prompt_slots(prompts, prompt_kv, capture)
-        with torch.no_grad(), eval_mode(self.model), ExitStack() as within:
+        with torch.no_grad(), eval_mode(self.model):
             model = self._model_to_decode_from(max_new_tokens)
             batches = self._batches(widths, n * max_new_tokens, shape, device)
-            if self._packs_weights(device, len(batches[0]) * n, max_new_tokens):
-                within.enter_context(packed_weights(model))
             lengths = []
             for batch in batches:
                 # A graph has a fixed number of rows: copies of the last prompt fill up the last batch.
@@ -174,11 +162,6 @@ class DecodeSampler(Sampler):
     def release(self) -> None:
         """Free captured graphs with their KV buffers, and the copy of the weights."""
         self._captured = self._merged = None
-
-    def _packs_weights(self, device: torch.device, rows: int, max_new_tokens: int) -> bool:
-        if self.pack_weights is None:
-            return device.type == "cpu" and packing_pays(rows, max_new_tokens)
-        return self.pack_weights
 
     def _model_to_decode_from(self, max_new_tokens: int) -> Any:
         """Return the live model, or an up-to-date copy of it."""
