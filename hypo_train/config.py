@@ -207,8 +207,8 @@ class Config(Settings):
     """Samples for each prompt; each is a baseline for the others, so hypo and rloo need at least 2."""
     online_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a step's prompts that get samples, chosen at random; hypo only. The KL term stays unbiased: it is the
-    sum over these prompts divided by their expected number. Below 1 / (rows of a step), some steps have no samples. A
-    value below 1 makes steps cheaper, most of all together with rollout_steps."""
+    sum over these prompts divided by their expected number. A value below 1 makes steps cheaper; below 1 / (rows of a
+    step), some steps have no samples, and the KL is held less well."""
     length_penalty: NonNegativeFloat = 0.0
     """Added to a sample's log-ratio for each of its tokens, so that length has a cost too; hypo and rloo."""
 
