@@ -44,6 +44,7 @@ gpu: $(INSTALLED)
 # The paper's synthetic experiments and counterexamples: tables and pictures in benchmarks/paper/results.
 paper: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper.coverage
+	$(BIN)/python -m benchmarks.paper.theory
 
 # Its Table 1 and Figure 1 in small, with sweeps; goes on where it was killed.
 paper-full: $(INSTALLED)

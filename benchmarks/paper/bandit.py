@@ -47,20 +47,36 @@ class World:
         return self.pairs.shares.shape[1]
 
 
-def linear_world(seeds: Sequence[int], *, responses: int = 100, features: int = 16, pairs: int = 10_000) -> World:
-    """Create a world with rewards linear in the features, whose best response is in no pair (section 6.1.1).
+def linear_world(
+    seeds: Sequence[int],
+    *,
+    responses: int = 100,
+    features: int = 16,
+    pairs: int = 10_000,
+    norm: int = 2,
+    last: str = "θ*",
+) -> World:
+    """Create a world with rewards linear in the features (section 6.1.1).
 
-    All feature vectors but the last are random, of unit length. The parameters θ* of the reward are Unif(−2, 2), except
-    the first, which is 2. The paper's text omits the last vector; here it is θ*/‖θ*‖, so the last response is the best
-    possible one.
+    All feature vectors but the last are random, of length 1 in the L1 or L2 ``norm``. The parameters θ* of the reward
+    are Unif(−2, 2), except the first, which is 2. The paper's text omits the last vector and does not say which norm.
+    Two readings make the last response, which is in no pair, the best: θ*/‖θ*‖ with the L2 norm (the default), and
+    e₁ = (1, 0, …) with the L1 norm, because no entry of θ* is above 2.
+
+    Raises
+    ------
+    ValueError
+        If ``last`` is neither ``"θ*"`` nor ``"e₁"``.
     """
+    if last not in ("θ*", "e₁"):
+        raise ValueError(f'last={last!r}: choose "θ*" or "e₁"')
     made = []
     for generator in _generators(seeds):
         of_reward = torch.empty(features, dtype=torch.float64).uniform_(-2, 2, generator=generator)
         of_reward[0] = 2.0
         phi = torch.randn(responses, features, generator=generator, dtype=torch.float64)
-        phi[-1] = of_reward
-        phi /= phi.norm(dim=1, keepdim=True)
+        phi[-1] = of_reward if last == "θ*" else torch.eye(features, dtype=torch.float64)[0]
+        phi /= phi.norm(p=norm, dim=1, keepdim=True)
         rewards = phi @ of_reward
         made.append(World(rewards, phi, _uniform(rewards), _label(rewards, pairs, generator)))
     return _side_by_side(made)

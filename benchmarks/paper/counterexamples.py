@@ -9,6 +9,7 @@ have a forward KL that grows without bound (Proposition B.2). Everything is exac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,14 @@ class Uncovered:
     least_loss: dict[str, Tensor]  # of DPO and IPO, for a policy that does not change the third response
     loss: dict[str, Tensor]  # the losses of the counterexample
     kl: dict[str, Tensor]  # reverse KL of the counterexamples and of HyPO's minimum
+    log_probs: dict[str, Tensor]  # each (E, 3), of the counterexamples
     hypo_log_probs: Tensor  # (E, 3) of HyPO's minimum
     kl_bound: Tensor  # of any minimum of HyPO's loss
 
 
-def uncovered() -> Uncovered:
+def uncovered(epsilons: Sequence[float] = EPSILONS) -> Uncovered:
     """Compute Propositions 4.1 and B.1, and HyPO's minimum beside them."""
-    world = three_responses(torch.tensor(EPSILONS, dtype=torch.float64))
+    world = three_responses(torch.tensor(epsilons, dtype=torch.float64))
     # In a minimum of DPO's loss the log-ratios differ by the rewards' gap / β; in one of IPO's by (2p − 1) / 2β.
     p = world.pairs.shares[0, 0, 1]
     gaps = {"dpo": REWARD_GAP / BETA, "ipo": float(2 * p - 1) / (2 * BETA)}
@@ -53,6 +55,7 @@ def uncovered() -> Uncovered:
             **{name: reverse_kl(pi, world.log_ref) for name, pi in moved.items()},
             "hypo": reverse_kl(log_pi, world.log_ref),
         },
+        log_probs=moved,
         hypo_log_probs=log_pi,
         # A minimum of ℓ + λ KL has at most the KL of the least ℓ with the reference's mass on the third response.
         kl_bound=reverse_kl(kept["dpo"], world.log_ref),
