@@ -155,14 +155,20 @@ def test_no_recipe_repeats_its_base(recipe):
 
 def commands(text: str) -> list[list[str]]:
     """The arguments of each command that trains."""
-    return [shlex.split(line, comments=True) for line in re.findall(r"python -m hypo_train (--config .*)", text)]
+    joined = text.replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in re.findall(r"python -m hypo_train (--config .*)", joined)]
 
 
 def test_readme_commands_name_existing_recipes_and_flags(monkeypatch):
     monkeypatch.chdir(ROOT)
     readme = (RECIPES / "README.md").read_text(encoding="utf-8")
-    found = {load_config(arguments).output_dir.removeprefix("runs/") for arguments in commands(readme)}
-    assert found == {recipe for recipe in TLDR + CHAT if not recipe.endswith(("2.8b", "ipo-1.4b"))}
+    configs = {config.output_dir.removeprefix("runs/"): config for config in map(load_config, commands(readme))}
+    figure_1 = {f"tldr/{algorithm}-2.8b-5-epochs" for algorithm in ("dpo", "hypo")}
+    assert set(configs) == {recipe for recipe in TLDR + CHAT if not recipe.endswith(("2.8b", "ipo-1.4b"))} | figure_1
+    for run in figure_1:
+        config = configs[run]
+        assert (config.num_train_epochs, config.num_eval_prompts) == (5, 300)
+        assert config.dataset_test_split == "validation[:300]"
     for recipe in TLDR + CHAT:
         assert f"`{recipe.replace('2.8b', '1.4b')}.yaml`" in readme
 
