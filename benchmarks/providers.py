@@ -8,15 +8,21 @@ peer that cannot run raises its ImportError or ``Unavailable``.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import hypo_kernels
+from benchmarks import liger_types
 from benchmarks.workloads import IGNORE_INDEX, NUM_GENERATIONS, Batch, Group
 from hypo_kernels import fused_hypo_loss, sequence_logprobs, token_logprobs
 
@@ -128,6 +134,27 @@ def liger_flce(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     )[0].float()
 
 
+@functools.cache
+def _unsloth_fused_linear() -> Any:
+    """Import unsloth's fused head alone, without ``import unsloth``, which patches the other peers."""
+    # The first variable stands for that import, the second keeps transformers' models as they are, and the third is a
+    # folder for generated code. What this import sets itself (an allocator for CUDA among others) is undone too:
+    # processes of other peers would inherit it.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, UNSLOTH_IS_PRESENT="1", UNSLOTH_FUSED_FORWARD="0", UNSLOTH_COMPILE_LOCATION=folder),
+    ):
+        return importlib.import_module("unsloth_zoo.fused_losses.fused_linear")
+
+
+def unsloth_fused_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Compute log-probs with unsloth_zoo's fused head; ``mask`` keeps the ignored rows from it."""
+    log_probs: Tensor = _unsloth_fused_linear().fused_linear_logprobs(
+        hidden, weight, targets, mask=targets != IGNORE_INDEX
+    )
+    return log_probs
+
+
 def hypo_token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return token_logprobs(hidden, weight, targets)
 
@@ -168,6 +195,8 @@ def _hypo_steps(impl: str) -> Callable[[Batch, str], Callable[[], Tensor]]:
     def make_step(batch: Batch, mode: str) -> Callable[[], Tensor]:
         if impl.startswith("triton") and not batch.hidden.is_cuda:
             raise Unavailable("needs CUDA")
+        if batch.workload.loss_type != "sigmoid":
+            raise Unavailable("fused_hypo_loss has no such loss; token_logprobs serves any")
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -196,14 +225,23 @@ def _hypo_steps(impl: str) -> Callable[[Batch, str], Callable[[], Tensor]]:
     return make_step
 
 
-def _liger_dpo_steps(*, compiled: bool) -> Callable[[Batch, str], Callable[[], Tensor]]:
-    """Return the step of Liger's DPO loss on the same rows, padded, chosen then rejected, as its trainer calls it."""
+def _liger_dpo_steps(*, compiled: bool, chunk_bytes: int = 0) -> Callable[[Batch, str], Callable[[], Tensor]]:
+    """Return the step of Liger's DPO loss on the same rows, padded, chosen then rejected, as its trainer calls it.
+
+    A chunk is a pair, Liger's default, or as many pairs as have fp32 logits of ``chunk_bytes``.
+    """
 
     def make_step(batch: Batch, mode: str) -> Callable[[], Tensor]:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-        loss_of = LigerFusedLinearDPOLoss(beta=batch.objective.beta, compiled=compiled)
         sequences, ref_hidden = len(batch.spans), batch.ref_hidden
+        bytes_a_pair = 2 * batch.workload.rows // sequences * batch.workload.vocab * 4
+        loss_of = LigerFusedLinearDPOLoss(
+            beta=batch.objective.beta,
+            compiled=compiled,
+            chunk_size=max(1, min(batch.num_pairs, chunk_bytes // bytes_a_pair)),
+            **liger_types.options(batch.workload.loss_type),
+        )
         assert ref_hidden is not None
         targets = batch.targets.view(sequences, -1)
 
@@ -270,11 +308,20 @@ PROVIDERS = (
     *_fused_heads("TRL ChunkedLogProb", trl_chunked, package="trl", picks_rows=True),
     *_fused_heads("Cut Cross-Entropy", cut_cross_entropy, package="cut-cross-entropy", picks_rows=True, compiles=True),
     *_fused_heads("Cut Cross-Entropy, exact", cut_cross_entropy_exact, package="cut-cross-entropy", picks_rows=True),
+    *_fused_heads("unsloth fused linear", unsloth_fused_linear, package="unsloth_zoo", picks_rows=True),
     *_fused_heads("Liger scaled CE", liger_scaled_ce, package="liger-kernel"),
     *_fused_heads("Liger FLCE", liger_flce, package="liger-kernel"),
     Provider(
         "Liger DPO",
         _liger_dpo_steps(compiled=True),
+        package="liger-kernel",
+        tasks=("dpo",),
+        has_forward=False,
+        compiles=True,
+    ),
+    Provider(
+        "Liger DPO, large chunks",
+        _liger_dpo_steps(compiled=True, chunk_bytes=2**30),  # the budget of ours
         package="liger-kernel",
         tasks=("dpo",),
         has_forward=False,

@@ -50,7 +50,7 @@ def _title(measured: Measured, device: torch.device) -> str:
     ours = measured.results.get(OURS[device.type])
     gradients = f", gradients {ours.gradient_bytes / MIB:.0f} MiB" if ours and ours.gradient_bytes else ""
     return (
-        f"{workload.task} {measured.group.mode}: {measured.counted_rows} counted rows"
+        f"{workload.title} {measured.group.mode}: {measured.counted_rows} counted rows"
         f"{f' (+{ignored} ignored)' if ignored else ''} x V={workload.vocab} x D={workload.width}, "
         f"{_dtype(measured)}{gradients}"
     )

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from benchmarks import float64
+from benchmarks import float64, liger_types
 from benchmarks.grid import Grid
+from benchmarks.liger_types import LOSS_TYPES
 from hypo_kernels.objective import Objective
 
 IGNORE_INDEX = -100
 MODES = ("forward", "frozen", "trained")
 NUM_GENERATIONS = 2
-FULL_LOGITS_AND_LIGER = ("full logits", "Liger DPO", "Liger DPO, not compiled")
+LIGER = ("Liger DPO", "Liger DPO, large chunks", "Liger DPO, not compiled")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,17 @@ class Workload:
     counted: float = 1.0  # fraction of each sequence's rows that count; the rest, the prompt, is ignored
     modes: tuple[str, ...] = MODES
     against: tuple[str, ...] = ()  # the peers to measure; empty: all
+    loss_type: str = "sigmoid"  # of "dpo": a name of ``liger_types.LOSS_TYPES``
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         ignored = "" if self.counted == 1 else f"-{1 - self.counted:.0%}_ignored"
-        return f"{self.task}-{self.rows}x{self.vocab}x{self.width}-{dtype}{ignored}"
+        return f"{self.title}-{self.rows}x{self.vocab}x{self.width}-{dtype}{ignored}"
+
+    @property
+    def title(self) -> str:
+        """Return the task, with its loss type unless that is "sigmoid"."""
+        return self.task if self.loss_type == "sigmoid" else f"{self.task}_{self.loss_type}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ def groups(device: torch.device, chosen: Grid) -> list[Group]:
         grid = [LLAMA, PYTHIA, LLAMA_1K, LLAMA_HALF, replace(PYTHIA, task="dpo", modes=both)]
         if chosen is Grid.FULL:
             grid += [replace(LLAMA, task="dpo", modes=both), replace(PYTHIA, rows=16384)]
+            grid += _loss_types(PYTHIA)
     elif chosen is Grid.QUICK:
         tiny = Workload("hypo", 256, 4096, 64, f32, sequence_length=32)
         grid = [
@@ -87,7 +95,7 @@ def groups(device: torch.device, chosen: Grid) -> list[Group]:
     else:
         small = Workload("hypo", 1024, 8192, 256, f32, sequence_length=64)
         # Four pairs of long responses: a pair is the smallest chunk of Liger and of ours.
-        long_pairs = replace(small, task="dpo", rows=8192, sequence_length=1024, against=FULL_LOGITS_AND_LIGER)
+        long_pairs = replace(small, task="dpo", rows=8192, sequence_length=1024, against=("full logits", *LIGER))
         smollm = Workload("hypo", 512, 49152, 576, f32, sequence_length=64)  # SmolLM2-135M's head
         grid = [
             replace(smollm, modes=("trained",)),
@@ -100,8 +108,16 @@ def groups(device: torch.device, chosen: Grid) -> list[Group]:
                 replace(small, counted=0.5, modes=("trained",)),
                 replace(small, dtype=bf16, modes=("trained",)),
                 replace(long_pairs, modes=("trained",)),
+                *_loss_types(small),
             ]
     return [Group(workload, mode) for workload in grid for mode in workload.modes]
+
+
+def _loss_types(workload: Workload) -> list[Workload]:
+    """Return the workload with each further loss type of Liger's DPO loss, beside Liger and per-token log-probs."""
+    against = ("full logits", "hypo_kernels token_logprobs", *LIGER)
+    dpo = replace(workload, task="dpo", modes=("trained",), against=against)
+    return [replace(dpo, loss_type=name) for name in LOSS_TYPES if name != "sigmoid"]
 
 
 @dataclass
@@ -149,7 +165,12 @@ class Batch:
         return torch.segment_reduce(counted, "sum", lengths=self.spans, unsafe=True, initial=0.0)
 
     def loss_and_coefficients(self, logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss () and its derivative for each sequence's log-prob, (S,), from this library's objective."""
+        """Return the loss () and its derivative for each sequence's log-prob, (S,).
+
+        They come from this library's objective, those of loss types other than "sigmoid" from Liger's equations.
+        """
+        if self.workload.loss_type != "sigmoid":
+            return liger_types.loss_and_coefficients(self.workload.loss_type, logps, ref_logps, self.objective.beta)
         order = self.group_order
         loss, slope = self.objective(logps[order], ref_logps[order], self.lengths[order], self.num_pairs)
         return loss, torch.empty_like(slope).index_copy_(0, order, slope)
