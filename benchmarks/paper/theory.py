@@ -20,10 +20,12 @@ from torch import Tensor
 
 from benchmarks.paper import constants
 from benchmarks.paper.bandit import (
+    Gradient,
     Linear,
     Pairs,
     World,
     hypo,
+    independent_world,
     learned_rewards,
     linear_world,
     online_rl,
@@ -37,6 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 EPSILONS = (1e-2, 1e-4, 1e-8, 1e-16, 1e-64)
 REWARD_BOUND = 1.0  # R′ of Assumption 4.4 in the world of three responses, whose true rewards are 1, 0, 0
 FIGURE_2_BETA, FIGURE_2_KL_COEF = 0.5, 0.02
+BANDIT_BETA, BANDIT_KL_COEF = 5.0, 0.1
 READINGS: dict[str, dict[str, Any]] = {
     "L2 norm, last θ*/‖θ*‖": {"norm": 2, "last": "θ*"},
     "L1 norm, last e₁": {"norm": 1, "last": "e₁"},
@@ -95,29 +98,50 @@ def figure_2_rows(seeds: Sequence[int]) -> dict[str, list[Row]]:
     """Return each method's J gap, errors and bounds in the worlds of Figure 2, left, a row per seed."""
     world = linear_world(seeds)
     rewards = learned_rewards(world, steps=2000, learning_rate=20.0)
-    rewards = rewards - rewards.mean(1, keepdim=True)
     coverage = constants.linear_coverage(world.features, world.pairs.shares)
-    best = constants.optimal(world.rewards, world.log_ref, beta=FIGURE_2_BETA)
     found = {}
     for name, log_pi in _trained(world, rewards).items():
-        errors = world.rewards - constants.implicit_rewards(log_pi, world.log_ref, beta=FIGURE_2_BETA)
-        n = world.num_paired
-        between = (errors[:, :n, None] - errors[:, None, :n]).square()
-        on_pairs = (world.pairs.shares * between).sum((1, 2))
-        by_reference = constants.pair_error(errors, world.log_ref)
-        kl = torch.maximum(reverse_kl(best, world.log_ref), reverse_kl(log_pi, world.log_ref))
-        found[name] = _rows(
-            {
-                "gap": constants.gap(log_pi, world.rewards, world.log_ref, beta=FIGURE_2_BETA),
-                "kl": reverse_kl(log_pi, world.log_ref),
-                "error": by_reference,
-                "bound": constants.global_coverage(world.log_ref) * by_reference.sqrt(),
-                "local_bound": constants.local_coverage(world.log_ref, kl) * by_reference.sqrt(),
-                "error_on_pairs": on_pairs,
-                "linear_bound": coverage * on_pairs.sqrt(),
-            }
-        )
+        columns = _judged(world, log_pi, beta=FIGURE_2_BETA)
+        found[name] = _rows({**columns, "linear_bound": coverage * columns["error_on_pairs"].sqrt()})
     return found
+
+
+def figure_2_right_rows(seeds: Sequence[int]) -> dict[str, list[Row]]:
+    """Return the same for DPO and HyPO without features (Figure 2, right). No linear bound is finite there."""
+    world = independent_world(seeds)
+    methods = {
+        "DPO": preference(world, beta=BANDIT_BETA),
+        "HyPO": hypo(world, beta=BANDIT_BETA, kl_coef=BANDIT_KL_COEF),
+    }
+    return {
+        name: _rows(_judged(world, _end_of_training(world, gradient, 20_000, 1.0), beta=BANDIT_BETA))
+        for name, gradient in methods.items()
+    }
+
+
+def _judged(world: World, log_pi: Tensor, *, beta: float) -> dict[str, Tensor]:
+    """Return J gap, KL, errors and the bounds of Theorems 4.1 and D.1, each (S,), of a policy (S, K)."""
+    best = constants.optimal(world.rewards, world.log_ref, beta=beta)
+    errors = world.rewards - constants.implicit_rewards(log_pi, world.log_ref, beta=beta)
+    n = world.num_paired
+    between = (errors[:, :n, None] - errors[:, None, :n]).square()
+    by_reference = constants.pair_error(errors, world.log_ref)
+    kl = torch.maximum(reverse_kl(best, world.log_ref), reverse_kl(log_pi, world.log_ref))
+    return {
+        "gap": constants.gap(log_pi, world.rewards, world.log_ref, beta=beta),
+        "kl": reverse_kl(log_pi, world.log_ref),
+        "error": by_reference,
+        "bound": constants.global_coverage(world.log_ref) * by_reference.sqrt(),
+        "local_bound": constants.local_coverage(world.log_ref, kl) * by_reference.sqrt(),
+        "error_on_pairs": (world.pairs.shares * between).sum((1, 2)),
+    }
+
+
+def _end_of_training(world: World, gradient: Gradient, steps: int, learning_rate: float) -> Tensor:
+    """Return log π (S, K) of a log-linear policy after gradient descent."""
+    policy = Linear(world.features)
+    curves = train(policy, gradient, lambda p: {"p": p}, steps=steps, points=1, learning_rate=learning_rate)
+    return curves["p"][-1]
 
 
 def _trained(world: World, rewards: Tensor) -> dict[str, Tensor]:
@@ -127,17 +151,7 @@ def _trained(world: World, rewards: Tensor) -> dict[str, Tensor]:
         "DPO": (preference(world, beta=FIGURE_2_BETA), 1.0),
         "HyPO": (hypo(world, beta=FIGURE_2_BETA, kl_coef=FIGURE_2_KL_COEF), 1.0),
     }
-    return {
-        name: train(
-            Linear(world.features),
-            gradient,
-            lambda log_pi: {"log_pi": log_pi},
-            steps=5000,
-            points=1,
-            learning_rate=rate,
-        )["log_pi"][-1]
-        for name, (gradient, rate) in methods.items()
-    }
+    return {name: _end_of_training(world, gradient, 5000, rate) for name, (gradient, rate) in methods.items()}
 
 
 def readings_rows(seeds: Sequence[int]) -> dict[str, dict[str, list[bool]]]:
@@ -207,11 +221,7 @@ def example_6_1(betas: Sequence[float] = (1.0, 3.0, 10.0)) -> list[Row]:
     """
     world, rows = example_world(), []
     for beta in betas:
-        policy, gradient = Linear(world.features), preference(world, beta=beta)
-        curves = train(
-            policy, gradient, lambda log_pi: {"log_pi": log_pi}, steps=5000, points=1, learning_rate=40 / beta**2
-        )
-        log_dpo = curves["log_pi"][-1]
+        log_dpo = _end_of_training(world, preference(world, beta=beta), 5000, 40 / beta**2)
         log_rlhf = constants.optimal(world.rewards, world.log_ref, beta=beta)
         columns = {f"dpo_{i + 1}": log_dpo[:, i].exp() for i in range(3)}
         columns |= {f"rlhf_{i + 1}": log_rlhf[:, i].exp() for i in range(3)}
@@ -233,6 +243,7 @@ def compute(seeds: Sequence[int]) -> dict[str, Any]:
     return {
         "three_responses": three_response_rows(),
         "figure_2": figure_2_rows(seeds),
+        "figure_2_right": figure_2_right_rows(seeds),
         "readings": readings_rows(seeds),
         "random_worlds": random_worlds(2000),
         "lemma_4_1": tightest_lemma_4_1(),
@@ -277,6 +288,20 @@ def report(found: dict[str, Any]) -> Iterator[str]:
         [
             [name, *(_mean([s[c] for s in of]) for c in ("gap", "kl", "bound", "local_bound", "linear_bound"))]
             for name, of in found["figure_2"].items()
+        ],
+    )
+    yield from _section(
+        f"**And in those of Figure 2, right** (β {BANDIT_BETA:g}, C_glo = 100, no features, so the linear bound is "
+        "infinite), with the root of the mean squared error on the data's pairs and on pairs from π_ref",
+        ["method", "J gap", "reverse KL", "√error, data", "√error, π_ref", "C_glo √error", "C_KL √error"],
+        [
+            [
+                name,
+                *(_mean([s[c] for s in of]) for c in ("gap", "kl")),
+                *(_mean([math.sqrt(s[c]) for s in of]) for c in ("error_on_pairs", "error")),
+                *(_mean([s[c] for s in of]) for c in ("bound", "local_bound")),
+            ]
+            for name, of in found["figure_2_right"].items()
         ],
     )
     worlds = found["random_worlds"]

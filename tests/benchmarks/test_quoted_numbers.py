@@ -24,7 +24,8 @@ from benchmarks.paper.small.outcome import Evaluation, Outcome
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "paper" / "results"
-README, PAPER, DOCS, COST = "README.md", "benchmarks/paper/README.md", "docs/results.md", "docs/cost.md"
+README, PAPER = "README.md", "benchmarks/paper/README.md"
+DOCS, COST, EXACT = "docs/results.md", "docs/cost.md", "docs/exact_kl.md"
 SEEDS = 3
 
 
@@ -120,8 +121,13 @@ def bounds(kind: str) -> list[str]:
     return [f"{row[f'{method}_{kind}']:.0e}" for method in ("dpo", "rlhf", "hypo")]
 
 
-def figure_2(method: str, column: str, digits: int) -> str:
-    return mean([row[column] for row in data("theory")["figure_2"][method]], digits)
+def figure_2(method: str, column: str, digits: int, part: str = "figure_2") -> str:
+    return mean([row[column] for row in data("theory")[part][method]], digits)
+
+
+def root_error(column: str, digits: int) -> str:
+    """Return DPO's root of the mean squared error without features."""
+    return mean([row[column] ** 0.5 for row in data("theory")["figure_2_right"]["DPO"]], digits)
 
 
 @functools.cache
@@ -351,6 +357,16 @@ THEORY = [
     ),
     Quote(
         PAPER,
+        "DPO's error is {} on the data's pairs and {} on pairs from the reference",
+        lambda: [root_error("error_on_pairs", 2), root_error("error", 1)],
+    ),
+    Quote(
+        PAPER,
+        "DPO's gap is {} there, HyPO's {}:",
+        lambda: [figure_2(method, "gap", 1, "figure_2_right") for method in ("DPO", "HyPO")],
+    ),
+    Quote(
+        PAPER,
         "with the L2 norm in {} of 10.",
         lambda: [str(sum(data("theory")["readings"]["L2 norm, last e₁"]["last_is_best"]))],
     ),
@@ -367,13 +383,16 @@ def lemma() -> dict[str, float]:
     return dict(data("theory")["lemma_4_1"][-1])
 
 
+ENDS_LOWER = [
+    Quote(EXACT, "ended {} ± {} lower", lambda: split(paired(ALL_HYPO[6], "reward").removeprefix("-"))),
+]
 FRACTIONS = [f"HyPO, {fraction}" for fraction in ("1", "0.5", "0.25", "0.125", "0.0625")]
 ONLINE = [
     Quote(
         COST, "had none above {}", lambda: [f"{max(largest(FRACTIONS[i], 'online_fraction') for i in (0, 2, 4)):.1f}"]
     ),
 ]
-QUOTES = [*COSTS, *SMALL, *THEORY, *ONLINE]
+QUOTES = [*COSTS, *SMALL, *THEORY, *ENDS_LOWER, *ONLINE]
 
 
 @pytest.mark.parametrize("quote", QUOTES, ids=str)

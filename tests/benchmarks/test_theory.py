@@ -201,14 +201,19 @@ def test_the_recorded_numbers_are_computed_again():
 
 @pytest.mark.slow
 def test_the_recorded_numbers_of_figure_2_are_computed_again():
-    found, again = (
-        recorded(),
-        {"figure_2": theory.figure_2_rows(range(10)), "readings": theory.readings_rows(range(10))},
-    )
-    assert again["readings"] == found["readings"]
-    for method, rows in again["figure_2"].items():
-        for before, row in zip(found["figure_2"][method], rows, strict=True):
-            assert row == pytest.approx(before, rel=1e-3), method
+    found = recorded()
+    assert theory.readings_rows(range(10)) == found["readings"]
+    for part, rows_of in (("figure_2", theory.figure_2_rows), ("figure_2_right", theory.figure_2_right_rows)):
+        for method, rows in rows_of(range(10)).items():
+            for before, row in zip(found[part][method], rows, strict=True):
+                assert row == pytest.approx(before, rel=1e-3), method
+
+
+def test_the_theorems_bounds_hold_without_features():
+    for method, rows in recorded()["figure_2_right"].items():
+        for row in rows:
+            assert row["gap"] <= row["local_bound"] < row["bound"], method
+            assert row["error"] > 4 * row["error_on_pairs"], "the pairs leave half of the responses open"
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
