@@ -106,10 +106,13 @@ def error_table(text: Text) -> Iterator[tuple[str, ...]]:
     measures = "dX max", "dW max", "dX norm", "dW norm"
     yield "logit gradients", "tiles kept", "mass left out", *measures, "tokens without gradient"
     order = text.orders()["by mean probability"]
-    mass = tiles.block_mass(gradients(text.rows, order), 128)
+    grad = gradients(text.rows, order)
+    mass = tiles.block_mass(grad, 128)
     keeps = {f"{rule}, bf16": tiles.kept_tiles(mass, 128, each_row=each_row) for rule, each_row in RULES.items()}
     larger = 4 * tiles.AVERAGE_ROUNDING
     keeps["each row, four budgets, bf16"] = tiles.kept_tiles(mass, 128, each_row=True, budget=larger)
+    keeps["no probability above 2^-12, bf16"] = tiles.tiles_of_likely_tokens(grad, 128, 128, 2.0**-12)
+    del grad
     for name, e in errors(text.rows, order, keeps).items():
         kept = keeps[name].float().mean().item() if name in keeps else 1.0
         parts = (f"{x:.1e}" for x in (e.mass, e.hidden_max, e.weight_max, e.hidden_norm, e.weight_norm))

@@ -58,6 +58,13 @@ def test_rows_of_a_tile_can_share_their_budgets() -> None:
     assert left_out(grad, shared).max() > 0.02
 
 
+def test_a_likely_token_keeps_its_tile() -> None:
+    grad = torch.zeros(2 * ROW_BLOCK, VOCAB)
+    grad[5, 17] = -0.5  # the second block of rows, the third of the vocabulary
+    keep = tiles.tiles_of_likely_tokens(grad, ROW_BLOCK, VOCAB_BLOCK, 0.5)
+    assert keep.nonzero().tolist() == [[1, 2]]
+
+
 @pytest.mark.parametrize("product", [products.sparse, products.gathered])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])  # nothing, runs of tiles of different lengths, everything
 def test_left_out_tiles_count_as_zeros(product, kept: float) -> None:
