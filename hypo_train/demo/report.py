@@ -18,11 +18,12 @@ COLOURS = {"dpo": "#c1502e", "hypo": "#1f6f8b"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """The runs of one seed by method, and the reward of the language model's sample by held-out row."""
+    """The runs of one seed by method, the reward of the language model's sample by held-out row, and the runs' time."""
 
     seed: int
     runs: dict[str, Path]
     baseline: dict[int, float]
+    seconds: dict[str, float]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -42,6 +43,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
     prompts, seeds_text = len(outcomes[0].baseline), "1 seed" if len(outcomes) == 1 else f"{len(outcomes)} seeds"
     spread = "over samples" if len(outcomes) == 1 else "over seeds"
     lines += ["", f"{prompts} held-out prompts, {seeds_text}; ± standard error {spread}; KL in nats a response."]
+    if times := [
+        f"{LABELS[name]} {statistics.fmean(outcome.seconds[name] for outcome in outcomes):.0f} s"
+        for name in outcomes[0].runs
+    ]:
+        lines.append(f"Training and its evaluations took: {', '.join(times)}.")
     return "\n".join(lines) + "\n"
 
 

@@ -176,7 +176,8 @@ def outcomes(tmp_path):
                 sample_rewards={20: 3.0, 21: 1.0, 22: 2.0, 23: 3.0},
             ),
         }
-        made.append(report.Outcome(seed, runs, baseline={20: 1.0, 21: 0.0, 22: 0.0, 23: -1.0}))
+        seconds = {"dpo": 60.0 + shift, "hypo": 90.0 + shift}
+        made.append(report.Outcome(seed, runs, baseline={20: 1.0, 21: 0.0, 22: 0.0, 23: -1.0}, seconds=seconds))
     return made
 
 
@@ -185,22 +186,24 @@ def cells(line):
 
 
 def test_the_table_of_one_seed(outcomes):
-    header, _, sft, dpo, hypo, blank, note = report.table(outcomes[:1]).splitlines()
+    header, _, sft, dpo, hypo, blank, note, times = report.table(outcomes[:1]).splitlines()
     assert cells(header) == ["", "true reward", "win-rate against SFT", "reward accuracy", "reverse KL to SFT"]
     assert cells(sft) == ["SFT", "0.00", "", "", "0"]
     assert cells(dpo) == ["DPO", "2.00", "0.625", "0.750", "10.00 ± 0.25"]
     assert cells(hypo) == ["HyPO", "2.50", "1.000", "0.500", "4.00 ± 0.25"]
     assert blank == ""
     assert note == "4 held-out prompts, 1 seed; ± standard error over samples; KL in nats a response."
+    assert times == "Training and its evaluations took: DPO 60 s, HyPO 90 s."
 
 
 def test_the_table_of_several_seeds_has_means_and_their_error(outcomes):
-    *_, dpo, hypo, _, note = report.table(outcomes).splitlines()
+    *_, dpo, hypo, _, note, times = report.table(outcomes).splitlines()
     # Seeds 10 and 12: mean 11, standard deviation √2, standard error 1.
     assert cells(dpo) == ["DPO", "2.00 ± 0.00", "0.625 ± 0.000", "0.750 ± 0.000", "11.00 ± 1.00"]
     assert cells(hypo)[1] == "3.50 ± 1.00"
     assert cells(hypo)[4] == "5.00 ± 1.00"
     assert "2 seeds; ± standard error over seeds" in note
+    assert times.endswith("DPO 61 s, HyPO 91 s.")
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
