@@ -46,8 +46,9 @@ def arm(num_pairs: int, online_fraction: float | None) -> dict[str, Any]:
     return sizes | ({"algorithm": "dpo"} if online_fraction is None else {"online_fraction": online_fraction})
 
 
+DPO = "4 pairs a step, DPO"
 ARMS = {
-    "4 pairs a step, DPO": arm(4, None),
+    DPO: arm(4, None),
     **{f"4 pairs a step, HyPO, {fraction:g}": arm(4, fraction) for fraction in FRACTIONS},
 }
 
@@ -55,12 +56,15 @@ ARMS = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.paper.{NAME}", description=__doc__)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all; DPO is needed")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs") / NAME, help="default: %(default)s")
     parser.add_argument("--results_dir", type=Path, default=RESULTS, help="for the table and its numbers")
     options = parser.parse_args(argv)
     if options.workers < 1:
         parser.error(f"--workers {options.workers}: at least 1")
-    runs = {name: options.runs_dir / name.replace(", ", "-").replace(" ", "-") for name in ARMS}
+    if DPO not in options.arms:
+        parser.error(f"--arms without {DPO!r}: the table compares with it")
+    runs = {name: options.runs_dir / name.replace(", ", "-").replace(" ", "-") for name in ARMS if name in options.arms}
     tasks = [
         Task(name, options.runs_dir / "logs" / f"{run.name}.txt", train_arm, (run, ARMS[name]))
         for name, run in runs.items()
@@ -117,7 +121,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for name, run in found.items():
-        end, dpo = run["evaluation"], found[f"{name.partition(', ')[0]}, DPO"]
+        end, dpo = run["evaluation"], found[DPO]
         lines.append(
             f"| {name} | {run['per_step']['online_samples']:.3g} | {end['kl']:.2f} ± {end['kl_se']:.2f} | "
             f"{end['accuracy']:.2f} | {end['margin']:.2f} | {run['per_step']['flops'] / dpo['per_step']['flops']:.2f} |"

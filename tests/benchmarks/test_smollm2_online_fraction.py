@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks.paper import smollm2_online_fraction as experiment
 
 
@@ -10,10 +12,9 @@ def run(kl, flops):
     return {"evaluation": evaluation, "per_step": {"flops": flops, "online_samples": 4.0, "seconds": 1.0}}
 
 
-def test_flops_are_those_of_dpo_on_as_many_pairs():
-    dpo = {"4 pairs a step, DPO": run(4.0, 1e9), "8 pairs a step, DPO": run(5.0, 2e9)}
-    *_, hypo = experiment.table({**dpo, "8 pairs a step, HyPO, 0.5": run(2.0, 3e9)})
-    assert hypo == "| 8 pairs a step, HyPO, 0.5 | 4 | 2.00 ± 0.50 | 0.75 | 0.20 | 1.50 |"
+def test_a_row_has_the_end_and_flops_relative_to_dpo():
+    *_, hypo = experiment.table({experiment.DPO: run(4.0, 2e9), "4 pairs a step, HyPO, 0.5": run(2.0, 3e9)})
+    assert hypo == "| 4 pairs a step, HyPO, 0.5 | 4 | 2.00 ± 0.50 | 0.75 | 0.20 | 1.50 |"
 
 
 def test_an_outcome_is_the_end_and_the_cost_of_a_step(tmp_path):
@@ -35,3 +36,15 @@ def test_arms_differ_in_the_algorithm_and_the_fraction_alone():
         {k: v for k, v in arm.items() if k not in ("algorithm", "online_fraction")} for arm in experiment.ARMS.values()
     ]
     assert all(arm == kept[0] for arm in kept)
+
+
+def test_the_recorded_table_is_that_of_the_recorded_numbers():
+    found = json.loads((experiment.RESULTS / f"{experiment.NAME}.json").read_text(encoding="utf-8"))
+    lines = (experiment.RESULTS / f"{experiment.NAME}.md").read_text(encoding="utf-8").splitlines()
+    assert lines[2:] == experiment.table(found)
+
+
+def test_arms_without_dpo_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        experiment.main(["--arms", "4 pairs a step, HyPO, 1"])
+    assert "without '4 pairs a step, DPO'" in capsys.readouterr().err
