@@ -11,6 +11,7 @@ from torch import Tensor
 from hypo_train.algorithms.micro_batch import MicroBatch
 from hypo_train.build import Run
 from hypo_train.config import Config
+from hypo_train.distributed.fsdp import is_sharded
 from hypo_train.model.head_functions import sequence_logprobs_call
 from hypo_train.model.policy import Policy
 from hypo_train.model.tree_model import Trunk
@@ -42,6 +43,9 @@ def reference_of_batch(run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | N
     if precomputed is None:
         remaining = tree
     elif samples is None:
+        if is_sharded(run.policy) and run.config.spec.draws_samples:
+            # A layer's weights are gathered by all ranks together, and others run the reference on their samples.
+            run.policy.reference(tree, sequence_logprobs_call(tree, run.config), trunk=trunk)
         return Reference(logps=precomputed)
     elif trunk is not None:  # running the pairs through the layers above the trunk costs less than a second trunk
         remaining = tree.sequences_from(len(precomputed))

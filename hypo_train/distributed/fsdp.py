@@ -105,11 +105,30 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
-        yield
+        with _no_record_of_layers(units):
+            yield
     finally:
         for unit in units:
             unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
+
+
+@contextmanager
+def _no_record_of_layers(units: Iterable[FSDPModule]) -> Iterator[None]:
+    """Let FSDP forget which layers a block has run.
+
+    FSDP records each call of a layer, and gathers the weights of the call before when the backward pass reaches it. A
+    rank whose block ran no layer would gather nothing where another rank gathers, and both would wait for ever.
+    """
+    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    records: list[list[Any]] = [group._post_forward_indices for group in groups]
+    records += {id(group.comm_ctx): group.comm_ctx.post_forward_order for group in groups}.values()
+    lengths = [len(record) for record in records]
+    try:
+        yield
+    finally:
+        for record, length in zip(records, lengths, strict=True):
+            del record[length:]
 
 
 @contextmanager

@@ -74,12 +74,16 @@ def free_port() -> str:
 
 
 def wait_until(done: Callable[[], bool], processes: Sequence[subprocess.Popen[str]]) -> None:
-    """Wait for ``done()`` as long as the processes use the CPU; if they stay idle, kill them and fail."""
-    used, since = -1.0, time.monotonic()
+    """Wait for ``done()`` as long as the processes use the CPU; if they stay idle, kill them and fail.
+
+    Processes that wait for each other's collectives use a few hundredths of a second of CPU in a second.
+    """
+    used, since = sum(map(_cpu_seconds, processes)), time.monotonic()
     while not done():
-        if abs((now := sum(map(_cpu_seconds, processes))) - used) > 0.5:
+        waited = time.monotonic() - since
+        if abs((now := sum(map(_cpu_seconds, processes))) - used) > max(0.5, 0.1 * waited):
             used, since = now, time.monotonic()
-        if time.monotonic() - since > IDLE_SECONDS:
+        elif waited > IDLE_SECONDS:
             for process in processes:
                 process.kill()
             pytest.fail(f"{len(processes)} processes were idle for {IDLE_SECONDS} seconds")
