@@ -256,6 +256,21 @@ def test_gradients_are_those_of_attention_by_group(uncompiled, layout, part):
         assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_branches_without_queries_call_no_kernel(monkeypatch, on_cuda):
+    """Prompts ran first and every completion is one token long: Inductor compiles no kernel of zero queries."""
+    monkeypatch.setattr(attention, "flex_supports", lambda *states: on_cuda)
+    monkeypatch.setattr(flex, "_compiled", lambda: pytest.fail("FlexAttention is called without queries"))
+    layout, part = Layout((40, 3), ((0, 0), (0,))), PARTS["branches"]
+    states = [x.requires_grad_() for x in inputs(layout, part, value_dim=8)]
+    query, key, value = states
+    tree = Part(layout, *part, prompt={0: (key, value)})
+    output = tree.attend(0, query, key[:, :, :0], value[:, :, :0])
+    assert output.shape == (1, 0, 6, 8)
+    for gradient in torch.autograd.grad(output.sum(), states):
+        assert not gradient.any()
+
+
 @pytest.mark.parametrize("window", [None, 50])
 def test_windows_and_sinks_have_the_gradients_of_sdpa(uncompiled, layout, part, window):
     states = [x.requires_grad_() for x in inputs(layout, part)]
