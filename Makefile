@@ -4,7 +4,11 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all check docs deepspeed bench gpu smollm2 paper paper-full soak
+# An environment with torch's CUDA build, which needs no GPU to be imported, and about 6 GB.
+CUDA_VENV ?= .venv-cuda
+CUDA_INSTALLED := $(CUDA_VENV)/.installed
+
+.PHONY: demo test test-slow test-all test-cuda-fakes check docs deepspeed bench gpu smollm2 paper paper-full soak
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hypo_train
@@ -20,8 +24,14 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
+# And what CUDA executes, where the environment for that was made once (make test-cuda-fakes).
 test-all: $(INSTALLED)
 	$(PYTEST)
+	if [ -e $(CUDA_INSTALLED) ]; then $(MAKE) test-cuda-fakes; fi
+
+# The CUDA path without a GPU: tensors without memory, kernels compiled and not run.
+test-cuda-fakes: $(CUDA_INSTALLED)
+	OMP_NUM_THREADS=1 $(CUDA_VENV)/bin/python -m pytest tests/cuda_fakes --confcutdir tests/cuda_fakes
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -71,4 +81,10 @@ models/SmolLM2-135M-Instruct: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(CUDA_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet "torch==2.11.0" "triton==3.6.*" "transformers==5.17.*" --editable ".[train]" \
+		pytest pytest-timeout hypothesis
 	touch $@

@@ -215,7 +215,7 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
         tensor_cores=TENSOR_CORES[capability] if TENSOR_CORES[capability] in ptx else "",
         tma="cp.async.bulk.tensor" in ptx,
         target=found[1] if found else "",
-        **_resources(done.asm["cubin"]),
+        **resources(done.asm["cubin"]),
     )
 
 
@@ -255,12 +255,15 @@ def _type(name: str, variant: Variant) -> str:
 
 
 def _is_divisible(name: str, variant: Variant) -> bool:
+    parameter = variant.kernel.params[variant.kernel.arg_names.index(name)]
+    if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
+        return False
     if not variant.aligned and name in ("x", "weight", "out", "D", "x_row_stride", "weight_row_stride"):
         return False
     return name in ("x", "weight", "out", "D") or name.endswith(("_ptr", "_pitch", "row_stride"))
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def resources(cubin: bytes) -> dict[str, int]:
     """Return the registers per thread and the bytes of stack and local memory, which register spills would use."""
     dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

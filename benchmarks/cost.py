@@ -396,7 +396,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256, help="V")
     parser.add_argument("--width", type=int, default=4096, help="D")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of hidden states and weight")
-    parser.add_argument("--chunk-rows", type=int, help="rows of logits in the buffer; by default, what 1 GiB holds")
+    parser.add_argument("--budget", type=float, default=1.0, help="max_chunk_bytes, in GiB")
+    parser.add_argument("--chunk-rows", type=int, help="rows of logits in the buffer; by default, as many as fit")
     parser.add_argument("--row-step", choices=ROW_STEPS, default="triton", help="exponentials: in GEMMs of our own")
     parser.add_argument("--upstream", type=float, default=1.0, help="gradient of the loss, 1 in loss.backward()")
     parser.add_argument("--tflops", type=float, required=True, help="the device's GEMM rate in this dtype, measured")
@@ -413,7 +414,7 @@ def main() -> None:
     )
 
     def chunk_rows(buffers: int) -> int:
-        return args.chunk_rows // buffers if args.chunk_rows else max_rows(work, 2**30, buffers)
+        return args.chunk_rows // buffers if args.chunk_rows else max_rows(work, int(args.budget * 2**30), buffers)
 
     rows = list(planned(work, chunk_rows))
     rate, bandwidth = args.tflops * 1e12, args.bandwidth * 1e12

@@ -71,7 +71,7 @@ def prepare(
     behavior_logps: Tensor | None,
     objective: Objective,
     *,
-    max_chunk_bytes: int,
+    max_chunk_bytes: int | None,
     validate: bool,
     impl: str,
 ) -> Call:
@@ -80,7 +80,7 @@ def prepare(
     checks.inputs(policy, targets, cu_seqlens)
     layout = sequence_layout(targets, cu_seqlens)
     objective = objective.for_sequences(len(layout.lengths))
-    checks.chunk_budget(max_chunk_bytes)
+    budget = checks.chunk_budget(max_chunk_bytes, hidden.device)
     ref = _reference(policy, targets, cu_seqlens, reference, len(layout.lengths))
     checks.exact_kl_has_distributions(objective.kl_estimator, reference.hidden)
     if behavior_logps is not None:
@@ -106,7 +106,7 @@ def prepare(
         objective=objective,
         compute_dtype=dtype,
         impl=impl,
-        max_chunk_bytes=max_chunk_bytes,
+        max_chunk_bytes=budget,
         ref_logps=None if reference.logps is None else reference.logps.detach().to(accumulator_dtype)[order],
         ref=ref,
         behavior_logps=behavior_logps,

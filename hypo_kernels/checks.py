@@ -15,6 +15,7 @@ from hypo_kernels.errors import require
 from hypo_kernels.head import LMHead
 from hypo_kernels.layout import IGNORE_INDEX, TargetLayout
 from hypo_kernels.projection import Projection
+from hypo_kernels.workspace import default_budget
 
 IMPLEMENTATIONS = ("auto", "triton", "triton-rows", "triton-epilogue", "torch", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -205,9 +206,12 @@ def exact_kl_has_distributions(kl_estimator: str, ref_hidden: Tensor | None) -> 
     )
 
 
-def chunk_budget(max_chunk_bytes: int) -> None:
-    """Raise ValueError unless ``max_chunk_bytes`` is positive."""
+def chunk_budget(max_chunk_bytes: int | None, device: torch.device) -> int:
+    """Return ``max_chunk_bytes``, or the default of ``device`` for None. Raises ValueError unless it is positive."""
+    if max_chunk_bytes is None:
+        return default_budget(device)
     require(max_chunk_bytes > 0, f"max_chunk_bytes={max_chunk_bytes}: must be positive")
+    return max_chunk_bytes
 
 
 def values_are_finite(**tensors: Tensor | None) -> None:

@@ -28,7 +28,7 @@ from hypo_kernels.chunks import split
 from hypo_kernels.errors import require
 from hypo_kernels.gradients import Gradients
 from hypo_kernels.head import LMHead
-from hypo_kernels.kernels.tiles import EPILOGUE_IS_FASTER
+from hypo_kernels.kernels.tiles import EPILOGUE_IS_FASTER, is_listed
 from hypo_kernels.layout import TargetLayout
 from hypo_kernels.projection import Projection
 from hypo_kernels.statistics import RowStatistics, over_ranks
@@ -67,10 +67,12 @@ class ChunkedLMHead:
         self.row_step, self.divergence_step = _row_steps(impl)
         matrices = {id(matrix): matrix for head in heads for matrix in head.weights}
         largest = heads[0].largest_share
+        copies = gemm.copy_bytes(list(matrices.values()), compute_dtype, max_chunk_bytes, largest)
         self.panels = {
-            key: gemm.Panels.of(matrix, compute_dtype, max_chunk_bytes, largest) for key, matrix in matrices.items()
+            key: gemm.Panels.of(matrix, compute_dtype, size, largest)
+            for (key, matrix), size in zip(matrices.items(), copies, strict=True)
         }
-        self.fused_statistics = impl != "torch" and all(self._can_fuse_statistics(head) for head in heads)
+        self.fused_statistics = impl != "torch" and all(self._can_fuse_statistics(head, impl) for head in heads)
         self.epilogue = self._takes_epilogue(impl, with_divergence)
         buffer_dtype = self.operand_dtype if self.epilogue else self.accumulator_dtype
         self.rows, self.targets, _ = layout.on(weight.device)
@@ -283,11 +285,16 @@ class ChunkedLMHead:
         assert operand is not None
         return operand
 
-    def _can_fuse_statistics(self, head: LMHead) -> bool:
-        """Return whether the GEMM of fused statistics is as fast as a library's for this head.
+    def _can_fuse_statistics(self, head: LMHead, impl: str) -> bool:
+        """Return whether the GEMM of fused statistics is as fast as a library's for this head, or asked for.
 
-        It is for a single 16-bit matrix (any dtype in the interpreter) that is one operand, not panels.
+        It is for a single 16-bit matrix (any dtype in the interpreter) that is one operand, not panels, on a device
+        with tiles of its own.
         """
+        from hypo_kernels.kernels.head import capability
+
+        if impl != "triton-epilogue" and not is_listed(capability(head.weight.device)):
+            return False
         fast = self.operand_dtype.itemsize == 2 or head.weight.device.type == "cpu"
         return fast and head.lora is None and self.panels[id(head.weight)].operand is not None
 

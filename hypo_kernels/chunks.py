@@ -21,13 +21,34 @@ class Chunk:
 
 
 def split(rows: slice, max_rows: int) -> Iterator[slice]:
-    """Yield consecutive slices of at most ``max_rows``. An empty slice is yielded once."""
-    for start in range(rows.start, max(rows.stop, rows.start + 1), max_rows):
-        yield slice(start, min(start + max_rows, rows.stop))
+    """Yield the fewest consecutive slices of at most ``max_rows``, of equal sizes but for one row.
+
+    A small rest would use the GEMMs badly, and read the weight all the same. An empty slice is yielded once.
+    """
+    count = rows.stop - rows.start
+    parts = max(1, -(-count // max_rows))
+    for i in range(parts):
+        yield slice(rows.start + count * i // parts, rows.start + count * (i + 1) // parts)
 
 
 def chunks(lengths: Sequence[int], num_pairs: int, num_generations: int, max_rows: int) -> list[Chunk]:
-    """Return chunks of complete groups with at most ``max_rows`` rows each. A larger group becomes one chunk."""
+    """Return chunks of complete groups with at most ``max_rows`` rows each. A larger group becomes one chunk.
+
+    There are as few as possible, and the largest of them is as small as these groups allow.
+    """
+    fewest = _chunks(lengths, num_pairs, num_generations, max_rows)
+    low, high = 0, max_rows  # the least bound that gives as few chunks is in (low, high]
+    while len(fewest) > 1 and high - low > 1:
+        middle = (low + high) // 2
+        if len(_chunks(lengths, num_pairs, num_generations, middle)) == len(fewest):
+            high = middle
+        else:
+            low = middle
+    return _chunks(lengths, num_pairs, num_generations, high)
+
+
+def _chunks(lengths: Sequence[int], num_pairs: int, num_generations: int, max_rows: int) -> list[Chunk]:
+    """Fill one chunk after the other."""
     sizes = [2] * num_pairs + [num_generations] * ((len(lengths) - 2 * num_pairs) // num_generations)
     out: list[Chunk] = []
     seq = row = first_seq = first_row = pairs = 0

@@ -6,7 +6,7 @@ operands are rounded to the compute dtype and then converted to fp32: the same n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -15,9 +15,14 @@ from torch import Tensor
 
 from hypo_kernels import amx
 
-# A head that must be converted is converted once if the copy takes at most 1/PANEL_SHARE of the budget; otherwise panel
-# by panel.
+# A head that must be converted is converted once if its copy takes at most 1/PANEL_SHARE of the budget; otherwise panel
+# by panel. On CUDA, where panels would be converted again in every pass over every chunk, all heads are converted once
+# if their copies together take at most 1/CUDA_SHARE.
 PANEL_SHARE = 4
+CUDA_SHARE = 2
+# On CUDA, a panel starts at a multiple of these rows: then its operands have the alignment that cuBLAS needs for its
+# fastest kernels, for any number of features.
+PANEL_ROWS = 128
 
 
 @contextmanager
@@ -60,6 +65,18 @@ def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, may_roun
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def copy_bytes(weights: Sequence[Tensor], compute_dtype: torch.dtype, budget: int, largest: int) -> list[int]:
+    """Return the bytes of converted copies of each weight: 0 if the weight itself can be an operand.
+
+    ``largest`` is their number of rows. Under a vocabulary shard it is the largest number on any rank, so that all
+    ranks choose the same plan.
+    """
+    per_row = [_bytes_per_row(weight, compute_dtype) for weight in weights]
+    if weights[0].device.type == "cuda" and sum(per_row) * largest <= budget // CUDA_SHARE:
+        return [size * largest for size in per_row]
+    return [min(size * largest, max(2 * size, budget // PANEL_SHARE)) for size in per_row]
+
+
 @dataclass(frozen=True)
 class Panels:
     """A weight (V, D) as GEMM operands: one operand, or panels of rows that are converted one at a time."""
@@ -69,27 +86,19 @@ class Panels:
     rows_per_panel: int
     operand: Tensor | None  # the weight as a single operand, or None if it is converted in panels
 
-    @staticmethod
-    def copy_bytes(weight: Tensor, compute_dtype: torch.dtype, budget: int, largest: int) -> int:
-        """Return the bytes of converted copies of the weight: 0 if the weight itself can be an operand.
-
-        ``largest`` is its number of rows. Under a vocabulary shard it is the largest number on any rank, so that all
-        ranks choose the same plan.
-        """
-        per_row = _bytes_per_row(weight, compute_dtype)
-        return min(per_row * largest, max(2 * per_row, budget // PANEL_SHARE))
-
     @classmethod
-    def of(cls, weight: Tensor, compute_dtype: torch.dtype, budget: int, largest: int) -> Panels:
-        """Return the weight's panels within a ``budget`` of bytes; ``largest`` as in :meth:`copy_bytes`."""
+    def of(cls, weight: Tensor, compute_dtype: torch.dtype, copy_bytes: int, largest: int) -> Panels:
+        """Return the weight's panels; ``copy_bytes`` from :func:`copy_bytes` with the same ``largest``."""
         per_row = _bytes_per_row(weight, compute_dtype)
         if per_row == 0:
             return cls(weight, compute_dtype, weight.shape[0], weight)
-        share = cls.copy_bytes(weight, compute_dtype, budget, largest)
-        if share >= per_row * largest:
+        if copy_bytes >= per_row * largest:
             return cls(weight, compute_dtype, weight.shape[0], convert(weight, compute_dtype))
         # Divided by 2, because the next panel is made while the loop still holds the previous one.
-        return cls(weight, compute_dtype, max(1, share // (2 * per_row)), None)
+        rows = max(1, copy_bytes // (2 * per_row))
+        if weight.device.type == "cuda" and rows > PANEL_ROWS:
+            rows = rows // PANEL_ROWS * PANEL_ROWS
+        return cls(weight, compute_dtype, rows, None)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (vocabulary range, operand (rows, D)) of each panel."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hypo_kernels.errors import require
+from hypo_kernels.transfer import on_device
 
 IGNORE_INDEX = -100
 
@@ -65,9 +66,7 @@ class TargetLayout:
     def on(self, device: torch.device) -> OnDevice:
         """Return the layout's tensors on ``device`` (cached)."""
         if device not in self._copies:
-            self._copies[device] = OnDevice(
-                *(x.to(device, non_blocking=True) for x in (self.rows, self.targets, self.lengths))
-            )
+            self._copies[device] = OnDevice(*on_device((self.rows, self.targets, self.lengths), device))
         return self._copies[device]
 
     def num_rows(self, num_sequences: int) -> int:
@@ -82,7 +81,7 @@ class TargetLayout:
         key = (num_pairs, device)
         if key not in self._groups:
             order = group_order(len(self.lengths), num_pairs)
-            self._groups[key] = (self._reordered(order), order.to(device, non_blocking=True))
+            self._groups[key] = (self._reordered(order), on_device((order,), device)[0])
         return self._groups[key]
 
     def _reordered(self, order: Tensor) -> TargetLayout:

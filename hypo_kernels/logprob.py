@@ -51,7 +51,7 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name only the argumen
     temperature: float = 1.0,
     lora: LoRA | None = None,
     vocab_shard: VocabShard | None = None,
-    max_chunk_bytes: int = 2**30,
+    max_chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the log-probability of each target token, differentiable by hidden, weight, bias and LoRA's matrices.
@@ -70,7 +70,8 @@ def token_logprobs(  # type: ignore[misc]  # the overloads name only the argumen
         lora: a low-rank update of the head, ``W + scale·B·A``; ``B·A`` is never computed.
         vocab_shard: the part of the vocabulary that weight, bias and B hold on this rank. ``hidden``, ``targets``
             and the results are equal on all ranks.
-        max_chunk_bytes: bound on the temporaries of the call, in bytes, without the gradients.
+        max_chunk_bytes: bound on the temporaries of the call, in bytes, without the gradients. By default 1 GiB,
+            and on CUDA 1/28 of the device's memory if that is more.
         impl: "auto" (Triton on CUDA, blockwise torch elsewhere), "triton", "torch", or "reference";
             "triton-rows" and "triton-epilogue" force one of Triton's schedules (README).
 
@@ -121,7 +122,7 @@ def sequence_logprobs(
     temperature: float = 1.0,
     lora: LoRA | None = None,
     vocab_shard: VocabShard | None = None,
-    max_chunk_bytes: int = 2**30,
+    max_chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Return the log-probability of each sequence: :func:`token_logprobs` summed over its counted tokens.

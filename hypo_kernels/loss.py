@@ -62,7 +62,7 @@ def fused_hypo_loss(
     temperature: float = 1.0,
     lora: LoRA | None = None,
     vocab_shard: VocabShard | None = None,
-    max_chunk_bytes: int = 2**30,
+    max_chunk_bytes: int | None = None,
     validate: bool = False,
     impl: str = "auto",
 ) -> HypoLoss:
@@ -131,7 +131,8 @@ def fused_hypo_loss(
         vocab_shard: the part of the vocabulary that weights, biases and B hold on this rank. All other arguments and
             the results are equal on all ranks.
         max_chunk_bytes: bound on all temporaries of the call together, in bytes, without the gradients (a 16-bit
-            weight's gradient is accumulated in fp32). Larger calls do not use more.
+            weight's gradient is accumulated in fp32). Larger calls do not use more. By default 1 GiB, and on CUDA
+            1/28 of the device's memory if that is more.
         validate: also check that hidden states and reference log-probs are finite; waits for the GPU.
         impl: "auto" (Triton on CUDA, blockwise torch elsewhere), "triton", "torch", or "reference"
             (eager, full logits: the specification); "triton-rows" and "triton-epilogue" force one of Triton's

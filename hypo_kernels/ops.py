@@ -67,7 +67,7 @@ def token_logprobs(
     head: LMHead,
     targets: Tensor | TargetLayout,
     *,
-    max_chunk_bytes: int,
+    max_chunk_bytes: int | None,
     impl: str,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -154,10 +154,12 @@ def _shapes(arguments: Sequence[Any]) -> list[tuple[bool, Any, Any]]:
     mutates_args=(),
     schema=f"({_HEAD}, Tensor targets, Tensor? cu_seqlens, "
     "Tensor? ref_logps, Tensor? ref_hidden, Tensor? ref_lm_head_weight, Tensor? ref_bias, Tensor? behavior_logps, *, "
-    f"{_OBJECTIVE}, int max_chunk_bytes, bool validate, str impl) -> "
+    f"{_OBJECTIVE}, int? max_chunk_bytes, bool validate, str impl) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _hypo_loss(*args: Any, max_chunk_bytes: int, validate: bool, impl: str, **objective: Any) -> tuple[Tensor, ...]:
+def _hypo_loss(
+    *args: Any, max_chunk_bytes: int | None, validate: bool, impl: str, **objective: Any
+) -> tuple[Tensor, ...]:
     """Return a LossOutput in the caller's order, the lengths, and the gradients' sums for the backward pass.
 
     The fields of ``importance`` are the columns of one tensor, which is empty without ``behavior_logps``.
@@ -212,7 +214,7 @@ def _hand_out_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | 
 _hypo_loss.register_autograd(_hand_out_gradients, setup_context=_keep_gradients)
 
 
-_TOKENS = f"{_HEAD}, Tensor targets, int max_chunk_bytes, str impl, bool with_entropy"
+_TOKENS = f"{_HEAD}, Tensor targets, int? max_chunk_bytes, str impl, bool with_entropy"
 
 
 @torch.library.custom_op(

@@ -116,7 +116,7 @@ def token_pass(
     projection: Projection,
     targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None,
-    max_chunk_bytes: int,
+    max_chunk_bytes: int | None,
     impl: str,
     with_entropy: bool = False,
     *,
@@ -128,8 +128,8 @@ def token_pass(
         layout = sequence_layout(targets, cu_seqlens)
     else:  # packed targets without bounds are treated as one sequence
         layout = TargetLayout.of(targets, cu_seqlens)
-    checks.chunk_budget(max_chunk_bytes)
+    budget = checks.chunk_budget(max_chunk_bytes, projection.hidden.device)
     dtype = checks.compute_dtype(projection.hidden, projection.head.weight)
     impl = checks.implementation(impl, projection.head, dtype)
     checks.targets_in_vocabulary(layout, projection.head)
-    return TokenPass(projection, layout, dtype, impl, max_chunk_bytes, with_entropy)
+    return TokenPass(projection, layout, dtype, impl, budget, with_entropy)

@@ -28,6 +28,20 @@ BYTES_PER_OTHER_SAMPLE = 32
 BYTES_PER_WEIGHTED_ROW = 128
 
 
+# The default budget: a gibibyte, and on CUDA this part of the device's memory if that is more. It lets realistic groups
+# stay in one chunk (8,192 rows of 128,256 logits on a device of 141 GB), so that their logits are computed once and
+# their weight's gradient is written once.
+DEFAULT_BYTES = 2**30
+DEVICE_SHARE = 28
+
+
+def default_budget(device: torch.device) -> int:
+    """Return the bytes of ``max_chunk_bytes`` on ``device`` where the caller gives none."""
+    if device.type != "cuda":
+        return DEFAULT_BYTES
+    return max(DEFAULT_BYTES, torch.cuda.get_device_properties(device).total_memory // DEVICE_SHARE)
+
+
 class BudgetError(ValueError):
     """``max_chunk_bytes`` is too small for a single row; the message gives the smallest value that works."""
 
@@ -68,7 +82,8 @@ def estimated_bytes(
     per_row = buffers * row_bytes(vocab, gemm.accumulator_dtype(compute_dtype).itemsize, width, device, compute_dtype)
     rows = rows_on_cpu(num_rows, per_row, largest_group) if device.type == "cpu" else num_rows
     is_operand = weight_dtype == compute_dtype == operand
-    converted = 0 if is_operand else min(vocab * width * operand.itemsize, max_chunk_bytes // gemm.PANEL_SHARE)
+    share = gemm.CUDA_SHARE if device.type == "cuda" else gemm.PANEL_SHARE
+    converted = 0 if is_operand else min(vocab * width * operand.itemsize, max_chunk_bytes // share)
     return min(max_chunk_bytes, rows * per_row + converted)
 
 
@@ -103,7 +118,7 @@ def max_rows(
     Raises:
         BudgetError: a single row does not fit.
     """
-    weights = [weight for head in heads for weight in head.weights]
+    weights = list({id(weight): weight for head in heads for weight in head.weights}.values())
     device, vocab = weights[0].device, heads[0].largest_share
     width = max(sum(weight.shape[1] for weight in head.weights) for head in heads)
     operand = gemm.operand_dtype(device, compute_dtype)
@@ -115,7 +130,7 @@ def max_rows(
         per_row += vocab * operand.itemsize
 
     def fixed(budget: int) -> int:
-        panels = sum(gemm.Panels.copy_bytes(weight, compute_dtype, budget, vocab) for weight in weights)
+        panels = sum(gemm.copy_bytes(weights, compute_dtype, budget, vocab))
         block = min(FP16_BLOCK_BYTES, 4 * vocab * width) if operand == torch.float16 else 0
         if device.type == "cpu" and operand == torch.bfloat16:
             block = min(amx.BLOCK_BYTES, 2 * vocab * width)

@@ -154,8 +154,9 @@ class Config(Settings):
     """With num_layers_unfrozen: run the frozen layers once for both policy and reference model."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Implementation of the loss; auto means Triton on CUDA and blockwise torch on a CPU."""
-    max_chunk_bytes: PositiveInt = 2**30
-    """Bound on the temporary memory of one loss call, in bytes."""
+    max_chunk_bytes: PositiveInt | None = None
+    """Bound on the temporary memory of one loss call, in bytes. The default is 1 GiB, and on CUDA 1/28 of the device's
+    memory if that is more."""
 
     dataset_name: PathText
     """Training data: a Hub name, a .jsonl, .json, .parquet, .arrow, .csv or .tsv file, a folder of such files, or a

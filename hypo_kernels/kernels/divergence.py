@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.kernels.head import head_arguments, row_logits
+from hypo_kernels.kernels.head import block_logits, head_arguments, row_logits, store_block
 from hypo_kernels.kernels.rows import packed, scratch_bytes, tile_of
 from hypo_kernels.statistics import RowStatistics
 
@@ -25,9 +25,120 @@ __all__ = ["gradients", "scratch_bytes", "statistics"]
 
 # Lower bound of (logit − top): an entry of probability 0 then adds 0 · finite = 0, where 0 · inf would be NaN.
 LEAST = tl.constexpr(-1.0e30)
+# Read or written once a row. Their alignment changes with the chunk's first row, and would compile a kernel again.
+PER_ROW = [
+    "target_ptr",
+    "norms_ptr",
+    "target_logit_ptr",
+    "moment_ptr",
+    "ref_norms_ptr",
+    "ref_target_logit_ptr",
+    "divergence_ptr",
+    "score_ptr",
+    "weight_ptr",
+]
 
 
 @triton.jit
+def _add_block(
+    raw_ptr,  # start of the row
+    ref_raw_ptr,
+    bias_ptr,
+    ref_bias_ptr,
+    start,
+    top,  # (BLOCK_V,) fp32, each lane's
+    total,
+    moment,
+    ref_top,
+    ref_total,
+    V,
+    factor,
+    softcap,
+    ref_factor,
+    ref_softcap,
+    HAS_REF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    REF_HAS_BIAS: tl.constexpr,
+    REF_HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Return (top, total, moment, ref_top, ref_total) with the entries from ``start`` on."""
+    cols = start + tl.arange(0, BLOCK_V)
+    z, _ = block_logits(raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    if MASKED:
+        z = tl.where(cols < V, z, float("-inf"))  # masked columns must not count
+    new_top = tl.maximum(top, z)
+    shift = tl.maximum(top - new_top, LEAST)
+    difference = tl.maximum(z - new_top, LEAST)
+    decay = tl.exp(shift)
+    exp = tl.exp(difference)
+    if HAS_REF:
+        w, _ = block_logits(
+            ref_raw_ptr, ref_bias_ptr, cols, V, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP, MASKED
+        )
+        if MASKED:
+            w = tl.where(cols < V, w, float("-inf"))
+        new_ref_top = tl.maximum(ref_top, w)
+        ref_shift = tl.maximum(ref_top - new_ref_top, LEAST)
+        ref_difference = tl.maximum(w - new_ref_top, LEAST)
+        ref_total = ref_total * tl.exp(ref_shift) + tl.exp(ref_difference)
+        ref_top = new_ref_top
+        shift -= ref_shift
+        difference -= ref_difference
+    moment = decay * (moment + total * shift) + exp * difference
+    return new_top, total * decay + exp, moment, ref_top, ref_total
+
+
+@triton.jit
+def _write_block(
+    raw_ptr,  # start of the row
+    ref_raw_ptr,
+    bias_ptr,
+    ref_bias_ptr,
+    grad_ptr,
+    start,
+    target,
+    row_top,
+    row_total,
+    ref_top,
+    score,
+    weight,
+    level,
+    V,
+    factor,
+    softcap,
+    ref_factor,
+    ref_softcap,
+    HAS_REF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    REF_HAS_BIAS: tl.constexpr,
+    REF_HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Replace the policy's logits from ``start`` on by their gradients."""
+    cols = start + tl.arange(0, BLOCK_V)
+    z, capped = block_logits(raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    difference = tl.maximum(z - row_top, LEAST)
+    p = tl.exp(difference) / row_total
+    if HAS_REF:
+        w, _ = block_logits(
+            ref_raw_ptr, ref_bias_ptr, cols, V, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP, MASKED
+        )
+        difference -= tl.maximum(w - ref_top, LEAST)
+    grad = p * (score + weight * (difference - level)) - tl.where(cols == target, score, 0.0)
+    if HAS_SOFTCAP:
+        grad *= 1.0 - capped * capped
+    # A narrower gradient is packed into the front of its row, over columns that every thread of the program must have
+    # read before.
+    tl.debug_barrier()
+    store_block(grad_ptr, cols, grad, V, MASKED)
+
+
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def _statistics_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
     ref_raw_ptr,  # (C, V) fp32, row pitch `ref_pitch`, or unused
@@ -74,31 +185,57 @@ def _statistics_kernel(
     moment = tl.zeros([BLOCK_V], tl.float32)
     ref_top = tl.full([BLOCK_V], -1.0e38, tl.float32)
     ref_total = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        mask = cols < V
-        raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
-        z, _ = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-        z = tl.where(mask, z, float("-inf"))  # masked columns must not count
-        new_top = tl.maximum(top, z)
-        shift = tl.maximum(top - new_top, LEAST)
-        difference = tl.maximum(z - new_top, LEAST)
-        decay = tl.exp(shift)
-        exp = tl.exp(difference)
-        if HAS_REF:
-            ref_raw = tl.load(ref_raw_ptr + cols, mask=mask, other=0.0)
-            w, _ = row_logits(ref_raw, ref_bias_ptr, cols, mask, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP)
-            w = tl.where(mask, w, float("-inf"))
-            new_ref_top = tl.maximum(ref_top, w)
-            ref_shift = tl.maximum(ref_top - new_ref_top, LEAST)
-            ref_difference = tl.maximum(w - new_ref_top, LEAST)
-            ref_total = ref_total * tl.exp(ref_shift) + tl.exp(ref_difference)
-            ref_top = new_ref_top
-            shift -= ref_shift
-            difference -= ref_difference
-        moment = decay * (moment + total * shift) + exp * difference
-        total = total * decay + exp
-        top = new_top
+    complete = V // BLOCK_V * BLOCK_V  # entries in blocks that need no mask
+    for start in range(0, complete, BLOCK_V):
+        top, total, moment, ref_top, ref_total = _add_block(
+            raw_ptr,
+            ref_raw_ptr,
+            bias_ptr,
+            ref_bias_ptr,
+            start,
+            top,
+            total,
+            moment,
+            ref_top,
+            ref_total,
+            V,
+            factor,
+            softcap,
+            ref_factor,
+            ref_softcap,
+            HAS_REF,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            REF_HAS_BIAS,
+            REF_HAS_SOFTCAP,
+            BLOCK_V,
+            False,
+        )
+    if complete < V:
+        top, total, moment, ref_top, ref_total = _add_block(
+            raw_ptr,
+            ref_raw_ptr,
+            bias_ptr,
+            ref_bias_ptr,
+            complete,
+            top,
+            total,
+            moment,
+            ref_top,
+            ref_total,
+            V,
+            factor,
+            softcap,
+            ref_factor,
+            ref_softcap,
+            HAS_REF,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            REF_HAS_BIAS,
+            REF_HAS_SOFTCAP,
+            BLOCK_V,
+            True,
+        )
     row_top = tl.max(top, axis=0)
     shift = tl.maximum(top - row_top, LEAST)
     decay = tl.exp(shift)
@@ -113,7 +250,7 @@ def _statistics_kernel(
     tl.store(moment_ptr + row, tl.sum(decay * (moment + total * shift), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def _gradient_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
     ref_raw_ptr,  # (C, V) fp32, row pitch `ref_pitch`, or unused
@@ -157,24 +294,63 @@ def _gradient_kernel(
         ref_raw_ptr += row * ref_pitch
         ref_top = tl.load(ref_norms_ptr + 2 * row)
         level -= tl.log(tl.load(ref_norms_ptr + 2 * row + 1))
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        mask = cols < V
-        raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
-        z, capped = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-        difference = tl.maximum(z - row_top, LEAST)
-        p = tl.exp(difference) / row_total
-        if HAS_REF:
-            ref_raw = tl.load(ref_raw_ptr + cols, mask=mask, other=0.0)
-            w, _ = row_logits(ref_raw, ref_bias_ptr, cols, mask, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP)
-            difference -= tl.maximum(w - ref_top, LEAST)
-        grad = p * (score + weight * (difference - level)) - tl.where(cols == target, score, 0.0)
-        if HAS_SOFTCAP:
-            grad *= 1.0 - capped * capped
-        # A narrower gradient is packed into the front of its row, over columns that every thread of the program
-        # must have read before.
-        tl.debug_barrier()
-        tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    complete = V // BLOCK_V * BLOCK_V
+    for start in range(0, complete, BLOCK_V):
+        _write_block(
+            raw_ptr,
+            ref_raw_ptr,
+            bias_ptr,
+            ref_bias_ptr,
+            grad_ptr,
+            start,
+            target,
+            row_top,
+            row_total,
+            ref_top,
+            score,
+            weight,
+            level,
+            V,
+            factor,
+            softcap,
+            ref_factor,
+            ref_softcap,
+            HAS_REF,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            REF_HAS_BIAS,
+            REF_HAS_SOFTCAP,
+            BLOCK_V,
+            False,
+        )
+    if complete < V:
+        _write_block(
+            raw_ptr,
+            ref_raw_ptr,
+            bias_ptr,
+            ref_bias_ptr,
+            grad_ptr,
+            complete,
+            target,
+            row_top,
+            row_total,
+            ref_top,
+            score,
+            weight,
+            level,
+            V,
+            factor,
+            softcap,
+            ref_factor,
+            ref_softcap,
+            HAS_REF,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            REF_HAS_BIAS,
+            REF_HAS_SOFTCAP,
+            BLOCK_V,
+            True,
+        )
 
 
 def statistics(

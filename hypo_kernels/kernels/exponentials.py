@@ -65,7 +65,8 @@ OFFSET_BLOCK = 1024
 TARGET_BLOCK = 128
 
 
-@triton.jit
+# As in ``statistics``: numbers of rows, and alignments that depend on them, must not compile kernels of their own.
+@triton.jit(do_not_specialize_on_alignment=["target_ptr"])
 def _offset_kernel(
     x_ptr,  # (C, D)
     weight_ptr,  # (V, D)
@@ -104,7 +105,7 @@ def _offset_kernel(
     tl.store(norms_ptr + 2 * row, tl.where(inside, z_target + above, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr", "row_ptr", "target_logit_ptr"])
 def _exponentials_kernel(
     x,  # (C, D), descriptor or pointer
     weight,  # (V, D), descriptor or pointer
@@ -194,7 +195,7 @@ def _exponentials_kernel(
             tl.store(partial_ptr + n.to(tl.int64) * C + places, total, mask=counted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "num_partials"])
 def _sum_kernel(
     partial_ptr,  # (num_partials, C) fp32
     norms_ptr,  # (C, 2) fp32: its total
@@ -219,7 +220,7 @@ def _sum_kernel(
     tl.store(repair_ptr + rows, tl.where(in_range, 0, 1), mask=counted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["repair_ptr", "row_ptr"])
 def _list_kernel(repair_ptr, row_ptr, count_ptr, C, BLOCK_C: tl.constexpr):
     """List the rows with a 1 in ``repair_ptr`` (C,), in order, and count them. One program."""
     count = 0
@@ -231,7 +232,7 @@ def _list_kernel(repair_ptr, row_ptr, count_ptr, C, BLOCK_C: tl.constexpr):
     tl.store(count_ptr, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr"])
 def _target_kernel(
     out_ptr,  # (C, V)
     target_ptr,  # (C,) int64

@@ -40,6 +40,36 @@ def row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS: tl.constexp
 
 
 @triton.jit
+def block_logits(
+    raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr
+):
+    """Return (z, tanh) of a row's raw products at ``cols``, from memory. If MASKED, entries from V on are not read.
+
+    A row's complete blocks must not be MASKED: a mask by a V that is no multiple of 16 would make every load a scalar.
+    """
+    if MASKED:
+        mask = cols < V
+        raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
+        if HAS_BIAS:
+            raw += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    else:
+        raw = tl.load(raw_ptr + cols)
+        if HAS_BIAS:
+            raw += tl.load(bias_ptr + cols).to(tl.float32)
+    return shaped(raw, factor, softcap, HAS_SOFTCAP)
+
+
+@triton.jit
+def store_block(out_ptr, cols, values, V, MASKED: tl.constexpr):
+    """Store ``values`` at ``cols`` of a row, in its dtype; entries from V on are not written if MASKED."""
+    values = values.to(out_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(out_ptr + cols, values, mask=cols < V)
+    else:
+        tl.store(out_ptr + cols, values)
+
+
+@triton.jit
 def tile_logits(raw, bias_ptr, cols, V, factor, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """Return z of raw products (rows, entries) at the entries ``cols``; entries from V on are −inf."""
     mask = cols < V

@@ -6,7 +6,8 @@
     U = scale · (exp(z − top) / total − onehot_y) · ∂z/∂raw           = scale · ∂(−log p_y)/∂raw
 
 Each program processes one row. It reads the row once for the statistics (each lane has an online maximum and sum), and
-again for U, from L2 if the row fits. U overwrites the row.
+again for U. U overwrites the row. For a large vocabulary the second read comes from memory, too: the rows of all
+resident programs are larger than L2 (four programs on each of 132 multiprocessors have 271 MB of 128,256 logits).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hypo_kernels.head import LMHead
-from hypo_kernels.kernels.head import capability, head_arguments, row_logits
+from hypo_kernels.kernels.head import block_logits, capability, head_arguments, row_logits, store_block
 from hypo_kernels.kernels.tiles import RowTile, row_tile
 from hypo_kernels.statistics import RowStatistics
 
@@ -46,6 +47,62 @@ def _target_logit(
 
 
 @triton.jit
+def _add_block(
+    raw_ptr,  # start of the row
+    bias_ptr,
+    start,
+    top,  # (BLOCK_V,) fp32, each lane's
+    total,
+    V,
+    factor,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Return (top, total) with the entries from ``start`` on."""
+    cols = start + tl.arange(0, BLOCK_V)
+    z, _ = block_logits(raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    if MASKED:
+        z = tl.where(cols < V, z, float("-inf"))  # masked columns must not count
+    new_top = tl.maximum(top, z)
+    return new_top, total * tl.exp(top - new_top) + tl.exp(z - new_top)
+
+
+@triton.jit
+def _write_block(
+    raw_ptr,  # start of the row
+    bias_ptr,
+    grad_ptr,
+    start,
+    target,
+    row_top,
+    peak,
+    slope,
+    V,
+    factor,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Replace the logits from ``start`` on by their gradients."""
+    cols = start + tl.arange(0, BLOCK_V)
+    z, capped = block_logits(raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    # Subtract the one-hot in fp32, before rounding: p − 1 of a likely target would vanish.
+    grad = tl.exp(z - row_top) * peak - tl.where(cols == target, slope, 0.0)
+    if HAS_SOFTCAP:
+        grad *= 1.0 - capped * capped
+    # A narrower gradient is packed into the front of its row, over columns that every thread of the program must have
+    # read before.
+    tl.debug_barrier()
+    store_block(grad_ptr, cols, grad, V, MASKED)
+
+
+# The alignment of what is read once a row changes with the chunk's first row, and would compile the kernel again.
+@triton.jit(do_not_specialize_on_alignment=["target_ptr", "norms_ptr", "target_logit_ptr"])
 def _row_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
     target_ptr,  # (C,) int64; outside [0, V) if another rank holds the target
@@ -68,6 +125,7 @@ def _row_kernel(
     row = tl.program_id(0).to(tl.int64)
     raw_ptr += row * raw_pitch
     grad_ptr += row * grad_pitch
+    complete = V // BLOCK_V * BLOCK_V  # entries in blocks that need no mask
     if WITH_GRADIENTS:  # first, because the gradients overwrite the row
         _target_logit(raw_ptr, target_ptr, bias_ptr, target_logit_ptr, row, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
     if NORMS_ARE_KNOWN:
@@ -77,15 +135,14 @@ def _row_kernel(
         # Finite: a lane with only masked columns would compute inf − inf.
         top = tl.full([BLOCK_V], -1.0e38, tl.float32)
         total = tl.zeros([BLOCK_V], tl.float32)
-        for start in range(0, V, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            mask = cols < V
-            raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
-            z, _ = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-            z = tl.where(mask, z, float("-inf"))  # masked columns must not count
-            new_top = tl.maximum(top, z)
-            total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
-            top = new_top
+        for start in range(0, complete, BLOCK_V):
+            top, total = _add_block(
+                raw_ptr, bias_ptr, start, top, total, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, False
+            )
+        if complete < V:
+            top, total = _add_block(
+                raw_ptr, bias_ptr, complete, top, total, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, True
+            )
         row_top = tl.max(top, axis=0)
         row_total = tl.sum(total * tl.exp(top - row_top), axis=0)
         tl.store(norms_ptr + 2 * row, row_top)
@@ -94,19 +151,42 @@ def _row_kernel(
     if WITH_GRADIENTS:
         target = tl.load(target_ptr + row)
         peak = slope / row_total
-        for start in range(0, V, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            mask = cols < V
-            raw = tl.load(raw_ptr + cols, mask=mask, other=0.0)
-            z, capped = row_logits(raw, bias_ptr, cols, mask, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-            # Subtract the one-hot in fp32, before rounding: p − 1 of a likely target would vanish.
-            grad = tl.exp(z - row_top) * peak - tl.where(cols == target, slope, 0.0)
-            if HAS_SOFTCAP:
-                grad *= 1.0 - capped * capped
-            # A narrower gradient is packed into the front of its row, over columns that every thread of the
-            # program must have read before.
-            tl.debug_barrier()
-            tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+        for start in range(0, complete, BLOCK_V):
+            _write_block(
+                raw_ptr,
+                bias_ptr,
+                grad_ptr,
+                start,
+                target,
+                row_top,
+                peak,
+                slope,
+                V,
+                factor,
+                softcap,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                BLOCK_V,
+                False,
+            )
+        if complete < V:
+            _write_block(
+                raw_ptr,
+                bias_ptr,
+                grad_ptr,
+                complete,
+                target,
+                row_top,
+                peak,
+                slope,
+                V,
+                factor,
+                softcap,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                BLOCK_V,
+                True,
+            )
     else:
         _target_logit(raw_ptr, target_ptr, bias_ptr, target_logit_ptr, row, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
 

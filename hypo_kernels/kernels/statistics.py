@@ -47,7 +47,9 @@ def _merged(top, total, moment, new_top, new_total, new_moment, WITH_MOMENT: tl.
     return both, factor * total + new_factor * new_total, moment
 
 
-@triton.jit
+# Numbers of rows differ from batch to batch: a kernel of its own for 1 and for multiples of 16 would make runs wait for
+# a compiler. So would the alignment of pointers to a chunk's first row.
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr", "row_ptr", "target_logit_ptr"])
 def _statistics_kernel(
     x,  # (C, D), descriptor or pointer
     weight,  # (V, D), descriptor or pointer
@@ -132,14 +134,14 @@ def _statistics_kernel(
         in_tile = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
         tl.store(target_logit_ptr + rows, z_target, mask=counted & in_tile)
         ptrs = partial_ptr + n.to(tl.int64) * C + places
-        stat_stride = num_n.to(tl.int64) * C
+        stat_stride = tl.cast(num_n, tl.int64) * C  # a vocabulary of 1 is a constant, without methods
         tl.store(ptrs, top, mask=counted)
         tl.store(ptrs + stat_stride, total, mask=counted)
         if WITH_MOMENT:
             tl.store(ptrs + 2 * stat_stride, moment, mask=counted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "num_partials"], do_not_specialize_on_alignment=["row_ptr"])
 def _merge_kernel(
     partial_ptr,  # (2 or 3, num_partials, C) fp32
     norms_ptr,  # (C, 2) fp32
@@ -158,7 +160,7 @@ def _merge_kernel(
         num_rows = tl.load(count_ptr)
     places = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     counted = places < num_rows
-    stat_stride = num_partials.to(tl.int64) * C
+    stat_stride = tl.cast(num_partials, tl.int64) * C
     top = tl.full([BLOCK_P, BLOCK_C], -1.0e38, tl.float32)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     moment = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)

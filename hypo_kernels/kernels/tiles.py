@@ -114,6 +114,11 @@ GEMM_TILES = {
 EPILOGUE_IS_FASTER: frozenset[tuple[tuple[int, int], torch.dtype]] = frozenset()
 
 
+def is_listed(capability: tuple[int, int]) -> bool:
+    """Return whether a device has GEMM tiles of its own; the tile of all others is no match for a library's GEMM."""
+    return capability == INTERPRETER or capability in SHARED_MEMORY
+
+
 def gemm_tile(kernel: str, capability: tuple[int, int], operand_bytes: int, *, shaped: bool, aligned: bool) -> GemmTile:
     """Return the tile of a kernel.
 

@@ -228,18 +228,24 @@ def _chunk_bytes(
     """Return the bytes of the temporaries in one call of the loss."""
     if isinstance(trained, RewardModel):
         return 0
-    weight = trained.head().weight
+    weight, device = trained.head().weight, torch.device(conditions.device_type)
     return workspace.estimated_bytes(
         weight.dtype,
         divided(weight.shape[0], _parts(plan)),
         weight.shape[1],
         counted,
-        device=torch.device(conditions.device_type),
+        device=device,
         compute_dtype=torch.bfloat16 if conditions.autocast else torch.float32,
-        max_chunk_bytes=plan.config.max_chunk_bytes,
+        max_chunk_bytes=plan.config.max_chunk_bytes or _default_budget(device),
         largest_group=largest_group,
         buffers=2 if plan.config.kl_estimator == "exact" else 1,
     )
+
+
+def _default_budget(device: torch.device) -> int:
+    """Return the loss's default budget; the smallest one for a CUDA device that is not here."""
+    is_here = device.type != "cuda" or torch.cuda.is_available()
+    return workspace.default_budget(device) if is_here else workspace.DEFAULT_BYTES
 
 
 class _Draws(NamedTuple):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hypo_kernels.transfer import on_device
 from hypo_train.trees.layout import Layout, causal_pairs
 
 
@@ -55,6 +56,9 @@ class Tree:
 
     def to(self, device: torch.device | str) -> Tree:
         """Return the tree on ``device``. ``targets`` and ``cu_seqlens`` stay on the CPU, where the loss plans."""
-        moved = {name: getattr(self, name) for name in ("input_ids", "position_ids", "attention_mask", "rows")}
-        tensors = {name: x.to(device, non_blocking=True) for name, x in moved.items() if x is not None}
-        return replace(self, **tensors)
+        on_host = {name: getattr(self, name) for name in ("input_ids", "position_ids", "attention_mask", "rows")}
+        present = {name: x for name, x in on_host.items() if x is not None}
+        copies = on_device([x.long() for x in present.values()], torch.device(device))
+        return replace(
+            self, **{name: copy.to(x.dtype) for (name, x), copy in zip(present.items(), copies, strict=True)}
+        )

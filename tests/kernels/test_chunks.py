@@ -57,8 +57,20 @@ def test_chunks_are_as_few_as_a_greedy_walk_gives() -> None:
     assert [c.rows for c in chunks([4, 4, 4, 4, 4, 4], 3, 2, 24)] == [slice(0, 24)]
 
 
+@pytest.mark.parametrize(("rows", "max_rows"), [(8192, 1780), (2048, 1780), (1000, 999)])
+def test_blocks_and_chunks_are_balanced(rows: int, max_rows: int) -> None:
+    """A rest of 268 rows would add to the weight's gradient, and read the weight, as a full block does."""
+    blocks = [block.stop - block.start for block in split(slice(0, rows), max_rows)]
+    assert len(blocks) == -(-rows // max_rows)
+    assert max(blocks) <= 1.1 * min(blocks)
+    of_small_groups = [
+        chunk.rows.stop - chunk.rows.start for chunk in chunks([4] * (rows // 4), rows // 8, 2, max_rows)
+    ]
+    assert max(of_small_groups) <= 1.1 * min(of_small_groups)
+
+
 def test_split_covers_all_rows_and_keeps_an_empty_slice() -> None:
-    assert list(split(slice(3, 10), 3)) == [slice(3, 6), slice(6, 9), slice(9, 10)]
+    assert list(split(slice(3, 10), 3)) == [slice(3, 5), slice(5, 7), slice(7, 10)]
     assert list(split(slice(3, 3), 3)) == [slice(3, 3)]
 
 

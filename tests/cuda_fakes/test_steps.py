@@ -1,0 +1,137 @@
+"""One whole training step of every algorithm on a fake CUDA device, under bf16 autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from fake_device import CUDA, FakeCuda, fake_cuda
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hypo_train.build import Run, precompute_ref_logps
+from hypo_train.metrics.meter import FiniteWatch, Meter
+from hypo_train.model.policy import Policy
+from hypo_train.optim import build_optimizer
+from hypo_train.prepare import prepare
+from hypo_train.step import train_step
+from hypo_train.trees import flex
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "hypo": {},
+    "hypo, exact": {"kl_estimator": "exact"},
+    "dpo": {},
+    "ipo": {},
+    "sft": {},
+    "rloo": {"reward": "tiny:reward_of_length"},
+    "reward": {},
+}
+TUNING: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]},
+    "last layer": {"num_layers_unfrozen": 1},
+}
+ROWS: dict[str, dict[str, Any]] = {"trees": {}, "separate rows": {"attn_implementation": "sdpa"}}
+
+
+class DrawnBefore:
+    """A sampler whose completions are known before the step."""
+
+    live = True
+    takes_prompt_kv = True
+
+    def sample(self, prompts: Any, n: int, max_new_tokens: int, **_: Any) -> Any:
+        completions = [[7 + i % 3, 9, 1][i % 3 :] for i in range(len(prompts) * n)]
+        return SimpleNamespace(completions=lambda: completions, logprobs=None)
+
+    def weights_changed(self, step: int) -> None: ...
+
+    def release(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 16 dimensions, which FlexAttention takes on CUDA."""
+    model = tiny.new_model("llama", hidden_size=64, num_attention_heads=4)
+    return tiny.save(model, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("hypo_train.preflight.checks._check_memory", lambda *_, **__: None)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, block_mask: Any, **options: Any) -> Tensor:
+    """What FlexAttention takes and returns; its mask is on the device and fits."""
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    assert block_mask.kv_num_blocks.device == block_mask.kv_indices.device == CUDA
+    assert block_mask.seq_lengths == (query.shape[2], key.shape[2])
+    assert min(query.shape[2], key.shape[2]) > 0
+    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=CUDA)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=options["enable_gqa"])
+
+
+def onto_device(run: Run) -> Run:
+    """Return the run as it would be built on a GPU: weights, reference, optimizer and watch on the device."""
+    config, accelerator = run.config, run.accelerator
+    PartialState._shared_state["device"] = CUDA
+    accelerator.autocast = lambda *_, **__: torch.autocast("cuda", torch.bfloat16)  # type: ignore[method-assign]
+    run.trained.to(CUDA)
+    if isinstance(run.trained, Policy):
+        run.trained.move_reference(CUDA)
+    optimizer = build_optimizer(
+        run.trained.trained_parameters().items(),
+        optim=config.optim,
+        roles=run.trained.parameter_roles,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return replace(
+        run,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        scheduler=scheduler,
+        finite=FiniteWatch(CUDA),
+        ref_logps={name: x.to(CUDA) for name, x in run.ref_logps.items()},
+    )
+
+
+def one_step(folder: Path, model_folder: Path, patch: pytest.MonkeyPatch, **settings: Any) -> FakeCuda:
+    run = prepare(tiny.make_config(folder, model_folder, **settings))
+    if isinstance(run.trained, Policy):
+        run = replace(run, sampler=DrawnBefore())
+        precompute_ref_logps(run, progress=False)
+    run.model.train()
+    patch.setattr(flex, "_compiled", lambda: attention)
+    with fake_cuda((9, 0)) as device:
+        run = onto_device(run)
+        with run.timer.step():
+            train_step(run, 0, Meter())
+        for parameter in run.trained.trained_parameters().values():
+            assert parameter.device == CUDA
+            assert parameter.dtype == torch.float32
+    return device
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("tuning", TUNING)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_step_runs_on_cuda(
+    algorithm: str, tuning: str, rows: str, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"algorithm": algorithm.split(",")[0], **ALGORITHMS[algorithm], **TUNING[tuning], **ROWS[rows]}
+    device = one_step(tmp_path, model_folder, monkeypatch, **settings)
+    assert bool(device.record.launches) == (algorithm != "reward"), "a reward model has no LM head"
+    assert all(copy.is_pinned for copy in device.record.copies if copy.num_bytes > 2**16)
