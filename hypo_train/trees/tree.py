@@ -13,6 +13,7 @@ so every hidden state equals that of the plain row ``prompt + completion``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class Tree:
         on_host = {name: getattr(self, name) for name in ("input_ids", "position_ids", "attention_mask", "rows")}
         present = {name: x for name, x in on_host.items() if x is not None}
         copies = on_device([x.long() for x in present.values()], torch.device(device))
-        return replace(
-            self, **{name: copy.to(x.dtype) for (name, x), copy in zip(present.items(), copies, strict=True)}
-        )
+        moved: dict[str, Any] = {
+            name: copy.to(x.dtype) for (name, x), copy in zip(present.items(), copies, strict=True)
+        }
+        return replace(self, **moved)

@@ -34,3 +34,25 @@ class Skipped(pytest.File):
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     return Skipped.from_parent(parent, path=module_path) if WHY_NOT else None
+
+
+STEPS = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STEPS] = []
+
+
+@pytest.fixture
+def step_table(request: pytest.FixtureRequest) -> list[str]:
+    """Lines about training steps, which the end of the session shows."""
+    return request.config.stash[STEPS]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash.get(STEPS, []):
+        columns = ("operators", "launches", "variants", "products", "copies", "unpinned")
+        terminalreporter.write_sep("-", "a training step on fake CUDA; the host never waits")
+        terminalreporter.write_line(" " * 47 + "".join(f"{column:>10}" for column in columns))
+        for line in lines:
+            terminalreporter.write_line(line)
