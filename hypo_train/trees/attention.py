@@ -53,8 +53,6 @@ class Part:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores = PLAIN) -> Tensor:
         """Return attention (1, N, H, D) of queries (1, H, N, D) over keys and values (1, H_kv, N, D)."""
-        if query.shape[2] == 0:  # every branch is a single token, which predicts nothing; FlexAttention refuses this
-            return query[..., :1].expand(*query.shape[:3], value.shape[-1]).transpose(1, 2)
         if self.kept is not None and layer not in self.kept:  # a checkpointed layer that is recomputed keeps the first
             self.kept[layer] = (key, value)
         if self.prompt is not None:
