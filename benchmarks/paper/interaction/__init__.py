@@ -1,0 +1,1 @@
+"""When does an online KL beat DPO? Coverage × method, in contextual bandits."""
