@@ -23,7 +23,7 @@ from torch import Tensor
 
 import hypo_kernels
 from benchmarks import liger_types
-from benchmarks.workloads import IGNORE_INDEX, NUM_GENERATIONS, Batch, Group
+from benchmarks.workloads import BETA, IGNORE_INDEX, NUM_GENERATIONS, Batch, Group
 from hypo_kernels import fused_hypo_loss, sequence_logprobs, token_logprobs
 
 TokenHead = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -213,7 +213,7 @@ def _hypo_steps(impl: str) -> Callable[[Batch, str], Callable[[], Tensor]]:
                 ref_logps=batch.ref_logps if batch.ref_hidden is None else None,
                 ref_hidden=batch.ref_hidden,
                 ref_lm_head_weight=batch.ref_weight,
-                beta=batch.objective.beta,
+                beta=BETA,
                 kl_coef=batch.objective.kl_coef,
                 impl=impl,
             )
@@ -237,7 +237,7 @@ def _liger_dpo_steps(*, compiled: bool, chunk_bytes: int = 0) -> Callable[[Batch
         sequences, ref_hidden = len(batch.spans), batch.ref_hidden
         bytes_a_pair = 2 * batch.workload.rows // sequences * batch.workload.vocab * 4
         loss_of = LigerFusedLinearDPOLoss(
-            beta=batch.objective.beta,
+            beta=BETA,
             compiled=compiled,
             chunk_size=max(1, min(batch.num_pairs, chunk_bytes // bytes_a_pair)),
             **liger_types.options(batch.workload.loss_type),

@@ -10,11 +10,13 @@ from torch import Tensor
 from benchmarks import float64, liger_types
 from benchmarks.grid import Grid
 from benchmarks.liger_types import LOSS_TYPES
+from hypo_kernels.losses import Sigmoid
 from hypo_kernels.objective import Objective
 
 IGNORE_INDEX = -100
 MODES = ("forward", "frozen", "trained")
 NUM_GENERATIONS = 2
+BETA = 0.1
 LIGER = ("Liger DPO", "Liger DPO, large chunks", "Liger DPO, not compiled")
 
 
@@ -170,7 +172,7 @@ class Batch:
         They come from this library's objective, those of loss types other than "sigmoid" from Liger's equations.
         """
         if self.workload.loss_type != "sigmoid":
-            return liger_types.loss_and_coefficients(self.workload.loss_type, logps, ref_logps, self.objective.beta)
+            return liger_types.loss_and_coefficients(self.workload.loss_type, logps, ref_logps, BETA)
         order = self.group_order
         loss, slope = self.objective(logps[order], ref_logps[order], self.lengths[order], self.num_pairs)
         return loss, torch.empty_like(slope).index_copy_(0, order, slope)
@@ -207,11 +209,8 @@ def make_batch(workload: Workload, device: torch.device) -> Batch:
         counted_rows=rows,
         num_pairs=(len(spans) - samples) // 2,
         objective=Objective(
-            beta=0.1,
+            loss=Sigmoid(BETA),
             kl_coef=0.05,  # large, so that the samples' gradients are as large as the pairs'
-            length_penalty=0.0,
-            preference="sigmoid",
-            label_smoothing=0.0,
             num_pairs=(len(spans) - samples) // 2,
             num_generations=NUM_GENERATIONS,
             num_prompts=max(1, samples // NUM_GENERATIONS),

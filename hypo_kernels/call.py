@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from hypo_kernels import checks
 from hypo_kernels.layout import TargetLayout, sequence_layout
 from hypo_kernels.objective import Importance, Objective
+from hypo_kernels.pairs import NOTHING
 from hypo_kernels.projection import Projection
 
 
@@ -21,6 +23,15 @@ class Reference(NamedTuple):
     hidden: Tensor | None  # the shape of the policy's
     weight: Tensor | None  # (V, D); by default the policy's
     bias: Tensor | None  # (V,)
+
+
+class Extras(NamedTuple):
+    """Constants that the caller gives beside the batch; every tensor is in the caller's order."""
+
+    pair_tensors: Mapping[str, Tensor] = NOTHING  # (P,) each
+    sample_tensors: Mapping[str, Tensor] = NOTHING  # (N,) each
+    token_weights: Tensor | None = None  # the shape of the targets
+    behavior_logps: Tensor | None = None  # the shape of the targets
 
 
 class LossOutput(NamedTuple):
@@ -45,7 +56,10 @@ class Call:
     max_chunk_bytes: int
     ref_logps: Tensor | None  # (S,)
     ref: Projection | None
-    behavior_logps: Tensor | None  # (N,) of the counted rows; the values of pairs are not read
+    pair_tensors: Mapping[str, Tensor]  # (P,) each
+    sample_tensors: Mapping[str, Tensor]  # (N,) each
+    token_weights: Tensor | None  # of the counted rows; 1 for those of online samples
+    behavior_logps: Tensor | None  # of the counted rows; the values of pairs are not read
     order: Tensor  # (S,), each sequence's index in the caller's order, on the device
     lengths: Tensor  # (S,), counted tokens in the caller's order, on the device
 
@@ -56,6 +70,20 @@ class Call:
         )
         sizes = torch.cat([pairs.view(-1, 2).sum(1), samples.view(-1, self.objective.num_generations).sum(1)])
         return int(sizes.max())
+
+    def tensors_of(self, sequences: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the pair tensors and the sample tensors of some sequences, whole pairs and groups."""
+        offline = 2 * self.objective.num_pairs
+        pairs = slice(min(sequences.start, offline) // 2, min(sequences.stop, offline) // 2)
+        samples = slice(max(sequences.start - offline, 0), max(sequences.stop - offline, 0))
+        return (
+            {name: x[pairs] for name, x in self.pair_tensors.items()},
+            {name: x[samples] for name, x in self.sample_tensors.items()},
+        )
+
+    def weighted(self, row_logps: Tensor, rows: slice) -> Tensor:
+        """Return the log-probs (n,) of ``rows`` times the tokens' weights."""
+        return row_logps if self.token_weights is None else self.token_weights[rows] * row_logps
 
     def in_call_order(self, output: LossOutput) -> LossOutput:
         """Return ``output`` with log-probs in the caller's order. The samples are not permuted."""
@@ -68,23 +96,31 @@ def prepare(
     targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None,
     reference: Reference,
-    behavior_logps: Tensor | None,
+    extras: Extras,
     objective: Objective,
     *,
     max_chunk_bytes: int | None,
     validate: bool,
     impl: str,
 ) -> Call:
-    """Check the arguments of ``fused_hypo_loss`` and return them as a ``Call``. Raises ValueError if one is wrong."""
-    hidden = policy.hidden
+    """Check the arguments of a loss and return them as a ``Call``. Raises ValueError if one is wrong."""
+    hidden, behavior_logps = policy.hidden, extras.behavior_logps
     checks.inputs(policy, targets, cu_seqlens)
     layout = sequence_layout(targets, cu_seqlens)
-    objective = objective.for_sequences(len(layout.lengths))
+    objective = objective.for_sequences(layout.lengths.tolist())
     budget = checks.chunk_budget(max_chunk_bytes, hidden.device)
+    if not objective.needs_reference and all(x is None for x in reference):
+        reference = Reference(hidden.new_zeros(len(layout.lengths), dtype=torch.float32), None, None, None)
     ref = _reference(policy, targets, cu_seqlens, reference, len(layout.lengths))
     checks.exact_kl_has_distributions(objective.kl_estimator, reference.hidden)
     if behavior_logps is not None:
         checks.behavior_logps(behavior_logps, targets, hidden.device, objective.kl_estimator)
+    num_samples = len(layout.lengths) - 2 * objective.num_pairs
+    checks.constants("pair_tensors", extras.pair_tensors, objective.num_pairs, "pair", hidden.device)
+    checks.constants("sample_tensors", extras.sample_tensors, num_samples, "online sample", hidden.device)
+    token_weights = extras.token_weights
+    if token_weights is not None:
+        checks.token_weights(token_weights, targets, hidden.device)
     dtype = checks.compute_dtype(hidden, policy.head.weight)
     impl = checks.implementation(impl, policy.head, dtype)
     checks.targets_in_vocabulary(layout, policy.head)
@@ -92,8 +128,11 @@ def prepare(
     accumulator_dtype = torch.promote_types(dtype, torch.float32)
     if behavior_logps is not None:
         behavior_logps = behavior_logps.flatten()[grouped.on(hidden.device).rows].to(accumulator_dtype)
+    offline = grouped.num_rows(2 * objective.num_pairs)
+    if token_weights is not None:
+        token_weights = token_weights.flatten()[grouped.on(hidden.device).rows].to(accumulator_dtype)
+        token_weights[offline:] = 1
     if validate:
-        offline = grouped.num_rows(2 * objective.num_pairs)
         checks.values_are_finite(
             hidden=hidden,
             ref_hidden=reference.hidden,
@@ -109,10 +148,17 @@ def prepare(
         max_chunk_bytes=budget,
         ref_logps=None if reference.logps is None else reference.logps.detach().to(accumulator_dtype)[order],
         ref=ref,
+        pair_tensors={name: _wide(x, accumulator_dtype) for name, x in extras.pair_tensors.items()},
+        sample_tensors={name: _wide(x, accumulator_dtype) for name, x in extras.sample_tensors.items()},
+        token_weights=token_weights,
         behavior_logps=behavior_logps,
         order=order,
         lengths=layout.on(hidden.device).lengths,
     )
+
+
+def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _reference(

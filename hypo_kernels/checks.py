@@ -7,6 +7,7 @@ The checks read shapes, dtypes, devices and CPU tensors, so none of them waits f
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -151,6 +152,33 @@ def behavior_logps(
         f"behavior_logps corrects kl_estimator='sampled', not {kl_estimator!r}: use 'sampled', or samples of the "
         "current policy",
     )
+
+
+def constants(name: str, tensors: Mapping[str, Tensor], number: int, what: str, device: torch.device) -> None:
+    """Raise ValueError unless each of ``tensors`` is a constant of shape ``(number,)``, one value for each ``what``."""
+    for key, x in tensors.items():
+        require(isinstance(x, Tensor), f"{name}[{key!r}] is a {type(x).__name__}: must be a tensor ({number},)")
+        require(
+            x.shape == (number,),
+            f"{name}[{key!r}] has shape {tuple(x.shape)}: must be ({number},), one for each {what}",
+        )
+        require(x.device == device, f"{name}[{key!r}] is on {x.device} and hidden on {device}")
+        require(
+            not x.requires_grad,
+            f"{name}[{key!r}] requires a gradient, but the loss gives gradients to the policy alone: pass x.detach()",
+        )
+
+
+def token_weights(weights: Tensor, targets: Tensor | TargetLayout, device: torch.device) -> None:
+    """Raise ValueError unless the weights of tokens are floating-point constants of the shape of the targets."""
+    shape = tuple(weights.shape)
+    require(
+        shape == tuple(targets.shape),
+        f"token_weights has shape {shape} and targets {tuple(targets.shape)}: need one for each row",
+    )
+    require(weights.dtype in FLOATS, f"token_weights is {weights.dtype}: must be floating point")
+    require(weights.device == device, f"token_weights is on {weights.device} and hidden on {device}")
+    require(not weights.requires_grad, "token_weights requires a gradient, but weights are constants: pass .detach()")
 
 
 def one_reference(

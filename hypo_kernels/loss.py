@@ -1,39 +1,19 @@
-"""The public function ``fused_hypo_loss`` and its result ``HypoLoss``."""
+"""The public function ``fused_hypo_loss``: the loss of HyPO, DPO, IPO and RLOO's KL."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hypo_kernels import gemm, ops, reference, schedule
-from hypo_kernels.call import LossOutput, Reference, prepare
-from hypo_kernels.gradients import Leaves
+from hypo_kernels.call import Extras, Reference
 from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.layout import TargetLayout
-from hypo_kernels.objective import Importance, Objective
-from hypo_kernels.projection import Projection
+from hypo_kernels.losses import IPOSum, Sigmoid
+from hypo_kernels.objective import Objective
+from hypo_kernels.preference import PreferenceLoss, compute
 from hypo_kernels.vocab import VocabShard
 
-
-class HypoLoss(NamedTuple):
-    """The loss, to call ``backward()`` on, and its statistics: detached, fp32 (fp64 for fp64 inputs), in nats.
-
-    The S sequences are P chosen, P rejected, then N online samples, in the order of the call.
-    """
-
-    loss: Tensor  # (), preference loss + kl_coef · (reverse KL + length_penalty · length)
-    logps: Tensor  # (S,) log π(y|x)
-    ref_logps: Tensor  # (S,) log π_ref(y|x)
-    chosen_rewards: Tensor  # (P,) β (log π − log π_ref) of the chosen sequences
-    rejected_rewards: Tensor  # (P,) β (log π − log π_ref) of the rejected sequences
-    margins: Tensor  # (P,) chosen_rewards − rejected_rewards
-    kl: Tensor  # (N,) of each sample; the mean estimates the trajectory's KL(π‖π_ref). With the estimator "sampled" it
-    # is log π − log π_ref, with "exact" the sum of KL(π‖π_ref) over the sample's positions
-    lengths: Tensor  # (S,) int64, counted tokens
-    importance: Importance | None = None  # (N,) each, if ``behavior_logps`` are given
+HypoLoss = PreferenceLoss
+PREFERENCES = ("sigmoid", "ipo")
 
 
 def fused_hypo_loss(
@@ -153,65 +133,26 @@ def fused_hypo_loss(
         lora=lora,
         vocab_shard=vocab_shard,
     )
+    if preference not in PREFERENCES:
+        raise ValueError(f"preference={preference!r}: must be one of {', '.join(map(repr, PREFERENCES))}")
+    if preference == "ipo" and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} goes with preference='sigmoid', got 'ipo'")
     objective = Objective(
-        beta=beta,
+        loss=IPOSum(beta) if preference == "ipo" else Sigmoid(beta, label_smoothing=label_smoothing),
         kl_coef=kl_coef,
-        length_penalty=length_penalty,
-        preference=preference,
-        label_smoothing=label_smoothing,
         num_pairs=num_pairs,
         num_generations=num_generations,
+        length_penalty=length_penalty,
         importance_cap=importance_cap,
         kl_estimator=kl_estimator,
     )
-    reference_arguments = Reference(ref_logps, ref_hidden, ref_lm_head_weight, ref_bias)
-    settings: dict[str, Any] = {"max_chunk_bytes": max_chunk_bytes, "validate": validate, "impl": impl}
-    if torch.compiler.is_compiling():
-        output, lengths = ops.hypo_loss(
-            hidden, head, targets, cu_seqlens, reference_arguments, behavior_logps, objective, settings
-        )
-    else:
-        policy = Projection.of(hidden, head)
-        call = prepare(policy, targets, cu_seqlens, reference_arguments, behavior_logps, objective, **settings)
-        if call.impl == "reference":
-            output = reference.hypo_loss(call)
-        else:
-            output = LossOutput(*_FusedHypo.apply(*Leaves.of(policy), call, torch.is_grad_enabled()))
-        output, lengths = call.in_call_order(output), call.lengths
-    chosen, rejected = (output.logps - output.ref_logps)[: 2 * num_pairs].view(2, num_pairs)
-    return HypoLoss(
-        loss=output.loss,
-        logps=output.logps,
-        ref_logps=output.ref_logps,
-        chosen_rewards=beta * chosen,
-        rejected_rewards=beta * rejected,
-        margins=beta * (chosen - rejected),
-        kl=output.kl,
-        lengths=lengths,
-        importance=output.importance,
+    return compute(
+        hidden,
+        head,
+        targets,
+        cu_seqlens,
+        Reference(ref_logps, ref_hidden, ref_lm_head_weight, ref_bias),
+        Extras(behavior_logps=behavior_logps),
+        objective,
+        {"max_chunk_bytes": max_chunk_bytes, "validate": validate, "impl": impl},
     )
-
-
-class _FusedHypo(torch.autograd.Function):
-    """Compute a :class:`LossOutput` and its gradients in forward. Backward multiplies them by the upstream gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | Importance | None, ...]:
-        *leaves, call, grad_enabled = args
-        # needs_input_grad is true for inputs that require a gradient, even under no_grad.
-        needed = [grad_enabled and x for x in ctx.needs_input_grad[: len(leaves)]]
-        with gemm.undisturbed(call.policy.hidden.device):
-            output, ctx.gradients = schedule.run(call, needed)
-        ctx.mark_non_differentiable(output.logps, output.ref_logps, output.kl)
-        return tuple(output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "fused_hypo_loss: backward was called twice, but the gradients that the forward call finished can be "
-                "used once; call fused_hypo_loss again"
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients.scaled(grad_loss), None, None)

@@ -1,4 +1,4 @@
-"""The HyPO objective on per-sequence log-probabilities: plain torch, used by every implementation.
+"""A preference loss with HyPO's online KL, on per-sequence log-probabilities: plain torch, for every implementation.
 
 Notation (arXiv 2406.01462): ``ratio`` is ρ(x, y) = log π(y|x) − log π_ref(y|x), summed over the counted tokens.
 Each term returns its value and the derivative of the loss by each sequence's log π(y|x); from these a kernel computes
@@ -10,15 +10,16 @@ its sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hypo_kernels.errors import require
+from hypo_kernels.losses import needs_reference, wants_batch
+from hypo_kernels.pairs import NOTHING, GroupLoss, Groups, PairLoss, Pairs, check_closed, group_terms, pair_terms
 from hypo_kernels.statistics import sequence_sums
 
 KL_ESTIMATORS = ("sampled", "exact")
@@ -49,52 +50,29 @@ class ExactOnline(NamedTuple):
     by_divergence: float  # derivative by a row's D_t, equal for all rows
 
 
-def sigmoid_preference(objective: Objective, difference: Tensor) -> tuple[Tensor, Tensor]:
-    """DPO's loss ``−log σ(β Δ)`` (Eq. 4), with label smoothing as in conservative DPO."""
-    margin = objective.beta * difference
-    loss, slope = -F.logsigmoid(margin), -torch.sigmoid(-margin)
-    if flip := objective.label_smoothing:
-        loss = (1 - flip) * loss - flip * F.logsigmoid(-margin)
-        slope = (1 - flip) * slope + flip * torch.sigmoid(margin)
-    return loss / objective.num_pairs, objective.beta * slope / objective.num_pairs
-
-
-def ipo_preference(objective: Objective, difference: Tensor) -> tuple[Tensor, Tensor]:
-    """IPO's loss ``(Δ − 1/(2β))²`` (Azar et al. 2024; appendix B.1)."""
-    error = difference - 1 / (2 * objective.beta)
-    return error.square() / objective.num_pairs, 2 * error / objective.num_pairs
-
-
-PreferenceLoss = Callable[["Objective", Tensor], tuple[Tensor, Tensor]]
-# Each takes Δ = ρ(x, y⁺) − ρ(x, y⁻) (P,) and returns the pairs' losses (P,) and their derivatives by Δ (P,), both
-# divided by ``num_pairs``.
-PREFERENCES: dict[str, PreferenceLoss] = {"sigmoid": sigmoid_preference, "ipo": ipo_preference}
-
-
 @dataclass(frozen=True)
 class Objective:
-    """``mean preference loss of the pairs + kl_coef · reverse KL``: its options and the sizes of the batch.
+    """``mean loss of the pairs + mean loss of the groups + kl_coef · reverse KL``: its options and the batch's sizes.
 
-    Declares all options of the loss: ``fused_hypo_loss`` builds it, and its operator for ``torch.compile`` takes its
-    fields. Raises ValueError if a value is out of range.
+    Raises ValueError if a value is out of range.
     """
 
-    beta: float
-    """β > 0 of DPO and IPO."""
+    loss: PairLoss
+    """The loss of the pairs."""
     kl_coef: float
     """λ ≥ 0."""
-    length_penalty: float
-    """Added to a sample's penalty for each token."""
-    preference: str
-    """A key of ``PREFERENCES``."""
-    label_smoothing: float
-    """In [0, 0.5): the assumed fraction of flipped preferences."""
     num_pairs: int
     """P ≥ 0."""
-    num_generations: int
+    num_generations: int = 2
     """k ≥ 2, the number of online samples for each prompt."""
+    length_penalty: float = 0.0
+    """Added to a sample's penalty for each token."""
+    group_loss: GroupLoss | None = None
+    """The loss of the groups of samples, beside the KL."""
     num_prompts: int = 0
     """G, groups of online samples in the batch; :meth:`for_sequences` sets it."""
+    num_chosen_tokens: int = 0
+    """Counted tokens of all chosen responses; :meth:`for_sequences` sets it."""
     importance_cap: float = 2.0
     """C > 0, the largest importance weight."""
     kl_estimator: str = "sampled"
@@ -104,20 +82,12 @@ class Objective:
         if torch.compiler.is_compiling():  # the traced numbers may be symbols; the operator checks them when it runs
             return
         # Each check is an ``if``, so that a call formats no messages.
-        if self.preference not in PREFERENCES:
-            raise ValueError(f"preference={self.preference!r}: must be one of {', '.join(map(repr, PREFERENCES))}")
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"beta={self.beta}: must be positive")
+        if not callable(self.loss):
+            raise ValueError(f"loss is a {type(self.loss).__name__}: must be a name, or a function of Pairs")
         if not (math.isfinite(self.kl_coef) and self.kl_coef >= 0):
             raise ValueError(f"kl_coef={self.kl_coef}: must be 0 or more")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty={self.length_penalty}: must be finite")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing={self.label_smoothing}: must be in [0, 0.5)")
-        if self.label_smoothing and self.preference != "sigmoid":
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} goes with preference='sigmoid', got {self.preference!r}"
-            )
         if not self.importance_cap > 0:
             raise ValueError(f"importance_cap={self.importance_cap}: must be positive (inf truncates nothing)")
         if self.kl_estimator not in KL_ESTIMATORS:
@@ -129,8 +99,12 @@ class Objective:
         if self.num_generations < 2:
             raise ValueError(f"num_generations={self.num_generations}: RLOO needs at least 2 samples a prompt")
 
-    def for_sequences(self, num_sequences: int) -> Objective:
-        """Return the objective of a batch of ``num_sequences``. Raises ValueError if the number does not fit."""
+    def for_sequences(self, lengths: Sequence[int]) -> Objective:
+        """Return the objective of a batch whose sequences, in the caller's order, have ``lengths`` counted tokens.
+
+        Raises ValueError if the number of sequences does not fit.
+        """
+        num_sequences = len(lengths)
         require(num_sequences > 0, "there are no sequences: the batch is empty")
         pairs = 2 * self.num_pairs
         samples = num_sequences - pairs
@@ -140,23 +114,50 @@ class Objective:
             f"{num_sequences} sequences are {pairs} of pairs and {samples} online samples, "
             f"which num_generations={self.num_generations} does not divide",
         )
-        return replace(self, num_prompts=samples // self.num_generations)
+        num_chosen_tokens = sum(lengths[: self.num_pairs])
+        return replace(self, num_prompts=samples // self.num_generations, num_chosen_tokens=num_chosen_tokens)
 
-    def fields(self) -> dict[str, Any]:
-        """Return the fields by name: ``Objective(**objective.fields())`` is an equal objective."""
-        return {name: getattr(self, name) for name in OBJECTIVE_FIELDS}
+    @property
+    def needs_reference(self) -> bool:
+        """True if a term of the objective reads the reference's log-probs."""
+        return bool(self.num_prompts) or (bool(self.num_pairs) and needs_reference(self.loss))
 
     @property
     def is_exact(self) -> bool:
         """True if the KL is estimated from full distributions."""
         return self.kl_estimator == "exact"
 
-    def pairs(self, chosen_ratio: Tensor, rejected_ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of each pair, divided by ``num_pairs``, and its derivative by ``chosen_ratio``.
+    def pairs(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor, tensors: Mapping[str, Tensor]) -> Pairs:
+        """Return pairs for the loss from sequences (2P,) in group order: each chosen one before its rejected one."""
+        chosen, rejected = logps.view(-1, 2).unbind(1)
+        ref_chosen, ref_rejected = ref_logps.view(-1, 2).unbind(1)
+        chosen_lengths, rejected_lengths = lengths.to(logps.dtype).view(-1, 2).unbind(1)
+        return Pairs(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            chosen_lengths,
+            rejected_lengths,
+            self.num_pairs,
+            self.num_chosen_tokens,
+            tensors,
+        )
 
-        The derivative by ``rejected_ratio`` is the negative. All are (P,).
+    def pair_slopes(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Return the summed loss () of ``pairs``, divided by ``num_pairs``, and its derivatives (2P,), in group order.
+
+        Raises:
+            ValueError: the loss returns no tensor (P,), or depends on other pairs.
         """
-        return PREFERENCES[self.preference](self, chosen_ratio - rejected_ratio)
+        if len(pairs.chosen_logps) == 0:
+            return pairs.chosen_logps.sum(), pairs.chosen_logps.new_empty(0)
+        if wants_batch(self.loss) and len(pairs.chosen_logps) == self.num_pairs:
+            pairs = with_batch_statistics(self.loss, pairs)
+        check_closed(self.loss, pairs)
+        terms = pair_terms(self.loss, pairs)
+        slopes = torch.stack([terms.by_chosen, terms.by_rejected], dim=1).flatten()
+        return (terms.losses / self.num_pairs).sum(), slopes / self.num_pairs
 
     def online(self, ratio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return λ · (estimate of KL(π‖π_ref)) of each sample, and its RLOO derivative by log π(y|x).
@@ -206,18 +207,39 @@ class Objective:
         later_costs = positions.sums_after(divergences + gamma, longest)
         return ExactOnline(kl, loss, scale * (later_costs - positions.mean_of_the_others(later_costs, k)), scale)
 
-    def __call__(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
+    def group_slopes(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Return the summed ``group_loss`` () of ``groups``, divided by ``num_prompts``, and its derivatives (G, k)."""
+        if self.group_loss is None or len(groups.logps) == 0:
+            return groups.logps.new_zeros(()), torch.zeros_like(groups.logps)
+        losses, slopes = group_terms(self.group_loss, groups)
+        return (losses / self.num_prompts).sum(), slopes / self.num_prompts
+
+    def __call__(
+        self,
+        logps: Tensor,
+        ref_logps: Tensor,
+        lengths: Tensor,
+        num_pairs: int,
+        pair_tensors: Mapping[str, Tensor] = NOTHING,
+        sample_tensors: Mapping[str, Tensor] = NOTHING,
+    ) -> tuple[Tensor, Tensor]:
         """Return the summed loss () and the coefficients ∂loss/∂logps (S,) of complete pairs and groups.
 
         The S sequences are in group order: ``num_pairs`` times a chosen and its rejected one, then online samples,
         ``num_generations`` consecutive ones a prompt. They may be any subset of the batch's pairs and groups; means
-        still divide by the numbers of the full batch.
+        still divide by the numbers of the full batch. ``pair_tensors`` (P,) and ``sample_tensors`` (N,) are those of
+        the subset.
         """
-        ratio = logps - ref_logps
-        loss, pair_slopes = self._pairs_in_group_order(ratio[: 2 * num_pairs])
-        samples = ratio[2 * num_pairs :].view(-1, self.num_generations)
-        penalty, advantage = self.online(samples, lengths[2 * num_pairs :].view(samples.shape))
-        return loss + penalty.sum(), torch.cat([pair_slopes, advantage.flatten()])
+        split, k = 2 * num_pairs, self.num_generations
+        pairs = self.pairs(logps[:split], ref_logps[:split], lengths[:split], pair_tensors)
+        loss, pair_slopes = self.pair_slopes(pairs)
+        groups = _groups(logps[split:], ref_logps[split:], lengths[split:], sample_tensors, k)
+        penalty, advantage = self.online(groups.logps - groups.ref_logps, groups.lengths)
+        loss = loss + penalty.sum()
+        if self.group_loss is not None:
+            group_loss, group_slopes = self.group_slopes(groups)
+            loss, advantage = loss + group_loss, advantage + group_slopes
+        return loss, torch.cat([pair_slopes, advantage.flatten()])
 
     def exact(
         self,
@@ -227,28 +249,41 @@ class Objective:
         num_pairs: int,
         divergences: Tensor,
         longest: int,
+        pair_tensors: Mapping[str, Tensor] = NOTHING,
+        sample_tensors: Mapping[str, Tensor] = NOTHING,
     ) -> tuple[Tensor, Tensor, ExactOnline]:
         """Return the loss of complete pairs and groups with the exact KL estimator.
 
-        ``logps``, ``ref_logps`` and ``lengths`` (S,) are in group order, as in ``__call__``; only the pairs'
-        log-probs are used. ``divergences`` (n,) and ``longest`` are those of :meth:`exact_online`, of the samples
-        alone. Returns the summed loss (), ∂loss/∂logps of the pairs' sequences (2 · num_pairs,), and the online
-        terms, whose loss is part of the sum.
+        ``logps``, ``ref_logps`` and ``lengths`` (S,) are in group order, as in ``__call__``. ``divergences`` (n,) and
+        ``longest`` are those of :meth:`exact_online`, of the samples alone. Returns the summed loss (), ∂loss/∂logps of
+        the pairs' sequences (2 · num_pairs,), and the online terms, whose loss is part of the sum.
         """
-        pairs = 2 * num_pairs
-        loss, pair_slopes = self._pairs_in_group_order((logps - ref_logps)[:pairs])
-        online = self.exact_online(divergences, lengths[pairs:], longest)
-        return loss + online.loss.sum(), pair_slopes, online
+        split = 2 * num_pairs
+        pairs = self.pairs(logps[:split], ref_logps[:split], lengths[:split], pair_tensors)
+        loss, pair_slopes = self.pair_slopes(pairs)
+        online = self.exact_online(divergences, lengths[split:], longest)
+        loss = loss + online.loss.sum()
+        if self.group_loss is not None:
+            samples = _groups(logps[split:], ref_logps[split:], lengths[split:], sample_tensors, self.num_generations)
+            group_loss, slopes = self.group_slopes(samples)
+            by_row = slopes.flatten().repeat_interleave(lengths[split:], output_size=len(divergences))
+            loss, online = loss + group_loss, online._replace(by_logp=online.by_logp + by_row)
+        return loss, pair_slopes, online
 
-    def _pairs_in_group_order(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed loss () and its derivative by ``ratio`` (2P,), in group order."""
-        pairs = ratio.view(-1, 2)
-        loss, slope = self.pairs(pairs[:, 0], pairs[:, 1])
-        return loss.sum(), torch.stack([slope, -slope], dim=1).flatten()
+
+def with_batch_statistics(loss: PairLoss, pairs: Pairs) -> Pairs:
+    """Return all ``pairs`` of the batch with the statistics that ``loss`` computes from them."""
+    statistics: Mapping[str, Tensor] = loss.batch_statistics(pairs)  # type: ignore[attr-defined]
+    return pairs._replace(tensors={**pairs.tensors, **statistics})
 
 
-# With ``from __future__ import annotations`` a field's type is its name, which is also its name in operator schemas.
-OBJECTIVE_FIELDS: dict[str, str] = {field.name: str(field.type) for field in fields(Objective)}
+def _groups(logps: Tensor, ref_logps: Tensor, lengths: Tensor, tensors: Mapping[str, Tensor], k: int) -> Groups:
+    return Groups(
+        logps.view(-1, k),
+        ref_logps.view(-1, k),
+        lengths.to(logps.dtype).view(-1, k),
+        {name: x.view(-1, k) for name, x in tensors.items()},
+    )
 
 
 class Positions:

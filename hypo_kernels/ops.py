@@ -18,22 +18,28 @@ import torch
 from torch import Tensor
 
 from hypo_kernels import gemm, schedule
-from hypo_kernels.call import LossOutput, Reference, prepare
+from hypo_kernels.call import Extras, LossOutput, Reference, prepare
 from hypo_kernels.gradients import Leaves, shapes_of_sums
 from hypo_kernels.head import LMHead, LoRA
 from hypo_kernels.layout import TargetLayout
-from hypo_kernels.objective import OBJECTIVE_FIELDS, Importance, Objective
+from hypo_kernels.objective import Importance, Objective
 from hypo_kernels.projection import Projection
 from hypo_kernels.tokens import TokenPass, token_pass
 
 NUM_LEAVES = len(Leaves._fields)
-_OBJECTIVE = ", ".join(f"{kind} {name}" for name, kind in OBJECTIVE_FIELDS.items())
+_OBJECTIVE_NUMBERS = ("kl_coef", "length_penalty", "num_pairs", "num_generations", "importance_cap", "kl_estimator")
+_EXTRAS = "Tensor[] extra_tensors, str[] extra_names, Tensor? token_weights, Tensor? behavior_logps"
+_OBJECTIVE = (
+    "str loss, float[] loss_parameters, str group_loss, float kl_coef, float length_penalty, int num_pairs, "
+    "int num_generations, float importance_cap, str kl_estimator"
+)
 # Every operator's first arguments: the leaves, the head's constants, autocast's dtype, and which leaves need gradients.
 _HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora, Tensor? lora_weight, "
     "float? logit_softcap, float logit_scale, float temperature, ScalarType? autocast, bool[] needed"
 )
 _NUM_HEAD = NUM_LEAVES + 5
+_NUM_REFERENCE = _NUM_HEAD + 2 + len(Reference._fields)  # up to the reference's last argument
 _NUM_OUTPUTS = len(LossOutput._fields) + 1  # results of the loss operator that come before the gradients' sums
 
 
@@ -43,7 +49,7 @@ def hypo_loss(
     targets: Tensor | TargetLayout,
     cu_seqlens: Tensor | None,
     reference: Reference,
-    behavior_logps: Tensor | None,
+    extras: Extras,
     objective: Objective,
     settings: dict[str, Any],
 ) -> tuple[LossOutput, Tensor]:
@@ -53,12 +59,12 @@ def hypo_loss(
         _traceable(targets),
         cu_seqlens,
         *reference,
-        behavior_logps,
-        **objective.fields(),
+        *_flat_extras(extras),
+        **_flat_objective(objective),
         **settings,
     )[:_NUM_OUTPUTS]
     logps, ref_logps, kl, sums = (x.detach() for x in statistics)
-    importance = None if behavior_logps is None else Importance(*sums.unbind(1))
+    importance = None if extras.behavior_logps is None else Importance(*sums.unbind(1))
     return LossOutput(loss, logps, ref_logps, kl, importance), lengths
 
 
@@ -76,6 +82,48 @@ def token_logprobs(
         *_head_arguments(hidden, head), _traceable(targets), max_chunk_bytes, impl, with_entropy
     )
     return logps, entropies
+
+
+def _flat_extras(extras: Extras) -> tuple[list[Tensor], list[str], Tensor | None, Tensor | None]:
+    """Return the caller's constants as an operator's arguments: tensors, and names that say whose they are."""
+    tensors = [*extras.pair_tensors.values(), *extras.sample_tensors.values()]
+    names = [f"pair {name}" for name in extras.pair_tensors] + [f"sample {name}" for name in extras.sample_tensors]
+    return tensors, names, extras.token_weights, extras.behavior_logps
+
+
+def _parse_extras(
+    tensors: Sequence[Tensor], names: Sequence[str], token_weights: Tensor | None, behavior_logps: Tensor | None
+) -> Extras:
+    found: dict[str, dict[str, Tensor]] = {"pair": {}, "sample": {}}
+    for name, tensor in zip(names, tensors, strict=True):
+        owner, _, key = name.partition(" ")
+        found[owner][key] = tensor
+    return Extras(found["pair"], found["sample"], token_weights, behavior_logps)
+
+
+def _flat_objective(objective: Objective) -> dict[str, Any]:
+    """Return the objective as an operator's arguments."""
+    from hypo_kernels import loss_handles  # it imports TorchDynamo, which eager calls do not need
+
+    loss, parameters = loss_handles.of_pair_loss(objective.loss)
+    return {
+        "loss": loss,
+        "loss_parameters": parameters,
+        "group_loss": "" if objective.group_loss is None else loss_handles.of_object(objective.group_loss),
+        **{name: getattr(objective, name) for name in _OBJECTIVE_NUMBERS},
+    }
+
+
+def _parse_objective(
+    loss: str, loss_parameters: Sequence[float], group_loss: str, numbers: dict[str, Any]
+) -> Objective:
+    from hypo_kernels import loss_handles
+
+    return Objective(
+        loss=loss_handles.to_pair_loss(loss, loss_parameters),
+        group_loss=loss_handles.to_object(group_loss) if group_loss else None,
+        **numbers,
+    )
 
 
 def _traceable(targets: Tensor | TargetLayout) -> Tensor:
@@ -153,27 +201,35 @@ def _shapes(arguments: Sequence[Any]) -> list[tuple[bool, Any, Any]]:
     "hypo_kernels::hypo_loss",
     mutates_args=(),
     schema=f"({_HEAD}, Tensor targets, Tensor? cu_seqlens, "
-    "Tensor? ref_logps, Tensor? ref_hidden, Tensor? ref_lm_head_weight, Tensor? ref_bias, Tensor? behavior_logps, *, "
+    f"Tensor? ref_logps, Tensor? ref_hidden, Tensor? ref_lm_head_weight, Tensor? ref_bias, {_EXTRAS}, *, "
     f"{_OBJECTIVE}, int? max_chunk_bytes, bool validate, str impl) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _hypo_loss(
-    *args: Any, max_chunk_bytes: int | None, validate: bool, impl: str, **objective: Any
+    *args: Any,
+    loss: str,
+    loss_parameters: Sequence[float],
+    group_loss: str,
+    max_chunk_bytes: int | None,
+    validate: bool,
+    impl: str,
+    **numbers: Any,
 ) -> tuple[Tensor, ...]:
     """Return a LossOutput in the caller's order, the lengths, and the gradients' sums for the backward pass.
 
     The fields of ``importance`` are the columns of one tensor, which is empty without ``behavior_logps``.
     """
     projection, autocast, needed = _parse(args)
-    targets, cu_seqlens, *reference, behavior_logps = args[_NUM_HEAD:]
+    targets, cu_seqlens, *reference = args[_NUM_HEAD:_NUM_REFERENCE]
+    extras = _parse_extras(*args[_NUM_REFERENCE:])
     with _as_traced(projection.hidden.device, autocast):
         call = prepare(
             projection,
             targets,
             cu_seqlens,
             Reference(*reference),
-            behavior_logps,
-            Objective(**objective),
+            extras,
+            _parse_objective(loss, loss_parameters, group_loss, numbers),
             max_chunk_bytes=max_chunk_bytes,
             validate=validate,
             impl=impl,
@@ -183,9 +239,9 @@ def _hypo_loss(
         with gemm.undisturbed(projection.hidden.device):
             output, gradients = schedule.run(call, needed, sums_are_wide=True)
     sums = [_absent(projection.hidden) if x is None else x for x in gradients.sums]
-    loss, logps, ref_logps, kl, importance = call.in_call_order(output)
-    sample_sums = _absent(loss) if importance is None else torch.stack(importance, dim=1)
-    return loss, logps, ref_logps, kl, sample_sums, call.lengths, *sums
+    value, logps, ref_logps, kl, importance = call.in_call_order(output)
+    sample_sums = _absent(value) if importance is None else torch.stack(importance, dim=1)
+    return value, logps, ref_logps, kl, sample_sums, call.lengths, *sums
 
 
 @_hypo_loss.register_fake
@@ -193,7 +249,7 @@ def _(*args: Any, num_pairs: int, **_options: Any) -> tuple[Tensor, ...]:
     hidden, targets, cu_seqlens = args[0], args[_NUM_HEAD], args[_NUM_HEAD + 1]
     wide = gemm.accumulator_dtype(_compute_dtype(args))
     sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    samples, behavior_logps = sequences - 2 * num_pairs, args[_NUM_HEAD + 2 + len(Reference._fields)]
+    samples, behavior_logps = sequences - 2 * num_pairs, args[-1]
     sample_sums = (0,) if behavior_logps is None else (samples, len(Importance._fields))
     loss, logps, ref_logps, kl, importance = (
         hidden.new_empty(shape, dtype=wide) for shape in ((), (sequences,), (sequences,), (samples,), sample_sums)
@@ -201,14 +257,20 @@ def _(*args: Any, num_pairs: int, **_options: Any) -> tuple[Tensor, ...]:
     return loss, logps, ref_logps, kl, importance, hidden.new_empty(sequences, dtype=torch.long), *_sums(args)
 
 
+def _no_gradient(argument: Any) -> list[None] | None:
+    """Return None in the structure of an operator's argument: autograd expects a list for a list of tensors."""
+    is_tensors = isinstance(argument, (list, tuple)) and all(isinstance(x, Tensor) for x in argument)
+    return [None] * len(argument) if is_tensors else None
+
+
 def _keep_gradients(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: Any, output: Sequence[Tensor]) -> None:
     ctx.save_for_backward(*output[_NUM_OUTPUTS:])
-    ctx.leaves, ctx.num_inputs = _shapes(inputs), len(inputs)
+    ctx.leaves, ctx.inputs_without = _shapes(inputs), [_no_gradient(x) for x in inputs[NUM_LEAVES:]]
 
 
 def _hand_out_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     gradients = _finished(ctx.saved_tensors, ctx.leaves, grad_loss)
-    return (*gradients, *[None] * (ctx.num_inputs - NUM_LEAVES))
+    return (*gradients, *ctx.inputs_without)
 
 
 _hypo_loss.register_autograd(_hand_out_gradients, setup_context=_keep_gradients)

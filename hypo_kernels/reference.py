@@ -54,7 +54,8 @@ def hypo_loss(call: Call) -> LossOutput:
         ref_logps = _sequence_logps(_target_logps(log_q, call.layout), call)
     assert ref_logps is not None
     num_pairs, lengths = call.objective.num_pairs, call.layout.lengths.to(log_p.device)
-    loss, coefficients = call.objective(logps.detach(), ref_logps, lengths, num_pairs)
+    everything = slice(0, len(lengths))
+    loss, coefficients = call.objective(logps.detach(), ref_logps, lengths, num_pairs, *call.tensors_of(everything))
     importance, weighted = None, logps
     if call.behavior_logps is not None:
         online = slice(call.layout.num_rows(2 * num_pairs), None)
@@ -88,7 +89,8 @@ def _exact_hypo_loss(call: Call) -> LossOutput:
         lengths.to(log_p.device),
         num_pairs,
         divergences.detach(),
-        longest=int(lengths.max()),
+        int(lengths.max()),
+        *call.tensors_of(slice(0, len(lengths))),
     )
     surrogate = (pair_slopes * logps[: 2 * num_pairs]).sum()
     surrogate = surrogate + (terms.by_logp * rows[online]).sum() + terms.by_divergence * divergences.sum()
@@ -100,4 +102,5 @@ def _target_logps(log_p: Tensor, layout: TargetLayout) -> Tensor:
 
 
 def _sequence_logps(rows: Tensor, call: Call) -> Tensor:
-    return sequence_sums(rows, call.layout.on(rows.device).lengths)
+    weighted = call.weighted(rows, slice(0, len(rows)))
+    return sequence_sums(weighted, call.layout.on(rows.device).lengths)

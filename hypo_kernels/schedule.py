@@ -12,6 +12,7 @@ reference, whose logits follow the policy's in the workspace.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from hypo_kernels.call import Call, LossOutput
 from hypo_kernels.chunked_head import ChunkedLMHead
 from hypo_kernels.chunks import Chunk, chunks
 from hypo_kernels.gradients import Gradients, Leaves
-from hypo_kernels.objective import Importance
+from hypo_kernels.losses import wants_batch
+from hypo_kernels.objective import Importance, with_batch_statistics
 from hypo_kernels.statistics import RowStatistics, sequence_sums
 from hypo_kernels.workspace import BYTES_PER_OTHER_SAMPLE, BYTES_PER_WEIGHTED_ROW
 
@@ -53,6 +55,7 @@ def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> t
         scale_=lm_head.row_step.scale_,
     )
     lengths = call.layout.on(lm_head.rows.device).lengths
+    call = _with_batch_statistics(call, lm_head, plan, lengths)
     run_chunk = _exact_chunk if objective.is_exact else _sampled_chunk
     parts = [run_chunk(call, lm_head, gradients, chunk, lengths[chunk.sequences]) for chunk in plan]
     gradients.close(lm_head.shard)
@@ -66,6 +69,26 @@ def run(call: Call, needed: Sequence[bool], *, sums_are_wide: bool = False) -> t
         ),
         gradients,
     )
+
+
+def _with_batch_statistics(call: Call, lm_head: ChunkedLMHead, plan: Sequence[Chunk], lengths: Tensor) -> Call:
+    """Return the call with the loss's statistics of all pairs, from a pass over their logits without gradients.
+
+    A loss without such statistics needs no pass, nor does a batch whose pairs are in one chunk: there the objective
+    computes them itself.
+    """
+    objective, with_pairs = call.objective, [chunk for chunk in plan if chunk.num_pairs]
+    if not wants_batch(objective.loss) or len(with_pairs) <= 1:
+        return call
+    sums, ref_sums = [], []
+    for chunk in with_pairs:
+        rows = call.weighted(lm_head.statistics(call.policy, chunk.rows).logps(), chunk.rows)
+        sums.append(sequence_sums(rows, lengths[chunk.sequences]))
+        ref_sums.append(_ref_logps(call, lm_head, chunk, lengths[chunk.sequences]))
+    offline = 2 * objective.num_pairs
+    logps, ref_logps = (torch.cat(parts)[:offline] for parts in (sums, ref_sums))
+    pairs = objective.pairs(logps, ref_logps, lengths[:offline], call.pair_tensors)
+    return replace(call, pair_tensors=with_batch_statistics(objective.loss, pairs).tensors)
 
 
 def _objective_bytes(call: Call) -> int:
@@ -95,7 +118,8 @@ def _sampled_chunk(
     ):
         # One GEMM if policy and reference have the same weight.
         raw, ref_raw = lm_head.raw_logits([call.policy, call.ref], rows)
-        ref_logps = sequence_sums(lm_head.statistics_of(ref_raw, call.ref, rows).logps(), lengths)
+        ref_rows = lm_head.statistics_of(ref_raw, call.ref, rows).logps()
+        ref_logps = sequence_sums(call.weighted(ref_rows, rows), lengths)
     else:
         ref_logps = _ref_logps(call, lm_head, chunk, lengths)
     if single_pass:
@@ -103,8 +127,10 @@ def _sampled_chunk(
     else:
         stats = lm_head.statistics(call.policy, rows)
         row_logps = stats.logps()
-    logps = sequence_sums(row_logps, lengths)
-    loss, sequence_coefficients = call.objective(logps, ref_logps, lengths, chunk.num_pairs)
+    logps = sequence_sums(call.weighted(row_logps, rows), lengths)
+    loss, sequence_coefficients = call.objective(
+        logps, ref_logps, lengths, chunk.num_pairs, *call.tensors_of(chunk.sequences)
+    )
     pairs, importance = 2 * chunk.num_pairs, None
     if call.behavior_logps is not None:
         offline = int(call.layout.lengths[chunk.sequences][:pairs].sum())  # rows of the pairs, which come first
@@ -113,7 +139,7 @@ def _sampled_chunk(
         )
     if gradients.any:
         # Negative, as U is the derivative of −log p.
-        coefficients = -sequence_coefficients.repeat_interleave(lengths, output_size=count)
+        coefficients = -call.weighted(sequence_coefficients.repeat_interleave(lengths, output_size=count), rows)
         if importance is not None:
             coefficients[offline:] *= weights
         if single_pass:
@@ -130,7 +156,7 @@ def _ref_logps(call: Call, lm_head: ChunkedLMHead, chunk: Chunk, lengths: Tensor
     if call.ref is None:
         assert call.ref_logps is not None
         return call.ref_logps[chunk.sequences]
-    return sequence_sums(lm_head.statistics(call.ref, chunk.rows).logps(), lengths)
+    return sequence_sums(call.weighted(lm_head.statistics(call.ref, chunk.rows).logps(), chunk.rows), lengths)
 
 
 def _exact_chunk(call: Call, lm_head: ChunkedLMHead, gradients: Gradients, chunk: Chunk, lengths: Tensor) -> LossOutput:
@@ -147,15 +173,21 @@ def _exact_chunk(call: Call, lm_head: ChunkedLMHead, gradients: Gradients, chunk
         ref_parts.append(ref_stats)
     stats, ref_stats = RowStatistics.cat(stats_parts), RowStatistics.cat(ref_parts)
     divergence = stats.divergence(ref_stats)
-    logps, ref_logps = sequence_sums(stats.logps(), lengths), sequence_sums(ref_stats.logps(), lengths)
+    logps, ref_logps = (sequence_sums(call.weighted(x.logps(), chunk.rows), lengths) for x in (stats, ref_stats))
     host_lengths = call.layout.lengths[chunk.sequences]
     offline = int(host_lengths[: 2 * chunk.num_pairs].sum())  # rows of the pairs, which come first
     loss, pair_slopes, online = objective.exact(
-        logps, ref_logps, lengths, chunk.num_pairs, divergence[offline:], int(host_lengths.max())
+        logps,
+        ref_logps,
+        lengths,
+        chunk.num_pairs,
+        divergence[offline:],
+        int(host_lengths.max()),
+        *call.tensors_of(chunk.sequences),
     )
     if gradients.any:
         pair_slopes = pair_slopes.repeat_interleave(lengths[: 2 * chunk.num_pairs], output_size=offline)
-        by_logp = torch.cat([pair_slopes, online.by_logp])
+        by_logp = call.weighted(torch.cat([pair_slopes, online.by_logp]), chunk.rows)
         by_divergence = torch.zeros_like(by_logp)
         by_divergence[offline:] = online.by_divergence
         for block, local in blocks:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hypo_kernels.objective import Objective
+from hypo_kernels.losses import IPOSum, Sigmoid
+from hypo_kernels.pairs import Pairs as LossPairs
 
 
 class Pairs(NamedTuple):
@@ -171,20 +172,23 @@ class Weights(Policy):
         self.parameters.clamp_(min=self.lowest)
 
 
+def all_pairs(ratios: Tensor) -> LossPairs:
+    """Return all ordered pairs (S, n, n) of n responses with log-ratios (S, n): the first is the chosen one."""
+    zero = ratios.new_zeros(())
+    return LossPairs(ratios[:, :, None], ratios[:, None, :], zero, zero, zero, zero, num_pairs=1, num_chosen_tokens=1)
+
+
 Gradient = Callable[[Tensor], Tensor]  # log π (S, K) -> the gradient of a loss for log π + const (S, K)
 
 
 def preference(world: World, *, beta: float, loss: str = "sigmoid") -> Gradient:
     """Return the gradient of DPO's loss (Eq. 4) or of IPO's (``loss="ipo"``), weighted by the pairs' shares."""
-    objective = Objective(
-        beta=beta, kl_coef=0.0, length_penalty=0.0, preference=loss, label_smoothing=0.0, num_pairs=1,
-        num_generations=2, num_prompts=1,
-    )  # fmt: skip
+    of_pairs = IPOSum(beta) if loss == "ipo" else Sigmoid(beta)
     n, shares, log_ref = world.num_paired, world.pairs.shares, world.log_ref
 
     def gradient(log_pi: Tensor) -> Tensor:
         ratio = (log_pi - log_ref)[:, :n]
-        _, slope = objective.pairs(ratio[:, :, None], ratio[:, None, :])  # (S, n, n)
+        _, slope, _ = of_pairs.closed_form(all_pairs(ratio))  # (S, n, n)
         slope = slope * shares
         # A pair moves its two responses by opposite amounts: the sum is 0, and log π's constant drops out.
         by_paired = slope.sum(2) - slope.sum(1)

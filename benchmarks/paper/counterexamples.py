@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.paper.bandit import Pairs, World, reverse_kl
-from hypo_kernels.objective import Objective
+from benchmarks.paper.bandit import Pairs, World, all_pairs, reverse_kl
+from hypo_kernels.losses import IPOSum, Sigmoid
 
 BETA, KL_COEF = 0.1, 0.1
 OUTSIDE = 0.9  # the mass of the counterexample on the response that the data does not cover
@@ -86,12 +86,9 @@ def _policy(world: World, gap: float, outside: float | None) -> Tensor:
 
 def pair_loss(world: World, log_pi: Tensor, name: str) -> Tensor:
     """Return DPO's or IPO's loss (E,) over all possible pairs."""
-    objective = Objective(
-        beta=BETA, kl_coef=0.0, length_penalty=0.0, preference="ipo" if name == "ipo" else "sigmoid",
-        label_smoothing=0.0, num_pairs=1, num_generations=2, num_prompts=1,
-    )  # fmt: skip
+    loss = IPOSum(BETA) if name == "ipo" else Sigmoid(BETA)
     ratio = (log_pi - world.log_ref)[:, :2]
-    losses, _ = objective.pairs(ratio[:, :, None], ratio[:, None, :])
+    losses = loss(all_pairs(ratio))
     return (losses * world.pairs.shares).sum((1, 2))
 
 

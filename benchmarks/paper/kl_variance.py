@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hypo_kernels.losses import Sigmoid
 from hypo_kernels.objective import Objective
 
 EOS = 0
@@ -41,10 +42,7 @@ class Rows:
     def estimate(self, estimator: str, k: int) -> tuple[Tensor, Tensor, float]:
         """Return each prompt's KL (G,), and its gradients for ``logps`` (n,) and ``divergences``."""
         # One prompt per loss: the library's coefficients, unscaled.
-        objective = Objective(
-            beta=1.0, kl_coef=1.0, length_penalty=0.0, preference="sigmoid", label_smoothing=0.0, num_pairs=0,
-            num_generations=k, num_prompts=1,
-        )  # fmt: skip
+        objective = Objective(loss=Sigmoid(), kl_coef=1.0, num_pairs=0, num_generations=k, num_prompts=1)
         ratios, longest = (self.logps - self.ref_logps).detach(), int(self.lengths.max())
         if estimator == "exact":
             terms = objective.exact_online(self.divergences.detach(), self.lengths, longest)

@@ -8,6 +8,7 @@ from contract import Batch
 from torch import Tensor
 
 from hypo_kernels import fused_hypo_loss
+from hypo_kernels.losses import Sigmoid
 from hypo_kernels.objective import Objective
 
 PAIR = {"lengths": [5, 9], "num_pairs": 1}
@@ -88,10 +89,7 @@ def every_case_in_fp32(impl: str, dtype: torch.dtype, case: str) -> bool:
 
 
 def objective(**changes: object) -> Objective:
-    values: dict[str, object] = {
-        "beta": 0.1, "kl_coef": 0.5, "length_penalty": 0.0, "preference": "sigmoid", "label_smoothing": 0.0,
-        "num_pairs": 0, "num_generations": 2, "num_prompts": 0,
-    }  # fmt: skip
+    values: dict[str, object] = {"loss": Sigmoid(0.1), "kl_coef": 0.5, "num_pairs": 0}
     return Objective(**{**values, **changes})  # type: ignore[arg-type]
 
 

@@ -9,19 +9,21 @@ from tabular import Policy, sequences
 from torch import Tensor
 
 from hypo_kernels import fused_hypo_loss
+from hypo_kernels.losses import IPOSum, Sigmoid
 from hypo_kernels.objective import Objective
+from hypo_kernels.pairs import PairLoss
 
 
-@pytest.mark.parametrize(("preference", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])
-def test_a_pairs_coefficients_are_the_derivative_of_its_loss(preference: str, label_smoothing: float) -> None:
-    terms = objective(num_pairs=4, preference=preference, label_smoothing=label_smoothing)
+@pytest.mark.parametrize("loss", [Sigmoid(0.1), Sigmoid(0.1, label_smoothing=0.2), IPOSum(0.1)])
+def test_a_pairs_coefficients_are_the_derivative_of_its_loss(loss: PairLoss) -> None:
+    terms = objective(num_pairs=4, loss=loss)
     # From far apart one way, where a sigmoid saturates, to far apart the other.
     logps = torch.tensor([-5.0, -905.0, -30.0, -31.0, -40.0, -38.0, -900.0, -2.0], dtype=torch.float64)
     logps.requires_grad_()
-    loss, coefficients = terms(logps, torch.full_like(logps, -20.0).detach(), torch.ones(8), 4)
-    (expected,) = torch.autograd.grad(loss, logps)
+    value, coefficients = terms(logps, torch.full_like(logps, -20.0).detach(), torch.ones(8), 4)
+    (expected,) = torch.autograd.grad(value, logps)
     torch.testing.assert_close(coefficients, expected)
-    assert loss.isfinite()
+    assert value.isfinite()
 
 
 def test_the_pairs_loss_is_a_mean_and_the_samples_is_one_too() -> None:
@@ -44,12 +46,12 @@ def test_label_smoothing_mixes_in_the_flipped_pairs_loss() -> None:
     def loss(terms: Objective, logps: Tensor) -> float:
         return float(terms(logps, ref, torch.ones(2), 1)[0])
 
-    plain, smooth = objective(num_pairs=1), objective(num_pairs=1, label_smoothing=0.2)
+    plain, smooth = objective(num_pairs=1), objective(num_pairs=1, loss=Sigmoid(0.1, label_smoothing=0.2))
     assert loss(smooth, logps) == pytest.approx(0.8 * loss(plain, logps) + 0.2 * loss(plain, logps.flip(0)))
 
 
 def test_ipo_is_least_where_the_ratios_differ_by_half_over_beta() -> None:
-    terms = objective(num_pairs=1, preference="ipo", beta=0.25)
+    terms = objective(num_pairs=1, loss=IPOSum(0.25))
     loss, coefficients = terms(torch.tensor([-3.0, -5.0]), torch.tensor([-5.0, -5.0]), torch.ones(2), 1)
     assert loss.item() == 0.0
     assert coefficients.tolist() == [0.0, 0.0]

@@ -16,8 +16,8 @@ from hypo_kernels.head import LMHead
 VOCAB, WIDTH, RANK = 67, 16, 3
 FULL_HEAD: dict[str, Any] = {"logit_softcap": 5.0, "logit_scale": 1.5, "temperature": 0.8}
 LOSS: dict[str, Any] = {
-    "num_pairs": 1, "num_generations": 2, "num_prompts": 1, "beta": 0.1, "kl_coef": 0.05, "length_penalty": 0.1,
-    "preference": "sigmoid", "label_smoothing": 0.0, "kl_estimator": "sampled", "importance_cap": 2.0,
+    "loss": "sigmoid reverse_kl", "loss_parameters": [0.1, 0.5, 0.0], "group_loss": "", "num_pairs": 1,
+    "num_generations": 2, "kl_coef": 0.05, "length_penalty": 0.1, "kl_estimator": "sampled", "importance_cap": 2.0,
     "max_chunk_bytes": 2**20, "validate": False, "impl": "torch",
 }  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_opcheck_of_the_loss(dtype: torch.dtype, head: str, reference: str) -> N
     options = {**LOSS, "kl_estimator": "exact" if reference == "exact KL" else "sampled"}
     torch.library.opcheck(
         ops._hypo_loss,
-        (*arguments(hidden, lm_head), targets, cu_seqlens, *ref, behavior_logps),
+        (*arguments(hidden, lm_head), targets, cu_seqlens, *ref, [], [], None, behavior_logps),
         options,
         test_utils=CHECKS,
     )
