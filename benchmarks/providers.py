@@ -24,7 +24,8 @@ from torch import Tensor
 import hypo_kernels
 from benchmarks import liger_types
 from benchmarks.workloads import BETA, IGNORE_INDEX, NUM_GENERATIONS, Batch, Group
-from hypo_kernels import fused_hypo_loss, sequence_logprobs, token_logprobs
+from hypo_kernels import fused_preference_loss, sequence_logprobs, token_logprobs
+from hypo_kernels.losses import LOSSES
 
 TokenHead = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -195,25 +196,27 @@ def _hypo_steps(impl: str) -> Callable[[Batch, str], Callable[[], Tensor]]:
     def make_step(batch: Batch, mode: str) -> Callable[[], Tensor]:
         if impl.startswith("triton") and not batch.hidden.is_cuda:
             raise Unavailable("needs CUDA")
-        if batch.workload.loss_type != "sigmoid":
-            raise Unavailable("fused_hypo_loss has no such loss; token_logprobs serves any")
 
         def forward() -> Tensor:
             with torch.no_grad():
                 return sequence_logprobs(batch.hidden, batch.weight, batch.host_targets, batch.cu_seqlens, impl=impl)
 
+        loss_type = batch.workload.loss_type
+        smoothing = {"label_smoothing": liger_types.SMOOTHING[loss_type]} if loss_type in liger_types.SMOOTHING else {}
+        loss = LOSSES[loss_type](beta=BETA, **smoothing)
+
         def backward() -> Tensor:
-            out = fused_hypo_loss(
+            out = fused_preference_loss(
                 batch.hidden,
                 batch.weight,
                 batch.host_targets,
                 batch.cu_seqlens,
+                loss=loss,
                 num_pairs=batch.num_pairs,
                 num_generations=NUM_GENERATIONS,
                 ref_logps=batch.ref_logps if batch.ref_hidden is None else None,
                 ref_hidden=batch.ref_hidden,
                 ref_lm_head_weight=batch.ref_weight,
-                beta=BETA,
                 kl_coef=batch.objective.kl_coef,
                 impl=impl,
             )

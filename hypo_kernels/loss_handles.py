@@ -15,6 +15,14 @@ import torch
 from hypo_kernels.losses import LOSSES, BuiltIn
 from hypo_kernels.pairs import PairLoss
 
+# The parameters of each built-in loss, by their default's type: words, and numbers.
+PARAMETERS: dict[str, tuple[list[str], list[str]]] = {
+    name: (
+        [field.name for field in fields(loss) if isinstance(field.default, str)],
+        [field.name for field in fields(loss) if not isinstance(field.default, str)],
+    )
+    for name, loss in LOSSES.items()
+}
 _OBJECTS: dict[str, Any] = {}  # grows by one for each object that is compiled into a graph
 
 
@@ -22,9 +30,8 @@ def of_pair_loss(loss: PairLoss) -> tuple[str, list[float]]:
     """Return a handle and the numbers of ``loss``: :func:`to_pair_loss` returns an equal loss."""
     if not isinstance(loss, BuiltIn) or LOSSES.get(loss.name) is not type(loss):
         return of_object(loss), []
-    values = [getattr(loss, name) for name in _parameters(type(loss))]
-    words = [value for value in values if isinstance(value, str)]
-    return " ".join([loss.name, *words]), [value for value in values if not isinstance(value, str)]
+    words, numbers = PARAMETERS[loss.name]
+    return " ".join([loss.name, *(getattr(loss, name) for name in words)]), [getattr(loss, name) for name in numbers]
 
 
 def to_pair_loss(handle: str, numbers: Sequence[float]) -> PairLoss:
@@ -33,10 +40,8 @@ def to_pair_loss(handle: str, numbers: Sequence[float]) -> PairLoss:
         loss: PairLoss = _OBJECTS[handle]
         return loss
     name, *words = handle.split(" ")
-    left, left_words, values = list(numbers), words, {}
-    for parameter, is_word in _parameters(LOSSES[name]).items():
-        values[parameter] = left_words.pop(0) if is_word else left.pop(0)
-    built_in: PairLoss = LOSSES[name](**values)
+    parameters = zip([*PARAMETERS[name][0], *PARAMETERS[name][1]], [*words, *numbers], strict=True)
+    built_in: PairLoss = LOSSES[name](**dict(parameters))
     return built_in
 
 
@@ -54,8 +59,3 @@ def of_object(loss: Any) -> str:
 def to_object(key: str) -> Any:
     """Return the object of a key."""
     return _OBJECTS[key]
-
-
-def _parameters(loss: type[BuiltIn]) -> dict[str, bool]:
-    """Return the loss's parameters in order, and whether each is a word."""
-    return {field.name: isinstance(field.default, str) for field in fields(loss)}
