@@ -59,7 +59,7 @@ def fused_preference_loss(
     kl_estimator: str = "sampled",
     behavior_logps: Tensor | None = None,
     importance_cap: float = 2.0,
-    max_chunk_bytes: int = 2**30,
+    max_chunk_bytes: int | None = None,
     validate: bool = False,
     impl: str = "auto",
 ) -> PreferenceLoss:
