@@ -55,7 +55,7 @@ def test_the_public_names_are_the_documented_ones() -> None:
     import hypo_kernels
 
     assert sorted(hypo_kernels.__all__) == [
-        "HypoLoss", "Importance", "LMHead", "LoRA", "TargetLayout", "VocabShard", "fused_hypo_loss",
-        "sequence_logprobs", "token_logprobs",
+        "Groups", "HypoLoss", "Importance", "LMHead", "LoRA", "Pairs", "PreferenceLoss", "TargetLayout", "VocabShard",
+        "fused_hypo_loss", "fused_preference_loss", "sequence_logprobs", "token_logprobs",
     ]  # fmt: skip
     assert all(getattr(hypo_kernels, name).__doc__ for name in hypo_kernels.__all__)

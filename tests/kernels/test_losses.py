@@ -148,7 +148,7 @@ def test_reference_free_losses_are_those_of_trls_cpo_trainer(name: str) -> None:
     torch.testing.assert_close(loss(pairs), trainer.cpo_loss(like, chosen, rejected)[0])
 
 
-def test_orpo_is_trls_odds_ratio_and_the_likelihood_of_the_chosen() -> None:
+def test_orpo_is_trls_odds_ratio_and_a_likelihood() -> None:
     trainer = pytest.importorskip("trl.experimental.orpo.orpo_trainer").ORPOTrainer
     like = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device=CPU))
     pairs = pairs_of(trls_batch())
