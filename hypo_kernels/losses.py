@@ -383,10 +383,12 @@ class SFT(BuiltIn):
     """The negative log-likelihood of the chosen responses, a mean over the batch's tokens, as TRL's ``sft``.
 
     Beside DPO it makes RPO (Pang et al. 2024, arXiv 2404.19733), beside DPO and BCO MPO: see :class:`Weighted`.
+    ``beta`` scales the rewards that are reported, and nothing else.
     """
 
     name: ClassVar[str] = "sft"
     needs_reference: ClassVar[bool] = False
+    beta: float = 0.1
 
     def __call__(self, pairs: Pairs) -> Tensor:
         """Return −log π(y⁺|x) · P / (tokens of all chosen responses), (P,): its mean is the mean over tokens."""

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hypo_train.algorithms.registry import ALGORITHMS, Algorithm, check_algorithm_name, find_algorithm, is_built_in
 from hypo_train.config_rules import conflicts, settings_without_effect
+from hypo_train.loss_names import LOSS_NAMES, NOT_FUSED
 from hypo_train.sampling.registry import check_sampler_name
 from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.flags import (
@@ -43,6 +44,8 @@ from hypo_train.utils.paths import usable_path
 from hypo_train.utils.yaml_file import read_mapping
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+LossType = Annotated[Text, Field(examples=["sigmoid", "ipo", "simpo", "..."])]
 ScheduleName = Literal[
     "linear",
     "cosine",
@@ -197,8 +200,28 @@ class Config(Settings):
     router_aux_loss_coef: NonNegativeFloat | None = None
     """Weight of the load-balancing loss of a mixture of experts' routers. none means as the model's config asks: its
     router_aux_loss_coef if it has output_router_logits: true, else 0. Not for reward models."""
+    loss_type: Annotated[list[LossType], Field(min_length=1)] | None = None
+    """Preference loss of dpo and hypo by TRL's name, or a list of losses to add. none means sigmoid, which is DPO. ipo
+    is TRL's form, a mean over tokens; ipo_sum is the paper's, as algorithm: ipo. With simpo, cpo, orpo and sft,
+    algorithm: dpo runs no reference model. algorithm: hypo adds its online KL to any of them."""
+    loss_weights: list[NonNegativeFloat] | None = None
+    """Weight of each loss of loss_type; none means 1 for each."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed probability that a preference label is wrong (conservative DPO)."""
+    """Assumed probability that a preference label is wrong, for loss_type sigmoid (conservative DPO), robust, exo_pair,
+    simpo and cpo."""
+    f_divergence_type: Annotated[FDivergence, Field(examples=["reverse_kl", "forward_kl", "..."])] = "reverse_kl"
+    """Divergence of f-DPO: reverse_kl, forward_kl, js_divergence or alpha_divergence. For losses of a difference of
+    log-ratios: sigmoid, hinge, ipo, exo_pair, robust, discopop, sigmoid_norm."""
+    f_alpha_divergence_coef: float = 0.5
+    """Coefficient of f_divergence_type: alpha_divergence."""
+    discopop_tau: PositiveFloat = 0.05
+    """Temperature of the blend of loss_type: discopop."""
+    simpo_gamma: NonNegativeFloat = 0.5
+    """Target margin of loss_type: simpo."""
+    cpo_alpha: NonNegativeFloat = 1.0
+    """Weight of the chosen responses' negative log-likelihood in loss_type: cpo."""
+    dpop_lambda: NonNegativeFloat = 50.0
+    """Weight of a fall of the chosen likelihood in loss_type: dpo_positive."""
     kl_coef: NonNegativeFloat = 1e-4
     """Weight λ of the reverse KL to the reference model, which is a sum over completion tokens in nats; hypo only."""
     kl_estimator: Literal["sampled", "exact"] = "sampled"
@@ -362,9 +385,20 @@ class Config(Settings):
         return self.spec.draws_samples
 
     @property
+    def loss_types(self) -> list[str]:
+        """The names of the preference losses that are added."""
+        return list(self.loss_type or ["ipo_sum" if self.spec.preference == "ipo" else "sigmoid"])
+
+    @property
     def has_reference(self) -> bool:
         """True if the loss compares the policy with a reference model."""
-        return self.spec.has_reference
+        return self.spec.has_reference and (self.draws_samples or self.asks_reference_about_pairs)
+
+    @property
+    def asks_reference_about_pairs(self) -> bool:
+        """True if the loss uses the reference model's log-probs of the pairs."""
+        reads = callable(self.spec.preference) or any(LOSS_NAMES[name].needs_reference for name in self.loss_types)
+        return self.spec.asks_reference_about_pairs and reads
 
     @property
     def trains_part(self) -> bool:
@@ -404,13 +438,28 @@ class Config(Settings):
             names = ["loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins"))]
             names += ["logps/chosen", "logps/rejected"]
         if not spec.trains_reward_model:
-            names += ["kl"] * spec.has_reference + ["reward"] * self.has_reward
+            names += ["kl"] * self.has_reference + ["reward"] * self.has_reward
             names += ["completions/mean_length", "completions/clipped_ratio"]
         return [f"eval_{name}" for name in names]
 
     @property
     def has_reward(self) -> bool:
         return self.reward is not None or self.reward_model_path is not None
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _loss_types(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("loss_type")
+    @classmethod
+    def _known_losses(cls, names: list[str] | None) -> list[str] | None:
+        for name in names or ():
+            if name in NOT_FUSED:
+                raise ValueError(f"{name!r} sorts the whole batch and has no fused form: use TRL's DPOTrainer")
+            if name not in LOSS_NAMES:
+                raise ValueError(f"{name!r}: should be one of {', '.join(LOSS_NAMES)}")
+        return names
 
     @field_validator("hub_model_id")
     @classmethod

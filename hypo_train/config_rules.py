@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from hypo_train.loss_names import OWN_SETTINGS, settings_of
 from hypo_train.utils.flags import shown
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def conflicts(c: Config) -> list[str]:
             "algorithm: hypo)",
         ),
         (
-            c.precompute_ref_log_probs is True and not c.spec.asks_reference_about_pairs,
-            f"precompute_ref_log_probs=true with algorithm={c.algorithm}: its loss uses no reference log-probs of "
+            c.precompute_ref_log_probs is True and not c.asks_reference_about_pairs,
+            f"precompute_ref_log_probs=true with {_loss_words(c)}: its loss uses no reference log-probs of "
             "pairs, leave it out",
         ),
         (
@@ -49,10 +50,7 @@ def conflicts(c: Config) -> list[str]:
             f"rollout_steps={c.rollout_steps} with kl_estimator=exact: only the sampled estimator is corrected for "
             "samples of an earlier policy, use rollout_steps: 1",
         ),
-        (
-            c.spec.preference == "ipo" and c.label_smoothing > 0,
-            f"label_smoothing={c.label_smoothing:g}: IPO has none, use 0 (or algorithm: dpo)",
-        ),
+        *_loss_rules(c),
         (
             c.use_peft and c.num_layers_unfrozen is not None,
             f"use_peft=true with num_layers_unfrozen={c.num_layers_unfrozen}: choose one of the two",
@@ -187,6 +185,41 @@ def _rules_of_best_model(c: Config) -> list[tuple[bool, str]]:
             "eval_kl, leave it out",
         ),
     ]
+
+
+def _loss_words(c: Config) -> str:
+    """Return how messages name the loss of ``c``."""
+    return f"loss_type={shown(c.loss_type)}" if c.loss_type else f"algorithm={c.algorithm}"
+
+
+def _loss_rules(c: Config) -> list[tuple[bool, str]]:
+    """Return the rules about the preference losses and their settings."""
+    serves = c.spec.row_type == "pair" and c.spec.preference == "sigmoid"
+    rules = [
+        (
+            bool(c.loss_type) and not serves,
+            f"loss_type={shown(c.loss_type)} with algorithm={c.algorithm}: only dpo and hypo take it, leave it out",
+        ),
+        (
+            c.loss_weights is not None and len(c.loss_weights) != len(c.loss_types),
+            f"loss_weights={shown(c.loss_weights)}: need one weight for each of loss_type={shown(c.loss_types)}",
+        ),
+        (
+            "exo_pair" in c.loss_types and not c.label_smoothing,
+            "loss_type=exo_pair divides by label_smoothing: set label_smoothing: 0.001, as its paper does",
+        ),
+    ]
+    if not isinstance(c.spec.preference, str) or (c.loss_type and not serves):
+        return rules
+    read = settings_of(c.loss_types)
+    rules += [
+        (
+            name not in read and getattr(c, name) != default,
+            f"{name}={shown(getattr(c, name))}: {_loss_words(c)} does not read it, leave it out",
+        )
+        for name, default in OWN_SETTINGS.items()
+    ]
+    return rules
 
 
 def settings_without_effect(c: Config) -> list[str]:

@@ -59,9 +59,14 @@ def reference_of_batch(run: Run, batch: MicroBatch, tree: Tree, trunk: Trunk | N
 
 
 def _precomputed_logps(run: Run, indices: Sequence[int]) -> Tensor | None:
-    """Return the rows' precomputed log-probs (2 P,), all chosen first, or None if there are none."""
+    """Return the rows' precomputed log-probs (2 P,), all chosen first, or None if there are none.
+
+    They are 0 if the loss of the pairs reads none.
+    """
     logps = run.train_ref_logps
     if logps is None:
-        return None
+        if run.config.asks_reference_about_pairs or run.config.kl_estimator == "exact":
+            return None
+        return torch.zeros(2 * len(indices), device=run.accelerator.device)
     # The index is copied without blocking; indexing by a list would wait for the device.
     return logps[torch.tensor(indices).to(logps.device, non_blocking=True)].T.flatten()

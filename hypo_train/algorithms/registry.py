@@ -46,7 +46,7 @@ class Algorithm:
     micro_batch_loss: str = "hypo_train.algorithms.preference:micro_batch_loss"
     """``module:function`` of ``(run, batch, meter)`` that returns the mean loss () of a micro-batch."""
     preference: str | PairLoss | None = None
-    """The loss of a pair: a ``preference`` of ``fused_hypo_loss`` ("sigmoid" or "ipo"), or a function."""
+    """The loss of a pair where ``loss_type`` names none: "sigmoid" or "ipo" (its sum over tokens), or a function."""
     has_reference: bool = True
     """The loss compares the policy with the frozen reference model."""
     draws_samples: bool = False
@@ -58,8 +58,8 @@ class Algorithm:
     citation: Citation | None = None
 
     def __post_init__(self) -> None:
-        if callable(self.preference) and (self.draws_samples or self.row_type != "pair" or not self.has_reference):
-            raise ValueError(f"{self.name}: a preference function needs pairs, a reference model and no samples")
+        if callable(self.preference) and (self.row_type != "pair" or not self.has_reference):
+            raise ValueError(f"{self.name}: a preference function needs pairs and a reference model")
 
     @property
     def is_hybrid(self) -> bool:

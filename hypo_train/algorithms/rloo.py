@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hypo_kernels import HypoLoss
+from hypo_kernels.losses import Sigmoid
 from hypo_train.algorithms.micro_batch import MicroBatch, run_model, run_trunk
 from hypo_train.build import Run
 from hypo_train.config import Config
@@ -54,7 +55,7 @@ def rloo_loss_call(
     converts the statistics back to the reference model.
     """
     rows = {"num_pairs": 0, "ref_logps": ref_logps + rewards / config.beta, "behavior_logps": behavior_logps}
-    return fused_loss_call(tree, config, rows, loss_weight, kl_coef=config.beta)
+    return fused_loss_call(tree, config, rows, loss_weight, loss=Sigmoid(config.beta), kl_coef=config.beta)
 
 
 def untilted(out: HypoLoss, ref_logps: Tensor, rewards: Tensor, config: Config) -> HypoLoss:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from hypo_train.config import Config, load_config, require_trust, require_usable
+from hypo_train.loss_names import OWN_SETTINGS
 from hypo_train.utils.errors import ConfigError
 from hypo_train.utils.flags import (
     PathText,
@@ -43,7 +44,9 @@ FIELDS = (
     "max_prompt_length",
     "max_completion_length",
     "beta",
-    "label_smoothing",
+    "loss_type",
+    "loss_weights",
+    *OWN_SETTINGS,
     "reward",
     "reward_model_path",
     "missing_eos_penalty",

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hypo_kernels import HypoLoss, fused_hypo_loss, sequence_logprobs
+from hypo_kernels import HypoLoss, LMHead, fused_preference_loss, sequence_logprobs
 from hypo_train.config import Config
 from hypo_train.model.head_call import HeadCall
 from hypo_train.model.policy import Head
@@ -29,7 +29,7 @@ def sequence_logprobs_call(tree: Tree, config: Config) -> HeadCall[Tensor]:
 def fused_loss_call(
     tree: Tree, config: Config, rows: Mapping[str, Any], loss_weight: float, **terms: Any
 ) -> HeadCall[HypoLoss]:
-    """Return the call of ``fused_hypo_loss`` on a tree.
+    """Return the call of ``fused_preference_loss`` on a tree.
 
     Args:
         tree: its sequences are the loss's, in the loss's order.
@@ -40,16 +40,17 @@ def fused_loss_call(
     """
 
     def loss(hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, **rows: Any) -> HypoLoss:
-        return fused_hypo_loss(
+        options = head_options(head, config)
+        settings = {name: options.pop(name) for name in ("max_chunk_bytes", "impl")}
+        return fused_preference_loss(
             hidden,
-            head.weight,
+            LMHead.of(head.weight, **options),
             targets,
             cu_seqlens,
             num_generations=max(2, config.num_generations),
-            beta=config.beta,
             length_penalty=config.length_penalty,
             importance_cap=config.importance_cap,
-            **head_options(head, config),
+            **settings,
             **rows,
             **terms,
         )

@@ -64,7 +64,7 @@ def splits_to_precompute(plan: Plan) -> set[str]:
     splits = {split for split in rows if rows[split]}
     if config.precompute_ref_log_probs is not None:
         return splits if config.precompute_ref_log_probs else set()
-    if not config.spec.asks_reference_about_pairs or config.kl_estimator == "exact":
+    if not config.asks_reference_about_pairs or config.kl_estimator == "exact":
         return set()
     epochs = plan.total_steps / plan.steps_per_epoch
     evaluations = 1 + math.ceil(plan.total_steps / config.eval_steps) if config.eval_steps else 1

@@ -99,20 +99,10 @@ MODEL = (
 )
 
 PREFERENCE_LOSS = (
-    use(
-        "loss_type",
-        "`algorithm`: hypo, dpo or ipo; other losses are not served",
-        sigmoid="use `algorithm: dpo`",
-        ipo="use `algorithm: ipo`, with another `beta`: TRL's IPO averages over tokens, this one sums as in its paper",
-        nll="use `algorithm: sft`",
-        sft="use `algorithm: sft`",
-    ),
-    not_served("loss_weights", "a sum of preference losses is", "choose one `algorithm`"),
-    not_served("rpo_alpha", "an SFT term beside the preference loss is"),
+    use("rpo_alpha", "`loss_type: [sigmoid, sft]` with `loss_weights: [1, rpo_alpha]`"),
     not_served(
-        "ld_alpha use_weighting f_divergence_type f_alpha_divergence_coef discopop_tau simpo_gamma cpo_alpha "
-        "desirable_weight undesirable_weight prompt_sample_size min_density_ratio max_density_ratio "
-        "center_rewards_coefficient",
+        "ld_alpha use_weighting desirable_weight undesirable_weight prompt_sample_size min_density_ratio "
+        "max_density_ratio center_rewards_coefficient",
         "this variant of the loss is",
         neutral=("reverse_kl",),
     ),

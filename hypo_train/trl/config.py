@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import trl
 
 from hypo_train.config import Config, ConfigError, checked
+from hypo_train.loss_names import LOSS_NAMES, NOT_FUSED, OWN_SETTINGS, settings_of
 from hypo_train.sampling.registry import AUTO
 from hypo_train.trl.step_choice import check_step, options_of_trls_step
 
@@ -55,6 +57,17 @@ class HyPOConfig(trl.DPOConfig):
         self.loss_settings()
         check_step(self, options_of_trls_step(self))
 
+    def _loss_options(self) -> dict[str, Any]:
+        """Return the settings of the preference loss, if the fused step computes it."""
+        if NOT_FUSED.intersection(self.loss_type):
+            return {}
+        read = settings_of([name for name in self.loss_type if name in LOSS_NAMES])
+        return {
+            "loss_type": self.loss_type,
+            "loss_weights": self.loss_weights,
+            **{name: getattr(self, name) for name in OWN_SETTINGS if name in read and hasattr(self, name)},
+        }
+
     def loss_settings(self) -> Config:
         """Return these settings as a ``Config`` of ``hypo_train``."""
         return checked(
@@ -63,6 +76,7 @@ class HyPOConfig(trl.DPOConfig):
                 "model_name_or_path": "the trainer's",
                 "dataset_name": "the trainer's",
                 "beta": self.beta,
+                **self._loss_options(),
                 "kl_coef": self.kl_coef,
                 "num_generations": self.num_generations,
                 "online_fraction": self.online_fraction,

@@ -13,6 +13,7 @@ from transformers import AutoConfig, ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hypo_train.config import ConfigError
+from hypo_train.loss_names import NOT_FUSED
 
 if TYPE_CHECKING:
     from hypo_train.trl.config import HyPOConfig
@@ -47,9 +48,9 @@ def check_step(args: HyPOConfig, obstacles: Sequence[Obstacle]) -> str | None:
 def options_of_trls_step(args: HyPOConfig) -> list[Obstacle]:
     """Return the options that only TRL's step serves."""
     rules = [
-        (args.loss_type != ["sigmoid"], "loss_type", "HyPO's preference term is DPO's, use 'sigmoid'"),
-        (args.loss_weights not in (None, [1.0]), "loss_weights", "there is one loss, leave it out"),
-        (args.f_divergence_type != "reverse_kl", "f_divergence_type", "use 'reverse_kl'"),
+        (bool(NOT_FUSED.intersection(args.loss_type)), "loss_type", "it sorts the whole batch, use another"),
+        # TRL's sigmoid has no smoothing, even beside a loss that has one.
+        (bool(args.label_smoothing) and "sigmoid" in args.loss_type, "label_smoothing", "use 0"),
         (args.ld_alpha is not None, "ld_alpha", "all tokens count alike, use None"),
         (args.use_weighting, "use_weighting", "pairs count alike, use False"),
         (args.truncation_mode != "keep_start", "truncation_mode", "pairs share their prompt, use 'keep_start'"),

@@ -191,7 +191,7 @@ def test_a_missing_model_is_named_with_the_flag_that_sets_it(recipe, text):
         ("--online_fraction 0", "online_fraction='0': should be greater than 0"),
         ("--algorithm ipo --rollout_steps 2", "rollout_steps=2 with algorithm=ipo: it draws no samples"),
         ("--kl_estimator k3", "kl_estimator='k3': should be 'sampled' or 'exact'"),
-        ("--algorithm ipo --label_smoothing 0.1", "label_smoothing=0.1: IPO has none, use 0"),
+        ("--algorithm ipo --label_smoothing 0.1", "label_smoothing=0.1: algorithm=ipo does not read it, leave it out"),
         ("--zero_stage 3", "zero_stage=3: weights are sharded by PyTorch's FSDP2 here, set fsdp: true instead"),
         ("--zero_stage 1 --fsdp", "zero_stage=1 with fsdp=true: both shard the optimizer's state, choose one"),
         (
@@ -302,7 +302,6 @@ def test_a_line_that_is_not_yaml_is_named_with_its_fix(tmp_path, content, messag
     [
         ("per_device_batch_size", "use per_device_train_batch_size"),
         ("lr", "use learning_rate"),
-        ("loss_type", "use algorithm: hypo, dpo or ipo; other losses are not served"),
         ("ref_model", "the reference is the model that training starts from, leave it out"),
     ],
 )

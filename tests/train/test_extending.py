@@ -106,7 +106,7 @@ def test_reading_a_configuration_imports_no_code_that_it_names(tmp_path, monkeyp
 
 
 def test_a_loss_of_the_wrong_shape_is_named(settings, readers_folder):
-    with pytest.raises(ValueError, match=r"algorithm='more_losses:mean_dpo': .* one loss for each of 4 pairs"):
+    with pytest.raises(ValueError, match=r"loss=more_losses:.* returned \(\): must return one loss each, .* \(4,\)"):
         train(settings(algorithm="more_losses:mean_dpo"), progress=False)
 
 

@@ -249,13 +249,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make, saved_model, way):
     ("changes", "message"),
     [
         (
-            {"loss_type": "ipo"},
-            r"loss_type=\['ipo'\]: HyPO's preference term is DPO's, use 'sigmoid'; or set kl_coef=0",
+            {"loss_type": "aot"},
+            r"loss_type=\['aot'\]: it sorts the whole batch, use another; or set kl_coef=0",
         ),
+        ({"loss_type": "dpo"}, "loss_type=.*'dpo': should be one of sigmoid, hinge"),
+        ({"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, "label_smoothing=0.1: use 0"),
         ({"label_smoothing": 0.1}, "label_smoothing=0.1: the sigmoid loss of TRL has none, use 0"),
         ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end': pairs share their prompt"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0: samples are of the policy without noise, use None"),
-        ({"loss_type": "ipo", "kl_coef": 0.0, "temperature": 0.7}, r"temperature=0.7: .*loss_type=\['ipo'\], has none"),
+        ({"loss_type": "aot", "kl_coef": 0.0, "temperature": 0.7}, r"temperature=0.7: .*loss_type=\['aot'\], has none"),
         ({"num_generations": 1}, "num_generations=1: hypo compares the samples of a prompt, use at least 2"),
         ({"kl_coef": -1.0}, "kl_coef=-1.0: should be greater than or equal to 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: should be greater than 0"),
@@ -317,7 +319,7 @@ def test_the_arguments_are_in_the_order_of_dpo_trainer():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"loss_type": ["ipo", "sft"]}, {"use_weighting": True}, {"peft_config": LoHaConfig(target_modules=["q_proj"])}],
+    [{"loss_type": ["aot", "sft"]}, {"use_weighting": True}, {"peft_config": LoHaConfig(target_modules=["q_proj"])}],
     ids=["losses", "weighting", "loha"],
 )
 def test_without_a_kl_trls_own_step_serves_the_rest(make, changes):
@@ -327,6 +329,40 @@ def test_without_a_kl_trls_own_step_serves_the_rest(make, changes):
     assert ours.why_trls_step
     names = ["loss", "rewards/margins", "entropy", "logits/chosen", "mean_token_accuracy"]
     assert logged(ours, *names) == logged(theirs, *names)
+
+
+# TRL's losses in the fused step: 20 steps as DPOTrainer takes them
+
+LOSSES = {
+    **{name: {"loss_type": name} for name in (
+        "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    )},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.001},
+    "MPO": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "forward KL": {"f_divergence_type": "forward_kl"},
+    "JS": {"f_divergence_type": "js_divergence"},
+    "alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", slow_unless(["ipo", "MPO"], LOSSES))
+def test_trls_losses_have_its_curves_without_its_step(make, loss):
+    options = {**LOSSES[loss], "max_steps": 20, "lr_scheduler_type": "constant"}
+    ours, theirs = (
+        trained(make(kind, **options, **kl))[0] for kind, kl in ((HyPOTrainer, NO_KL), (trl.DPOTrainer, {}))
+    )
+    assert ours.why_trls_step is None
+    found, expected = (torch.tensor(logged(trainer, "loss", "rewards/margins")) for trainer in (ours, theirs))
+    assert len(found) == 20
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)  # Adam multiplies rounding, step after step
+
+
+@pytest.mark.parametrize("loss", ["ipo", "MPO"])
+def test_a_kl_goes_with_trls_losses(make, loss):
+    trainer, gradients = trained(make(**LOSSES[loss], **HYPO))
+    assert trainer.why_trls_step is None
+    assert len(gradients) == len(logged(trainer, "loss", "kl")) == 3
 
 
 # Reference log-probs computed once
