@@ -116,7 +116,7 @@ def groups(device: torch.device, chosen: Grid) -> list[Group]:
 
 
 def _loss_types(workload: Workload) -> list[Workload]:
-    """Return the workload with each further loss type of Liger's DPO loss, beside Liger and per-token log-probs."""
+    """Return the workload with each further loss type of Liger's DPO loss, beside Liger and our per-token log-probs."""
     against = ("full logits", "hypo_kernels token_logprobs", *LIGER)
     dpo = replace(workload, task="dpo", modes=("trained",), against=against)
     return [replace(dpo, loss_type=name) for name in LOSS_TYPES if name != "sigmoid"]
