@@ -55,6 +55,7 @@ gpu: $(INSTALLED)
 paper: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper.coverage
 	$(BIN)/python -m benchmarks.paper.theory
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper.interaction
 
 # Its Table 1 and Figure 1 in small, with sweeps; goes on where it was killed.
 paper-full: $(INSTALLED)

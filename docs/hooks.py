@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))  # the documentation is about this checkout, not a
 
 PICTURES = {
     "images/figure1.png": "benchmarks/paper/results/figure1.png",
+    "images/interaction.png": "benchmarks/paper/results/interaction.png",
+    "images/interaction_frontier.png": "benchmarks/paper/results/interaction_frontier.png",
     "images/step.png": "benchmarks/plots/step_waterfall_smollm2-135m-full_cpu.png",
 }
 

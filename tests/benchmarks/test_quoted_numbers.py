@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.paper.interaction import methods, selection, world
+from benchmarks.paper.interaction import report as leads
 from benchmarks.paper.small import report
 from benchmarks.paper.small.outcome import Evaluation, Outcome
 
@@ -431,7 +433,196 @@ DEMO = [
     Quote(DOCS, "| DPO | {} | 0.656 ± 0.203 | {} | {} |", lambda: demo_end("DPO")),
     Quote(DOCS, "| HyPO | {} | 0.930 ± 0.011 | {} | {} |", lambda: demo_end("HyPO, 0.0625")),
 ]
-QUOTES = [*COSTS, *SMALL, *THEORY, *ENDS_LOWER, *ONLINE, *DEMO]
+
+
+# Numbers of interaction.json
+
+
+def rewards_row(name: str) -> list[str]:
+    """Return the methods' true rewards in a world, by the main rule."""
+    return [leads.mean(leads.selected(data("interaction"), name, m, selection.HEADLINE)) for m in methods.SWEEPS]
+
+
+def leads_row(rule: str, extrapolation: str, epsilon: float) -> list[str]:
+    """Return HyPO's lead over DPO under silent and under covering pairs, and their difference."""
+    record = data("interaction")
+    found = [
+        leads.lead(record, f"{pairs}, {extrapolation}, {epsilon:g}", selection.HEADLINE, rule)
+        for pairs in ("silent", "covering")
+    ]
+    found.append(leads.interaction(record, extrapolation, epsilon, selection.HEADLINE, rule))
+    return [leads.mean(values, signed=True) for values in found]
+
+
+def hypo_lead(
+    over: str, *epsilons: float, pairs: str = "silent", rule: str = "accuracy", budget: float = selection.HEADLINE
+) -> list[str]:
+    """Return HyPO's lead over a method where extrapolation misleads, for each ε."""
+    return [
+        leads.mean(leads.lead(data("interaction"), f"{pairs}, misleading, {e:g}", budget, rule, over=over), signed=True)
+        for e in epsilons
+    ]
+
+
+def of_candidates(metric: str, epsilon: float, *of: str, rule: str = "accuracy") -> list[float]:
+    """Return the methods' means of a metric with silent pairs and misleading extrapolation."""
+    name = f"silent, misleading, {epsilon:g}"
+    return [
+        statistics.fmean(leads.selected(data("interaction"), name, method, selection.HEADLINE, rule, metric))
+        for method in of
+    ]
+
+
+def two_digits(values: Sequence[float]) -> list[str]:
+    return [f"{value:.2f}" for value in values]
+
+
+def curve(setting: str, metric: str, checkpoint: int = -1) -> float:
+    found = data("interaction")["worlds"]["silent, misleading, 0.01"]["methods"][setting.split(" β")[0]]
+    return float(found["curves"][setting][metric]["mean"][checkpoint])
+
+
+ALL_PROMPTS = "1, 1"
+FEWER = ("0.5, 1", "0.25, 1", "0.0625, 1")
+
+
+def drawn(name: str, budget: str = "2") -> str:
+    """Return the true reward with fewer samples, selected by the main rule."""
+    return leads.mean(data("interaction")["online"][name]["selected"]["accuracy"][budget]["reward"])
+
+
+def at_the_end(name: str, metric: str) -> list[float]:
+    values: list[float] = data("interaction")["online"][name]["last"][leads.SHOWN][metric]
+    return values
+
+
+def loss_at_the_end(name: str) -> str:
+    """Return the final true reward with fewer samples minus that with samples of all prompts."""
+    both = zip(at_the_end(name, "reward"), at_the_end(ALL_PROMPTS, "reward"), strict=True)
+    return leads.mean([a - b for a, b in both], signed=True)
+
+
+THREE = "{}, {} and {}"
+NLL = "DPO + NLL"
+INTERACTION = [
+    *(
+        Quote(
+            DOCS,
+            f"| {leads.RULE_NAMES[rule].removeprefix('by ')} | {extrapolation} | {epsilon:g} | {{}} | {{}} | {{}} |",
+            functools.partial(leads_row, rule, extrapolation, epsilon),
+        )
+        for rule in selection.RULES
+        for extrapolation in ("misleading", "right")
+        for epsilon in world.EPSILONS
+    ),
+    *(
+        Quote(DOCS, f"| {kind.name} | {' | '.join(['{}'] * 6)} |", functools.partial(rewards_row, kind.name))
+        for kind in world.KINDS
+        if kind.misleading
+    ),
+    Quote(
+        DOCS,
+        "it is, by the main rule at ε 0.01, {}, {}, {}, {} and {}. At the smallest",
+        lambda: [value for budget in selection.BUDGETS for value in hypo_lead("DPO", 0.01, budget=budget)],
+    ),
+    Quote(
+        DOCS,
+        "have a mass of at most {} on responses",
+        lambda: [f"{max(of_candidates('uncovered', 0.001, *methods.SWEEPS)):.3f}"],
+    ),
+    Quote(
+        DOCS,
+        "the lead is {} by the main rule and {} by most KL",
+        lambda: [value for rule in ("accuracy", "kl") for value in hypo_lead("DPO", 0.001, rule=rule, budget=4)],
+    ),
+    Quote(
+        DOCS,
+        "a mass of {} on the uncovered responses, DPO's {}.",
+        lambda: two_digits(of_candidates("uncovered", 0.1, "HyPO", "DPO")),
+    ),
+    Quote(DOCS, f"and 0.001, is {THREE}. Selected", lambda: hypo_lead(NLL, *world.EPSILONS)),
+    Quote(DOCS, f"by true reward it is {THREE}: at", lambda: hypo_lead(NLL, *world.EPSILONS, rule="reward")),
+    Quote(
+        DOCS,
+        f"extrapolation it is {THREE} by the main rule: NLL",
+        lambda: hypo_lead(NLL, *world.EPSILONS, pairs="covering"),
+    ),
+    Quote(
+        DOCS,
+        "is {} by the main rule and {} by most KL at ε 0.01; at ε 0.1 it is {} and {}.",
+        lambda: [
+            value
+            for epsilon in (0.01, 0.1)
+            for rule in ("accuracy", "kl")
+            for value in hypo_lead(NLL, epsilon, rule=rule, budget=4)
+        ],
+    ),
+    *(
+        Quote(
+            DOCS,
+            f"{start} {THREE} by the main rule and {THREE} by most KL",
+            lambda pairs=pairs: [
+                value
+                for rule in ("accuracy", "kl")
+                for value in hypo_lead("χPO", *world.EPSILONS, pairs=pairs, rule=rule)
+            ],
+        )
+        for start, pairs in (("lead over it is", "covering"), ("With silent pairs it is", "silent"))
+    ),
+    Quote(
+        DOCS,
+        "DPO's true reward rises to {} at step 100 and ends at {}, with a mass of {} on",
+        lambda: two_digits(
+            [curve("DPO β 0.1", "reward", 2), curve("DPO β 0.1", "reward"), curve("DPO β 0.1", "uncovered")]
+        ),
+    ),
+    Quote(
+        DOCS,
+        "HyPO (λ 0.03) ends at {}, DPO + NLL (0.01) at {}, with masses of {} and {}.",
+        lambda: two_digits(
+            [
+                curve(setting, metric)
+                for metric in ("reward", "uncovered")
+                for setting in ("HyPO β 0.1 λ 0.03", "DPO + NLL β 0.1 NLL 0.01")
+            ]
+        ),
+    ),
+    Quote(
+        DOCS,
+        "32 prompts give {}, {}, {} and {}; at most 3, {}, {}, {} and {}.",
+        lambda: [drawn(name, budget) for budget in ("2", "3") for name in (ALL_PROMPTS, *FEWER)],
+    ),
+    Quote(
+        DOCS,
+        "from that of all prompts by {}, its uncovered mass is {} instead of {}. For a half and a quarter it differs "
+        "by {} and {}.",
+        lambda: [
+            loss_at_the_end(FEWER[2]),
+            *(mean(at_the_end(name, "uncovered")) for name in (FEWER[2], ALL_PROMPTS)),
+            *map(loss_at_the_end, FEWER[:2]),
+        ],
+    ),
+    Quote(
+        DOCS,
+        "4 steps gives {} and {} at a KL of at most 2, and differs by {} and {} at the end.",
+        lambda: [of(name) for of in (drawn, loss_at_the_end) for name in ("1, 2", "1, 4")],
+    ),
+    Quote(
+        DOCS,
+        "is {} and {} behind it",
+        lambda: [value.split(" ± ")[0].removeprefix("+") for value in hypo_lead(NLL, 0.1, 0.01)],
+    ),
+    Quote(
+        DOCS,
+        f"candidates have a KL of {{}} (DPO), {{}} (HyPO) and {{}} (DPO + NLL). By most KL they have {THREE}.",
+        lambda: [
+            value
+            for rule in ("accuracy", "kl")
+            for value in two_digits(of_candidates("kl", 0.1, "DPO", "HyPO", NLL, rule=rule))
+        ],
+    ),
+]
+QUOTES = [*COSTS, *SMALL, *THEORY, *ENDS_LOWER, *ONLINE, *DEMO, *INTERACTION]
 
 
 @pytest.mark.parametrize("quote", QUOTES, ids=str)
@@ -456,6 +647,10 @@ COMPLETE = [
     Section(PAPER, "## The theory, computed", "## Table 1 and", "0.9 1e-8 1e-64"),
     # 0.9: million parameters; 1.7 and 1.4: the paper's Table 1.
     Section(PAPER, "## Table 1 and Figure 1, in small", "", "0.9 1.7 1.4"),
+    # ε of the worlds, a budget of KL, and weights of the NLL.
+    Section(
+        DOCS, "## Coverage \N{MULTIPLICATION SIGN} method", "## The paper, in small", "0.1 0.01 0.001 0.5 0.03 0.06"
+    ),
     # The paper's Table 1.
     Section(DOCS, "## The paper, in small", "", "42.2 0.16 44.9 44.4 2.43 69.0 46.4 0.37 27.1 50.5 2.51 49.0"),
     Section(README, "What an online step costs.", "What HyPO changes.", "1.16"),  # TRL's version
@@ -493,6 +688,11 @@ def test_the_recorded_tables_are_those_of_the_recorded_numbers():
     lines = (RESULTS / "small.md").read_text(encoding="utf-8").splitlines()
     tables = [*report.table_1(found), *report.frontier_table(found), *report.estimates_table(found)]
     assert [line for line in lines if line.startswith("|")] == tables
+
+
+def test_the_tables_of_the_interaction_are_those_of_its_numbers():
+    written = (RESULTS / "interaction.md").read_text(encoding="utf-8").splitlines()
+    assert written == list(leads.lines(data("interaction")))
 
 
 def test_readme_quotes_the_demo_as_the_documentation_does():

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.interaction.methods import CHECKPOINTS, METRICS, SWEEPS, train
-from benchmarks.paper.interaction.selection import BUDGETS, RULES, of_reference, select
+from benchmarks.paper.interaction.selection import BUDGETS, HEADLINE, RULES, of_reference, select
 from benchmarks.paper.interaction.world import KINDS, Kind, make_worlds
 
 # In the world where coverage matters: online_fraction and rollout_steps of HyPO.
 ONLINE_KIND = Kind(epsilon=0.01, covering=False, misleading=True)
 ONLINE = ((1.0, 1), (0.5, 1), (0.25, 1), (0.0625, 1), (1.0, 2), (1.0, 4))
+# The settings and worlds whose curves over training are kept.
+AT_THE_SAME_BETA = ("DPO β 0.1", "DPO + NLL β 0.1 NLL 0.01", "χPO β 0.1", "HyPO β 0.1 λ 0.03")
+CURVES_IN = ("silent, misleading, 0.01", "covering, misleading, 0.01")
 
 
 class Task(NamedTuple):
@@ -45,12 +48,12 @@ def _run(task: Task) -> dict[str, Any]:
 
 
 def _record(points: dict[str, Tensor], reference: dict[str, Tensor], names: list[str]) -> dict[str, Any]:
-    """Return what is kept of a task: the selected candidates of each seed, and means over the seeds of all settings."""
+    """Return what is kept of a task: selected candidates by seed, a few curves' means, the last checkpoint by seed."""
     selected: dict[str, Any] = {}
     for rule in RULES:
         for budget in BUDGETS:
             found = select(points, reference, budget=budget, rule=rule)
-            kept = (*METRICS, "choice") if rule == RULES[0] else ("reward", "kl")
+            kept = (*METRICS, "choice") if (rule, budget) == (RULES[0], HEADLINE) else ("reward", "kl")
             selected.setdefault(rule, {})[f"{budget:g}"] = {name: _rounded(found[name]) for name in kept}
     errors = {name: values.std(2) / values.shape[2] ** 0.5 for name, values in points.items()}
     curves = {
@@ -59,6 +62,7 @@ def _record(points: dict[str, Tensor], reference: dict[str, Tensor], names: list
             for metric in ("reward", "kl", "uncovered")
         }
         for i, setting in enumerate(names)
+        if setting in AT_THE_SAME_BETA
     }
     last = {
         setting: {metric: _rounded(points[metric][-1, i]) for metric in ("reward", "kl", "uncovered")}
@@ -82,6 +86,8 @@ def run(seeds: Sequence[int], workers: int) -> dict[str, Any]:
     record: dict[str, Any] = {"seeds": list(chosen), "checkpoints": list(CHECKPOINTS), "worlds": {}, "online": {}}
     for task, result in zip(tasks, found, strict=False):
         del result["last"]
+        if task.kind.name not in CURVES_IN:
+            del result["curves"]
         world = record["worlds"].setdefault(task.kind.name, {"c_glo": task.kind.c_glo, "methods": {}})
         world["methods"][task.method] = result
     for task, result in zip(online, found[len(tasks) :], strict=True):

@@ -12,9 +12,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks.paper.interaction.experiment import AT_THE_SAME_BETA
 from benchmarks.paper.interaction.methods import SWEEPS
-from benchmarks.paper.interaction.report import HEADLINE, RULE_NAMES, Record, lead, selected
-from benchmarks.paper.interaction.selection import BUDGETS, RULES
+from benchmarks.paper.interaction.report import RULE_NAMES, Record, lead, selected
+from benchmarks.paper.interaction.selection import BUDGETS, HEADLINE, RULES
 from benchmarks.paper.interaction.world import EPSILONS
 from benchmarks.plots import STYLE
 
@@ -22,7 +23,6 @@ COLOURS = {
     "DPO": "#d55e00", "IPO": "#cc79a7", "DPO + NLL": "#e69f00", "χPO": "#56b4e9", "HyPO": "#0b3d91", "RLOO": "#009e73",
 }  # fmt: skip
 MARKERS = dict(zip(COLOURS, "osDvXP", strict=True))
-AT_THE_SAME_BETA = ("DPO β 0.1", "DPO + NLL β 0.1 NLL 0.01", "χPO β 0.1", "HyPO β 0.1 λ 0.03")
 
 
 def draw(record: Record, folder: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def _frontiers(record: Record, path: Path) -> Path:
 def _curves(record: Record, path: Path) -> Path:
     """Draw reward, KL and uncovered mass over training, at one β, under silent and under covering pairs."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.6), sharex=True, sharey="col", constrained_layout=True)
-    titles = {"reward": "true reward", "kl": "reverse KL, nats", "uncovered": "mass on uncovered responses"}
+    titles = {"reward": "true reward", "kl": "reverse KL, nats", "uncovered": "uncovered mass"}
     for row, pairs in zip(axes, ("silent", "covering"), strict=True):
         methods = record["worlds"][f"{pairs}, misleading, 0.01"]["methods"]
         for axis, (metric, title) in zip(row, titles.items(), strict=True):

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.paper.interaction.methods import SWEEPS
-from benchmarks.paper.interaction.selection import BUDGETS, RULES
+from benchmarks.paper.interaction.selection import BUDGETS, HEADLINE, RULES
 from benchmarks.paper.interaction.world import EPSILONS
 
-HEADLINE = 2.0  # the KL budget of the headline, in nats
 SHOWN = "HyPO β 0.1 λ 0.03"  # the setting whose final checkpoint the table of fractions shows
 RULE_NAMES = {"accuracy": "by pair accuracy", "kl": "by most KL", "reward": "by true reward"}
 Record = dict[str, Any]

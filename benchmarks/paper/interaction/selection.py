@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.paper.interaction.world import COVERED, HELD_OUT, Worlds
 
 BUDGETS = (0.5, 1.0, 2.0, 3.0, 4.0)  # nats
+HEADLINE = 2.0  # the KL budget of the headline, in nats
 RULES = ("accuracy", "kl", "reward")  # the first is the main one
 
 
