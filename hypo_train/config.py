@@ -446,10 +446,10 @@ class Config(Settings):
     def has_reward(self) -> bool:
         return self.reward is not None or self.reward_model_path is not None
 
-    @field_validator("loss_type", mode="before")
+    @field_validator("loss_type", "loss_weights", mode="before")
     @classmethod
-    def _loss_types(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    def _one_loss_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, int, float)) else value
 
     @field_validator("loss_type")
     @classmethod

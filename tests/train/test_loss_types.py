@@ -96,6 +96,7 @@ def test_weights_of_losses_are_a_sum(named):
         ({"simpo_gamma": 1.0}, "simpo_gamma=1.0: algorithm=dpo does not read it"),
         ({"loss_type": "exo_pair"}, "set label_smoothing: 0.001, as its paper does"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "need one weight for each of loss_type"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": 1}, "need one weight for each of loss_type"),
         ({"loss_type": "simpo", "precompute_ref_log_probs": True}, "its loss uses no reference log-probs of pairs"),
     ],
 )
