@@ -156,7 +156,7 @@ class ChunkedLMHead:
         """Return (U, row factor, log-probs) of at most ``max_rows`` rows.
 
         ``row factor ⊙ U`` is softmax − onehot times ∂z/∂raw. U is (C, V) in the workspace; a row factor (C,) of None
-        is 1. With ``norms`` (C, 2) from an earlier pass, the statistics are not computed again. Norms from fused
+        is 1. With ``norms`` (C, 3) from an earlier pass, the statistics are not computed again. Norms from fused
         statistics must not be passed: that GEMM rounds differently, so the probabilities would not sum to 1. ``raw``
         are logits that are already in the workspace.
         """
@@ -204,8 +204,8 @@ class ChunkedLMHead:
         ref_raw: Tensor | None,
         rows: slice,
         *,
-        norms: Tensor,  # (C, 2)
-        ref_norms: Tensor | None,  # (C, 2)
+        norms: Tensor,  # (C, 3)
+        ref_norms: Tensor | None,  # (C, 3)
         divergence: Tensor,  # (C,)
         by_logp: Tensor,  # (C,)
         by_divergence: Tensor,  # (C,)

@@ -283,7 +283,7 @@ _TOKENS = f"{_HEAD}, Tensor targets, int? max_chunk_bytes, str impl, bool with_e
     "hypo_kernels::token_logprobs", mutates_args=(), schema=f"({_TOKENS}) -> (Tensor, Tensor, Tensor)"
 )
 def _token_logprobs(*args: Any) -> tuple[Tensor, ...]:
-    """Return log-probs and entropies of the shape of the targets, 0 at ignored rows, and norms (rows, 2)."""
+    """Return log-probs and entropies of the shape of the targets, 0 at ignored rows, and norms (rows, 3)."""
     plan, targets = _token_pass(args)
     results = plan.forward()
     rows = plan.layout.on(results.logps.device).rows
@@ -304,7 +304,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return (
         hidden.new_empty(targets.shape, dtype=wide),
         hidden.new_empty(targets.shape if with_entropy else 0, dtype=wide),
-        hidden.new_empty((targets.numel(), 2), dtype=wide),
+        hidden.new_empty((targets.numel(), 3), dtype=wide),
     )
 
 

@@ -6,6 +6,7 @@ It is written for readers; the other implementations are tested against it. Memo
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hypo_kernels.call import Call, LossOutput
@@ -98,7 +99,14 @@ def _exact_hypo_loss(call: Call) -> LossOutput:
 
 
 def _target_logps(log_p: Tensor, layout: TargetLayout) -> Tensor:
-    return log_p.gather(1, layout.on(log_p.device).targets[:, None]).squeeze(1)
+    """Return the targets' log-probs (N,) of log-distributions (N, V), as ``−softplus(lse_others − log p_y)``.
+
+    It equals log p_y. But of a target with p_y near 1, log-softmax keeps only what the sum of all exponentials, rounded
+    at 1, has kept: the sum of the others is exact, and so is the gradient p_y − 1.
+    """
+    targets = layout.on(log_p.device).targets[:, None]
+    others = log_p.scatter(1, targets, -1e30)  # finite: for a vocabulary of one, logsumexp of −inf has no gradient
+    return F.logsigmoid(log_p.gather(1, targets).squeeze(1) - others.logsumexp(dim=1))
 
 
 def _sequence_logps(rows: Tensor, call: Call) -> Tensor:

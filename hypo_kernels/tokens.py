@@ -26,7 +26,7 @@ class TokenResults(NamedTuple):
 
     logps: Tensor  # (N,)
     entropies: Tensor | None  # (N,)
-    norms: Tensor  # (N, 2), reused by the backward pass
+    norms: Tensor  # (N, 3), reused by the backward pass
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hypo_kernels.blockwise.rows import at_targets, blocks, copy_of, subtract_at_targets_
+from hypo_kernels.blockwise.rows import at_targets, blocks, copy_of, put_at_targets_
 from hypo_kernels.blockwise.rows import scratch_bytes as row_scratch_bytes
 from hypo_kernels.head import LMHead
 from hypo_kernels.statistics import RowStatistics
@@ -28,21 +28,21 @@ def scratch_bytes(num_rows: int, row_bytes: int) -> int:
 def statistics(
     raw: Tensor, ref_raw: Tensor | None, targets: Tensor, head: LMHead, ref_head: LMHead | None
 ) -> tuple[RowStatistics, RowStatistics | None]:
-    """Return norms (C, 2), target logit (C,) and moment (C,) of raw logits (C, V), and the reference's statistics.
+    """Return norms (C, 3), target logit (C,) and moment (C,) of raw logits (C, V), and the reference's statistics.
 
     The reference's statistics have no moment. Neither tensor of logits is modified.
     """
-    out = RowStatistics(raw.new_empty(len(raw), 2), raw.new_empty(len(raw)), raw.new_empty(len(raw)))
-    ref = None if ref_raw is None else RowStatistics(raw.new_empty(len(raw), 2), raw.new_empty(len(raw)))
+    out = RowStatistics(raw.new_empty(len(raw), 3), raw.new_empty(len(raw)), raw.new_empty(len(raw)))
+    ref = None if ref_raw is None else RowStatistics(raw.new_empty(len(raw), 3), raw.new_empty(len(raw)))
     assert out.moment is not None
     for rows in blocks(raw):
         z = _shifted(raw[rows], targets[rows], head, out, rows)
         exp = z.exp()
-        out.norms[rows, 1] = exp.sum(dim=1)
+        _sum_up(exp, targets[rows], head, out, rows)
         if ref is not None and ref_raw is not None and ref_head is not None:
             w = _shifted(ref_raw[rows], targets[rows], ref_head, ref, rows)
             z.sub_(w)
-            ref.norms[rows, 1] = w.exp_().sum(dim=1)
+            _sum_up(w.exp_(), targets[rows], ref_head, ref, rows)
         out.moment[rows] = exp.mul_(z).sum(dim=1)
     return out, ref
 
@@ -56,6 +56,15 @@ def _shifted(raw: Tensor, targets: Tensor, head: LMHead, out: RowStatistics, row
     return z.sub_(top).clamp_min_(LEAST)
 
 
+def _sum_up(exp: Tensor, targets: Tensor, head: LMHead, out: RowStatistics, rows: slice) -> None:
+    """Write the sums of the exponentials (rows, V), with and without the targets', to ``out``."""
+    at_target = at_targets(exp, targets, head)
+    put_at_targets_(exp, targets, head, torch.zeros_like(at_target))
+    others = exp.sum(dim=1)
+    out.norms[rows, 1], out.norms[rows, 2] = others + at_target, others
+    put_at_targets_(exp, targets, head, at_target)
+
+
 def gradients(
     raw: Tensor,
     ref_raw: Tensor | None,
@@ -63,8 +72,8 @@ def gradients(
     head: LMHead,
     ref_head: LMHead | None,
     *,
-    norms: Tensor,  # (C, 2)
-    ref_norms: Tensor | None,  # (C, 2)
+    norms: Tensor,  # (C, 3)
+    ref_norms: Tensor | None,  # (C, 3)
     divergence: Tensor,  # (C,)
     score: Tensor,  # (C,)
     weight: Tensor,  # (C,)
@@ -76,13 +85,16 @@ def gradients(
         z = head.logits_(raw[rows])
         slope = head.slope_at(z) * scale
         z.sub_(norms[rows, :1]).clamp_min_(LEAST)
-        p = z.exp().div_(norms[rows, 1:])
+        p = z.exp().div_(norms[rows, 1:2])
         z.sub_((norms[rows, 1].log() + divergence[rows])[:, None])
         if ref_raw is not None and ref_norms is not None and ref_head is not None:
             w = ref_head.logits_(copy_of(ref_raw[rows])).sub_(ref_norms[rows, :1]).clamp_min_(LEAST)
-            z.sub_(w.sub_(ref_norms[rows, 1:].log()))
-        z.mul_(weight[rows, None]).add_(score[rows, None]).mul_(p)
-        subtract_at_targets_(z, targets[rows], head, score[rows])
+            z.sub_(w.sub_(ref_norms[rows, 1:2].log()))
+        z.mul_(weight[rows, None])
+        at_target = at_targets(z, targets[rows], head) * at_targets(p, targets[rows], head)
+        z.add_(score[rows, None]).mul_(p)
+        p_minus_1 = -norms[rows, 2] / norms[rows, 1]
+        put_at_targets_(z, targets[rows], head, torch.addcmul(at_target, score[rows], p_minus_1))
         if isinstance(slope, Tensor) or slope != 1.0:
             z.mul_(slope)
     return raw.to(out_dtype)

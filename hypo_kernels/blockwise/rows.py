@@ -25,12 +25,12 @@ def scratch_bytes(num_rows: int, row_bytes: int) -> int:
 
 
 def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> RowStatistics:
-    """Return softmax norms (C, 2) and target logit (C,) of raw logits (C, V), which stay unchanged."""
-    norms, target = raw.new_empty(len(raw), 2), raw.new_empty(len(raw))
+    """Return softmax norms (C, 3) and target logit (C,) of raw logits (C, V), which stay unchanged."""
+    norms, target = raw.new_empty(len(raw), 3), raw.new_empty(len(raw))
     for rows in blocks(raw):
         z = head.logits_(copy_of(raw[rows]))
         target[rows] = at_targets(z, targets[rows], head)
-        norms[rows, 0], norms[rows, 1], _ = _softmax_(z)
+        norms[rows], _ = _softmax_(z, targets[rows], head)
     return RowStatistics(norms, target)
 
 
@@ -40,7 +40,7 @@ def unit_gradients(
     """Return (U, row factor, target's log-prob): ``row factor ⊙ U = scale · ∂(−log p(target))/∂raw``.
 
     U is (C, V) in ``out_dtype``; ``raw`` is overwritten. Row factor and log-probs are (C,); a row factor of None is 1.
-    With ``norms`` (C, 2) from an earlier pass, the statistics are not computed again. Under a vocabulary shard they
+    With ``norms`` (C, 3) from an earlier pass, the statistics are not computed again. Under a vocabulary shard they
     are required, and the log-prob is valid only on the rank that holds the target.
     """
     logps, row_factor = raw.new_empty(len(raw)), None if norms is not None else raw.new_empty(len(raw))
@@ -48,31 +48,34 @@ def unit_gradients(
         z = head.logits_(raw[rows])
         slope = head.slope_at(z) * scale
         target = at_targets(z, targets[rows], head)
-        sum_of_p: Tensor | float = 1.0
         if norms is None:
-            top, total, sum_of_p = _softmax_(z)
+            row_norms, sum_of_p = _softmax_(z, targets[rows], head)
             assert row_factor is not None
             row_factor[rows] = sum_of_p.reciprocal()
         else:
-            top, total = norms[rows].unbind(1)
-            z.sub_(top[:, None]).exp_().div_(total[:, None])
-        logps[rows] = target - top - total.log()
-        subtract_at_targets_(z, targets[rows], head, sum_of_p)
+            row_norms, sum_of_p = norms[rows], 1.0
+            z.sub_(row_norms[:, :1]).exp_().div_(row_norms[:, 1:2])
+        logps[rows] = RowStatistics(row_norms, target).logps()
+        put_at_targets_(z, targets[rows], head, row_norms[:, 2] / row_norms[:, 1] * -sum_of_p)  # p − 1
         if isinstance(slope, Tensor) or slope != 1.0:
             z.mul_(slope)
     return raw.to(out_dtype), row_factor, logps
 
 
-def _softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace ``z`` by its softmax; return top, total and the sum of the probabilities, (rows,) each.
+def _softmax_(z: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
+    """Replace ``z`` by its softmax, with 0 at the targets; return norms (rows, 3), and the sum of the probabilities.
 
     torch's softmax sums the exponentials of a row in a few lanes, with an error of about 1e-6 at 10^5 entries. The
-    pairwise sum of the probabilities measures this error.
+    pairwise sum (rows,) of the probabilities, with the targets', measures this error.
     """
     top = z.amax(dim=1)
     torch.softmax(z, dim=1, out=z)
-    sum_of_p = z.sum(dim=1)
-    return top, sum_of_p / z.amax(dim=1), sum_of_p  # the maximum is exp(0) / (torch's total)
+    at_top = z.amax(dim=1)  # exp(0) / (torch's total)
+    at_target = at_targets(z, targets, head)
+    put_at_targets_(z, targets, head, torch.zeros_like(at_top))
+    others = z.sum(dim=1)
+    sum_of_p = others + at_target
+    return torch.stack([top, sum_of_p / at_top, others / at_top], dim=1), sum_of_p
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
@@ -100,10 +103,9 @@ def at_targets(z: Tensor, targets: Tensor, head: LMHead) -> Tensor:
     return z.gather(1, torch.where(inside, targets, 0)[:, None]).squeeze(1) * inside
 
 
-def subtract_at_targets_(z: Tensor, targets: Tensor, head: LMHead, amount: Tensor | float) -> None:
-    """Subtract ``amount``, a number or (rows,), from the targets' entries of z (rows, V)."""
+def put_at_targets_(z: Tensor, targets: Tensor, head: LMHead, values: Tensor) -> None:
+    """Write ``values`` (rows,) to the targets' entries of z (rows, V); those of another rank's targets are dropped."""
     if head.vocab_shard is not None:
         inside = (targets >= 0) & (targets < z.shape[1])
-        amount, targets = amount * inside, torch.where(inside, targets, 0)
-    negative = z.new_empty(len(z)).copy_(torch.as_tensor(amount, dtype=z.dtype)).neg_()
-    z.scatter_add_(1, targets[:, None], negative[:, None])
+        targets, values = torch.where(inside, targets, 0), torch.where(inside, values, z[:, 0])
+    z.scatter_(1, targets[:, None], values[:, None])

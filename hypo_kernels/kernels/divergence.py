@@ -5,8 +5,8 @@
     D = KL(p‖q) = moment / total_z − log total_z + log total_w
     G = scale · (score · (p − onehot_y) + weight · p ⊙ (log p − log q − D)) · ∂z/∂raw
 
-Each row has one score and one weight. Without reference logits, log q = 0 and D is minus the entropy. Each program
-processes one row; G overwrites the policy's row.
+As in ``kernels/rows.py``, p − onehot is −others / total at the target. Each row has one score and one weight. Without
+reference logits, log q = 0 and D is minus the entropy. Each program processes one row; G overwrites the policy's row.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def _add_block(
     bias_ptr,
     ref_bias_ptr,
     start,
+    target,
     top,  # (BLOCK_V,) fp32, each lane's
     total,
     moment,
@@ -64,11 +65,13 @@ def _add_block(
     BLOCK_V: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Return (top, total, moment, ref_top, ref_total) with the entries from ``start`` on."""
+    """Return (top, total, moment, ref_top, ref_total) with the entries from ``start`` on, but the target."""
     cols = start + tl.arange(0, BLOCK_V)
     z, _ = block_logits(raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    counted = cols != target
     if MASKED:
-        z = tl.where(cols < V, z, float("-inf"))  # masked columns must not count
+        counted = counted & (cols < V)
+    z = tl.where(counted, z, float("-inf"))
     new_top = tl.maximum(top, z)
     shift = tl.maximum(top - new_top, LEAST)
     difference = tl.maximum(z - new_top, LEAST)
@@ -78,8 +81,7 @@ def _add_block(
         w, _ = block_logits(
             ref_raw_ptr, ref_bias_ptr, cols, V, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP, MASKED
         )
-        if MASKED:
-            w = tl.where(cols < V, w, float("-inf"))
+        w = tl.where(counted, w, float("-inf"))
         new_ref_top = tl.maximum(ref_top, w)
         ref_shift = tl.maximum(ref_top - new_ref_top, LEAST)
         ref_difference = tl.maximum(w - new_ref_top, LEAST)
@@ -102,6 +104,7 @@ def _write_block(
     target,
     row_top,
     row_total,
+    others,
     ref_top,
     score,
     weight,
@@ -123,13 +126,14 @@ def _write_block(
     cols = start + tl.arange(0, BLOCK_V)
     z, capped = block_logits(raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
     difference = tl.maximum(z - row_top, LEAST)
-    p = tl.exp(difference) / row_total
+    exp = tl.exp(difference)
     if HAS_REF:
         w, _ = block_logits(
             ref_raw_ptr, ref_bias_ptr, cols, V, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP, MASKED
         )
         difference -= tl.maximum(w - ref_top, LEAST)
-    grad = p * (score + weight * (difference - level)) - tl.where(cols == target, score, 0.0)
+    by_logp = score * tl.where(cols == target, -others, exp)
+    grad = (by_logp + weight * exp * (difference - level)) / row_total
     if HAS_SOFTCAP:
         grad *= 1.0 - capped * capped
     # A narrower gradient is packed into the front of its row, over columns that every thread of the program must have
@@ -145,10 +149,10 @@ def _statistics_kernel(
     target_ptr,  # (C,) int64; outside [0, V) if another rank holds the target
     bias_ptr,  # (V,) or unused
     ref_bias_ptr,  # (V,) or unused
-    norms_ptr,  # (C, 2) fp32
+    norms_ptr,  # (C, 3) fp32
     target_logit_ptr,  # (C,) fp32
     moment_ptr,  # (C,) fp32
-    ref_norms_ptr,  # (C, 2) fp32, or unused
+    ref_norms_ptr,  # (C, 3) fp32, or unused
     ref_target_logit_ptr,  # (C,) fp32, or unused
     V,
     raw_pitch,
@@ -171,6 +175,8 @@ def _statistics_kernel(
     at_target = tl.load(raw_ptr + target, mask=inside, other=0.0)
     z_target, _tanh = row_logits(at_target, bias_ptr, target, inside, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
     tl.store(target_logit_ptr + row, tl.where(inside, z_target, 0.0))
+    z_target = tl.where(inside, z_target, float("-inf"))
+    w_target = z_target
     if HAS_REF:
         ref_raw_ptr += row * ref_pitch
         at_target = tl.load(ref_raw_ptr + target, mask=inside, other=0.0)
@@ -178,8 +184,10 @@ def _statistics_kernel(
             at_target, ref_bias_ptr, target, inside, ref_factor, ref_softcap, REF_HAS_BIAS, REF_HAS_SOFTCAP
         )
         tl.store(ref_target_logit_ptr + row, tl.where(inside, w_target, 0.0))
+        w_target = tl.where(inside, w_target, float("-inf"))
 
-    # Each lane has a maximum, sum and moment. Finite initial maxima: a lane of masked columns would compute inf − inf.
+    # Each lane has a maximum, sum and moment, all without the target. Finite initial maxima: a lane of masked columns
+    # would compute inf − inf.
     top = tl.full([BLOCK_V], -1.0e38, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     moment = tl.zeros([BLOCK_V], tl.float32)
@@ -193,6 +201,7 @@ def _statistics_kernel(
             bias_ptr,
             ref_bias_ptr,
             start,
+            target,
             top,
             total,
             moment,
@@ -218,6 +227,7 @@ def _statistics_kernel(
             bias_ptr,
             ref_bias_ptr,
             complete,
+            target,
             top,
             total,
             moment,
@@ -236,18 +246,27 @@ def _statistics_kernel(
             BLOCK_V,
             True,
         )
-    row_top = tl.max(top, axis=0)
+    row_top = tl.maximum(tl.max(top, axis=0), z_target)
     shift = tl.maximum(top - row_top, LEAST)
     decay = tl.exp(shift)
+    difference_of_target = tl.maximum(z_target - row_top, LEAST)
+    at_target = tl.exp(difference_of_target)
     if HAS_REF:
-        row_ref_top = tl.max(ref_top, axis=0)
+        row_ref_top = tl.maximum(tl.max(ref_top, axis=0), w_target)
         ref_shift = tl.maximum(ref_top - row_ref_top, LEAST)
         shift -= ref_shift
-        tl.store(ref_norms_ptr + 2 * row, row_ref_top)
-        tl.store(ref_norms_ptr + 2 * row + 1, tl.sum(ref_total * tl.exp(ref_shift), axis=0))
-    tl.store(norms_ptr + 2 * row, row_top)
-    tl.store(norms_ptr + 2 * row + 1, tl.sum(total * decay, axis=0))
-    tl.store(moment_ptr + row, tl.sum(decay * (moment + total * shift), axis=0))
+        ref_difference_of_target = tl.maximum(w_target - row_ref_top, LEAST)
+        difference_of_target -= ref_difference_of_target
+        ref_others = tl.sum(ref_total * tl.exp(ref_shift), axis=0)
+        tl.store(ref_norms_ptr + 3 * row, row_ref_top)
+        tl.store(ref_norms_ptr + 3 * row + 1, ref_others + tl.exp(ref_difference_of_target))
+        tl.store(ref_norms_ptr + 3 * row + 2, ref_others)
+    others = tl.sum(total * decay, axis=0)
+    tl.store(norms_ptr + 3 * row, row_top)
+    tl.store(norms_ptr + 3 * row + 1, others + at_target)
+    tl.store(norms_ptr + 3 * row + 2, others)
+    row_moment = tl.sum(decay * (moment + total * shift), axis=0)
+    tl.store(moment_ptr + row, row_moment + at_target * difference_of_target)
 
 
 @triton.jit(do_not_specialize_on_alignment=PER_ROW)
@@ -257,8 +276,8 @@ def _gradient_kernel(
     target_ptr,  # (C,) int64
     bias_ptr,
     ref_bias_ptr,
-    norms_ptr,  # (C, 2) fp32
-    ref_norms_ptr,  # (C, 2) fp32, or unused
+    norms_ptr,  # (C, 3) fp32
+    ref_norms_ptr,  # (C, 3) fp32, or unused
     divergence_ptr,  # (C,) fp32
     score_ptr,  # (C,) fp32
     weight_ptr,  # (C,) fp32
@@ -283,8 +302,9 @@ def _gradient_kernel(
     raw_ptr += row * raw_pitch
     grad_ptr += row * grad_pitch
     target = tl.load(target_ptr + row)
-    row_top = tl.load(norms_ptr + 2 * row)
-    row_total = tl.load(norms_ptr + 2 * row + 1)
+    row_top = tl.load(norms_ptr + 3 * row)
+    row_total = tl.load(norms_ptr + 3 * row + 1)
+    others = tl.load(norms_ptr + 3 * row + 2)
     score = tl.load(score_ptr + row) * slope
     weight = tl.load(weight_ptr + row) * slope
     # log p − log q − D = (z − top_z) − (w − top_w) − level
@@ -292,8 +312,8 @@ def _gradient_kernel(
     ref_top = 0.0
     if HAS_REF:
         ref_raw_ptr += row * ref_pitch
-        ref_top = tl.load(ref_norms_ptr + 2 * row)
-        level -= tl.log(tl.load(ref_norms_ptr + 2 * row + 1))
+        ref_top = tl.load(ref_norms_ptr + 3 * row)
+        level -= tl.log(tl.load(ref_norms_ptr + 3 * row + 1))
     complete = V // BLOCK_V * BLOCK_V
     for start in range(0, complete, BLOCK_V):
         _write_block(
@@ -306,6 +326,7 @@ def _gradient_kernel(
             target,
             row_top,
             row_total,
+            others,
             ref_top,
             score,
             weight,
@@ -334,6 +355,7 @@ def _gradient_kernel(
             target,
             row_top,
             row_total,
+            others,
             ref_top,
             score,
             weight,
@@ -356,13 +378,13 @@ def _gradient_kernel(
 def statistics(
     raw: Tensor, ref_raw: Tensor | None, targets: Tensor, head: LMHead, ref_head: LMHead | None
 ) -> tuple[RowStatistics, RowStatistics | None]:
-    """Return norms (C, 2), target logit (C,) and moment (C,) of raw logits (C, V), and the reference's statistics.
+    """Return norms (C, 3), target logit (C,) and moment (C,) of raw logits (C, V), and the reference's statistics.
 
     The reference's statistics have no moment. Neither tensor of logits is modified.
     """
     rows = len(raw)
-    out = RowStatistics(raw.new_empty(rows, 2), raw.new_empty(rows), raw.new_empty(rows))
-    ref = None if ref_raw is None else RowStatistics(raw.new_empty(rows, 2), raw.new_empty(rows))
+    out = RowStatistics(raw.new_empty(rows, 3), raw.new_empty(rows), raw.new_empty(rows))
+    ref = None if ref_raw is None else RowStatistics(raw.new_empty(rows, 3), raw.new_empty(rows))
     tile = tile_of(raw)
     _statistics_kernel[(rows,)](
         raw_ptr=raw,
@@ -388,8 +410,8 @@ def gradients(
     head: LMHead,
     ref_head: LMHead | None,
     *,
-    norms: Tensor,  # (C, 2)
-    ref_norms: Tensor | None,  # (C, 2)
+    norms: Tensor,  # (C, 3)
+    ref_norms: Tensor | None,  # (C, 3)
     divergence: Tensor,  # (C,)
     score: Tensor,  # (C,)
     weight: Tensor,  # (C,)

@@ -3,16 +3,16 @@
     C rows, V vocabulary entries, D features; z (C, V) the model's logits, fp32 in registers (``kernels.product``)
     offset = z_y + 20                of each row, by a dot product before the GEMM
     E = exp(z − offset) · slope      (C, V), rounded to bf16, the only part that reaches memory
-    total = Σ_v exp(z_v − offset)    from the fp32 exponentials, before they are rounded
-    LSE = offset + log total         logp = z_y − LSE, in fp32: the logits themselves are never rounded
+    others = Σ_{v≠y} exp(z_v − offset), total = others + exp(z_y − offset)  from fp32 exponentials, before rounding
+    LSE = offset + log total         logp = −softplus(offset + log others − z_y), in fp32: logits are never rounded
 
 slope is ∂z/∂raw divided by its constant factor: 1, or softcap's 1 − tanh². The gradient of −logp by raw needs one more
-number and one corrected entry for each row (``fix_targets``). With r = exp(offset − LSE) and p_y = exp(logp):
+number and one corrected entry for each row (``fix_targets``). With r = exp(offset − LSE):
 
-    E_y ← (p_y − 1) · slope_y / r     then     r · E = (softmax − onehot) · slope
+    E_y ← −others / total · slope_y / r     then     r · E = (softmax − onehot) · slope
 
 so that dHidden = (c·r) ⊙ (E·W) and dWeight = Eᵀ·((c·r) ⊙ x) are plain GEMMs on the stored E. r includes the constant
-factor of ∂z/∂raw. The target's entry is a difference of fp32 numbers, rounded once: p − 1 of a likely target does not
+factor of ∂z/∂raw. The target's entry, p_y − 1, is made from the sum of the others: that of a likely target does not
 vanish.
 
 **Precision.** bf16 has fp32's exponents, so an offset that is off by many nats costs no digits: E is a bf16 rounding of
@@ -72,7 +72,7 @@ def _offset_kernel(
     weight_ptr,  # (V, D)
     target_ptr,  # (C,) int64
     bias_ptr,  # (V,) or unused
-    norms_ptr,  # (C, 2) fp32: its offset
+    norms_ptr,  # (C, 3) fp32: its offset
     V,
     D,
     x_row_stride,
@@ -102,7 +102,7 @@ def _offset_kernel(
         raw += tl.load(bias_ptr + target).to(tl.float32)
     z_target, _tanh = shaped(raw, factor, softcap, HAS_SOFTCAP)
     # 0 if the row has no target here: most heads have logits around 0.
-    tl.store(norms_ptr + 2 * row, tl.where(inside, z_target + above, 0.0))
+    tl.store(norms_ptr + 3 * row, tl.where(inside, z_target + above, 0.0))
 
 
 @triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr", "row_ptr", "target_logit_ptr"])
@@ -112,8 +112,8 @@ def _exponentials_kernel(
     out,  # (C, V), descriptor or pointer
     target_ptr,  # (C,) int64
     bias_ptr,  # (V,) or unused
-    norms_ptr,  # (C, 2) fp32: its offset
-    partial_ptr,  # (tiles along V, C) fp32, sums of exponentials: unless LISTED
+    norms_ptr,  # (C, 3) fp32: its offset
+    partial_ptr,  # (tiles along V, C) fp32, sums of exponentials but the target's: unless LISTED
     target_logit_ptr,  # (C,) fp32: unless LISTED
     row_ptr,  # (C,) int32, if LISTED: row indices, of which the first *count_ptr are valid
     count_ptr,  # (1,) int32
@@ -168,7 +168,7 @@ def _exponentials_kernel(
             BLOCK_K,
             GROUP,
         )
-        offset = tl.load(norms_ptr + 2 * rows)
+        offset = tl.load(norms_ptr + 3 * rows)
         target = load_targets(target_ptr, rows, V)
         total = tl.zeros([BLOCK_M], tl.float32)
         z_target = tl.zeros([BLOCK_M], tl.float32)
@@ -180,7 +180,7 @@ def _exponentials_kernel(
             e = tl.exp(z - offset[:, None])
             if not LISTED:
                 z_target += picked(z, cols, target)
-                total += tl.sum(e, axis=1)
+                total += tl.sum(tl.where(cols[None, :] == target[:, None], 0.0, e), axis=1)
             if HAS_SOFTCAP:
                 t = z / softcap
                 e -= e * t * t  # columns from V on become NaN and are not stored
@@ -198,9 +198,12 @@ def _exponentials_kernel(
 @triton.jit(do_not_specialize=["C", "num_partials"])
 def _sum_kernel(
     partial_ptr,  # (num_partials, C) fp32
-    norms_ptr,  # (C, 2) fp32: its total
+    target_ptr,  # (C,) int64
+    target_logit_ptr,  # (C,) fp32
+    norms_ptr,  # (C, 3) fp32: its total and others
     repair_ptr,  # (C,) int32, 1 where the total is out of range
     C,
+    V,
     num_partials,
     largest,
     smallest,
@@ -214,9 +217,14 @@ def _sum_kernel(
         partials = start + tl.arange(0, BLOCK_P)
         mask = (partials < num_partials)[:, None] & counted[None, :]
         total += tl.load(partial_ptr + partials.to(tl.int64)[:, None] * C + rows[None, :], mask=mask, other=0.0)
-    row_total = tl.sum(total, axis=0)
+    others = tl.sum(total, axis=0)
+    target = tl.load(target_ptr + rows, mask=counted, other=-1)
+    z = tl.load(target_logit_ptr + rows, mask=counted, other=0.0)
+    offset = tl.load(norms_ptr + 3 * rows, mask=counted, other=0.0)
+    row_total = others + tl.where((target >= 0) & (target < V), tl.exp(z - offset), 0.0)
     in_range = (row_total >= smallest) & (row_total <= largest)  # False for NaN
-    tl.store(norms_ptr + 2 * rows + 1, row_total, mask=counted)
+    tl.store(norms_ptr + 3 * rows + 1, row_total, mask=counted)
+    tl.store(norms_ptr + 3 * rows + 2, others, mask=counted)
     tl.store(repair_ptr + rows, tl.where(in_range, 0, 1), mask=counted)
 
 
@@ -237,7 +245,7 @@ def _target_kernel(
     out_ptr,  # (C, V)
     target_ptr,  # (C,) int64
     target_logit_ptr,  # (C,) fp32
-    norms_ptr,  # (C, 2) fp32
+    norms_ptr,  # (C, 3) fp32
     offset_ptr,  # (C,) fp32
     row_factor_ptr,  # (C,) fp32
     C,
@@ -254,13 +262,14 @@ def _target_kernel(
     counted = rows < C
     target = tl.load(target_ptr + rows, mask=counted, other=-1)
     z = tl.load(target_logit_ptr + rows, mask=counted, other=0.0)
-    top = tl.load(norms_ptr + 2 * rows, mask=counted, other=0.0)
-    total = tl.load(norms_ptr + 2 * rows + 1, mask=counted, other=1.0)
+    top = tl.load(norms_ptr + 3 * rows, mask=counted, other=0.0)
+    total = tl.load(norms_ptr + 3 * rows + 1, mask=counted, other=1.0)
+    others = tl.load(norms_ptr + 3 * rows + 2, mask=counted, other=0.0)
     offset = tl.load(offset_ptr + rows * offset_stride, mask=counted, other=0.0)
     # exp(offset − LSE); without vocab_shard, top is the offset. NaN must stay NaN.
     row_factor = tl.exp(offset - top) / total
     row_factor = tl.where(row_factor < smallest_factor, smallest_factor, row_factor)
-    entry = (tl.exp(z - top) / total - 1.0) / row_factor
+    entry = -others / total / row_factor
     if HAS_SOFTCAP:
         entry *= 1.0 - (z / softcap) * (z / softcap)
     inside = (target >= 0) & (target < V)
@@ -287,10 +296,10 @@ def _repair_tile(tile: GemmTile) -> GemmTile:
 def exponentials(
     x: Tensor, weight: Tensor, targets: Tensor, head: LMHead, out: Tensor, *, tile: GemmTile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill ``out`` (C, V) with E; return offset (C,), norms (C, 2) and target logits (C,), all fp32.
+    """Fill ``out`` (C, V) with E; return offset (C,), norms (C, 3) and target logits (C,), all fp32.
 
     ``x`` (C, D) and ``weight`` (V, D), the head's as a GEMM operand, are bf16 (or fp32), and so is ``out``,
-    whose row stride is free. Norms are (offset, total): like (top, total), they give log-softmax as
+    whose row stride is free. Norms are (offset, total, others): like those with a top, they give log-softmax as
     (z − norms[:, 0]) − log norms[:, 1]. Under a vocab_shard, the caller merges them over the ranks into a new tensor;
     ``offset``, a view of these norms, keeps the offsets of E. A target (C,) outside [0, V) belongs to another rank: its
     logit is 0. ``tile`` replaces the one from ``tiles``.
@@ -302,7 +311,7 @@ def exponentials(
             f"{(x.shape[0], weight.shape[0])} in one of {OPERAND_DTYPES}, entries of a row next to each other"
         )
     num_rows, vocab = out.shape
-    norms = torch.empty(num_rows, 2, dtype=torch.float32, device=x.device)
+    norms = torch.empty(num_rows, 3, dtype=torch.float32, device=x.device)
     target_logits = torch.zeros(num_rows, dtype=torch.float32, device=x.device)
     if num_rows == 0:
         return norms[:, 0], norms, target_logits
@@ -320,9 +329,10 @@ def exponentials(
 
     _choose_offsets(x, weight, targets, head, norms)
     _fill(x, weight, targets, head, out, norms, sums, target_logits, tile)
-    listed = _add_up(sums, norms)
+    listed = _add_up(sums, targets, target_logits, vocab, norms)
     statistics_kernels.reduce_tiles(x, weight, targets, head, statistics, target_logits, repair_tile, listed=listed)
-    statistics_kernels.merge(statistics, norms, None, listed)  # a repaired row's offset is its top
+    # A repaired row's offset is its top.
+    statistics_kernels.merge(statistics, targets, target_logits, vocab, norms, None, listed)
     _fill(x, weight, targets, head, out, norms, sums, target_logits, repair_tile, listed=listed)
     return norms[:, 0], norms, target_logits
 
@@ -332,7 +342,7 @@ def fix_targets(
 ) -> Tensor:
     """Write the targets' entries of E (C, V); return the row factor (C,) fp32.
 
-    After this, row factor × E is the gradient of −logp by raw. ``norms`` (C, 2) and ``target_logits`` (C,) are
+    After this, row factor × E is the gradient of −logp by raw. ``norms`` (C, 3) and ``target_logits`` (C,) are
     those of the full vocabulary, ``offset`` (C,) that of ``out``.
     """
     row_factor = torch.empty(len(out), dtype=torch.float32, device=out.device)
@@ -407,16 +417,21 @@ def _fill(
     )
 
 
-def _add_up(sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Write totals to norms[:, 1]; return the indices (C,) and the count (1,) of rows with a total out of range."""
+def _add_up(
+    sums: Tensor, targets: Tensor, target_logits: Tensor, vocab_size: int, norms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write totals and others to norms[:, 1:]; return the indices (C,) and the count (1,) of rows with a total out of range."""
     num_partials, num_rows = sums.shape
     repair, rows = torch.empty(2, num_rows, dtype=torch.int32, device=sums.device)
     count = torch.empty(1, dtype=torch.int32, device=sums.device)
     _sum_kernel[(triton.cdiv(num_rows, SUM_ROWS),)](
         partial_ptr=sums,
+        target_ptr=targets,
+        target_logit_ptr=target_logits,
         norms_ptr=norms,
         repair_ptr=repair,
         C=num_rows,
+        V=vocab_size,
         num_partials=num_partials,
         largest=LARGEST_TOTAL,
         smallest=1.0 / LARGEST_TOTAL,

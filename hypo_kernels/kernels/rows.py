@@ -2,8 +2,10 @@
 
     C rows of a chunk, V vocabulary entries, raw = h·Wᵀ (C, V) in fp32
     z = softcap(logit_scale · (raw + bias)) / temperature            the model's logits
-    top = max_v z_v        total = Σ_v exp(z_v − top)
+    top = max_v z_v        others = Σ_{v ≠ y} exp(z_v − top)        total = others + exp(z_y − top)
     U = scale · (exp(z − top) / total − onehot_y) · ∂z/∂raw           = scale · ∂(−log p_y)/∂raw
+
+U is −others / total at the target: a difference with 1 would lose a likely target's gradient.
 
 Each program processes one row. It reads the row once for the statistics (each lane has an online maximum and sum), and
 again for U. U overwrites the row. For a large vocabulary the second read comes from memory, too: the rows of all
@@ -29,7 +31,7 @@ SCALE_BLOCK = 8192  # entries per program
 @triton.jit
 def _target_logit(
     raw_ptr,  # start of the row
-    target_ptr,
+    target,
     bias_ptr,
     target_logit_ptr,
     row,
@@ -39,11 +41,12 @@ def _target_logit(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    target = tl.load(target_ptr + row)
+    """Return the row's logit at its target, −inf if another rank holds it, and store it, or 0."""
     inside = (target >= 0) & (target < V)
     entry = tl.where(inside, target, 0)
     z, _tanh = row_logits(tl.load(raw_ptr + entry), bias_ptr, entry, True, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
     tl.store(target_logit_ptr + row, tl.where(inside, z, 0.0))
+    return tl.where(inside, z, float("-inf"))
 
 
 @triton.jit
@@ -51,6 +54,7 @@ def _add_block(
     raw_ptr,  # start of the row
     bias_ptr,
     start,
+    target,
     top,  # (BLOCK_V,) fp32, each lane's
     total,
     V,
@@ -61,11 +65,13 @@ def _add_block(
     BLOCK_V: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Return (top, total) with the entries from ``start`` on."""
+    """Return (top, total) with the entries from ``start`` on, but the target."""
     cols = start + tl.arange(0, BLOCK_V)
     z, _ = block_logits(raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
+    counted = cols != target
     if MASKED:
-        z = tl.where(cols < V, z, float("-inf"))  # masked columns must not count
+        counted = counted & (cols < V)
+    z = tl.where(counted, z, float("-inf"))
     new_top = tl.maximum(top, z)
     return new_top, total * tl.exp(top - new_top) + tl.exp(z - new_top)
 
@@ -78,8 +84,8 @@ def _write_block(
     start,
     target,
     row_top,
+    others,
     peak,
-    slope,
     V,
     factor,
     softcap,
@@ -91,8 +97,7 @@ def _write_block(
     """Replace the logits from ``start`` on by their gradients."""
     cols = start + tl.arange(0, BLOCK_V)
     z, capped = block_logits(raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
-    # Subtract the one-hot in fp32, before rounding: p − 1 of a likely target would vanish.
-    grad = tl.exp(z - row_top) * peak - tl.where(cols == target, slope, 0.0)
+    grad = tl.where(cols == target, -others, tl.exp(z - row_top)) * peak
     if HAS_SOFTCAP:
         grad *= 1.0 - capped * capped
     # A narrower gradient is packed into the front of its row, over columns that every thread of the program must have
@@ -107,7 +112,7 @@ def _row_kernel(
     raw_ptr,  # (C, V) fp32, row pitch `raw_pitch`
     target_ptr,  # (C,) int64; outside [0, V) if another rank holds the target
     bias_ptr,  # (V,) or unused
-    norms_ptr,  # (C, 2) fp32, top and total: read if NORMS_ARE_KNOWN, else written
+    norms_ptr,  # (C, 3) fp32, top, total and others: read if NORMS_ARE_KNOWN, else written
     target_logit_ptr,  # (C,) fp32, 0 for a target beyond the vocabulary
     grad_ptr,  # (C, V) in the GEMM's dtype, row pitch `grad_pitch`, in the memory of raw_ptr
     V,
@@ -126,30 +131,35 @@ def _row_kernel(
     raw_ptr += row * raw_pitch
     grad_ptr += row * grad_pitch
     complete = V // BLOCK_V * BLOCK_V  # entries in blocks that need no mask
-    if WITH_GRADIENTS:  # first, because the gradients overwrite the row
-        _target_logit(raw_ptr, target_ptr, bias_ptr, target_logit_ptr, row, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+    target = tl.load(target_ptr + row)
+    # First, because the gradients overwrite the row.
+    z_target = _target_logit(
+        raw_ptr, target, bias_ptr, target_logit_ptr, row, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
     if NORMS_ARE_KNOWN:
-        row_top = tl.load(norms_ptr + 2 * row)
-        row_total = tl.load(norms_ptr + 2 * row + 1)
+        row_top = tl.load(norms_ptr + 3 * row)
+        row_total = tl.load(norms_ptr + 3 * row + 1)
+        others = tl.load(norms_ptr + 3 * row + 2)
     else:
         # Finite: a lane with only masked columns would compute inf − inf.
         top = tl.full([BLOCK_V], -1.0e38, tl.float32)
         total = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, complete, BLOCK_V):
             top, total = _add_block(
-                raw_ptr, bias_ptr, start, top, total, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, False
+                raw_ptr, bias_ptr, start, target, top, total, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, False
             )
         if complete < V:
             top, total = _add_block(
-                raw_ptr, bias_ptr, complete, top, total, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, True
+                raw_ptr, bias_ptr, complete, target, top, total, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, True
             )
-        row_top = tl.max(top, axis=0)
-        row_total = tl.sum(total * tl.exp(top - row_top), axis=0)
-        tl.store(norms_ptr + 2 * row, row_top)
-        tl.store(norms_ptr + 2 * row + 1, row_total)
+        row_top = tl.maximum(tl.max(top, axis=0), z_target)
+        others = tl.sum(total * tl.exp(top - row_top), axis=0)
+        row_total = others + tl.exp(z_target - row_top)
+        tl.store(norms_ptr + 3 * row, row_top)
+        tl.store(norms_ptr + 3 * row + 1, row_total)
+        tl.store(norms_ptr + 3 * row + 2, others)
 
     if WITH_GRADIENTS:
-        target = tl.load(target_ptr + row)
         peak = slope / row_total
         for start in range(0, complete, BLOCK_V):
             _write_block(
@@ -159,8 +169,8 @@ def _row_kernel(
                 start,
                 target,
                 row_top,
+                others,
                 peak,
-                slope,
                 V,
                 factor,
                 softcap,
@@ -177,8 +187,8 @@ def _row_kernel(
                 complete,
                 target,
                 row_top,
+                others,
                 peak,
-                slope,
                 V,
                 factor,
                 softcap,
@@ -187,8 +197,6 @@ def _row_kernel(
                 BLOCK_V,
                 True,
             )
-    else:
-        _target_logit(raw_ptr, target_ptr, bias_ptr, target_logit_ptr, row, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
 
 
 def scratch_bytes(num_rows: int, row_bytes: int) -> int:
@@ -197,7 +205,7 @@ def scratch_bytes(num_rows: int, row_bytes: int) -> int:
 
 
 def statistics(raw: Tensor, targets: Tensor, head: LMHead) -> RowStatistics:
-    """Return norms (C, 2) and target logit (C,) of raw logits (C, V), which stay unchanged."""
+    """Return norms (C, 3) and target logit (C,) of raw logits (C, V), which stay unchanged."""
     return _launch(raw, targets, head, norms=None, grad=None, scale=1.0)
 
 
@@ -206,7 +214,7 @@ def unit_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return (U, None, target's log-prob (C,)) with U = ``scale · ∂(−log p(target))/∂raw`` (C, V) in ``out_dtype``.
 
-    U overwrites ``raw``. With ``norms`` (C, 2) from an earlier pass, the statistics are not computed again. Under a
+    U overwrites ``raw``. With ``norms`` (C, 3) from an earlier pass, the statistics are not computed again. Under a
     vocabulary shard they are required, and the log-prob is valid only on the rank that holds the target.
     """
     unit = packed(raw, out_dtype)
@@ -247,7 +255,7 @@ def _launch(
     target_logits = torch.empty(rows, dtype=raw.dtype, device=raw.device)
     norms_are_known = norms is not None
     if norms is None:
-        norms = torch.empty(rows, 2, dtype=raw.dtype, device=raw.device)
+        norms = torch.empty(rows, 3, dtype=raw.dtype, device=raw.device)
     tile = tile_of(raw)
     _row_kernel[(rows,)](
         raw_ptr=raw,

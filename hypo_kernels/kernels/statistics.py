@@ -2,11 +2,14 @@
 
     C rows, V vocabulary entries, D features; z (C, V) the model's logits (``kernels.product``)
     top = max_v z_v      total = Σ_v exp(z_v − top)      moment = Σ_v exp(z_v − top)·(z_v − top)
-    logp = z_y − top − log total                         entropy = log total − moment / total
+    logp = −softplus(top + log others − z_y)             entropy = log total − moment / total
+
+others is the total without the target y. The GEMM leaves the target out of all of its statistics, and the kernel that
+merges them puts it back: the total less a likely target's term would be rounded to the size of that term.
 
 Each (BLOCK_M, BLOCK_N) tile of logits stays in registers and is reduced to a few numbers a row. A second, small kernel
 merges the partials of a row in a fixed order: there are no atomics, so that calls are bitwise reproducible. The norms
-of a row, top and total, are stored separately: their log-sum-exp would be rounded at the magnitude of the logits, and
+of a row are stored separately: their log-sum-exp would be rounded at the magnitude of the logits, and
 so would every probability.
 
 The target's logit comes from the same fp32 accumulators, so that a likely target's p exceeds 1 by no more than the
@@ -55,7 +58,7 @@ def _statistics_kernel(
     weight,  # (V, D), descriptor or pointer
     target_ptr,  # (C,) int64
     bias_ptr,  # (V,) or unused
-    partial_ptr,  # (2 or 3, tiles along V, C) fp32: top, total and moment
+    partial_ptr,  # (2 or 3, tiles along V, C) fp32: top, total and moment of a tile's entries but the target
     target_logit_ptr,  # (C,) fp32
     row_ptr,  # (C,) int32, if LISTED: row indices, of which the first *count_ptr are valid
     count_ptr,  # (1,) int32
@@ -124,7 +127,7 @@ def _statistics_kernel(
             # Finite: a tile with only −inf (columns from V on, or by the bias) would compute inf − inf.
             part_top = tl.maximum(tl.max(z, axis=1), -1.0e38)
             below = z - part_top[:, None]
-            e = tl.exp(below)
+            e = tl.where(cols[None, :] == target[:, None], 0.0, tl.exp(below))
             part_total = tl.sum(e, axis=1)
             part_moment = part_total
             if WITH_MOMENT:
@@ -144,11 +147,14 @@ def _statistics_kernel(
 @triton.jit(do_not_specialize=["C", "num_partials"], do_not_specialize_on_alignment=["row_ptr"])
 def _merge_kernel(
     partial_ptr,  # (2 or 3, num_partials, C) fp32
-    norms_ptr,  # (C, 2) fp32
+    target_ptr,  # (C,) int64
+    target_logit_ptr,  # (C,) fp32
+    norms_ptr,  # (C, 3) fp32
     moment_ptr,  # (C,) fp32 or unused
     row_ptr,  # (C,) int32, if LISTED: the row that each partial belongs to
     count_ptr,  # (1,) int32
     C,
+    V,
     num_partials,
     WITH_MOMENT: tl.constexpr,
     LISTED: tl.constexpr,
@@ -175,16 +181,25 @@ def _merge_kernel(
         if WITH_MOMENT:
             new_moment = tl.load(ptrs + 2 * stat_stride, mask=mask, other=0.0)
         top, total, moment = _merged(top, total, moment, new_top, new_total, new_moment, WITH_MOMENT)
-    row_top = tl.max(top, axis=0)
-    shift = top - row_top[None, :]
-    row_total = tl.sum(total * tl.exp(shift), axis=0)
     rows = places
     if LISTED:
         rows = tl.load(row_ptr + places, mask=counted, other=0)
-    tl.store(norms_ptr + 2 * rows.to(tl.int64), row_top, mask=counted)
-    tl.store(norms_ptr + 2 * rows.to(tl.int64) + 1, row_total, mask=counted)
+    target = tl.load(target_ptr + rows, mask=counted, other=-1)
+    z_target = tl.load(target_logit_ptr + rows, mask=counted, other=0.0)
+    z_target = tl.where((target >= 0) & (target < V), z_target, float("-inf"))
+    row_top = tl.maximum(tl.max(top, axis=0), z_target)
+    shift = top - row_top[None, :]
+    others = tl.sum(total * tl.exp(shift), axis=0)
+    below = z_target - row_top
+    at_target = tl.exp(below)
+    norms_ptrs = norms_ptr + 3 * rows.to(tl.int64)
+    tl.store(norms_ptrs, row_top, mask=counted)
+    tl.store(norms_ptrs + 1, others + at_target, mask=counted)
+    tl.store(norms_ptrs + 2, others, mask=counted)
     if WITH_MOMENT:
         row_moment = tl.sum(tl.exp(shift) * (moment + total * shift), axis=0)
+        # For a target at −inf, 0 · (−inf) would be NaN.
+        row_moment += at_target * tl.maximum(below, -1.0e38)
         tl.store(moment_ptr + rows, row_moment, mask=counted)
 
 
@@ -202,14 +217,14 @@ def statistics(
     with_moment: bool = False,
     tile: GemmTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return norms (C, 2), target logits (C,) and moment (C,) or None of the logits of ``x`` (C, D), all fp32.
+    """Return norms (C, 3), target logits (C,) and moment (C,) or None of the logits of ``x`` (C, D), all fp32.
 
     ``weight`` (V, D) is the head's as a GEMM operand, of the dtype of ``x``: bf16, fp16 or fp32 (multiplied in full
     precision). A target (C,) outside [0, V) belongs to another rank: its logit is 0. ``tile`` replaces the one
     from ``tiles``.
     """
     gemm_kernels.check_operands(x, weight, targets, OPERAND_DTYPES)
-    norms = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
+    norms = torch.empty(len(x), 3, dtype=torch.float32, device=x.device)
     target_logits = torch.zeros(len(x), dtype=torch.float32, device=x.device)
     moment = torch.empty_like(target_logits) if with_moment else None
     if len(x) == 0:
@@ -224,7 +239,7 @@ def statistics(
     shape = (3 if with_moment else 2, triton.cdiv(weight.shape[0], tile.BLOCK_N), len(x))
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     reduce_tiles(x, weight, targets, head, partials, target_logits, tile, with_moment=with_moment)
-    merge(partials, norms, moment)
+    merge(partials, targets, target_logits, weight.shape[0], norms, moment)
     return norms, target_logits, moment
 
 
@@ -261,16 +276,27 @@ def reduce_tiles(
     )
 
 
-def merge(partials: Tensor, norms: Tensor, moment: Tensor | None, listed: tuple[Tensor, Tensor] | None = None) -> None:
-    """Compute norms (C, 2) and moment (C,) from partials (2 or 3, P, C)."""
+def merge(
+    partials: Tensor,
+    targets: Tensor,
+    target_logits: Tensor,
+    vocab_size: int,
+    norms: Tensor,
+    moment: Tensor | None,
+    listed: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Compute norms (C, 3) and moment (C,) from partials (2 or 3, P, C) and the targets, which these leave out."""
     rows, count = listed if listed is not None else (None, None)
     _merge_kernel[(triton.cdiv(partials.shape[2], MERGE_ROWS),)](
         partial_ptr=partials,
+        target_ptr=targets,
+        target_logit_ptr=target_logits,
         norms_ptr=norms,
         moment_ptr=moment,
         row_ptr=rows,
         count_ptr=count,
         C=partials.shape[2],
+        V=vocab_size,
         num_partials=partials.shape[1],
         WITH_MOMENT=moment is not None,
         LISTED=listed is not None,

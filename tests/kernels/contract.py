@@ -128,6 +128,7 @@ def random_batch(
     with_ref_hidden: bool = False,
     cheap_reference: bool = False,
     staleness: float | None = None,
+    lead: float | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Batch:
@@ -136,7 +137,7 @@ def random_batch(
     The reference log-probs are the policy's plus noise, so that no coefficient saturates; a
     ``cheap_reference`` is noise alone and spares a batch with large logits the pass over them. With a ``staleness``
     the samples are another policy's, whose log-probs of tokens are this one's plus noise of that size; what no one
-    may read of them is NaN.
+    may read of them is NaN. With a ``lead`` all targets are one token, whose logit is ``lead`` above the others'.
     """
     gen = torch.Generator().manual_seed(seed)
     num_rows = sum(lengths)
@@ -148,6 +149,9 @@ def random_batch(
     if offset:
         hidden[:, 0], weight[:, 0] = 1.0, offset
     targets = torch.randint(vocab, (num_rows,), generator=gen)
+    if lead is not None:
+        hidden[:, 0], weight[:, 0] = 1.0, 0.0
+        targets[:], weight[vocab // 2], weight[vocab // 2, 0] = vocab // 2, 0.0, lead
     targets[torch.rand(num_rows, generator=gen) < ignored] = -100
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     for i in ignored_sequences:
@@ -179,10 +183,12 @@ def plain_logps(batch: Batch, *, of_reference: bool = False) -> Tensor:
 
 
 def plain_token_logps(batch: Batch, *, of_reference: bool = False) -> Tensor:
-    """Return token log-probs (T,), 0 at ignored rows."""
+    """Return token log-probs (T,), 0 at ignored rows, from the sum of the other tokens: exact for likely targets."""
     logp = plain_distributions(batch, of_reference=of_reference)
     targets = batch.targets.to(logp.device)
-    return logp.gather(1, targets.clamp_min(0)[:, None]).squeeze(1).masked_fill(targets == -100, 0.0)
+    index = targets.clamp_min(0)[:, None]
+    log_odds = logp.gather(1, index).squeeze(1) - logp.scatter(1, index, -1e30).logsumexp(dim=1)
+    return F.logsigmoid(log_odds).masked_fill(targets == -100, 0.0)
 
 
 def _sums(batch: Batch, rows: Tensor) -> Tensor:

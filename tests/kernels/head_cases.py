@@ -46,6 +46,11 @@ class Case:
         index = self.targets.clamp(0, len(self.weight) - 1)[:, None]
         return z.gather(1, index).squeeze(1).masked_fill(~self.inside, 0.0)
 
+    def others(self, z: Tensor) -> Tensor:
+        """Return ``z`` (C, V) with −inf at the targets."""
+        at_target = torch.arange(z.shape[1], device=z.device) == self.targets[:, None]
+        return z.masked_fill(at_target, float("-inf"))
+
     def results(self) -> dict[str, Tensor]:
         """Return what plain torch computes at the dtype of the inputs.
 
@@ -61,6 +66,7 @@ class Case:
         return {
             "lse": lse.detach(),
             "target logit": self.pick(z),
+            "lse of the others": self.others(z).logsumexp(-1),
             "entropy": -torch.xlogy(p, p).sum(-1),
             "gradient": gradient,
         }

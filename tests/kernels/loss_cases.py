@@ -48,6 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "length penalty": {"lengths": [5, 9, 3, 7], "length_penalty": 0.3, "vocab": 67},
     "label smoothing": {**PAIR, "label_smoothing": 0.2, "vocab": 67},
     "IPO": {**BOTH, "preference": "ipo", "vocab": 67},
+    # p = 1 − 9e-10: a softmax in fp32 has p = 1, and no gradient.
+    "confident targets": {**BOTH, "lead": 25.0, "spread": 0.3, "vocab": 64},
     "bias": {**BOTH, "with_bias": True, "vocab": 67},
     # Logits of ±6 under a cap of 5: well into tanh's bend.
     "softcap": {**BOTH, "logit_softcap": 5.0, "spread": 6.0, "vocab": 67},

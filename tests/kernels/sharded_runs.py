@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "logits far apart": {"spread": 60.0},
     "samples of another policy": {"staleness": 1.0, **FULL_HEAD},
 }  # fmt: skip
+CERTAIN: dict[str, Any] = {"lead": 25.0, "spread": 0.3}
 TENSORS_OF_THE_VOCABULARY = ("ref_lm_head_weight", "ref_bias")
 
 
@@ -121,6 +122,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             batch = random_batch(**BOTH, **case, device=CPU)
             results[f"{impl} {name}"] = loss_run(batch, impl, shard)
         results[f"{impl} tokens"] = token_run(random_batch(**BOTH, device=CPU), impl, shard)
+        results[f"{impl} certain tokens"] = token_run(random_batch(**BOTH, **CERTAIN, device=CPU), impl, shard)
     for inside in (True, False):
         results[f"fsdp {inside}"] = fsdp_run(rank, inside=inside)
     torch.save(results, folder / f"{rank}.pt")

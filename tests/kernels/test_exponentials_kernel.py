@@ -52,7 +52,12 @@ def assert_exact(case: Case, tile: GemmTile | None) -> tuple[Tensor, Tensor]:
     """Returns (offset, norms)."""
     buffer, out, offset, norms, target_logits, row_factor = run(case, tile)
     exact, eager = case.to(torch.float64).results(), case.eager_runs()
-    got = {"lse": norms[:, 0] + norms[:, 1].log(), "target logit": target_logits}
+    top, total, others = norms.unbind(1)
+    got = {
+        "lse": top + total.log(),
+        "target logit": target_logits,
+        "lse of the others": top + others.log(),
+    }
     for name, value in got.items():
         assert_close(name, value, [run[name] for run in eager], exact[name], torch.float32, case.size())
     rounded = [run["gradient"].to(out.dtype) for run in eager]
@@ -167,7 +172,8 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(gap: float, device: torch.
     # Any common reference will do: here the largest log-sum-exp.
     sums = torch.stack([norms[:, 0] + norms[:, 1].log() for *_, norms, _ in parts])
     top = sums.amax(0)
-    norms = torch.stack([top, (sums - top).exp().sum(0)], dim=1)
+    others = sum(norms[:, 2] * (norms[:, 0] - top).exp() for *_, norms, _ in parts)
+    norms = torch.stack([top, (sums - top).exp().sum(0), others], dim=1)
     assert tops.isfinite().all()
     gradients = []
     for shard, out, offset, _, _ in parts:
@@ -203,7 +209,7 @@ def test_no_rows_are_no_work(device: torch.device) -> None:
     empty = replace(case, x=case.x[:0], targets=case.targets[:0])
     _, out, offset, norms, target_logits, row_factor = run(empty, POINTERS)
     assert out.shape == (0, 50)
-    assert norms.shape == (0, 2)
+    assert norms.shape == (0, 3)
     assert offset.shape == target_logits.shape == row_factor.shape == (0,)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from contract import (
     FUSED,
     IMPLS,
+    NO_TRITON,
     ROWS,
     Batch,
     assert_close,
@@ -25,7 +26,10 @@ from torch import Tensor
 from hypo_kernels import sequence_logprobs, token_logprobs
 
 # Columns beyond the vocabulary, where the interpreter's exp may overflow, are masked when they are stored.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning"),
+]
 
 RAGGED: dict[str, Any] = {"lengths": [5, 9, 3, 7], "vocab": 67}
 CASES: dict[str, dict[str, Any]] = {
@@ -37,6 +41,18 @@ CASES: dict[str, dict[str, Any]] = {
     "one token": {"lengths": [1], "vocab": 67, "ignored": 0.0},
     "the whole head": {**RAGGED, "with_bias": True, "logit_softcap": 5.0, "logit_scale": 1.5, "temperature": 0.8},
 }
+# A softmax in fp32 gives p = 1 from a lead of 17 on. The others' logits spread little: the lead decides.
+CONFIDENT: dict[str, dict[str, Any]] = {
+    f"a lead of {lead} in {vocab}": {
+        "lengths": [5, 2] if vocab == 64 else [2, 1], "vocab": vocab, "lead": lead, "spread": 0.3,
+        "ignored": 0.3 if vocab == 64 else 0.0,
+    }
+    for vocab in (64, 50257) for lead in (10.0, 18.0, 25.0, 60.0)
+}  # fmt: skip
+CONFIDENT["a lead of 25 under a whole head"] = {
+    **CONFIDENT["a lead of 25.0 in 64"], "with_bias": True, "logit_softcap": 40.0, "logit_scale": 1.5,
+    "temperature": 1.1,
+}  # fmt: skip
 HEAD = ("logit_softcap", "logit_scale", "temperature")
 
 
@@ -81,19 +97,67 @@ def test_token_logprobs_are_within_the_contract(
 ) -> None:
     if budget != "whole" and case == "vocabulary of 50257":
         pytest.skip("products over 50257 terms are compared at eager's own shapes, hence whole")
-    batch = logps_batch(dtype, device, **CASES[case])
-    gen = torch.Generator().manual_seed(3)
-    upstream = torch.randn(len(batch.targets), generator=gen, dtype=torch.float64).to(device)
     # 67 fp64 logits, four scratch copies of them, and panels of the head: some ten thousand bytes
     options = {} if budget == "whole" else {"max_chunk_bytes": 20_000}
+    assert_rows_contract(logps_batch(dtype, device, **CASES[case]), impl, **options)
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "case"),
+    [
+        *crossed(
+            variants(torch.float32, torch.bfloat16, torch.float64, impls=IMPLS),
+            CONFIDENT,
+            lambda impl, dtype, case: dtype == torch.float32 or "25" in case,
+        ),
+        *crossed(
+            variants(torch.bfloat16, impls=[pytest.param("triton-epilogue", marks=NO_TRITON)]),
+            CONFIDENT,
+            lambda impl, dtype, case: True,
+        ),
+    ],
+)
+def test_nearly_certain_tokens_are_within_the_contract(
+    impl: str, dtype: torch.dtype, case: str, device: torch.device
+) -> None:
+    """The value and the gradient, which a softmax that is rounded at 1 would lose."""
+    assert_rows_contract(logps_batch(dtype, device, **CONFIDENT[case]), impl)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_nearly_certain_tokens_stay_exact_beside_entropies(impl: str, device: torch.device) -> None:
+    """Entropies bring other statistics and another row step."""
+    batch = logps_batch(torch.float32, device, **CONFIDENT["a lead of 25.0 in 64"])
+    assert_rows_contract(batch, impl, return_entropy=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_lead_of_25_leaves_its_gradient(impl: str, device: torch.device) -> None:
+    """With V = 64, log p = −63·exp(−25), and the derivative by the target's logit is −expm1(log p)."""
+    weight = torch.zeros(64, 2, device=device)
+    weight[5, 0] = 25.0
+    hidden = torch.tensor([[1.0, 0.0]], device=device, requires_grad=True)
+    rows = token_logprobs(hidden, weight, torch.tensor([5]), impl=impl)
+    rows.sum().backward()
+    assert hidden.grad is not None
+    assert rows.item() == pytest.approx(-8.749e-10, rel=1e-4)
+    assert hidden.grad[0, 0].item() == pytest.approx(25 * 8.749e-10, rel=1e-4)
+
+
+def assert_rows_contract(batch: Batch, impl: str, **options: Any) -> None:
+    """Check log-probs and gradients of ``token_logprobs(..., **options)`` against the contract."""
+    dtype, device = batch.hidden.dtype, batch.hidden.device
+    gen = torch.Generator().manual_seed(3)
+    upstream = torch.randn(len(batch.targets), generator=gen, dtype=torch.float64).to(device)
     exact_batch, kernel_batch = batch.to(torch.float64), batch.to(dtype)
     exact = results(exact_batch, plain_rows(exact_batch), upstream)
     eager = in_orders(batch, lambda run, order: results(run, plain_rows(run), take(upstream, "t", order)), ROWS)
-    kernel = results(kernel_batch, fused_rows(kernel_batch, impl, **options), upstream)
+    found = fused_rows(kernel_batch, impl, **options)
+    kernel = results(kernel_batch, found[0] if options.get("return_entropy") else found, upstream)
     assert kernel["logps"].dtype == torch.promote_types(dtype, torch.float32)
     for name, value in exact.items():
         if dtype == torch.float64:
-            torch.testing.assert_close(kernel[name], value)
+            torch.testing.assert_close(kernel[name], value, rtol=1e-7, atol=1e-7 * float(value.abs().max()))
         else:
             assert_close(name, kernel[name], [run[name] for run in eager], value, dtype)
 

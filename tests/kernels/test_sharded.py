@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from contract import NO_TRITON, random_batch
-from sharded_runs import BOTH, CASES, CPU, VOCAB, Model, loss_run, token_run
+from sharded_runs import BOTH, CASES, CERTAIN, CPU, VOCAB, Model, loss_run, token_run
 
 from hypo_kernels import TargetLayout, VocabShard, token_logprobs
 from hypo_kernels.chunked_head import ChunkedLMHead
@@ -77,6 +77,17 @@ def test_token_log_probs_and_entropies_of_a_sharded_head(impl: str, ranks: list[
     got = together(ranks, f"{impl} tokens")
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nearly_certain_tokens_of_a_sharded_head_are_exact(impl: str, ranks: list[dict[str, Any]]) -> None:
+    """One rank holds the target, and both hold some of what its probability lacks."""
+    exact = token_run(random_batch(**BOTH, **CERTAIN, device=CPU).to(torch.float64), "reference", None)
+    got = together(ranks, f"{impl} certain tokens")
+    for name in ("logps", "sums", "gradient of hidden", "gradient of weight"):
+        largest = float(exact[name].abs().max())
+        assert 0 < largest < 1e-5
+        torch.testing.assert_close(got[name].double(), exact[name], rtol=1e-5, atol=1e-6 * largest)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside forward", "as a DTensor outside of it"])

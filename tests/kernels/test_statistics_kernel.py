@@ -38,10 +38,11 @@ def assert_exact(case: Case, tile: GemmTile | None) -> None:
     norms, target_logits, moment = statistics_kernels.statistics(
         case.x, case.weight, case.targets, case.head, with_moment=True, tile=tile
     )
-    top, total = norms.unbind(1)
+    top, total, others = norms.unbind(1)
     got = {
         "lse": top + total.log(),
         "target logit": target_logits,
+        "lse of the others": top + others.log(),
         "entropy": total.log() - moment / total,
     }
     exact, eager = case.to(torch.float64).results(), case.eager_runs()
@@ -132,7 +133,7 @@ def test_no_rows_are_no_work(device: torch.device) -> None:
     norms, target_logits, moment = statistics_kernels.statistics(
         case.x[:0], case.weight, case.targets[:0], case.head, with_moment=True
     )
-    assert norms.shape == (0, 2)
+    assert norms.shape == (0, 3)
     assert target_logits.shape == moment.shape == (0,)
 
 
