@@ -118,13 +118,9 @@ def variants(capability: int) -> Iterator[Variant]:
     blocks = {"BLOCK_C": exponentials_kernels.SUM_ROWS, "BLOCK_P": exponentials_kernels.SUM_PARTIALS}
     yield Variant(exponentials_kernels._sum_kernel, "sum", "fp32", blocks, 4)
     yield Variant(exponentials_kernels._list_kernel, "list", "fp32", {"BLOCK_C": exponentials_kernels.LIST_BLOCK}, 4)
-    yield Variant(
-        exponentials_kernels._offset_kernel,
-        "offset",
-        "bf16",
-        {**everything, "BLOCK_D": exponentials_kernels.OFFSET_BLOCK},
-        4,
-    )
+    for with_offset in (False, True):
+        constants = {**everything, "WITH_OFFSET": with_offset, "BLOCK_D": statistics_kernels.TARGET_BLOCK}
+        yield Variant(statistics_kernels._target_logit_kernel, "target logit", "bf16", constants, 4)
     yield Variant(
         exponentials_kernels._target_kernel,
         "target",
@@ -236,6 +232,8 @@ def _type(name: str, variant: Variant) -> str:
     if name == "ref_bias_ptr":
         return f"*{variant.dtype}" if variant.constants["REF_HAS_BIAS"] else "constexpr"
     if name.startswith("ref_") and name.endswith("_ptr") and not variant.constants["HAS_REF"]:
+        return "constexpr"
+    if name == "norms_ptr" and not variant.constants.get("WITH_OFFSET", True):
         return "constexpr"
     if name == "moment_ptr" and not variant.constants.get("WITH_MOMENT", True):
         return "constexpr"

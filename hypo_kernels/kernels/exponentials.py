@@ -44,10 +44,9 @@ from torch import Tensor
 from hypo_kernels.head import LMHead
 from hypo_kernels.kernels import product as gemm_kernels
 from hypo_kernels.kernels import statistics as statistics_kernels
-from hypo_kernels.kernels.head import capability, head_arguments, shaped, tile_logits
+from hypo_kernels.kernels.head import capability, head_arguments, tile_logits
 from hypo_kernels.kernels.product import (
     load_targets,
-    picked,
     quarters,
     take_tile,
 )
@@ -61,51 +60,11 @@ LARGEST_TOTAL = 2.0**40  # the smallest is its reciprocal
 SMALLEST_FACTOR = 2.0**-80
 SUM_ROWS, SUM_PARTIALS = 16, 64
 LIST_BLOCK = 1024
-OFFSET_BLOCK = 1024
 TARGET_BLOCK = 128
 
 
 # As in ``statistics``: numbers of rows, and alignments that depend on them, must not compile kernels of their own.
-@triton.jit(do_not_specialize_on_alignment=["target_ptr"])
-def _offset_kernel(
-    x_ptr,  # (C, D)
-    weight_ptr,  # (V, D)
-    target_ptr,  # (C,) int64
-    bias_ptr,  # (V,) or unused
-    norms_ptr,  # (C, 3) fp32: its offset
-    V,
-    D,
-    x_row_stride,
-    x_stride,
-    weight_row_stride,
-    weight_stride,
-    factor,
-    softcap,
-    above,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + row)
-    inside = (target >= 0) & (target < V)
-    target = tl.where(inside, target, 0)
-    products = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        features = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        mask = features < D
-        a = tl.load(x_ptr + row * x_row_stride + features * x_stride, mask=mask, other=0.0)
-        b = tl.load(weight_ptr + target * weight_row_stride + features * weight_stride, mask=mask, other=0.0)
-        products += a.to(tl.float32) * b.to(tl.float32)
-    raw = tl.sum(products, axis=0)
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + target).to(tl.float32)
-    z_target, _tanh = shaped(raw, factor, softcap, HAS_SOFTCAP)
-    # 0 if the row has no target here: most heads have logits around 0.
-    tl.store(norms_ptr + 3 * row, tl.where(inside, z_target + above, 0.0))
-
-
-@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr", "row_ptr", "target_logit_ptr"])
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr", "row_ptr"])
 def _exponentials_kernel(
     x,  # (C, D), descriptor or pointer
     weight,  # (V, D), descriptor or pointer
@@ -114,7 +73,6 @@ def _exponentials_kernel(
     bias_ptr,  # (V,) or unused
     norms_ptr,  # (C, 3) fp32: its offset
     partial_ptr,  # (tiles along V, C) fp32, sums of exponentials but the target's: unless LISTED
-    target_logit_ptr,  # (C,) fp32: unless LISTED
     row_ptr,  # (C,) int32, if LISTED: row indices, of which the first *count_ptr are valid
     count_ptr,  # (1,) int32
     C,
@@ -171,31 +129,29 @@ def _exponentials_kernel(
         offset = tl.load(norms_ptr + 3 * rows)
         target = load_targets(target_ptr, rows, V)
         total = tl.zeros([BLOCK_M], tl.float32)
-        z_target = tl.zeros([BLOCK_M], tl.float32)
         parts = quarters(raw)
         for i in tl.static_range(4):
             first = n * BLOCK_N + i * (BLOCK_N // 4)
             cols = first + tl.arange(0, BLOCK_N // 4)
             z = tile_logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
+            # The entry of a target is written by fix_targets.
+            z = tl.where(cols[None, :] == target[:, None], float("-inf"), z)
             e = tl.exp(z - offset[:, None])
             if not LISTED:
-                z_target += picked(z, cols, target)
-                total += tl.sum(tl.where(cols[None, :] == target[:, None], 0.0, e), axis=1)
+                total += tl.sum(e, axis=1)
             if HAS_SOFTCAP:
                 t = z / softcap
-                e -= e * t * t  # columns from V on become NaN and are not stored
+                e -= e * t * t  # NaN at targets and, not stored, from V on
             if DESCRIPTORS:
                 out.store([m * BLOCK_M, first], e.to(out.dtype))
             else:
                 ptrs = out + rows.to(tl.int64)[:, None] * out_row_stride + cols[None, :]
                 tl.store(ptrs, e.to(out.dtype.element_ty), mask=counted[:, None] & (cols < V)[None, :])
         if not LISTED:
-            in_tile = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
-            tl.store(target_logit_ptr + rows, z_target, mask=counted & in_tile)
             tl.store(partial_ptr + n.to(tl.int64) * C + places, total, mask=counted)
 
 
-@triton.jit(do_not_specialize=["C", "num_partials"])
+@triton.jit(do_not_specialize=["C", "num_partials"], do_not_specialize_on_alignment=["target_ptr"])
 def _sum_kernel(
     partial_ptr,  # (num_partials, C) fp32
     target_ptr,  # (C,) int64
@@ -312,9 +268,8 @@ def exponentials(
         )
     num_rows, vocab = out.shape
     norms = torch.empty(num_rows, 3, dtype=torch.float32, device=x.device)
-    target_logits = torch.zeros(num_rows, dtype=torch.float32, device=x.device)
     if num_rows == 0:
-        return norms[:, 0], norms, target_logits
+        return norms[:, 0], norms, norms[:, 0]
     tile = tile or gemm_tile(
         "exponentials",
         capability(x.device),
@@ -327,13 +282,13 @@ def exponentials(
     scratch = torch.empty(max(map(math.prod, shapes)), dtype=torch.float32, device=x.device)
     sums, statistics = (scratch[: math.prod(shape)].view(shape) for shape in shapes)
 
-    _choose_offsets(x, weight, targets, head, norms)
-    _fill(x, weight, targets, head, out, norms, sums, target_logits, tile)
+    target_logits = statistics_kernels.target_logits(x, weight, targets, head, norms, OFFSET_ABOVE_TARGET)
+    _fill(x, weight, targets, head, out, norms, sums, tile)
     listed = _add_up(sums, targets, target_logits, vocab, norms)
-    statistics_kernels.reduce_tiles(x, weight, targets, head, statistics, target_logits, repair_tile, listed=listed)
+    statistics_kernels.reduce_tiles(x, weight, targets, head, statistics, repair_tile, listed=listed)
     # A repaired row's offset is its top.
     statistics_kernels.merge(statistics, targets, target_logits, vocab, norms, None, listed)
-    _fill(x, weight, targets, head, out, norms, sums, target_logits, repair_tile, listed=listed)
+    _fill(x, weight, targets, head, out, norms, sums, repair_tile, listed=listed)
     return norms[:, 0], norms, target_logits
 
 
@@ -368,24 +323,6 @@ def fix_targets(
     return row_factor
 
 
-def _choose_offsets(x: Tensor, weight: Tensor, targets: Tensor, head: LMHead, norms: Tensor) -> None:
-    _offset_kernel[(len(x),)](
-        x_ptr=x,
-        weight_ptr=weight,
-        target_ptr=targets,
-        norms_ptr=norms,
-        V=weight.shape[0],
-        D=x.shape[1],
-        x_row_stride=x.stride(0),
-        x_stride=x.stride(1),
-        weight_row_stride=weight.stride(0),
-        weight_stride=weight.stride(1),
-        above=OFFSET_ABOVE_TARGET,
-        BLOCK_D=OFFSET_BLOCK,
-        **head_arguments(head),
-    )
-
-
 def _fill(
     x: Tensor,
     weight: Tensor,
@@ -394,12 +331,11 @@ def _fill(
     out: Tensor,
     norms: Tensor,
     sums: Tensor,
-    target_logits: Tensor,
     tile: GemmTile,
     *,
     listed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Compute E with the offsets norms[:, 0]; without ``listed``, also sums (tiles along V, C) and target logits."""
+    """Compute E with the offsets norms[:, 0]; without ``listed``, also sums (tiles along V, C) without the targets."""
     rows, count = listed if listed is not None else (None, None)
     num_tiles = triton.cdiv(out.shape[0], tile.BLOCK_M) * triton.cdiv(out.shape[1], tile.BLOCK_N)
     _exponentials_kernel[(gemm_kernels.num_programs(x.device, num_tiles),)](
@@ -407,7 +343,6 @@ def _fill(
         target_ptr=targets,
         norms_ptr=norms,
         partial_ptr=sums,
-        target_logit_ptr=target_logits,
         row_ptr=rows,
         count_ptr=count,
         out_row_stride=out.stride(0),
@@ -420,7 +355,10 @@ def _fill(
 def _add_up(
     sums: Tensor, targets: Tensor, target_logits: Tensor, vocab_size: int, norms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write totals and others to norms[:, 1:]; return the indices (C,) and the count (1,) of rows with a total out of range."""
+    """Write totals and others to norms[:, 1:]; list the rows with a total out of range.
+
+    Returns the rows' indices (C,) and their count (1,).
+    """
     num_partials, num_rows = sums.shape
     repair, rows = torch.empty(2, num_rows, dtype=torch.int32, device=sums.device)
     count = torch.empty(1, dtype=torch.int32, device=sums.device)

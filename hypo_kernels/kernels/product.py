@@ -167,16 +167,6 @@ def load_targets(target_ptr, rows, V):
     return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 
-@triton.jit
-def picked(z, cols, target):
-    """Return each row's logit at its target (BLOCK_M,), fp32; 0 unless the target is one of ``cols``.
-
-    Columns are compared by their index in the vocabulary. Comparing indices in the tile, which are the same for every
-    tile, would make the compiler keep them in registers, and spill.
-    """
-    return tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
-
-
 def is_shaped(head: LMHead) -> bool:
     """Return whether the head has a bias or a softcap, so that logits are not a multiple of the product."""
     return head.bias is not None or head.logit_softcap is not None

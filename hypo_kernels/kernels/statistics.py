@@ -12,8 +12,9 @@ merges the partials of a row in a fixed order: there are no atomics, so that cal
 of a row are stored separately: their log-sum-exp would be rounded at the magnitude of the logits, and
 so would every probability.
 
-The target's logit comes from the same fp32 accumulators, so that a likely target's p exceeds 1 by no more than the
-rounding of one exponential. Exactly one tile of a row holds it, and writes it.
+The target's logit is a dot product in fp32, by a kernel of its own. To pick it from the GEMM's accumulators, and to
+leave it out of the sums, takes more registers than there are. The log-prob, made from the sum of the others, does not
+exceed 0, however the two products round.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ from torch import Tensor
 
 from hypo_kernels.head import LMHead
 from hypo_kernels.kernels import product as gemm_kernels
-from hypo_kernels.kernels.head import capability, head_arguments, tile_logits
+from hypo_kernels.kernels.head import capability, head_arguments, shaped, tile_logits
 from hypo_kernels.kernels.product import (
     load_targets,
-    picked,
     quarters,
     take_tile,
 )
@@ -37,6 +37,50 @@ from hypo_kernels.kernels.tiles import GemmTile, gemm_tile
 OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Block sizes of the merge kernel: rows, and partials of each row.
 MERGE_ROWS, MERGE_PARTIALS = 16, 64
+TARGET_BLOCK = 1024  # features
+
+
+@triton.jit(do_not_specialize_on_alignment=["target_ptr"])
+def _target_logit_kernel(
+    x_ptr,  # (C, D)
+    weight_ptr,  # (V, D)
+    target_ptr,  # (C,) int64
+    bias_ptr,  # (V,) or unused
+    target_logit_ptr,  # (C,) fp32
+    norms_ptr,  # (C, 3) fp32: its offset, if WITH_OFFSET
+    V,
+    D,
+    x_row_stride,
+    x_stride,
+    weight_row_stride,
+    weight_stride,
+    factor,
+    softcap,
+    above,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_OFFSET: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    inside = (target >= 0) & (target < V)
+    target = tl.where(inside, target, 0)
+    products = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        features = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        mask = features < D
+        a = tl.load(x_ptr + row * x_row_stride + features * x_stride, mask=mask, other=0.0)
+        b = tl.load(weight_ptr + target * weight_row_stride + features * weight_stride, mask=mask, other=0.0)
+        products += a.to(tl.float32) * b.to(tl.float32)
+    raw = tl.sum(products, axis=0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + target).to(tl.float32)
+    z, _tanh = shaped(raw, factor, softcap, HAS_SOFTCAP)
+    tl.store(target_logit_ptr + row, tl.where(inside, z, 0.0))
+    if WITH_OFFSET:
+        # 0 if the row has no target here: most heads have logits around 0.
+        tl.store(norms_ptr + 3 * row, tl.where(inside, z + above, 0.0))
 
 
 @triton.jit
@@ -52,14 +96,13 @@ def _merged(top, total, moment, new_top, new_total, new_moment, WITH_MOMENT: tl.
 
 # Numbers of rows differ from batch to batch: a kernel of its own for 1 and for multiples of 16 would make runs wait for
 # a compiler. So would the alignment of pointers to a chunk's first row.
-@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr", "row_ptr", "target_logit_ptr"])
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr", "row_ptr"])
 def _statistics_kernel(
     x,  # (C, D), descriptor or pointer
     weight,  # (V, D), descriptor or pointer
     target_ptr,  # (C,) int64
     bias_ptr,  # (V,) or unused
     partial_ptr,  # (2 or 3, tiles along V, C) fp32: top, total and moment of a tile's entries but the target
-    target_logit_ptr,  # (C,) fp32
     row_ptr,  # (C,) int32, if LISTED: row indices, of which the first *count_ptr are valid
     count_ptr,  # (1,) int32
     C,
@@ -117,25 +160,22 @@ def _statistics_kernel(
         top = tl.full([BLOCK_M], -1.0e38, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         moment = tl.zeros([BLOCK_M], tl.float32)
-        z_target = tl.zeros([BLOCK_M], tl.float32)
         parts = quarters(raw)
         for i in tl.static_range(4):
             first = n * BLOCK_N + i * (BLOCK_N // 4)
             cols = first + tl.arange(0, BLOCK_N // 4)
             z = tile_logits(parts[i], bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP)
-            z_target += picked(z, cols, target)
+            z = tl.where(cols[None, :] == target[:, None], float("-inf"), z)
             # Finite: a tile with only −inf (columns from V on, or by the bias) would compute inf − inf.
             part_top = tl.maximum(tl.max(z, axis=1), -1.0e38)
             below = z - part_top[:, None]
-            e = tl.where(cols[None, :] == target[:, None], 0.0, tl.exp(below))
+            e = tl.exp(below)
             part_total = tl.sum(e, axis=1)
             part_moment = part_total
             if WITH_MOMENT:
                 # For an entry at −inf, 0 · (−inf) would be NaN.
                 part_moment = tl.sum(e * tl.maximum(below, -1.0e38), axis=1)
             top, total, moment = _merged(top, total, moment, part_top, part_total, part_moment, WITH_MOMENT)
-        in_tile = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
-        tl.store(target_logit_ptr + rows, z_target, mask=counted & in_tile)
         ptrs = partial_ptr + n.to(tl.int64) * C + places
         stat_stride = tl.cast(num_n, tl.int64) * C  # a vocabulary of 1 is a constant, without methods
         tl.store(ptrs, top, mask=counted)
@@ -144,7 +184,7 @@ def _statistics_kernel(
             tl.store(ptrs + 2 * stat_stride, moment, mask=counted)
 
 
-@triton.jit(do_not_specialize=["C", "num_partials"], do_not_specialize_on_alignment=["row_ptr"])
+@triton.jit(do_not_specialize=["C", "num_partials"], do_not_specialize_on_alignment=["target_ptr", "row_ptr"])
 def _merge_kernel(
     partial_ptr,  # (2 or 3, num_partials, C) fp32
     target_ptr,  # (C,) int64
@@ -225,10 +265,10 @@ def statistics(
     """
     gemm_kernels.check_operands(x, weight, targets, OPERAND_DTYPES)
     norms = torch.empty(len(x), 3, dtype=torch.float32, device=x.device)
-    target_logits = torch.zeros(len(x), dtype=torch.float32, device=x.device)
-    moment = torch.empty_like(target_logits) if with_moment else None
+    moment = torch.empty_like(norms[:, 0]) if with_moment else None
+    logits = target_logits(x, weight, targets, head)
     if len(x) == 0:
-        return norms, target_logits, moment
+        return norms, logits, moment
     tile = tile or gemm_tile(
         "statistics",
         capability(x.device),
@@ -238,9 +278,39 @@ def statistics(
     )
     shape = (3 if with_moment else 2, triton.cdiv(weight.shape[0], tile.BLOCK_N), len(x))
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
-    reduce_tiles(x, weight, targets, head, partials, target_logits, tile, with_moment=with_moment)
-    merge(partials, targets, target_logits, weight.shape[0], norms, moment)
-    return norms, target_logits, moment
+    reduce_tiles(x, weight, targets, head, partials, tile, with_moment=with_moment)
+    merge(partials, targets, logits, weight.shape[0], norms, moment)
+    return norms, logits, moment
+
+
+def target_logits(
+    x: Tensor, weight: Tensor, targets: Tensor, head: LMHead, norms: Tensor | None = None, above: float = 0.0
+) -> Tensor:
+    """Return the target's logit of each row of ``x`` (C, D), (C,) fp32; 0 for a target outside [0, V).
+
+    With ``norms`` (C, 3), also write offsets to norms[:, 0]: the logit + ``above``, or 0 for a target outside.
+    """
+    out = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    if len(x) == 0:
+        return out
+    _target_logit_kernel[(len(x),)](
+        x_ptr=x,
+        weight_ptr=weight,
+        target_ptr=targets,
+        target_logit_ptr=out,
+        norms_ptr=norms,
+        V=weight.shape[0],
+        D=x.shape[1],
+        x_row_stride=x.stride(0),
+        x_stride=x.stride(1),
+        weight_row_stride=weight.stride(0),
+        weight_stride=weight.stride(1),
+        above=above,
+        WITH_OFFSET=norms is not None,
+        BLOCK_D=TARGET_BLOCK,
+        **head_arguments(head),
+    )
+    return out
 
 
 def reduce_tiles(
@@ -249,7 +319,6 @@ def reduce_tiles(
     targets: Tensor,
     head: LMHead,
     partials: Tensor,
-    target_logits: Tensor,
     tile: GemmTile,
     *,
     with_moment: bool = False,
@@ -266,7 +335,6 @@ def reduce_tiles(
     _statistics_kernel[(gemm_kernels.num_programs(x.device, num_tiles),)](
         target_ptr=targets,
         partial_ptr=partials,
-        target_logit_ptr=target_logits,
         row_ptr=rows,
         count_ptr=count,
         WITH_MOMENT=with_moment,
