@@ -6,8 +6,9 @@
 
 The norms of a row, top, total and others, are stored separately: their log-sum-exp would be rounded at the magnitude of
 the logits, and so would every probability. The others are summed without the target: of a likely target, with a term
-near 1, their sum would be what the rounding of the total leaves, and so would log p_y and its gradient. The moment of a row with reference logits w is
-``Σ_v exp(z_v − top)·((z_v − top) − (w_v − top_w))``. Then
+near 1, their sum would be what the rounding of the total leaves, and so would log p_y and its gradient.
+
+The moment of a row with reference logits w is ``Σ_v exp(z_v − top)·((z_v − top) − (w_v − top_w))``. Then
 ``KL(p‖q) = Σ_v p_v (log p_v − log q_v) = moment/total − log total + log total_w``. Without reference logits
 (w − top_w = 0, total_w = 1) this expression is minus the entropy.
 """

@@ -68,12 +68,10 @@ def _add_block(
     """Return (top, total) with the entries from ``start`` on, but the target."""
     cols = start + tl.arange(0, BLOCK_V)
     z, _ = block_logits(raw_ptr, bias_ptr, cols, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED)
-    counted = cols != target
     if MASKED:
-        counted = counted & (cols < V)
-    z = tl.where(counted, z, float("-inf"))
+        z = tl.where(cols < V, z, float("-inf"))  # masked columns must not count
     new_top = tl.maximum(top, z)
-    return new_top, total * tl.exp(top - new_top) + tl.exp(z - new_top)
+    return new_top, total * tl.exp(top - new_top) + tl.where(cols == target, 0.0, tl.exp(z - new_top))
 
 
 @triton.jit
@@ -150,7 +148,19 @@ def _row_kernel(
             )
         if complete < V:
             top, total = _add_block(
-                raw_ptr, bias_ptr, complete, target, top, total, V, factor, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, True
+                raw_ptr,
+                bias_ptr,
+                complete,
+                target,
+                top,
+                total,
+                V,
+                factor,
+                softcap,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                BLOCK_V,
+                True,
             )
         row_top = tl.maximum(tl.max(top, axis=0), z_target)
         others = tl.sum(total * tl.exp(top - row_top), axis=0)
