@@ -20,7 +20,7 @@ class RowTile:
 # thread under 128 registers, which leaves two programs of eight warps resident on every listed device.
 ROW_TILES = {
     (8, 0): RowTile(BLOCK_V=4096, num_warps=8),
-    (9, 0): RowTile(BLOCK_V=4096, num_warps=8),
+    (9, 0): RowTile(BLOCK_V=2048, num_warps=8),
     (10, 0): RowTile(BLOCK_V=4096, num_warps=8),
 }
 # An unlisted device and Triton's interpreter use the entry of the oldest listed device.
