@@ -52,11 +52,13 @@ def unit_gradients(
             row_norms, sum_of_p = _softmax_(z, targets[rows], head)
             assert row_factor is not None
             row_factor[rows] = sum_of_p.reciprocal()
+            at_target = row_norms[:, 2] / row_norms[:, 1] * -sum_of_p  # p − 1
         else:
-            row_norms, sum_of_p = norms[rows], 1.0
+            row_norms = norms[rows]
+            at_target = -row_norms[:, 2] / row_norms[:, 1]
             z.sub_(row_norms[:, :1]).exp_().div_(row_norms[:, 1:2])
         logps[rows] = RowStatistics(row_norms, target).logps()
-        put_at_targets_(z, targets[rows], head, row_norms[:, 2] / row_norms[:, 1] * -sum_of_p)  # p − 1
+        put_at_targets_(z, targets[rows], head, at_target)
         if isinstance(slope, Tensor) or slope != 1.0:
             z.mul_(slope)
     return raw.to(out_dtype), row_factor, logps
