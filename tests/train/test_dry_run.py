@@ -149,7 +149,7 @@ def test_memory_can_be_estimated_for_a_gpu_that_is_not_here(dry_run):
 
 
 def test_too_little_memory_is_a_warning_that_says_what_to_change(dry_run, monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 2**18)
+    monkeypatch.setattr(memory, "available_memory", lambda device: int(0.3 * 2**20))
     status, page, _ = dry_run()
     assert status == 0
     (warning,) = lines_of(page, "warnings")

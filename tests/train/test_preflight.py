@@ -179,7 +179,7 @@ def test_states_that_alone_exceed_the_device_are_refused(settings, monkeypatch):
 
 
 def test_more_than_nine_tenths_of_the_device_is_a_warning(page, monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 2**18)
+    monkeypatch.setattr(memory, "available_memory", lambda device: int(0.3 * 2**20))
     [warning] = part(page(), "warnings")
     assert warning.startswith("memory: ")
     assert " are more than 90% of 1.00 MiB: try " in warning
