@@ -182,7 +182,7 @@ def test_more_than_nine_tenths_of_the_device_is_a_warning(page, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: int(0.3 * 2**20))
     [warning] = part(page(), "warnings")
     assert warning.startswith("memory: ")
-    assert " are more than 90% of 1.00 MiB: try " in warning
+    assert " are more than 90% of 0.30 MiB: try " in warning
 
 
 def test_a_model_that_cannot_be_traced_trains_with_a_warning(page, monkeypatch):
