@@ -28,7 +28,8 @@ ROWS, VOCAB, WIDTH = 192, 1531, 24
 SEQUENCE = 16  # rows, on average: a pair and a group have twice as many
 # Operations over logits or hidden states also read and write a few numbers per row: index, target, maximum, sum,
 # coefficient. In a call these are fewer bytes than one pass over a row: 1531 logits, or 24 bf16 values (48 bytes).
-BYTES_PER_ROW_OF_LOGITS, BYTES_PER_ROW_OF_FEATURES = 100, 44
+# An exact KL has them for the logits of two models, 168 bytes.
+BYTES_PER_ROW_OF_LOGITS, BYTES_PER_ROW_OF_FEATURES = 200, 44
 
 # ``max_chunk_bytes`` for all rows or for about a third of them: logits and four copies during the reduction.
 BUDGETS = {"one chunk": 2**30, "several chunks": ROWS // 3 * VOCAB * 4 * 5}
