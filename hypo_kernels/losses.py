@@ -11,7 +11,7 @@ The losses of Δ take ``f_divergence_type`` as in TRL: f-DPO (Wang et al. 2023, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,28 +38,33 @@ class BuiltIn:
         """Raise ValueError if a parameter is out of range."""
         if torch.compiler.is_compiling():  # traced numbers may be symbols; the operator checks them when it runs
             return
-        for parameter, (lowest, highest, words) in RANGES.items():
+        for parameter, (is_allowed, words) in RANGES.items():
             value = getattr(self, parameter, None)
-            if value is not None and not (lowest < value < highest or value == self._allowed_bound(parameter)):
+            if value is not None and not is_allowed(value):
                 raise ValueError(f"{parameter}={value}: must be {words}")
         divergence = getattr(self, "f_divergence_type", None)
         if divergence is not None and divergence not in F_DIVERGENCES:
             names = ", ".join(map(repr, F_DIVERGENCES))
             raise ValueError(f"f_divergence_type={divergence!r}: must be one of {names}")
 
-    def _allowed_bound(self, parameter: str) -> float | None:
-        return 0.0 if parameter in ("label_smoothing", "simpo_gamma", "cpo_alpha", "dpop_lambda") else None
+
+def _is_positive(value: float) -> bool:
+    return 0 < value < math.inf
 
 
-# Open intervals of the parameters, and their words.
-RANGES: dict[str, tuple[float, float, str]] = {
-    "beta": (0.0, math.inf, "positive"),
-    "label_smoothing": (0.0, 0.5, "in [0, 0.5)"),
-    "discopop_tau": (0.0, math.inf, "positive"),
-    "simpo_gamma": (0.0, math.inf, "0 or more"),
-    "cpo_alpha": (0.0, math.inf, "0 or more"),
-    "dpop_lambda": (0.0, math.inf, "0 or more"),
-    "f_alpha_divergence_coef": (-math.inf, math.inf, "finite"),
+def _is_not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+# Which values a parameter may have, and the words for them.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "beta": (_is_positive, "positive"),
+    "label_smoothing": (lambda value: 0 <= value < 0.5, "in [0, 0.5)"),
+    "discopop_tau": (_is_positive, "positive"),
+    "simpo_gamma": (_is_not_negative, "0 or more"),
+    "cpo_alpha": (_is_not_negative, "0 or more"),
+    "dpop_lambda": (_is_not_negative, "0 or more"),
+    "f_alpha_divergence_coef": (math.isfinite, "finite"),
 }
 
 
@@ -103,8 +108,7 @@ class Sigmoid(OfScores):
 
     def __call__(self, pairs: Pairs) -> Tensor:
         """Return −(1−ε) log σ(βΔ) − ε log σ(−βΔ), (P,)."""
-        margin, flip = self.beta * self.difference(pairs), self.label_smoothing
-        return -F.logsigmoid(margin) * (1 - flip) - F.logsigmoid(-margin) * flip
+        return smoothed(self.beta * self.difference(pairs), self.label_smoothing)
 
     def closed_form(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Return the losses and their derivatives, without autograd where the score is ρ."""

@@ -1,4 +1,4 @@
-"""What a preference loss sees and returns: pairs, groups of samples, and the derivatives of a loss by their log-probs.
+"""The inputs of a preference loss, pairs and groups of samples, and its derivatives by their log-probs.
 
 A chunk of the LM head holds whole pairs and whole groups. So a loss that reads no other pair than its own is finished
 while the chunk's logits are in memory; autograd runs on these small tensors alone.

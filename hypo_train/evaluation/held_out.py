@@ -95,10 +95,13 @@ def _add_rows(meter: Meter, run: Run | FinishedRun, start: int, stop: int) -> No
         rewards = run.trained.rewards(tree).view(-1, 2)
         add_rewards(meter, rewards, bradley_terry_loss(rewards))
         return
-    if not run.has_reference:
+    needs_none = run.config.spec.row_type == "pair" and not run.config.asks_reference_about_pairs
+    if not run.has_reference and not needs_none:
         return
     tree = run.batcher.pairs(rows, []).to(device)
-    if run.eval_ref_logps is None:
+    if needs_none:
+        reference = Reference(logps=torch.zeros(2 * len(rows), device=device))
+    elif run.eval_ref_logps is None:
         reference = compute_reference(run.policy, tree, run.config)
     else:
         reference = Reference(logps=run.eval_ref_logps[start:stop].T.flatten())

@@ -104,7 +104,6 @@ PREFERENCE_LOSS = (
         "ld_alpha use_weighting desirable_weight undesirable_weight prompt_sample_size min_density_ratio "
         "max_density_ratio center_rewards_coefficient",
         "this variant of the loss is",
-        neutral=("reverse_kl",),
     ),
     not_served(
         "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",

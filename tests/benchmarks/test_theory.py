@@ -95,7 +95,7 @@ def test_linear_coverage_is_infinite_without_shared_features():
     assert constants.linear_coverage(torch.eye(3, dtype=torch.float64), shares) == math.inf
 
 
-# What the paper says
+# The statements of the paper: propositions, theorems, remarks and examples
 
 
 def test_proposition_4_1_the_gap_grows_as_the_error_vanishes():

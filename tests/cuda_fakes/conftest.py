@@ -1,4 +1,4 @@
-"""What CUDA executes, tested without a GPU: make test-cuda-fakes.
+"""Tests of the code that runs on CUDA, on fake tensors and without a GPU: make test-cuda-fakes.
 
 These tests compile the kernels, which other tests interpret, so they run in a process of their own, and they need
 torch's CUDA build, as autograd refuses fake CUDA tensors in any other.

@@ -83,7 +83,7 @@ class Copy:
 
 @dataclass
 class Record:
-    """What the device was asked for."""
+    """The kernel launches, matrix products, copies, casts and operators that ran on the fake device."""
 
     launches: list[Launch] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
@@ -196,7 +196,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulates: bool) -> Product
 
 
 class FakeDriver:
-    """What Triton asks of a driver in order to compile."""
+    """A driver of a GPU that is not there, with the methods that Triton calls to compile a kernel."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = 10 * capability[0] + capability[1]

@@ -351,7 +351,7 @@ def averages(pairs: Pairs) -> Tensor:
 
 @dataclass(frozen=True)
 class Averages:
-    """The same with the mean declared as a statistic of the batch."""
+    """A loss that reads the mean of all pairs, which it declares as a statistic of the batch."""
 
     needs_reference: ClassVar[bool] = True
 
